@@ -1,0 +1,39 @@
+# The README's commands. PYTHON picks the interpreter of the virtual environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+export PYTHONUNBUFFERED := 1
+
+.PHONY: fit test lint clean
+
+fit: $(VENV)/.installed
+	$(BIN)/orthotrain fit -c pretrain/quickstart.yaml
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+lint: $(VENV)/.installed-test typing-tree
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=build/typing $(BIN)/mypy -p orthotrain
+
+# mypy does not read setuptools' package-dir: show it the three folders as the one package they install as.
+.PHONY: typing-tree
+typing-tree:
+	@rm -rf build/typing && mkdir -p build/typing/orthotrain
+	@for entry in framework/*; do ln -s ../../../$$entry build/typing/orthotrain/; done
+	@ln -s ../../../plugins ../../../kernels build/typing/orthotrain/
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf build runs *.egg-info

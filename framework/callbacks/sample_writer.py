@@ -1,0 +1,43 @@
+"""Writing the text of predictions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+
+class SampleWriter(L.Callback):
+    """Write the continuations of ``predict`` to ``samples-<rank>.jsonl`` in the run folder: prompt and continuation."""
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start a new file."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"samples-{trainer.global_rank}.jsonl"
+        self.path.write_text("")
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Append the batch's texts."""
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is None or not isinstance(batch, dict):
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            for prompt, output in zip(batch["input_ids"], outputs, strict=True):
+                row = {
+                    "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+                    "continuation": tokenizer.decode(output[len(prompt) :], skip_special_tokens=True),
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tell where the samples are."""
+        print(f"samples: {self.path}", flush=True)

@@ -1,0 +1,43 @@
+"""Finding config files: the user's own first, then those that ship with the package."""
+
+import difflib
+from pathlib import Path
+
+from orthotrain import configs
+from orthotrain.errors import ConfigurationError
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return relative name -> path of every config that ships with the package."""
+    root = Path(configs.__file__).parent
+    return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+
+
+def resolve_config(name: str) -> str:
+    """Return the path of a config: ``name`` itself if that file exists, else the shipped config of that name.
+
+    Raises:
+        ConfigurationError: If there is neither, naming the nearest shipped ones.
+    """
+    if Path(name).is_file():
+        return name
+    shipped = shipped_configs()
+    if name in shipped:
+        return str(shipped[name])
+    near = difflib.get_close_matches(name, shipped, n=3, cutoff=0.4) or sorted(shipped)
+    raise ConfigurationError(f"config {name!r} is neither a file nor shipped; shipped are {', '.join(near)}")
+
+
+def resolve_config_arguments(arguments: list[str]) -> list[str]:
+    """Resolve the value of every ``-c``/``--config`` on a command line."""
+    resolved, expects = [], False
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if expects:
+            argument, expects = resolve_config(argument), False
+        elif argument in ("-c", "--config"):
+            expects = True
+        elif equals and option in ("-c", "--config"):
+            argument = f"--config={resolve_config(value)}"
+        resolved.append(argument)
+    return resolved

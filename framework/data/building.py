@@ -1,0 +1,159 @@
+"""From documents to token caches: the split, the tokenizer's training sample, the one pass that packs every split."""
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from transformers import PreTrainedTokenizerFast
+
+from orthotrain.data.readers import Document
+from orthotrain.data.sources import Corpus
+from orthotrain.data.token_cache import TokenCacheWriter
+from orthotrain.data.tokenizers import fingerprint, train_tokenizer
+from orthotrain.errors import ConfigurationError
+
+SPLITS = ("train", "val", "test")
+TOKENIZER_SAMPLE_BYTES = 32 << 20
+_CHUNK_CHARACTERS = 4 << 20
+
+
+def _uniform(*parts: object) -> float:
+    """A number in [0, 1) that depends on the values only, not on the machine or on Python's hash seed."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") / 2**64
+
+
+@dataclass(frozen=True)
+class Splitter:
+    """Assigns whole documents to splits.
+
+    Attributes:
+        seed: Another seed, another split.
+        val_fraction: Share of documents for validation.
+        test_fraction: Share of documents for the test.
+    """
+
+    seed: int
+    val_fraction: float
+    test_fraction: float
+
+    def __call__(self, document: Document) -> str:
+        """``train``, ``val`` or ``test``, from the document's key and the seed alone."""
+        place = _uniform("split", self.seed, document.key)
+        if place < self.val_fraction:
+            return "val"
+        return "test" if place < self.val_fraction + self.test_fraction else "train"
+
+
+def learn_tokenizer(corpus: Corpus, splitter: Splitter, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a tokenizer on the train split, on at most 32 MiB of it spread over the corpus where its size is known."""
+    size = corpus.size()
+    share = 1.0 if size is None else TOKENIZER_SAMPLE_BYTES / max(size, 1)
+
+    def sample() -> Iterator[str]:
+        read = 0
+        for document in corpus.documents():
+            if splitter(document) == "train" and (share >= 1 or _uniform("sample", document.key) < share):
+                yield document.text
+                read += len(document.text)
+            if read >= TOKENIZER_SAMPLE_BYTES:
+                return
+
+    total = None if size is None else min(size, TOKENIZER_SAMPLE_BYTES)
+    if next(sample(), None) is None:
+        raise ConfigurationError(
+            f"source {corpus.description}: the train split holds no document; lower val_fraction and test_fraction, or "
+            "give more documents"
+        )
+    with progress(f"training a tokenizer of {vocab_size} tokens", total) as advance:
+        return train_tokenizer(_counted(sample(), advance), vocab_size)
+
+
+def _counted(texts: Iterable[str], advance: Callable[[int], None]) -> Iterator[str]:
+    for text in texts:
+        yield text
+        advance(len(text))
+
+
+def build_caches(
+    corpus: Corpus, splitter: Splitter, tokenizer: PreTrainedTokenizerFast, vocab_size: int, folder: Path, source: str
+) -> None:
+    """Tokenize every document once and write ``train.tokens``, ``val.tokens`` and ``test.tokens``.
+
+    Memory is bounded by a chunk of 4 MiB of text (or one row), whatever the size of the corpus.
+
+    Args:
+        corpus: The documents.
+        splitter: Decides each document's split.
+        tokenizer: Turns text into tokens; its end-of-text token closes each document.
+        vocab_size: Decides the width of a token on disk.
+        folder: Where the files go.
+        source: The source fingerprint for the headers.
+    """
+    size, identity = corpus.size(), fingerprint(tokenizer)
+    with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(progress("tokenizing", size))
+        paths = {split: folder / f"{split}.tokens" for split in SPLITS}
+        writers = {name: stack.enter_context(TokenCacheWriter(path, vocab_size)) for name, path in paths.items()}
+        for document, tokens, text_bytes in encode(corpus.documents(), tokenizer):
+            writers[splitter(document)].append(tokens, text_bytes, int(document.complete))
+            advance(text_bytes)
+        for writer in writers.values():
+            writer.commit(identity, source)
+
+
+def encode(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, chunk_characters: int = _CHUNK_CHARACTERS
+) -> Iterator[tuple[Document, list[int], int]]:
+    """Tokenize documents chunk by chunk, all cores working on a chunk.
+
+    Yields:
+        The document, its tokens (with the end-of-text token where the document is complete), its UTF-8 bytes.
+    """
+    chunk: list[Document] = []
+    characters = 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text)
+        if characters >= chunk_characters:
+            yield from _encode_chunk(chunk, tokenizer)
+            chunk, characters = [], 0
+    yield from _encode_chunk(chunk, tokenizer)
+
+
+def _encode_chunk(
+    chunk: list[Document], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[Document, list[int], int]]:
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    encodings = backend.encode_batch_fast([document.text for document in chunk], add_special_tokens=False)
+    for document, encoding in zip(chunk, encodings, strict=True):
+        tokens = encoding.ids
+        if document.complete:
+            tokens.append(tokenizer.eos_token_id)
+        yield document, tokens, len(document.text.encode())
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Show a long step: a bar on a terminal, one log line otherwise.
+
+    Yields:
+        A function to call with the bytes done.
+    """
+    if not sys.stderr.isatty():
+        rank_zero_info(f"{what}: {'unknown size' if total is None else f'{total / 1e6:.1f} MB'}")
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)

@@ -1,0 +1,101 @@
+"""The folder of one prepared corpus: a tokenizer and three token caches, built once however many processes ask."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from transformers import PreTrainedTokenizerFast
+
+from orthotrain.data.building import SPLITS, Splitter, build_caches, learn_tokenizer
+from orthotrain.data.sources import Corpus
+from orthotrain.data.token_cache import CorruptCacheError, TokenCache
+from orthotrain.data.tokenizers import fingerprint, load_tokenizer, load_trained_tokenizer
+from orthotrain.errors import ConfigurationError
+
+
+def prepare_folder(
+    folder: Path, corpus: Corpus, splitter: Splitter, tokenizer_name: str | None, vocab_size: int
+) -> PreTrainedTokenizerFast:
+    """Make sure that a folder holds the caches of a corpus, building them if they are missing or of other inputs.
+
+    Safe when several processes start at once: one builds, the others wait for it and find everything done.
+
+    Args:
+        folder: Where the files are or go.
+        corpus: The documents.
+        splitter: Decides each document's split.
+        tokenizer_name: A tokenizer to load; ``None`` trains one.
+        vocab_size: Rows of the model's embedding.
+
+    Returns:
+        The tokenizer that the caches were made with.
+
+    Raises:
+        CorruptCacheError: A file in the folder is truncated or altered.
+        ConfigurationError: The source or the tokenizer cannot be used.
+    """
+    with _locked(folder):
+        source = corpus.fingerprint()
+        tokenizer = _present_tokenizer(folder, tokenizer_name, vocab_size)
+        if tokenizer is not None and _is_fresh(folder, fingerprint(tokenizer), source):
+            return tokenizer
+        rank_zero_info(f"building the token caches in {folder}")
+        for leftover in folder.glob("*.tmp"):  # of a build that was killed: holding the lock, none is running
+            leftover.unlink()
+        if next(corpus.documents(), None) is None:
+            raise ConfigurationError(f"source {corpus.description}: no text in it; give files or rows that hold some")
+        if tokenizer_name is None:
+            tokenizer = learn_tokenizer(corpus, splitter, vocab_size)
+            _save(tokenizer, folder / "tokenizer.json")
+        assert tokenizer is not None
+        build_caches(corpus, splitter, tokenizer, vocab_size, folder, source)
+        return tokenizer
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            rank_zero_info(f"waiting for another process that is building the token caches in {folder}")
+            lock.acquire()
+    except OSError as error:
+        raise ConfigurationError(
+            f"cache_dir: {folder} cannot be written ({error.strerror or error}); set cache_dir or $ORTHOTRAIN_CACHE"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _present_tokenizer(folder: Path, name: str | None, vocab_size: int) -> PreTrainedTokenizerFast | None:
+    if name is not None:
+        return load_tokenizer(name, vocab_size)
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    try:
+        return load_trained_tokenizer(path)
+    except ConfigurationError as error:
+        raise CorruptCacheError(f"{error}; delete it and it will be rebuilt") from error
+
+
+def _is_fresh(folder: Path, tokenizer: str, source: str) -> bool:
+    paths = [folder / f"{split}.tokens" for split in SPLITS]
+    if not all(path.exists() for path in paths):
+        return False
+    headers = [TokenCache.read_metadata(path) for path in paths]
+    return all((header.tokenizer_fingerprint, header.source_fingerprint) == (tokenizer, source) for header in headers)
+
+
+def _save(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    tokenizer.backend_tokenizer.save(str(temporary))
+    os.replace(temporary, path)

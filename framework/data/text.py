@@ -1,0 +1,298 @@
+"""`TextData`: the pretraining data of a run, from a source of text to batches of packed tokens."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from orthotrain.data.building import SPLITS, Splitter
+from orthotrain.data.sampling import EpochProgress, EvalBatches, ResumableLoader, TokenWindows, TrainSampler
+from orthotrain.data.sources import location, open_corpus
+from orthotrain.data.store import prepare_folder
+from orthotrain.data.streaming import StreamLoader, TokenStream
+from orthotrain.data.token_cache import VERSION, TokenCache
+from orthotrain.data.tokenizers import check_vocabulary_size, fingerprint, tokenizer_state
+from orthotrain.errors import ConfigurationError
+
+STREAM_HEAD_BYTES = 64 << 20
+"""How much of a stream is read to train the tokenizer and to set validation and test documents aside."""
+
+_STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": (), None: SPLITS}
+_PROMPTS, _PROMPT_TOKENS = 8, 32
+
+
+class TextData(LightningDataModule):
+    """Text for pretraining: tokenized once into memory-mapped caches, cut into windows, in a resumable order.
+
+    A batch is ``{"input_ids", "labels"}``, both int64 of shape ``(batch_size, sequence_length)``, where ``labels[t]``
+    is the token after ``input_ids[t]``. Documents are joined by the end-of-text token and assigned to train, val or
+    test as wholes, by a hash of their name (rows: of their text) and the seed.
+
+    Args:
+        source: ``python-stdlib`` (the standard library's own sources), a file, folder or glob of .txt .md .py .jsonl
+            .json .parquet (.gz), a Hugging Face dataset ``org/name[:config]``, or a list of these.
+        text_column: Key of the text in rows of jsonl, json, parquet and Hugging Face datasets.
+        streaming: Train from the stream of documents in the source's order instead of a cache of all of it. The
+            tokenizer, validation and test then come from the first 64 MiB. At most one worker.
+        tokenizer: A tokenizer.json, a folder with one, or a Hugging Face name; by default a byte-level BPE is trained
+            on the train split.
+        vocab_size: Rows of the model's embedding: the size to train, or at least the size of the given tokenizer.
+        sequence_length: Tokens of one training sequence.
+        batch_size: Sequences of one batch on one device.
+        val_fraction: Share of documents for validation; 0 for none.
+        test_fraction: Share of documents for the test; 0 for none.
+        num_workers: Processes that prepare batches; 0 prepares them in the training process.
+        cache_dir: Folder of the token caches; by default $ORTHOTRAIN_CACHE, else ~/.cache/orthotrain.
+        seed: Seed of the split and of the order of the sequences.
+        limit_bytes: Read at most about this much text from the source; by default all of it.
+        predict_prompts: Texts to continue in ``predict``; by default the beginnings of held-out documents.
+
+    Raises:
+        ConfigurationError: An argument that cannot work; sources and tokenizers are checked when data is prepared.
+    """
+
+    def __init__(
+        self,
+        source: str | list[str] = "python-stdlib",
+        text_column: str = "text",
+        streaming: bool = False,
+        tokenizer: str | None = None,
+        vocab_size: int = 4096,
+        sequence_length: int = 256,
+        batch_size: int = 16,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+        seed: int = 0,
+        limit_bytes: int | None = None,
+        predict_prompts: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.vocab_size = vocab_size
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self._splitter = Splitter(seed, val_fraction, test_fraction)
+        self._check_arguments()
+        self._tokenizer: PreTrainedTokenizerFast | None = None
+        self._caches: dict[str, TokenCache] = {}
+        self._restored: dict[str, Any] = {}
+
+    def _check_arguments(self) -> None:
+        given = self.hparams
+        if given.tokenizer is None:
+            check_vocabulary_size(self.vocab_size)
+        for name, least in (("sequence_length", 1), ("batch_size", 1), ("num_workers", 0), ("limit_bytes", 1)):
+            if given[name] is not None and given[name] < least:
+                raise ConfigurationError(f"{name} {given[name]}: must be at least {least}")
+        for name in ("val_fraction", "test_fraction"):
+            if not 0 <= given[name] < 1:
+                raise ConfigurationError(f"{name} {given[name]}: must be at least 0 and below 1")
+        if given.val_fraction + given.test_fraction >= 1:
+            raise ConfigurationError(
+                f"val_fraction {given.val_fraction} and test_fraction {given.test_fraction}: together they must stay "
+                "below 1, the rest is the train split"
+            )
+        if given.streaming and given.num_workers > 1:
+            raise ConfigurationError(f"num_workers {given.num_workers}: a streamed source is read by one; set 0 or 1")
+
+    @property
+    def cache_folder(self) -> Path:
+        """Folder of this corpus: one for each combination of the settings that decide its content."""
+        given = self.hparams
+        sources = [given.source] if isinstance(given.source, str) else given.source
+        names = ("text_column", "streaming", "tokenizer", "vocab_size", "seed", "val_fraction", "test_fraction")
+        key = [[location(name) for name in sources], [given[name] for name in names], given.limit_bytes, VERSION]
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        label = re.sub(r"[^\w.-]+", "-", " ".join(sources))[:40].strip("-.")
+        root = Path(given.cache_dir or os.environ.get("ORTHOTRAIN_CACHE") or "~/.cache/orthotrain")
+        return root.expanduser() / f"{label}-{digest[:16]}"
+
+    def prepare_data(self) -> None:
+        """Train the tokenizer and write the token caches, unless they are there and made from the same inputs."""
+        given = self.hparams
+        limit = given.limit_bytes
+        if given.streaming:
+            limit = min(limit or STREAM_HEAD_BYTES, STREAM_HEAD_BYTES)
+        corpus = open_corpus(given.source, given.text_column, given.streaming, limit)
+        self._tokenizer = prepare_folder(self.cache_folder, corpus, self._splitter, given.tokenizer, self.vocab_size)
+        self._caches.clear()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the caches that a stage needs, preparing them first where `prepare_data` did not run.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test``, ``predict``, or ``None`` for all.
+
+        Raises:
+            ConfigurationError: A split that is needed is too short, or a cache is damaged.
+        """
+        if self._tokenizer is None:
+            self.prepare_data()
+        self._check_restored()
+        if stage in ("validate", "test") and not self._has(name := "val" if stage == "validate" else "test"):
+            raise ConfigurationError(f"{name}_fraction 0: there is no {name} split; set {name}_fraction above 0")
+        for split in _STAGE_SPLITS[stage]:
+            if self._has(split):
+                self._check_length(split)
+
+    def _has(self, split: str) -> bool:
+        return split == "train" or self.hparams[f"{split}_fraction"] > 0
+
+    def _check_length(self, split: str) -> None:
+        windows = len(self._windows(split))
+        needed = self.batch_size * self._world_size if split == "train" else 1
+        if self.hparams.streaming and split == "train":
+            needed = 1
+        if windows < needed:
+            more = f"{split}_fraction" if split != "train" else "batch_size, lower val_fraction and test_fraction"
+            raise ConfigurationError(
+                f"the {split} split has {self._cache(split).metadata.tokens} tokens, {windows} sequences of "
+                f"sequence_length {self.sequence_length}; at least {needed} are needed: give more text, lower "
+                f"sequence_length or " + (f"raise {more}" if split != "train" else f"{more}")
+            )
+
+    def _cache(self, split: str) -> TokenCache:
+        if split not in self._caches:
+            self._caches[split] = TokenCache.open(self.cache_folder / f"{split}.tokens")
+        return self._caches[split]
+
+    def _windows(self, split: str) -> TokenWindows:
+        return TokenWindows(self._cache(split), self.sequence_length)
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer, once data is prepared."""
+        if self._tokenizer is None:
+            raise RuntimeError("TextData has no tokenizer yet: call prepare_data() or setup() first")
+        return self._tokenizer
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Sha256 of the tokenizer's canonical JSON."""
+        return fingerprint(self.tokenizer)
+
+    @property
+    def train_tokens(self) -> int | None:
+        """Tokens of the train split; ``None`` for a stream, whose end is not known."""
+        return None if self.hparams.streaming else self._cache("train").metadata.tokens
+
+    def bytes_per_token(self, split: str) -> float:
+        """UTF-8 bytes of a split's text over its tokens (for a stream: of its first 64 MiB).
+
+        Bits per byte are the mean loss in nats over ``ln(2) * bytes_per_token(split)``.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
+        metadata = self._cache(split).metadata
+        return metadata.text_bytes / max(metadata.tokens, 1)
+
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
+        """Batches of static shape in the order of (seed, epoch); see `TrainSampler` and `TokenStream`."""
+        given, rank, ranks = self.hparams, self._rank, self._world_size
+        loader: ResumableLoader | StreamLoader
+        if given.streaming:
+            corpus = open_corpus(given.source, given.text_column, True, given.limit_bytes)
+            stream = TokenStream(
+                corpus, self._splitter, self.tokenizer, self.sequence_length, self.batch_size, rank, ranks
+            )
+            loader = StreamLoader(stream, num_workers=given.num_workers, pin_memory=torch.cuda.is_available())
+        else:
+            windows = self._windows("train")
+            sampler = TrainSampler(len(windows), self.batch_size, rank, ranks, given.seed)
+            loader = ResumableLoader(windows, sampler=sampler, drop_last=True, **self._loader_options)
+        if self.trainer is not None:
+            loader.progress = EpochProgress(self.trainer)
+        return loader
+
+    @property
+    def _loader_options(self) -> dict[str, Any]:
+        workers = self.hparams.num_workers
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Every window of the val split once, in order; nothing where ``val_fraction`` is 0."""
+        return self._eval_loader("val") if self._has("val") else []
+
+    def test_dataloader(self) -> DataLoader | list:
+        """Every window of the test split once, in order; nothing where ``test_fraction`` is 0."""
+        return self._eval_loader("test") if self._has("test") else []
+
+    def _eval_loader(self, split: str) -> DataLoader:
+        windows, options = self._windows(split), self._loader_options
+        if self._world_size > 1 and not self.trainer.overfit_batches:
+            batches = EvalBatches(len(windows), self.batch_size, self._rank, self._world_size)
+            return DataLoader(windows, sampler=batches, **options | {"batch_size": None})
+        return DataLoader(windows, **options)
+
+    def predict_dataloader(self) -> DataLoader:
+        """One prompt a batch, ``{"input_ids"}`` of shape ``(1, length)``: texts to continue."""
+        texts = self.hparams.predict_prompts
+        if texts:
+            prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+            if [] in prompts:
+                raise ConfigurationError(f"predict_prompts: prompt {prompts.index([]) + 1} is empty; give it some text")
+        else:
+            prompts = self._held_out_beginnings()
+        return DataLoader([{"input_ids": torch.tensor(prompt)} for prompt in prompts], batch_size=1)  # type: ignore[arg-type]
+
+    def _held_out_beginnings(self) -> list[list[int]]:
+        """The first tokens of the first documents of the test split, or of val where there is no test."""
+        split = "test" if self._has("test") else "val" if self._has("val") else "train"
+        tokens = self._cache(split).tokens
+        ends = np.flatnonzero(tokens == self.tokenizer.eos_token_id)
+        starts = [0, *(ends + 1).tolist()]
+        pairs = zip(starts, ends.tolist(), strict=False)
+        documents = [tokens[start : min(end, start + _PROMPT_TOKENS)].tolist() for start, end in pairs if end > start]
+        return documents[:_PROMPTS]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tokenizer and the settings as plain values; `tokenizer_from_state` reads the tokenizer back."""
+        return {**tokenizer_state(self.tokenizer), "vocab_size": self.vocab_size, "settings": dict(self.hparams)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the checkpoint's tokenizer with this run's.
+
+        Raises:
+            ConfigurationError: The two differ, so the model's embedding would mean other tokens.
+        """
+        self._restored = state_dict
+        if self._tokenizer is not None:
+            self._check_restored()
+
+    def _check_restored(self) -> None:
+        saved = self._restored.get("tokenizer_fingerprint")
+        if saved is None or saved == self.tokenizer_fingerprint:
+            return
+        was = self._restored["settings"]
+        raise ConfigurationError(
+            f"the tokenizer of this run (vocab {self.vocab_size}, sha {self.tokenizer_fingerprint[:12]}) differs from "
+            f"the checkpoint's (vocab {self._restored['vocab_size']}, sha {saved[:12]}): set tokenizer to the one "
+            f"exported with the checkpoint, or use what it was trained from: source {was['source']!r}, vocab_size "
+            f"{was['vocab_size']}, seed {was['seed']}"
+        )

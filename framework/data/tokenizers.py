@@ -1,0 +1,181 @@
+"""Tokenizers: train a byte-level BPE, load an existing one, tell two apart, and carry one inside a checkpoint."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from orthotrain.errors import ConfigurationError
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+SMALLEST_VOCABULARY = 256 + 2 + 1
+"""Every byte, the two special tokens and one merge."""
+
+_KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE: lossless for any text, the same result for the same texts in the same order.
+
+    Args:
+        texts: What to learn the merges from.
+        vocab_size: Tokens in all, the 256 bytes and two special tokens included.
+
+    Returns:
+        A tokenizer with ``<|endoftext|>`` as end and beginning and ``<|padding|>`` as padding.
+
+    Raises:
+        ConfigurationError: The vocabulary is too small for bytes, or the texts do not hold enough merges for it.
+    """
+    check_vocabulary_size(vocab_size)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if (attained := tokenizer.get_vocab_size()) != vocab_size:
+        raise ConfigurationError(
+            f"vocab_size {vocab_size}: the train text only yields {attained} tokens; set vocab_size to {attained} or "
+            "less, or give more text"
+        )
+    return _with_special_tokens(tokenizer)
+
+
+def _with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=PADDING
+    )
+
+
+def load_trained_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """Load what `train_tokenizer` made and ``tokenizer.save`` wrote.
+
+    Raises:
+        ConfigurationError: The file is not a tokenizer.
+    """
+    try:
+        return _with_special_tokens(Tokenizer.from_file(str(path)))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConfigurationError(f"tokenizer {path}: not a readable tokenizer.json ({error!s:.120})") from error
+
+
+def check_vocabulary_size(vocab_size: int) -> None:
+    """Refuse a vocabulary that cannot be trained.
+
+    Raises:
+        ConfigurationError: Fewer tokens than bytes and special tokens, or more than 32 bits can count.
+    """
+    if not SMALLEST_VOCABULARY <= vocab_size <= 1 << 31:
+        raise ConfigurationError(
+            f"vocab_size {vocab_size}: a byte-level BPE needs at least {SMALLEST_VOCABULARY} "
+            "(256 bytes, 2 special tokens, 1 merge) and at most 2^31"
+        )
+
+
+def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Load a tokenizer and see that it fits the model.
+
+    Args:
+        name: A ``tokenizer.json``, a folder with one, or a Hugging Face model name.
+        vocab_size: Rows of the model's embedding.
+
+    Raises:
+        ConfigurationError: It cannot be loaded, has no end-of-text token, or has more tokens than ``vocab_size``.
+    """
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+    except Exception as error:  # tokenizers raises bare Exception, the hub client many types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigurationError(
+            f"tokenizer {name!r}: cannot be loaded ({reason}); give a tokenizer.json, a folder that holds one, or a "
+            "Hugging Face model name"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigurationError(f"tokenizer {name!r}: {type(tokenizer).__name__} has no tokenizer.json (fast) form")
+    _settle_special_tokens(tokenizer, name)
+    if (size := tokens_in(tokenizer)) > vocab_size:
+        raise ConfigurationError(
+            f"tokenizer {name!r}: {size} tokens do not fit vocab_size {vocab_size}; set vocab_size to at least {size}"
+        )
+    return tokenizer
+
+
+def tokens_in(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Largest token plus one; added tokens need not follow the vocabulary without a gap."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _settle_special_tokens(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    if tokenizer.eos_token_id is None:
+        vocabulary = tokenizer.get_vocab()
+        end = next((token for token in _KNOWN_ENDS if token in vocabulary), None)
+        if end is None:
+            raise ConfigurationError(
+                f"tokenizer {name!r}: no end-of-text token to join documents with; set eos_token in its "
+                f"tokenizer_config.json, or add one of {', '.join(_KNOWN_ENDS)}"
+            )
+        tokenizer.eos_token = end
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def canonical_json(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The tokenizer's JSON with sorted keys, without the truncation and padding that calls leave behind in it."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["truncation"] = content["padding"] = None
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Sha256 of `canonical_json`: equal exactly when the two turn text into the same tokens."""
+    return hashlib.sha256(canonical_json(tokenizer).encode()).hexdigest()
+
+
+def tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """A tokenizer as plain values, for a checkpoint. Inverse of `tokenizer_from_state`."""
+    names = ("eos_token", "bos_token", "pad_token", "unk_token")
+    special = {name: str(token) for name in names if (token := getattr(tokenizer, name)) is not None}
+    template = tokenizer.chat_template
+    return {
+        "tokenizer": canonical_json(tokenizer),
+        "tokenizer_fingerprint": fingerprint(tokenizer),
+        "special_tokens": special,
+        "chat_template": template if isinstance(template, str) else None,
+    }
+
+
+def tokenizer_from_state(state: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """Rebuild the tokenizer that a checkpoint carries.
+
+    Args:
+        state: ``TextData.state_dict()``, in a checkpoint under the key ``TextData``.
+
+    Raises:
+        ConfigurationError: The state holds no tokenizer, or not the one its fingerprint names.
+    """
+    try:
+        backend = Tokenizer.from_str(state["tokenizer"])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **state["special_tokens"])
+        expected = state["tokenizer_fingerprint"]
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConfigurationError(f"the checkpoint's data state holds no readable tokenizer ({error!r:.200})") from error
+    if (found := fingerprint(tokenizer)) != expected:
+        raise ConfigurationError(
+            f"the checkpoint's tokenizer has sha {found[:12]}, its state says {str(expected)[:12]}"
+        )
+    tokenizer.chat_template = state.get("chat_template")
+    return tokenizer

@@ -1,0 +1,100 @@
+"""Leaving the framework: a merged model that other tools load."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from orthotrain.checkpoint import compare_state, read_checkpoint
+from orthotrain.errors import ConfigurationError
+from orthotrain.layers.surgery import unwrap_mergeables
+
+
+def export_checkpoint(checkpoint: str | Path, out: str | Path) -> Path:
+    """Write the merged network of a checkpoint as a Hugging Face folder: safetensors, config and tokenizer.
+
+    Args:
+        checkpoint: A ``.ckpt`` file that ``orthotrain fit`` wrote.
+        out: Folder to write; must not exist or be empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigurationError: If the checkpoint cannot be read or holds no module, or the folder is not empty.
+    """
+    contents = read_checkpoint(checkpoint)
+    network = load_network(contents, str(checkpoint))
+    tokenizer = load_tokenizer(contents)
+    return export_huggingface(network, out, tokenizer)
+
+
+def export_huggingface(network: nn.Module, out: str | Path, tokenizer: Any = None) -> Path:
+    """Merge the rotations of a Hugging Face network in place and save it where ``from_pretrained`` finds it.
+
+    Args:
+        network: A transformers model, wrapped or not; afterwards it is a plain one.
+        out: Folder to write; must not exist or be empty.
+        tokenizer: Saved beside it if given.
+
+    Raises:
+        ConfigurationError: If the network is not a transformers model or the folder is not empty.
+    """
+    folder = Path(out)
+    if not hasattr(network, "save_pretrained"):
+        raise ConfigurationError(
+            f"{type(network).__name__} is no transformers model: call unwrap_mergeables and save its state_dict instead"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigurationError(f"--out {str(folder)!r} exists and is not empty: name a new folder")
+    unwrap_mergeables(network)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    network.save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
+    return folder
+
+
+def load_network(contents: dict[str, Any], origin: str = "checkpoint") -> nn.Module:
+    """Rebuild the network that a checkpoint was written from, with its weights.
+
+    Args:
+        contents: What :func:`read_checkpoint` returned.
+        origin: Name of the file, for messages.
+
+    Raises:
+        ConfigurationError: If the checkpoint does not describe its module, or does not fit its own description.
+    """
+    from jsonargparse import ArgumentParser
+
+    from orthotrain.modules import BaseModule
+
+    description = contents.get("hyper_parameters", {})
+    if "class_path" not in description:
+        raise ConfigurationError(
+            f"{origin} does not say which module wrote it (it was not written by `orthotrain fit`): load it with your "
+            "module's load_from_checkpoint and call export_huggingface on its network"
+        )
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(BaseModule, "model")
+    wanted = {key: description[key] for key in ("class_path", "init_args") if key in description}
+    module = parser.instantiate(parser.parse_object({"model": wanted})).model
+    module.configure_model()
+    difference = compare_state(contents["state_dict"], module.state_dict())
+    if difference:
+        raise ConfigurationError(f"{origin} does not fit its own description: {difference}")
+    module.load_state_dict(contents["state_dict"])
+    return module.model.eval()
+
+
+def load_tokenizer(contents: dict[str, Any]) -> Any:
+    """Return the tokenizer that a checkpoint carries, or None."""
+    from orthotrain.data import tokenizer_from_state
+
+    state = next((v for k, v in contents.items() if isinstance(v, dict) and "tokenizer_fingerprint" in v), None)
+    return None if state is None else tokenizer_from_state(state)

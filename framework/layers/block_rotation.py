@@ -1,0 +1,99 @@
+"""A block-diagonal rotation of d coordinates in the frame of a permutation."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from orthotrain.errors import ConfigurationError
+from orthotrain.kernels.block_rotate import block_rotate
+from orthotrain.plugins import Parameterization, create
+
+
+class BlockRotation(nn.Module):
+    """``x @ R`` with ``n`` learned blocks of size ``b`` on the first ``n * b`` permuted coordinates.
+
+    Block-stochastic POET (arXiv:2506.08001, section 3) is ``n = floor(d / b)``: coordinates left over pass through until
+    the next permutation covers them. Fully stochastic POET is ``n = 1``. OFT is the case without a permutation.
+
+    The generators are trained, start at zero (the identity), and stay in fp32 when the module is cast to a 16-bit type:
+    a bf16 generator would lose the updates of a small learning rate.
+
+    Args:
+        features: Width ``d`` of the rotated axis.
+        block_size: Size ``b`` of a block, ``2 <= b <= d``.
+        parameterization: A :class:`Parameterization`, a registered name, or ``{"class_path": ..., "init_args": ...}``.
+        blocks: Number of blocks ``n``; None for as many as fit.
+        permutation: ``(d,)`` int64, or None for the natural order.
+
+    Raises:
+        ConfigurationError: If no block of this size fits, naming the sizes that do.
+    """
+
+    permutation: Tensor | None
+
+    def __init__(
+        self,
+        features: int,
+        block_size: int,
+        parameterization: Parameterization | str | dict[str, Any] = "cayley_neumann",
+        blocks: int | None = None,
+        permutation: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        check_block_size(features, block_size)
+        self.features = features
+        self.block_size = block_size
+        self.blocks = features // block_size if blocks is None else blocks
+        if not 1 <= self.blocks <= features // block_size:
+            raise ConfigurationError(
+                f"blocks={blocks}: a width of {features} takes 1 to {features // block_size} blocks of {block_size}"
+            )
+        self.parameterization = create(parameterization)
+        width = block_size * (block_size - 1) // 2
+        self.generators = nn.Parameter(torch.zeros(self.blocks, width, dtype=torch.float32))
+        self.register_buffer("permutation", permutation)
+
+    def displacement(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return ``D = R - I``, ``(n, b, b)``, computed in the generators' dtype and cast to ``dtype``."""
+        displacement = self.parameterization.displacement(self.generators, self.block_size)
+        return displacement if dtype is None else displacement.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x @ R`` for ``x (..., d)``, in the dtype of ``x``."""
+        return block_rotate(x, self.displacement(x.dtype), self.permutation, self.permutation)
+
+    @torch.no_grad()
+    def reset_(self, permutation: Tensor | None = None) -> Self:
+        """Set the generators to zero and, if one is given, take the next permutation."""
+        self.generators.zero_()
+        if permutation is not None:
+            assert self.permutation is not None
+            self.permutation.copy_(permutation)
+        return self
+
+    def extra_repr(self) -> str:
+        """Describe the blocks in one line."""
+        order = "permuted" if self.permutation is not None else "natural order"
+        return f"{self.features}, blocks={self.blocks} x {self.block_size}, {self.parameterization!r}, {order}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.generators.detach()
+        super()._apply(fn, recurse)
+        if self.generators.dtype in (torch.bfloat16, torch.float16):
+            self.generators.data = before.to(self.generators.device, torch.float32)
+        return self
+
+
+def check_block_size(features: int, block_size: int, name: str = "layer") -> None:
+    """Refuse a block size that cannot rotate ``features`` coordinates.
+
+    Raises:
+        ConfigurationError: Naming the layer, both sizes and what would work.
+    """
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or not 2 <= block_size <= features:
+        raise ConfigurationError(
+            f"block_size={block_size!r} does not fit {name} with {features} features: "
+            f"take an integer from 2 (one rotation angle a block) to {features}"
+        )

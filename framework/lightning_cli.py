@@ -1,0 +1,72 @@
+"""LightningCLI with one-line errors, self-describing checkpoints and the planner."""
+
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import orthotrain.callbacks  # noqa: F401  short class names in YAML are those of imported classes
+import orthotrain.data
+import orthotrain.plugins
+import orthotrain.schedules  # noqa: F401
+from orthotrain.callbacks.sample_writer import SampleWriter
+from orthotrain.config_errors import one_line
+from orthotrain.errors import ConfigurationError
+from orthotrain.modules import BaseModule
+
+
+class OneLineParser(LightningArgumentParser):
+    """A parser whose complaints are a single line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise what ``main`` prints: the innermost cause, not the whole tree of attempts."""
+        raise ConfigurationError(one_line(message)) from ex
+
+
+class OrthotrainCLI(LightningCLI):
+    """fit, validate, test and predict from YAML.
+
+    The config decides what a run is: arguments stored in a checkpoint never override it. The model's part of the config
+    is stored in each checkpoint as plain values, so that export can rebuild the module from the file alone.
+    """
+
+    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
+        super().__init__(
+            BaseModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [SampleWriter()]},
+            parser_class=OneLineParser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+            run=run,
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config as the user wrote it (LightningCLI would lay the checkpoint's arguments over it)."""
+
+    def after_instantiate_classes(self) -> None:
+        """Store the model's part of the config as its hyper-parameters."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        if self.subcommand is not None:
+            config = config[self.subcommand]
+        self.model.save_hyperparameters(config["model"])
+
+
+class PlanCLI(OrthotrainCLI):
+    """Parses a config like fit, but builds the network from fake tensors and counts."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Build no trainer: a plan for eight GPUs can be made on a laptop."""
+
+    def after_instantiate_classes(self) -> None:
+        """Plan."""
+        from orthotrain.plan import plan_run
+
+        trainer = self.config["trainer"]
+        self.plan = plan_run(self.model, self.config["data"].get("init_args", {}), trainer["precision"])

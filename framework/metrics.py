@@ -1,0 +1,31 @@
+"""Metrics of language models on top of torchmetrics."""
+
+import math
+
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+
+class TokenLoss(MeanMetric):
+    """Mean negative log-likelihood in nats per token, weighted by tokens and synchronised over ranks.
+
+    ``exp`` of it is the perplexity; :func:`bits_per_byte` makes it comparable across tokenizers.
+    """
+
+    higher_is_better = False
+
+
+def count_targets(batch: object, ignore_index: int = -100) -> int:
+    """Return the number of labels of a batch that count, or 1 where a batch has no ``labels``."""
+    labels = batch.get("labels") if isinstance(batch, dict) else None
+    return int((labels != ignore_index).sum()) if isinstance(labels, Tensor) else 1
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """Convert a loss in nats per token to bits per UTF-8 byte of the text.
+
+    Args:
+        nats_per_token: Mean negative log-likelihood.
+        bytes_per_token: Bytes of the text over its number of tokens.
+    """
+    return nats_per_token / math.log(2) / bytes_per_token

@@ -1,0 +1,122 @@
+"""What every module of the framework does: build late, log honestly, optimize by groups."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
+from orthotrain.models import ModelBuilder
+from orthotrain.modules.optimization import Optimization
+
+
+class BaseModule(L.LightningModule):
+    """A LightningModule around any network; language modelling unless :meth:`loss` is overridden.
+
+    Logged are ``train_loss``, ``grad_norm`` (before clipping), and for each evaluation split its loss, perplexity and,
+    where the data module tells its ``bytes_per_token(split)``, bits per byte.
+
+    Args:
+        model: The network, or a callable without arguments that builds it when the strategy is set up.
+        optimization: Learning rates, weight decay, optimizer and schedule.
+    """
+
+    def __init__(
+        self,
+        model: ModelBuilder | nn.Module | Callable[[], nn.Module],
+        optimization: Optimization | None = None,
+    ) -> None:
+        super().__init__()
+        self.model: nn.Module | None = model if isinstance(model, nn.Module) else None
+        self._builder = None if isinstance(model, nn.Module) else model
+        self.optimization = optimization or Optimization()
+        self._wrapped = False
+        self.evaluation_loss = nn.ModuleDict({split: TokenLoss() for split in ("val", "test")})
+
+    def wrap(self, model: nn.Module) -> None:
+        """Put this method's layers into the freshly built network, in place."""
+
+    def configure_model(self) -> None:
+        """Build and wrap the network once; called by the trainer, or by hand to look at the wrapped network."""
+        if self._wrapped:
+            return
+        if self.model is None:
+            assert self._builder is not None
+            self.model = self._builder()
+        self.wrap(self.model)
+        self._wrapped = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network."""
+        assert self.model is not None, "call configure_model() first"
+        return self.model(*args, **kwargs)
+
+    def loss(self, batch: Any) -> Tensor:
+        """Return the mean loss of a batch; override for another objective.
+
+        The default is next-token cross-entropy in nats: ``batch["input_ids"]`` and ``batch["labels"]``, both
+        ``(B, T)``, the label at t being the token that follows the input at t; labels of -100 do not count.
+        """
+        output = self(batch["input_ids"])
+        logits = getattr(output, "logits", output)
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of one micro-batch."""
+        loss = self.loss(batch)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add one batch to the validation loss."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Add one batch to the test loss."""
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_evaluation("test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Continue the prompts ``batch["input_ids"]`` ``(B, T)`` by up to 64 sampled tokens: ``(B, T + new)``."""
+        assert self.model is not None
+        return self.model.generate(batch["input_ids"], max_new_tokens=64, do_sample=True, temperature=0.8, top_p=0.95)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient norm as it is before clipping."""
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and its schedule over this network's parameter groups."""
+        assert self.model is not None
+        return self.optimization.configure(self.model, int(self.trainer.estimated_stepping_batches))
+
+    def _evaluate(self, split: str, batch: Any) -> None:
+        self.evaluation_loss[split].update(self.loss(batch), count_targets(batch))
+
+    def _log_evaluation(self, split: str) -> None:
+        metric = self.evaluation_loss[split]
+        loss = float(metric.compute())
+        metric.reset()
+        self.log_dict({f"{split}_{name}": value for name, value in self.evaluation_metrics(loss, split).items()},
+                      prog_bar=True)  # fmt: skip
+
+    def evaluation_metrics(self, loss: float, split: str) -> dict[str, float]:
+        """Return what is logged for a split, from its mean loss in nats."""
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
+        if bytes_per_token is not None:
+            metrics["bits_per_byte"] = bits_per_byte(loss, bytes_per_token(split))
+        return metrics

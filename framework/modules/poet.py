@@ -1,0 +1,111 @@
+"""POET pretraining (arXiv:2506.08001) as a LightningModule around any network."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import lightning as L
+import torch
+from torch import nn
+
+from orthotrain.callbacks.merge_rotations import MergeRotations
+from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
+from orthotrain.layers import PoetLinear, initialize_, replace_linears, select_linears
+from orthotrain.layers.centre import ActivationMode, Centre
+from orthotrain.layers.initialization import Initialization
+from orthotrain.models import ModelBuilder
+from orthotrain.modules.base import BaseModule
+from orthotrain.modules.optimization import Optimization
+from orthotrain.plugins import Parameterization
+from orthotrain.seeding import derive_seed, generator
+
+
+@dataclass
+class PoetLayers:
+    """Which linear layers become POET layers, and how.
+
+    Args:
+        block_size: Size of the rotated blocks on both sides of every layer.
+        parameterization: How generators become rotations; None for Cayley-Neumann of order 4.
+        include: Glob patterns on module names; each must match a linear layer.
+        exclude: Glob patterns taken out again. The output head is trained directly, as in the paper.
+        init: Frozen values: ``normalized`` (rows of norm 1, the paper's best) and ``standard`` (deviation 0.02) draw
+            new ones, ``keep`` takes those of the network (for pretrained weights).
+        centre: ``input``, ``weight``, or ``auto`` for the cheaper one in each layer.
+        activation_mode: ``fast`` keeps one activation more in each layer, ``mem`` recomputes it in backward.
+    """
+
+    block_size: int = 256
+    parameterization: Parameterization | None = None
+    include: list[str] = field(default_factory=lambda: ["*"])
+    exclude: list[str] = field(default_factory=lambda: ["*lm_head*"])
+    init: Initialization = "normalized"
+    centre: Centre = "auto"
+    activation_mode: ActivationMode = "fast"
+
+    def apply_(self, model: nn.Module, seed: int = 0) -> list[str]:
+        """Replace the chosen layers of ``model`` in place.
+
+        Values and permutations come from (seed, layer name): they are the same on every rank.
+
+        Returns:
+            The names of the replaced layers.
+
+        Raises:
+            ConfigurationError: See :func:`orthotrain.layers.replace_linears`.
+        """
+        names = {linear: name for name, linear in select_linears(model, self.include, self.exclude).items()}
+
+        def factory(linear: nn.Linear) -> PoetLinear:
+            name = names[linear]
+            initialize_(linear.weight, self.init, generator(seed, name, "frozen weight"))
+            return PoetLinear.from_linear(
+                linear,
+                self.block_size,
+                self.parameterization or "cayley_neumann",
+                centre=self.centre,
+                activation_mode=self.activation_mode,
+                seed=derive_seed(seed, name),
+            )
+
+        return replace_linears(model, self.include, self.exclude, factory)
+
+
+class PoetModule(BaseModule):
+    """Pretrain any network with POET: rotations of its frozen linear layers, everything else trained directly.
+
+    Subclass it and override :meth:`loss` for another objective.
+
+    Args:
+        model: The network, or what builds it.
+        layers: Which linear layers are rotated, and how.
+        merge_every: Optimizer steps between merges, T_m. The callback that merges is attached by the module.
+        optimization: Learning rates, weight decay, optimizer and schedule.
+        seed: Seed of frozen values and permutations.
+
+    Raises:
+        ConfigurationError: If ``merge_every`` is below 1; when the network is built, if a layer cannot be wrapped.
+    """
+
+    def __init__(
+        self,
+        model: ModelBuilder | nn.Module | Callable[[], nn.Module],
+        layers: PoetLayers | None = None,
+        merge_every: int = 400,
+        optimization: Optimization | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, optimization)
+        self.save_hyperparameters("merge_every", "seed")
+        self.layers = layers or PoetLayers()
+        self.merge_every = merge_every
+        self.seed = seed
+        self.wrapped_names: list[str] = []
+        MergeRotations(merge_every)
+
+    def wrap(self, model: nn.Module) -> None:
+        """Replace the chosen linear layers by POET layers."""
+        self.wrapped_names = self.layers.apply_(model, self.seed)
+
+    def configure_callbacks(self) -> Sequence[L.Callback]:
+        """Attach the merging: a POET run cannot forget it."""
+        return [MergeRotations(self.merge_every), OrthogonalityMonitor()]

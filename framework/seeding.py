@@ -1,0 +1,22 @@
+"""Seeds derived from names, so that every rank draws the same numbers and nothing is broadcast."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def derive_seed(*parts: str | int) -> int:
+    """Hash the parts into a 63-bit seed: equal on every machine, rank and Python version."""
+    digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(*parts: str | int) -> torch.Generator:
+    """Return a CPU generator seeded with :func:`derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+def draw_permutation(features: int, *parts: str | int) -> Tensor:
+    """Draw a permutation ``(features,)``, int64, on the CPU, from the hash of the parts."""
+    return torch.randperm(features, generator=generator(*parts))

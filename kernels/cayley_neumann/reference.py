@@ -1,0 +1,39 @@
+"""Cayley-Neumann displacement in plain PyTorch; README.md derives the recurrence and its gradient.
+
+With D_k the displacement of order k, D_k = 2(Q + Q^2) + Q^2 D_(k-2), from D_0 = Q or D_1 = 2Q + Q^2. No identity
+matrix is ever added, so zero generators give exactly zero and a small Q loses no digits.
+"""
+
+import torch
+from torch import Tensor
+
+
+def cayley_neumann_forward(skew: Tensor, order: int) -> Tensor:
+    """Return D = 2Q + ... + 2Q^order + Q^(order+1), shape ``(n, b, b)``, from Q of the same shape and dtype."""
+    q = skew.to(torch.promote_types(skew.dtype, torch.float32))
+    square = torch.bmm(q, q)
+    base = 2 * (q + square)
+    value = 2 * q + square if order % 2 else q
+    for _ in range(order // 2):
+        value = torch.baddbmm(base, square, value)
+    return value.to(skew.dtype)
+
+
+def cayley_neumann_backward(skew: Tensor, grad: Tensor, order: int) -> Tensor:
+    """Return dL/dQ from Q and dL/dD, all of shape ``(n, b, b)``.
+
+    D is a real polynomial in Q, so the adjoint of its derivative at Q is its derivative at Q^T: the recurrence is
+    run once more at Q^T together with its tangent in the direction dL/dD. Nothing of the forward is needed but Q.
+    """
+    dtype = torch.promote_types(skew.dtype, torch.float32)
+    q, tangent = skew.to(dtype).mT, grad.to(dtype)
+    square = torch.bmm(q, q)
+    square_tangent = torch.baddbmm(torch.bmm(q, tangent), tangent, q)
+    base, base_tangent = 2 * (q + square), 2 * (tangent + square_tangent)
+    value, value_tangent = (2 * q + square, 2 * tangent + square_tangent) if order % 2 else (q, tangent)
+    steps = order // 2
+    for step in range(steps):
+        value_tangent = torch.baddbmm(base_tangent, square, value_tangent).baddbmm_(square_tangent, value)
+        if step < steps - 1:
+            value = torch.baddbmm(base, square, value)
+    return value_tangent.to(skew.dtype)

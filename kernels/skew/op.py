@@ -1,0 +1,57 @@
+"""The public ``skew`` and its custom operator ``orthotrain::skew``."""
+
+import torch
+from torch import Tensor
+
+from orthotrain.kernels.skew import reference
+
+
+@torch.library.custom_op("orthotrain::skew", mutates_args=())
+def _skew(generators: Tensor, block_size: int) -> Tensor:
+    return reference.skew_forward(generators, block_size)
+
+
+@torch.library.custom_op("orthotrain::skew_backward", mutates_args=())
+def _skew_backward(grad: Tensor) -> Tensor:
+    return reference.skew_backward(grad)
+
+
+@_skew.register_fake
+def _(generators: Tensor, block_size: int) -> Tensor:
+    return generators.new_empty(generators.shape[0], block_size, block_size)
+
+
+@_skew_backward.register_fake
+def _(grad: Tensor) -> Tensor:
+    blocks, block_size, _ = grad.shape
+    return grad.new_empty(blocks, block_size * (block_size - 1) // 2)
+
+
+def _gradient(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    return _skew_backward(grad), None
+
+
+_skew.register_autograd(_gradient)
+
+
+def skew(generators: Tensor, block_size: int) -> Tensor:
+    """Arrange generators as skew-symmetric blocks.
+
+    Args:
+        generators: Shape ``(n, block_size * (block_size - 1) // 2)``, any floating dtype; a row holds the strict
+            upper triangle of one block, row-major.
+        block_size: Rows and columns of one block.
+
+    Returns:
+        Q of shape ``(n, block_size, block_size)`` in the dtype of the generators, with Q^T = -Q exactly.
+
+    Raises:
+        ValueError: The generators are not a matrix of that width.
+    """
+    width = block_size * (block_size - 1) // 2
+    if generators.ndim != 2 or generators.shape[1] != width:
+        raise ValueError(
+            f"generators of shape {tuple(generators.shape)} do not fit block_size={block_size}: "
+            f"a block of that size has {width} generators, so the shape must be (n, {width})"
+        )
+    return _skew(generators, block_size)

@@ -1,0 +1,33 @@
+"""Skew-symmetric blocks in plain PyTorch: the strict upper triangle, row by row, and its negative below.
+
+The two index vectors depend only on the block size, so they are built once per block size and device.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _triangles(block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the flat positions of the strict upper triangle, row-major, and of their mirror images."""
+    rows, columns = torch.triu_indices(block_size, block_size, offset=1, device=device)
+    return rows * block_size + columns, columns * block_size + rows
+
+
+def skew_forward(generators: Tensor, block_size: int) -> Tensor:
+    """Return Q, shape ``(n, block_size, block_size)``, from generators of shape ``(n, b(b-1)/2)``; Q^T = -Q exactly."""
+    blocks = generators.shape[0]
+    upper, lower = _triangles(block_size, generators.device)
+    flat = generators.new_zeros(blocks, block_size * block_size)
+    flat.index_copy_(1, upper, generators).index_copy_(1, lower, -generators)
+    return flat.view(blocks, block_size, block_size)
+
+
+def skew_backward(grad: Tensor) -> Tensor:
+    """Return dL/dgenerators, shape ``(n, b(b-1)/2)``, from dL/dQ, shape ``(n, b, b)``: upper minus mirrored lower."""
+    blocks, block_size, _ = grad.shape
+    upper, lower = _triangles(block_size, grad.device)
+    flat = grad.reshape(blocks, block_size * block_size)
+    return flat.index_select(1, upper) - flat.index_select(1, lower)

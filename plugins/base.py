@@ -1,0 +1,79 @@
+"""What an orthogonal parameterization is."""
+
+from abc import ABC, abstractmethod
+from inspect import signature
+from typing import Any
+
+from torch import Tensor
+
+
+class Parameterization(ABC):
+    """A smooth map from the generators of skew-symmetric blocks Q to (nearly) orthogonal blocks R.
+
+    A subclass keeps three promises. Zero generators give R = I exactly. To first order R = I + 2Q, whatever the map,
+    so that a learning rate means the same for every parameterization. And ``orthogonality_error`` bounds how far
+    R is from orthogonal. It holds no tensors: what it needs is in its constructor's arguments, which are plain values
+    (numbers, strings, booleans, None) kept in attributes of the same names.
+
+    The first line of a subclass's docstring is what ``orthotrain plugins`` prints.
+    """
+
+    registered_name: str | None = None
+    """Name given by ``@register``; None for a class that is not registered."""
+
+    @abstractmethod
+    def displacement(self, generators: Tensor, block_size: int) -> Tensor:
+        """Return D = R - I.
+
+        Args:
+            generators: Shape ``(n, number_of_generators(block_size))``, any floating dtype.
+            block_size: Rows and columns b of one block.
+
+        Returns:
+            D of shape ``(n, b, b)`` in the dtype of the generators, differentiable in them.
+
+        Raises:
+            ValueError: The generators do not fit the block size.
+        """
+
+    @abstractmethod
+    def orthogonality_error(self, norm: float) -> float:
+        """Bound max|R^T R - I| over the entries, in exact arithmetic; rounding comes on top.
+
+        Args:
+            norm: Bound of the spectral norm ||Q||_2 of every block.
+
+        Returns:
+            The bound: 0 for a map that is orthogonal at every norm.
+        """
+
+    def number_of_generators(self, block_size: int) -> int:
+        """Return the number of generators of one block: b(b-1)/2, the entries above its diagonal."""
+        return block_size * (block_size - 1) // 2
+
+    def config(self) -> dict[str, Any]:
+        """Return the plain values from which ``create`` builds an equal object, as checkpoints store them.
+
+        Returns:
+            ``{"class_path": name, "init_args": {...}}`` with the registered name, or for a class without one its
+            dotted import path.
+        """
+        cls = type(self)
+        # A subclass of a registered class is another map: it must not pass for its parent.
+        class_path = cls.__dict__.get("registered_name") or f"{cls.__module__}.{cls.__qualname__}"
+        return {
+            "class_path": class_path,
+            "init_args": {name: getattr(self, name) for name in signature(cls).parameters},
+        }
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.config()["init_args"].items())
+        return f"{type(self).__name__}({arguments})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Parameterization):
+            return NotImplemented
+        return type(self) is type(other) and self.config() == other.config()
+
+    def __hash__(self) -> int:
+        return hash((type(self), repr(self)))

@@ -1,0 +1,28 @@
+"""The exact Cayley transform."""
+
+from torch import Tensor
+
+from orthotrain.kernels.cayley import cayley
+from orthotrain.kernels.skew import skew
+from orthotrain.plugins.base import Parameterization
+from orthotrain.plugins.registry import register
+
+
+@register("cayley")
+class Cayley(Parameterization):
+    """Exact Cayley transform: orthogonal at every norm, at the price of a linear solve per block.
+
+    R = (I + Q)(I - Q)^-1, so D = 2Q (I - Q)^-1. An eigenvalue i theta of Q becomes (1 + i theta)/(1 - i theta), a
+    rotation by 2 arctan(theta): every rotation but those with an eigenvalue -1 is reached.
+
+    Source: the parameterization of OFT (arXiv:2306.07280) in the sign of POET (arXiv:2506.08001). PEFT's exact
+    Cayley is the transpose of this one.
+    """
+
+    def displacement(self, generators: Tensor, block_size: int) -> Tensor:
+        """Return D = 2Q (I - Q)^-1, shape ``(n, b, b)``; see the base class."""
+        return cayley(skew(generators, block_size))
+
+    def orthogonality_error(self, norm: float) -> float:
+        """Return 0: I + Q and (I - Q)^-1 commute, so R^T R = I at every norm."""
+        return 0.0

@@ -1,0 +1,144 @@
+"""The operators behind the parameterizations: their contracts with torch, what they save, and empty batches."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+from torch.library import opcheck
+
+from orthotrain.kernels.cayley import cayley
+from orthotrain.kernels.cayley_neumann import cayley_neumann
+from orthotrain.kernels.exponential import exponential, squarings
+from orthotrain.kernels.skew import skew
+
+OPS = {
+    "cayley": cayley,
+    "exponential": exponential,
+    **{f"cayley_neumann_{order}": lambda q, order=order: cayley_neumann(q, order) for order in (1, 2, 3, 4, 7)},
+}
+every = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_seed():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def random_skew(blocks, block_size, dtype=torch.float32, scale=0.1):
+    width = block_size * (block_size - 1) // 2
+    return skew(torch.randn(blocks, width, dtype=dtype) * scale, block_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_opcheck(dtype, blocks):
+    ops = torch.ops.orthotrain
+    q = random_skew(blocks, 4, dtype).requires_grad_()
+    grad = torch.randn(blocks, 4, 4, dtype=dtype)
+    opcheck(ops.skew, (torch.randn(blocks, 6, dtype=dtype, requires_grad=True), 4))
+    opcheck(ops.skew_backward, (grad,))
+    for order in (1, 4):
+        opcheck(ops.cayley_neumann, (q, order))
+        opcheck(ops.cayley_neumann_backward, (q.detach(), grad, order))
+    for name in ("cayley", "exponential"):
+        opcheck(getattr(ops, name), (q,))
+        opcheck(getattr(ops, f"{name}_backward"), (q.detach(), grad))
+
+
+@given(blocks=st.integers(0, 4), block_size=st.integers(1, 20), dtype=st.sampled_from([torch.float64, torch.bfloat16]))
+@settings(max_examples=50, deadline=None)
+def test_skew_is_antisymmetric_and_row_major(blocks, block_size, dtype):
+    width = block_size * (block_size - 1) // 2
+    generators = torch.randn(blocks, width, dtype=dtype)
+    q = skew(generators, block_size)
+    assert torch.equal(q.mT, -q)
+    for block, row in zip(q, generators, strict=True):
+        above = [block[i, j] for i in range(block_size) for j in range(i + 1, block_size)]
+        assert above == list(row)
+
+
+@pytest.mark.parametrize("shape", [(10,), (2, 9), (2, 3, 10), (2, 11)])
+def test_skew_refuses_generators_that_do_not_fit(shape):
+    with pytest.raises(ValueError, match=r"do not fit block_size=5: .* 10 generators"):
+        skew(torch.zeros(shape), 5)
+
+
+def test_cayley_neumann_refuses_order_zero():
+    with pytest.raises(ValueError, match="order must be at least 1, got 0"):
+        cayley_neumann(torch.zeros(1, 2, 2), 0)
+
+
+@every
+def test_gradient_holds_for_any_matrix(op):
+    # The gradient with respect to Q as a free matrix, not only along skew directions.
+    assert gradcheck(op, ((torch.randn(2, 4, 4, dtype=torch.float64) * 0.2).requires_grad_(),))
+
+
+@every
+def test_strided_operands(op):
+    # Autograd passes broadcast gradients of stride 0, and a caller may pass a transposed Q.
+    q = random_skew(2, 6, torch.float64)
+    strided, dense = q.mT.requires_grad_(), q.mT.contiguous().requires_grad_()
+    op(strided).sum().backward()
+    grad = torch.ones(2, 6, 6, dtype=torch.float64)
+    op(dense).backward(grad)
+    torch.testing.assert_close(strided.grad, dense.grad, rtol=0, atol=1e-15 * 36)
+
+
+@every
+def test_one_tensor_is_saved_for_backward(op):
+    saved = []
+    q = random_skew(2, 6).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        displacement = op(q)
+    assert [tensor.data_ptr() for tensor in saved] == [(displacement if op is cayley else q).data_ptr()]
+
+
+def test_skew_saves_nothing():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        skew(torch.randn(2, 6, requires_grad=True), 4)
+    assert saved == []
+
+
+@every
+def test_no_blocks(op):
+    generators = torch.zeros(0, 6, requires_grad=True)
+    displacement = op(skew(generators, 4))
+    displacement.sum().backward()
+    assert displacement.shape == (0, 4, 4)
+    assert generators.grad.shape == (0, 6)
+
+
+@every
+def test_a_meta_tensor_gives_a_meta_displacement(op):
+    displacement = op(skew(torch.empty(3, 6, device="meta"), 4))
+    assert displacement.device.type == "meta"
+    assert displacement.shape == (3, 4, 4)
+
+
+@every
+def test_small_rotations_keep_their_digits(op):
+    q = random_skew(2, 8, scale=1e-6)
+    # To first order D = 2Q: forming R in fp32 first would leave D an absolute error of 6e-8, a tenth of its size.
+    torch.testing.assert_close(op(q), 2 * q, rtol=0, atol=1e-4 * q.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("norm", [0.5, 1.5708, 3.0])
+def test_exponential_is_exact_up_to_norm_three(dtype, norm):
+    q = random_skew(2, 16, torch.float64)
+    q = (q * (norm / torch.linalg.matrix_norm(q, ord=2).view(-1, 1, 1))).to(dtype)
+    # iQ is Hermitian: its eigenvalues w turn into those of D without any series.
+    angles, vectors = torch.linalg.eigh(1j * q.double())
+    expected = (vectors @ torch.diag_embed(torch.expm1(-2j * angles)) @ vectors.mH).real
+    error = torch.linalg.matrix_norm(exponential(q).double() - expected, ord=2).max().item()
+    eps = torch.finfo(dtype).eps
+    # Truncation, below eps relative to ||2Q||, and one rounding for each squaring, doubled by those that follow.
+    assert error < (2 * norm + 2 ** squarings(dtype)) * eps
+    assert error < 40 * eps

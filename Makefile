@@ -11,7 +11,8 @@ fit: $(VENV)/.installed
 	$(BIN)/orthotrain fit -c pretrain/quickstart.yaml
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+	# not `python -m pytest`: that puts this folder on the path, where kernels/ shadows the Hugging Face package
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests
 
 lint: $(VENV)/.installed-test typing-tree
 	$(BIN)/ruff check .

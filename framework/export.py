@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from orthotrain.checkpoint import compare_state, read_checkpoint

@@ -3,17 +3,27 @@
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from torch.optim.lr_scheduler import LRScheduler
 
-import orthotrain.callbacks  # noqa: F401  short class names in YAML are those of imported classes
+import orthotrain.callbacks
 import orthotrain.data
-import orthotrain.plugins
 import orthotrain.schedules  # noqa: F401
 from orthotrain.callbacks.sample_writer import SampleWriter
 from orthotrain.config_errors import one_line
 from orthotrain.errors import ConfigurationError
-from orthotrain.modules import BaseModule
+from orthotrain.models import ModelBuilder
+from orthotrain.modules import BaseModule, Optimization, PoetLayers
+from orthotrain.plugins import Parameterization
+
+CONFIGURABLE = (
+    BaseModule, ModelBuilder, Optimization, PoetLayers, Parameterization, L.LightningDataModule, L.Callback, L.Trainer,
+    Logger, LRScheduler, torch.optim.Optimizer,
+)  # fmt: skip
+"""What a config names by class: their subclasses and arguments are what a misspelt name is compared with."""
 
 
 class OneLineParser(LightningArgumentParser):
@@ -21,7 +31,12 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise what ``main`` prints: the innermost cause, not the whole tree of attempts."""
-        raise ConfigurationError(one_line(message)) from ex
+        options = [option for parser in self._parsers() for option in parser._option_string_actions]
+        raise ConfigurationError(one_line(message, CONFIGURABLE, options)) from ex
+
+    def _parsers(self) -> list["OneLineParser"]:
+        commands = self._subcommands_action.choices.values() if self._subcommands_action else []
+        return [self, *commands]
 
 
 class OrthotrainCLI(LightningCLI):
@@ -47,8 +62,23 @@ class OrthotrainCLI(LightningCLI):
             run=run,
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse without LightningCLI's warning about arguments that do not come from ``sys.argv``."""
+        self.config = parser.parse_args(args)
+
     def _parse_ckpt_path(self) -> None:
         """Leave the config as the user wrote it (LightningCLI would lay the checkpoint's arguments over it)."""
+
+    def instantiate_classes(self) -> None:
+        """Build module, data and trainer; what their constructors refuse comes out as one line."""
+        try:
+            super().instantiate_classes()
+        except ConfigurationError:
+            raise
+        except ValueError as error:
+            if "Does not validate against" not in str(error):
+                raise
+            raise ConfigurationError(one_line(str(error), CONFIGURABLE)) from error
 
     def after_instantiate_classes(self) -> None:
         """Store the model's part of the config as its hyper-parameters."""
@@ -68,5 +98,7 @@ class PlanCLI(OrthotrainCLI):
         """Plan."""
         from orthotrain.plan import plan_run
 
-        trainer = self.config["trainer"]
-        self.plan = plan_run(self.model, self.config["data"].get("init_args", {}), trainer["precision"])
+        data = self.config["data"]["init_args"]
+        self.plan = plan_run(
+            self.model, data["batch_size"], data["sequence_length"], self.config["trainer"]["precision"]
+        )

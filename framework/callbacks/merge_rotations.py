@@ -34,7 +34,9 @@ class MergeRotations(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a model without a layer to merge."""
         if next(mergeable_layers(pl_module), None) is None:
-            raise ConfigurationError("MergeRotations found no mergeable layer: wrap the model with replace_linears first")
+            raise ConfigurationError(
+                "MergeRotations found no layer to merge: wrap the model with replace_linears first"
+            )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

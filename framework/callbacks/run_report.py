@@ -1,5 +1,6 @@
 """What a run has done, in a few lines and one picture."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from orthotrain.layers.mergeable import mergeable_layers
 class RunReport(L.Callback):
     """Print a summary and draw the curves when fitting ends; both lie in the run folder.
 
-    The loss before training is that of the trainer's sanity check: set ``num_sanity_val_steps: -1`` for the whole
-    validation split. What was seen is part of the checkpoint, so a resumed run reports from the first step on.
+    The values lie in ``summary.json`` too. The loss before training is that of the trainer's sanity check: set
+    ``num_sanity_val_steps: -1`` for the whole validation split. What was seen is
+    part of the checkpoint, so a resumed run reports from the first step on.
 
     Args:
         prompt: Text to continue in the sample; empty for no sample.
@@ -60,7 +62,10 @@ class RunReport(L.Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         text = "\n".join(self._lines(trainer, pl_module, folder))
-        (folder / "summary.txt").write_text(text + "\n")
+        (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
+        after = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
+        values = {"steps": trainer.global_step, "before": self.before, "after": after, "curves": self.curves}
+        (folder / "summary.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
         print("\n" + text, flush=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -139,7 +144,9 @@ def draw_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> Path:
     axes = figure.add_subplot()
     for name, points in curves.items():
         if points:
-            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), marker="o" if len(points) < 20 else None)
+            axes.plot(
+                *zip(*points, strict=True), label=name.replace("_", " "), marker="o" if len(points) < 20 else None
+            )
     axes.set(xlabel="optimizer step", ylabel="nats per token")
     axes.grid(alpha=0.3)
     if any(curves.values()):

@@ -23,7 +23,9 @@ class Throughput(L.Callback):
         """Tokens per second over all training steps so far."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
 

@@ -18,13 +18,7 @@ from orthotrain.errors import ConfigurationError
 
 SPLITS = ("train", "val", "test")
 TOKENIZER_SAMPLE_BYTES = 32 << 20
-_CHUNK_CHARACTERS = 4 << 20
-
-
-def _uniform(*parts: object) -> float:
-    """A number in [0, 1) that depends on the values only, not on the machine or on Python's hash seed."""
-    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") / 2**64
+_CHUNK_CHARACTERS = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,8 @@ class Splitter:
 
     def __call__(self, document: Document) -> str:
         """``train``, ``val`` or ``test``, from the document's key and the seed alone."""
-        place = _uniform("split", self.seed, document.key)
+        digest = hashlib.sha256(f"split\0{self.seed}\0{document.key}".encode()).digest()
+        place = int.from_bytes(digest[:8], "little") / 2**64
         if place < self.val_fraction:
             return "val"
         return "test" if place < self.val_fraction + self.test_fraction else "train"
@@ -55,12 +50,14 @@ def learn_tokenizer(corpus: Corpus, splitter: Splitter, vocab_size: int) -> PreT
     share = 1.0 if size is None else TOKENIZER_SAMPLE_BYTES / max(size, 1)
 
     def sample() -> Iterator[str]:
-        read = 0
+        taken = seen = 0
         for document in corpus.documents():
-            if splitter(document) == "train" and (share >= 1 or _uniform("sample", document.key) < share):
-                yield document.text
-                read += len(document.text)
-            if read >= TOKENIZER_SAMPLE_BYTES:
+            if splitter(document) == "train":
+                if taken <= share * seen:
+                    yield document.text
+                    taken += len(document.text)
+                seen += len(document.text)
+            if taken >= TOKENIZER_SAMPLE_BYTES:
                 return
 
     total = None if size is None else min(size, TOKENIZER_SAMPLE_BYTES)
@@ -84,7 +81,7 @@ def build_caches(
 ) -> None:
     """Tokenize every document once and write ``train.tokens``, ``val.tokens`` and ``test.tokens``.
 
-    Memory is bounded by a chunk of 4 MiB of text (or one row), whatever the size of the corpus.
+    Memory is bounded by a chunk of 2 MiB of text (or one row), whatever the size of the corpus.
 
     Args:
         corpus: The documents.
@@ -131,7 +128,11 @@ def _encode_chunk(
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    encodings = backend.encode_batch_fast([document.text for document in chunk], add_special_tokens=False)
+    backend.encode_special_tokens = True  # "<|endoftext|>" written in a document is text, not the end of it
+    try:
+        encodings = backend.encode_batch_fast([document.text for document in chunk], add_special_tokens=False)
+    finally:
+        backend.encode_special_tokens = False
     for document, encoding in zip(chunk, encodings, strict=True):
         tokens = encoding.ids
         if document.complete:

@@ -2,12 +2,13 @@
 
 import codecs
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from orthotrain.errors import ConfigurationError
 
@@ -15,7 +16,9 @@ TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".json", ".parquet")
 """What can be read; all but ``.parquet`` also with ``.gz`` behind."""
 
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 256 << 10
+"""Longer texts come in pieces: tokenizing takes a hundred times their memory, and works on pieces in parallel."""
+
 MAX_ROW_BYTES = 256 << 20
 
 
@@ -60,7 +63,7 @@ def read_documents(path: Path, name: str, text_column: str) -> Iterator[Document
         text_column: The key that holds the text in rows of jsonl, json and parquet.
 
     Yields:
-        Non-empty documents; texts over 8 MiB come in pieces cut at line ends.
+        Non-empty documents; texts over 256 KiB come in pieces cut at line ends.
 
     Raises:
         ConfigurationError: Binary or undecodable content, bad JSON, a row without the text, a damaged archive.
@@ -70,7 +73,7 @@ def read_documents(path: Path, name: str, text_column: str) -> Iterator[Document
         if suffix == ".parquet":
             yield from _read_parquet(path, text_column)
             return
-        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        with _open(path) as file:
             if suffix == ".jsonl":
                 yield from _read_jsonl(file, path, text_column)
             elif suffix == ".json":
@@ -81,6 +84,10 @@ def read_documents(path: Path, name: str, text_column: str) -> Iterator[Document
         raise ConfigurationError(f"{path}: damaged gzip file ({error}); write it again or leave it out") from error
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
 def _read_text(file: BinaryIO, path: Path, name: str) -> Iterator[Document]:
@@ -182,7 +189,11 @@ def _row_document(row: Any, text_column: str, whole: str, number: int) -> Iterat
             f"{whole}, row {number}: {text_column!r} holds a lone surrogate at character {error.start}, which UTF-8 "
             "cannot store; remove it"
         ) from error
-    if text:
+    if len(text) > PIECE_BYTES:
+        name = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+        for end in range(PIECE_BYTES, len(text) + PIECE_BYTES, PIECE_BYTES):
+            yield Document(name, text[end - PIECE_BYTES : end], complete=end >= len(text))
+    elif text:
         yield Document(None, text)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -92,7 +91,7 @@ class EpochProgress:
     @property
     def processed(self) -> int:
         """Batches of this epoch that training has finished."""
-        return self._trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return self._trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
 
     @property
     def complete(self) -> bool:
@@ -165,36 +164,3 @@ class ResumableLoader(DataLoader):
             )
         self._pending = {"epoch": state["epoch"], "batches": state["batches"]}
         self._started = None
-
-
-class EvalBatches(DistributedSampler):
-    """Lists of windows for one of several ranks: all windows once, in order, the same number of batches on each rank.
-
-    PyTorch's own sampler repeats windows to make ranks equal, which biases a metric; unequal batch counts would hang
-    collectives. Here the last round shares what is left evenly, with up to one window more than ``batch_size`` in a
-    batch where the rest alone would leave a rank without any.
-
-    Args:
-        windows: Number of windows.
-        batch_size: Windows of one batch on one rank.
-        rank: This rank.
-        world_size: Number of ranks.
-    """
-
-    def __init__(self, windows: int, batch_size: int, rank: int, world_size: int) -> None:
-        super().__init__(range(windows), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        if windows < world_size:
-            raise ConfigurationError(f"{windows} windows cannot be shared by {world_size} ranks; use fewer devices")
-        full, rest = divmod(windows, batch_size * world_size)
-        if full and rest < world_size:
-            full, rest = full - 1, rest + batch_size * world_size
-        edges = [number * batch_size for number in range(full * world_size)]
-        edges += [windows - rest + rest * number // world_size for number in range(world_size + 1)]
-        batches = [list(range(start, end)) for start, end in pairwise(edges)]
-        self.batches = batches[rank::world_size]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
-        return iter(self.batches)

@@ -14,7 +14,10 @@ from orthotrain.data.readers import SUFFIXES, Document, is_readable, read_docume
 from orthotrain.errors import ConfigurationError
 
 PYTHON_STDLIB = "python-stdlib"
-_STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+CACHE_MARK = ".orthotrain.lock"
+"""The file that marks a folder of token caches."""
+
+_STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _FORMATS = " ".join(SUFFIXES) + " (or .gz)"
 
@@ -184,6 +187,9 @@ def _standard_library() -> Iterator[tuple[Path, str]]:
 
 def _walk(root: Path, skipped: set[str]) -> Iterator[tuple[Path, str]]:
     for folder, folders, files in os.walk(root):
+        if CACHE_MARK in files:  # a cache inside its own source would feed on itself
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if name not in skipped)
         for file in sorted(files):
             path = Path(folder, file)
@@ -198,7 +204,8 @@ def _folder(root: Path) -> list[tuple[Path, str]]:
 
 
 def _glob(pattern: str) -> list[tuple[Path, str]]:
-    paths = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match))
+    matches = (Path(match) for match in glob.glob(pattern, recursive=True))
+    paths = sorted(path for path in matches if path.is_file() and not (path.parent / CACHE_MARK).exists())
     if not paths:
         raise ConfigurationError(f"source {pattern!r}: the glob matches no file (looked in {Path.cwd()})")
     parts = Path(pattern).parts

@@ -1,19 +1,35 @@
 """The folder of one prepared corpus: a tokenizer and three token caches, built once however many processes ask."""
 
 import contextlib
+import hashlib
+import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data.building import SPLITS, Splitter, build_caches, learn_tokenizer
-from orthotrain.data.sources import Corpus
-from orthotrain.data.token_cache import CorruptCacheError, TokenCache
+from orthotrain.data.sources import CACHE_MARK, Corpus, location
+from orthotrain.data.token_cache import VERSION, CorruptCacheError, TokenCache
 from orthotrain.data.tokenizers import fingerprint, load_tokenizer, load_trained_tokenizer
 from orthotrain.errors import ConfigurationError
+
+
+def folder_name(sources: list[str], settings: dict[str, Any]) -> str:
+    """A name for the prepared corpus: readable, and another one for each combination of what decides its content.
+
+    Args:
+        sources: The sources as the user gave them.
+        settings: Plain values.
+    """
+    key = json.dumps([[location(name) for name in sources], settings, VERSION], sort_keys=True)
+    label = re.sub(r"[^\w.-]+", "-", " ".join(sources))[:40].strip("-.")
+    return f"{label}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
 def prepare_folder(
@@ -57,7 +73,7 @@ def prepare_folder(
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / CACHE_MARK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -1,32 +1,32 @@
 """`TextData`: the pretraining data of a run, from a source of text to batches of packed tokens."""
 
-import hashlib
-import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data.building import SPLITS, Splitter
-from orthotrain.data.sampling import EpochProgress, EvalBatches, ResumableLoader, TokenWindows, TrainSampler
-from orthotrain.data.sources import location, open_corpus
-from orthotrain.data.store import prepare_folder
+from orthotrain.data.evaluation import EvalBatches, document_beginnings
+from orthotrain.data.sampling import EpochProgress, ResumableLoader, TokenWindows, TrainSampler
+from orthotrain.data.sources import open_corpus
+from orthotrain.data.store import folder_name, prepare_folder
 from orthotrain.data.streaming import StreamLoader, TokenStream
-from orthotrain.data.token_cache import VERSION, TokenCache
-from orthotrain.data.tokenizers import check_vocabulary_size, fingerprint, tokenizer_state
+from orthotrain.data.token_cache import TokenCache
+from orthotrain.data.tokenizers import check_same_tokenizer, check_vocabulary_size, fingerprint, tokenizer_state
 from orthotrain.errors import ConfigurationError
 
 STREAM_HEAD_BYTES = 64 << 20
 """How much of a stream is read to train the tokenizer and to set validation and test documents aside."""
 
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": (), None: SPLITS}
-_PROMPTS, _PROMPT_TOKENS = 8, 32
+_DECIDES_CONTENT = (
+    *("text_column", "streaming", "tokenizer", "vocab_size"),
+    *("val_fraction", "test_fraction", "seed", "limit_bytes"),
+)
 
 
 class TextData(LightningDataModule):
@@ -87,8 +87,13 @@ class TextData(LightningDataModule):
         self._caches: dict[str, TokenCache] = {}
         self._restored: dict[str, Any] = {}
 
+    @property
+    def _given(self) -> Any:
+        """The constructor's arguments."""
+        return self.hparams
+
     def _check_arguments(self) -> None:
-        given = self.hparams
+        given = self._given
         if given.tokenizer is None:
             check_vocabulary_size(self.vocab_size)
         for name, least in (("sequence_length", 1), ("batch_size", 1), ("num_workers", 0), ("limit_bytes", 1)):
@@ -108,18 +113,14 @@ class TextData(LightningDataModule):
     @property
     def cache_folder(self) -> Path:
         """Folder of this corpus: one for each combination of the settings that decide its content."""
-        given = self.hparams
+        given = self._given
         sources = [given.source] if isinstance(given.source, str) else given.source
-        names = ("text_column", "streaming", "tokenizer", "vocab_size", "seed", "val_fraction", "test_fraction")
-        key = [[location(name) for name in sources], [given[name] for name in names], given.limit_bytes, VERSION]
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-        label = re.sub(r"[^\w.-]+", "-", " ".join(sources))[:40].strip("-.")
         root = Path(given.cache_dir or os.environ.get("ORTHOTRAIN_CACHE") or "~/.cache/orthotrain")
-        return root.expanduser() / f"{label}-{digest[:16]}"
+        return root.expanduser() / folder_name(sources, {name: given[name] for name in _DECIDES_CONTENT})
 
     def prepare_data(self) -> None:
         """Train the tokenizer and write the token caches, unless they are there and made from the same inputs."""
-        given = self.hparams
+        given = self._given
         limit = given.limit_bytes
         if given.streaming:
             limit = min(limit or STREAM_HEAD_BYTES, STREAM_HEAD_BYTES)
@@ -138,7 +139,8 @@ class TextData(LightningDataModule):
         """
         if self._tokenizer is None:
             self.prepare_data()
-        self._check_restored()
+        if self._restored:
+            check_same_tokenizer(self._restored, self.tokenizer, self.vocab_size)
         if stage in ("validate", "test") and not self._has(name := "val" if stage == "validate" else "test"):
             raise ConfigurationError(f"{name}_fraction 0: there is no {name} split; set {name}_fraction above 0")
         for split in _STAGE_SPLITS[stage]:
@@ -146,19 +148,17 @@ class TextData(LightningDataModule):
                 self._check_length(split)
 
     def _has(self, split: str) -> bool:
-        return split == "train" or self.hparams[f"{split}_fraction"] > 0
+        return split == "train" or self._given[f"{split}_fraction"] > 0
 
     def _check_length(self, split: str) -> None:
         windows = len(self._windows(split))
         needed = self.batch_size * self._world_size if split == "train" else 1
-        if self.hparams.streaming and split == "train":
-            needed = 1
         if windows < needed:
-            more = f"{split}_fraction" if split != "train" else "batch_size, lower val_fraction and test_fraction"
+            remedy = "lower batch_size" if split == "train" else f"raise {split}_fraction"
             raise ConfigurationError(
-                f"the {split} split has {self._cache(split).metadata.tokens} tokens, {windows} sequences of "
-                f"sequence_length {self.sequence_length}; at least {needed} are needed: give more text, lower "
-                f"sequence_length or " + (f"raise {more}" if split != "train" else f"{more}")
+                f"the {split} split has {self._cache(split).metadata.tokens} tokens, enough for {windows} sequences of "
+                f"sequence_length {self.sequence_length}, but needs {needed}: give more text, lower sequence_length or "
+                f"{remedy}"
             )
 
     def _cache(self, split: str) -> TokenCache:
@@ -192,7 +192,7 @@ class TextData(LightningDataModule):
     @property
     def train_tokens(self) -> int | None:
         """Tokens of the train split; ``None`` for a stream, whose end is not known."""
-        return None if self.hparams.streaming else self._cache("train").metadata.tokens
+        return None if self._given.streaming else self._cache("train").metadata.tokens
 
     def bytes_per_token(self, split: str) -> float:
         """UTF-8 bytes of a split's text over its tokens (for a stream: of its first 64 MiB).
@@ -209,7 +209,7 @@ class TextData(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Batches of static shape in the order of (seed, epoch); see `TrainSampler` and `TokenStream`."""
-        given, rank, ranks = self.hparams, self._rank, self._world_size
+        given, rank, ranks = self._given, self._rank, self._world_size
         loader: ResumableLoader | StreamLoader
         if given.streaming:
             corpus = open_corpus(given.source, given.text_column, True, given.limit_bytes)
@@ -227,7 +227,7 @@ class TextData(LightningDataModule):
 
     @property
     def _loader_options(self) -> dict[str, Any]:
-        workers = self.hparams.num_workers
+        workers = self._given.num_workers
         return {
             "batch_size": self.batch_size,
             "num_workers": workers,
@@ -245,31 +245,22 @@ class TextData(LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader:
         windows, options = self._windows(split), self._loader_options
-        if self._world_size > 1 and not self.trainer.overfit_batches:
+        if self.trainer is not None and self.trainer.world_size > 1 and not self.trainer.overfit_batches:  # type: ignore[attr-defined]
             batches = EvalBatches(len(windows), self.batch_size, self._rank, self._world_size)
             return DataLoader(windows, sampler=batches, **options | {"batch_size": None})
         return DataLoader(windows, **options)
 
     def predict_dataloader(self) -> DataLoader:
         """One prompt a batch, ``{"input_ids"}`` of shape ``(1, length)``: texts to continue."""
-        texts = self.hparams.predict_prompts
+        texts = self._given.predict_prompts
         if texts:
             prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
             if [] in prompts:
                 raise ConfigurationError(f"predict_prompts: prompt {prompts.index([]) + 1} is empty; give it some text")
-        else:
-            prompts = self._held_out_beginnings()
+        else:  # without held-out text the train split must do
+            split = next(name for name in ("test", "val", "train") if self._has(name))
+            prompts = document_beginnings(self._cache(split), self.tokenizer.eos_token_id)
         return DataLoader([{"input_ids": torch.tensor(prompt)} for prompt in prompts], batch_size=1)  # type: ignore[arg-type]
-
-    def _held_out_beginnings(self) -> list[list[int]]:
-        """The first tokens of the first documents of the test split, or of val where there is no test."""
-        split = "test" if self._has("test") else "val" if self._has("val") else "train"
-        tokens = self._cache(split).tokens
-        ends = np.flatnonzero(tokens == self.tokenizer.eos_token_id)
-        starts = [0, *(ends + 1).tolist()]
-        pairs = zip(starts, ends.tolist(), strict=False)
-        documents = [tokens[start : min(end, start + _PROMPT_TOKENS)].tolist() for start, end in pairs if end > start]
-        return documents[:_PROMPTS]
 
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer and the settings as plain values; `tokenizer_from_state` reads the tokenizer back."""
@@ -283,16 +274,4 @@ class TextData(LightningDataModule):
         """
         self._restored = state_dict
         if self._tokenizer is not None:
-            self._check_restored()
-
-    def _check_restored(self) -> None:
-        saved = self._restored.get("tokenizer_fingerprint")
-        if saved is None or saved == self.tokenizer_fingerprint:
-            return
-        was = self._restored["settings"]
-        raise ConfigurationError(
-            f"the tokenizer of this run (vocab {self.vocab_size}, sha {self.tokenizer_fingerprint[:12]}) differs from "
-            f"the checkpoint's (vocab {self._restored['vocab_size']}, sha {saved[:12]}): set tokenizer to the one "
-            f"exported with the checkpoint, or use what it was trained from: source {was['source']!r}, vocab_size "
-            f"{was['vocab_size']}, seed {was['seed']}"
-        )
+            check_same_tokenizer(state_dict, self._tokenizer, self.vocab_size)

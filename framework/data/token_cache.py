@@ -25,7 +25,7 @@ FULL_CHECK_BYTES = 1 << 30
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 20
 _PREFIX = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
-_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 class CorruptCacheError(ConfigurationError):

@@ -95,7 +95,7 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerFast:
     path = Path(name).expanduser()
     try:
         if path.is_file():
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+            tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
         else:
             tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
     except Exception as error:  # tokenizers raises bare Exception, the hub client many types
@@ -179,3 +179,25 @@ def tokenizer_from_state(state: dict[str, Any]) -> PreTrainedTokenizerFast:
         )
     tokenizer.chat_template = state.get("chat_template")
     return tokenizer
+
+
+def check_same_tokenizer(state: dict[str, Any], tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+    """See that a checkpoint was trained with this run's tokenizer: with another one its embedding means other tokens.
+
+    Args:
+        state: ``TextData.state_dict()`` from the checkpoint.
+        tokenizer: This run's tokenizer.
+        vocab_size: This run's vocabulary.
+
+    Raises:
+        ConfigurationError: The two differ.
+    """
+    saved, found = str(state.get("tokenizer_fingerprint")), fingerprint(tokenizer)
+    if saved != found:
+        settings = state.get("settings", {})
+        inputs = ", ".join(f"{name} {settings.get(name)!r}" for name in ("source", "vocab_size", "seed"))
+        raise ConfigurationError(
+            f"the tokenizer of this run (vocab {vocab_size}, sha {found[:12]}) differs from the checkpoint's (vocab "
+            f"{state.get('vocab_size')}, sha {saved[:12]}): set tokenizer to the one exported with the checkpoint, or "
+            f"use what it was trained from: {inputs}"
+        )

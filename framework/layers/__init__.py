@@ -4,15 +4,27 @@ from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight
 from orthotrain.layers.initialization import initialize_
 from orthotrain.layers.mergeable import Mergeable, mergeable_layers
+from orthotrain.layers.oft_conv2d import OftConv2d
+from orthotrain.layers.oft_embedding import OftEmbedding
+from orthotrain.layers.oft_linear import OftLinear
+from orthotrain.layers.oft_rotation import OftRotation
 from orthotrain.layers.poet_linear import PoetLinear
+from orthotrain.layers.quantized_weight import Int8Weight, Nf4Weight, QuantizedWeight
 from orthotrain.layers.surgery import replace_linears, select_linears, unwrap_mergeables
 
 __all__ = [
     "BlockRotation",
     "DenseWeight",
     "FrozenWeight",
+    "Int8Weight",
     "Mergeable",
+    "Nf4Weight",
+    "OftConv2d",
+    "OftEmbedding",
+    "OftLinear",
+    "OftRotation",
     "PoetLinear",
+    "QuantizedWeight",
     "initialize_",
     "mergeable_layers",
     "replace_linears",

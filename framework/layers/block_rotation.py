@@ -14,8 +14,8 @@ from orthotrain.plugins import Parameterization, create
 class BlockRotation(nn.Module):
     """``x @ R`` with ``n`` learned blocks of size ``b`` on the first ``n * b`` permuted coordinates.
 
-    Block-stochastic POET (arXiv:2506.08001, section 3) is ``n = floor(d / b)``: coordinates left over pass through until
-    the next permutation covers them. Fully stochastic POET is ``n = 1``. OFT is the case without a permutation.
+    Block-stochastic POET (arXiv:2506.08001, section 3) is ``n = floor(d / b)``: coordinates left over pass through
+    until the next permutation covers them. Fully stochastic POET is ``n = 1``. OFT is the case without a permutation.
 
     The generators are trained, start at zero (the identity), and stay in fp32 when the module is cast to a 16-bit type:
     a bf16 generator would lose the updates of a small learning rate.
@@ -26,6 +26,7 @@ class BlockRotation(nn.Module):
         parameterization: A :class:`Parameterization`, a registered name, or ``{"class_path": ..., "init_args": ...}``.
         blocks: Number of blocks ``n``; None for as many as fit.
         permutation: ``(d,)`` int64, or None for the natural order.
+        shared: Whether one row of generators serves all blocks.
 
     Raises:
         ConfigurationError: If no block of this size fits, naming the sizes that do.
@@ -40,6 +41,8 @@ class BlockRotation(nn.Module):
         parameterization: Parameterization | str | dict[str, Any] = "cayley_neumann",
         blocks: int | None = None,
         permutation: Tensor | None = None,
+        *,
+        shared: bool = False,
     ) -> None:
         super().__init__()
         check_block_size(features, block_size)
@@ -52,13 +55,16 @@ class BlockRotation(nn.Module):
             )
         self.parameterization = create(parameterization)
         width = block_size * (block_size - 1) // 2
-        self.generators = nn.Parameter(torch.zeros(self.blocks, width, dtype=torch.float32))
+        self.generators = nn.Parameter(torch.zeros(1 if shared else self.blocks, width, dtype=torch.float32))
         self.register_buffer("permutation", permutation)
 
     def displacement(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``D = R - I``, ``(n, b, b)``, computed in the generators' dtype and cast to ``dtype``."""
         displacement = self.parameterization.displacement(self.generators, self.block_size)
-        return displacement if dtype is None else displacement.to(dtype)
+        displacement = displacement if dtype is None else displacement.to(dtype)
+        if displacement.shape[0] == self.blocks:
+            return displacement
+        return displacement.expand(self.blocks, -1, -1).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ R`` for ``x (..., d)``, in the dtype of ``x``."""
@@ -76,7 +82,8 @@ class BlockRotation(nn.Module):
     def extra_repr(self) -> str:
         """Describe the blocks in one line."""
         order = "permuted" if self.permutation is not None else "natural order"
-        return f"{self.features}, blocks={self.blocks} x {self.block_size}, {self.parameterization!r}, {order}"
+        shared = ", shared" if self.generators.shape[0] < self.blocks else ""
+        return f"{self.features}, blocks={self.blocks} x {self.block_size}{shared}, {self.parameterization!r}, {order}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.generators.detach()
@@ -86,14 +93,13 @@ class BlockRotation(nn.Module):
         return self
 
 
-def check_block_size(features: int, block_size: int, name: str = "layer") -> None:
+def check_block_size(features: int, block_size: int) -> None:
     """Refuse a block size that cannot rotate ``features`` coordinates.
 
     Raises:
-        ConfigurationError: Naming the layer, both sizes and what would work.
+        ConfigurationError: Naming the size and what would work.
     """
     if isinstance(block_size, bool) or not isinstance(block_size, int) or not 2 <= block_size <= features:
         raise ConfigurationError(
-            f"block_size={block_size!r} does not fit {name} with {features} features: "
-            f"take an integer from 2 (one rotation angle a block) to {features}"
+            f"block_size={block_size!r} does not fit {features} features: take an integer from 2 to {features}"
         )

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.fold import fold
-from orthotrain.layers.block_rotation import BlockRotation
+from orthotrain.layers.block_rotation import BlockRotation, check_block_size
 from orthotrain.layers.centre import ActivationMode, Centre, check_choice, choose_centre
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight
 from orthotrain.plugins import Parameterization, create
@@ -84,6 +84,7 @@ class PoetLinear(nn.Module):
             ConfigurationError: If the block size does not fit, naming what would work.
         """
         out_features, in_features = linear.weight.shape
+        check_block_size(min(in_features, out_features), block_size)
         shared = create(parameterization)
         device = linear.weight.device
         order_out = draw_permutation(out_features, seed, 0, "out").to(device)

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from orthotrain.callbacks.throughput import Throughput
+from orthotrain.checkpoint import compare_state
+from orthotrain.errors import ConfigurationError
 from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.optimization import Optimization
@@ -28,12 +31,12 @@ class BaseModule(L.LightningModule):
     def __init__(
         self,
         model: ModelBuilder | nn.Module | Callable[[], nn.Module],
-        optimization: Optimization | None = None,
+        optimization: Optimization = Optimization(),
     ) -> None:
         super().__init__()
         self.model: nn.Module | None = model if isinstance(model, nn.Module) else None
         self._builder = None if isinstance(model, nn.Module) else model
-        self.optimization = optimization or Optimization()
+        self.optimization = optimization
         self._wrapped = False
         self.evaluation_loss = nn.ModuleDict({split: TokenLoss() for split in ("val", "test")})
 
@@ -49,6 +52,22 @@ class BaseModule(L.LightningModule):
             self.model = self._builder()
         self.wrap(self.model)
         self._wrapped = True
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Attach the callbacks that every run wants; a subclass adds its own to them."""
+        return [Throughput()]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model.
+
+        Raises:
+            ConfigurationError: Naming what differs.
+        """
+        difference = compare_state(checkpoint["state_dict"], self.state_dict())
+        if difference:
+            raise ConfigurationError(
+                f"the checkpoint is of another model: {difference}; use the config it was made with"
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network."""

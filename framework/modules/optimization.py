@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,13 +14,15 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.layers import mergeable_layers
 
 
-@dataclass
+@dataclass(frozen=True)
 class Optimization:
     """Learning rates, weight decay, optimizer and schedule.
 
     Args:
         lr: Learning rate of everything that is not a generator (embeddings, norms, biases, head).
         rotation_lr: Learning rate of the generators; None for ``lr``.
+        lr_overrides: Glob pattern on parameter names -> learning rate instead of ``lr``, the first that matches wins;
+            generators keep ``rotation_lr``.
         weight_decay: Weight decay of the matrices that are not generators. Generators, biases and norms have none: to
             decay a generator is to pull its rotation back to the last merge.
         optimizer: Builds the optimizer from parameter groups; None for ``torch.optim.AdamW``.
@@ -29,6 +32,7 @@ class Optimization:
 
     lr: float = 1e-3
     rotation_lr: float | None = None
+    lr_overrides: dict[str, float] | None = None
     weight_decay: float = 0.01
     optimizer: Callable[[Iterable], Optimizer] | None = None
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
@@ -40,25 +44,41 @@ class Optimization:
                 raise ConfigurationError(f"optimization.{name}={value}: take a finite number of 0 or more")
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Split the trainable parameters into ``rotations``, ``decay`` and ``no_decay``; empty groups are left out.
+        """Split the trainable parameters by role and learning rate; the generators come first.
 
         Raises:
-            ConfigurationError: If nothing in the model is trainable.
+            ConfigurationError: If nothing in the model is trainable, or an override matches no trainable parameter.
         """
-        rotations = [p for _, layer in mergeable_layers(model) for p in layer.rotation_parameters() if p.requires_grad]
-        taken = {id(p) for p in rotations}
-        others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-        rotation_lr = self.lr if self.rotation_lr is None else self.rotation_lr
-        groups = [
-            {"name": "rotations", "params": rotations, "lr": rotation_lr, "weight_decay": 0.0},
-            {"name": "decay", "params": [p for p in others if p.ndim >= 2], "lr": self.lr,
-             "weight_decay": self.weight_decay},
-            {"name": "no_decay", "params": [p for p in others if p.ndim < 2], "lr": self.lr, "weight_decay": 0.0},
-        ]  # fmt: skip
-        groups = [group for group in groups if group["params"]]
+        rotations = {id(p) for _, layer in mergeable_layers(model) for p in layer.rotation_parameters()}
+        used: set[str] = set()
+        groups: dict[tuple[str, float], dict[str, Any]] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            lr, decay, role = self._settings(name, parameter, id(parameter) in rotations, used)
+            group = groups.setdefault((role, lr), {"name": role, "params": [], "lr": lr, "weight_decay": decay})
+            group["params"].append(parameter)
         if not groups:
             raise ConfigurationError("the model has no trainable parameter: nothing to optimize")
-        return groups
+        unused = set(self.lr_overrides or {}) - used
+        if unused:
+            names = ", ".join(name for name, p in model.named_parameters() if p.requires_grad)
+            raise ConfigurationError(
+                f"optimization.lr_overrides pattern {sorted(unused)[0]!r} matches no trainable parameter; "
+                f"there are {names[:200]}"
+            )
+        return sorted(groups.values(), key=lambda group: group["name"] != "rotations")
+
+    def _settings(self, name: str, parameter: nn.Parameter, rotation: bool, used: set[str]) -> tuple[float, float, str]:
+        if rotation:
+            return (self.lr if self.rotation_lr is None else self.rotation_lr), 0.0, "rotations"
+        lr = self.lr
+        for pattern, value in (self.lr_overrides or {}).items():
+            if fnmatchcase(name, pattern):
+                used.add(pattern)
+                lr = value
+                break
+        return (lr, self.weight_decay, "decay") if parameter.ndim >= 2 else (lr, 0.0, "no_decay")
 
     def configure(self, model: nn.Module, total_steps: int) -> dict[str, Any]:
         """Return what ``LightningModule.configure_optimizers`` returns.

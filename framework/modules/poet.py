@@ -1,31 +1,32 @@
 """POET pretraining (arXiv:2506.08001) as a LightningModule around any network."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import lightning as L
-import torch
 from torch import nn
 
 from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
+from orthotrain.errors import ConfigurationError
 from orthotrain.layers import PoetLinear, initialize_, replace_linears, select_linears
-from orthotrain.layers.centre import ActivationMode, Centre
+from orthotrain.layers.centre import ActivationMode, Centre, check_choice
 from orthotrain.layers.initialization import Initialization
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.base import BaseModule
 from orthotrain.modules.optimization import Optimization
-from orthotrain.plugins import Parameterization
+from orthotrain.plugins import Parameterization, create
 from orthotrain.seeding import derive_seed, generator
 
 
-@dataclass
+@dataclass(frozen=True)
 class PoetLayers:
     """Which linear layers become POET layers, and how.
 
     Args:
         block_size: Size of the rotated blocks on both sides of every layer.
-        parameterization: How generators become rotations; None for Cayley-Neumann of order 4.
+        parameterization: How generators become rotations: a registered name (`orthotrain plugins` lists them) or a
+            class with its arguments, in YAML ``{class_path: CayleyNeumann, init_args: {order: 4}}``.
         include: Glob patterns on module names; each must match a linear layer.
         exclude: Glob patterns taken out again. The output head is trained directly, as in the paper.
         init: Frozen values: ``normalized`` (rows of norm 1, the paper's best) and ``standard`` (deviation 0.02) draw
@@ -35,12 +36,21 @@ class PoetLayers:
     """
 
     block_size: int = 256
-    parameterization: Parameterization | None = None
+    parameterization: Parameterization | str = "cayley_neumann"
     include: list[str] = field(default_factory=lambda: ["*"])
     exclude: list[str] = field(default_factory=lambda: ["*lm_head*"])
     init: Initialization = "normalized"
     centre: Centre = "auto"
     activation_mode: ActivationMode = "fast"
+
+    def __post_init__(self) -> None:
+        check_choice("init", self.init, Initialization)
+        check_choice("centre", self.centre, Centre)
+        check_choice("activation_mode", self.activation_mode, ActivationMode)
+        try:
+            create(self.parameterization)
+        except ValueError as error:
+            raise ConfigurationError(f"parameterization: {error}") from error
 
     def apply_(self, model: nn.Module, seed: int = 0) -> list[str]:
         """Replace the chosen layers of ``model`` in place.
@@ -61,7 +71,7 @@ class PoetLayers:
             return PoetLinear.from_linear(
                 linear,
                 self.block_size,
-                self.parameterization or "cayley_neumann",
+                self.parameterization,
                 centre=self.centre,
                 activation_mode=self.activation_mode,
                 seed=derive_seed(seed, name),
@@ -89,23 +99,23 @@ class PoetModule(BaseModule):
     def __init__(
         self,
         model: ModelBuilder | nn.Module | Callable[[], nn.Module],
-        layers: PoetLayers | None = None,
+        layers: PoetLayers = PoetLayers(),
         merge_every: int = 400,
-        optimization: Optimization | None = None,
+        optimization: Optimization = Optimization(),
         seed: int = 0,
     ) -> None:
         super().__init__(model, optimization)
         self.save_hyperparameters("merge_every", "seed")
-        self.layers = layers or PoetLayers()
+        self.layers = layers
         self.merge_every = merge_every
         self.seed = seed
         self.wrapped_names: list[str] = []
-        MergeRotations(merge_every)
+        MergeRotations(merge_every)  # refuses a bad value now, not when the trainer starts
 
     def wrap(self, model: nn.Module) -> None:
         """Replace the chosen linear layers by POET layers."""
         self.wrapped_names = self.layers.apply_(model, self.seed)
 
-    def configure_callbacks(self) -> Sequence[L.Callback]:
+    def configure_callbacks(self) -> list[L.Callback]:
         """Attach the merging: a POET run cannot forget it."""
-        return [MergeRotations(self.merge_every), OrthogonalityMonitor()]
+        return [*super().configure_callbacks(), MergeRotations(self.merge_every), OrthogonalityMonitor()]

@@ -1,0 +1,279 @@
+"""`InstructionData`: the finetuning data of a run, from rows of instructions to batches that train the responses."""
+
+from typing import Any
+
+from lightning import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from orthotrain.data.building import Splitter
+from orthotrain.data.chat import ExampleEncoder, load_instruction_tokenizer
+from orthotrain.data.docstrings import STDLIB_DOCSTRINGS
+from orthotrain.data.instruction_loaders import Loading, eval_loader, train_loader
+from orthotrain.data.instruction_rows import Columns, Example
+from orthotrain.data.instruction_sources import read_examples
+from orthotrain.data.packing import PackedRows
+from orthotrain.data.padding import PaddedRows
+from orthotrain.data.prompts import choose_rows, generation_batch
+from orthotrain.data.readers import Document
+from orthotrain.data.sampling import EpochProgress, ResumableLoader
+from orthotrain.data.token_rows import OnTooLong, TokenRows, encode_rows
+from orthotrain.data.tokenizers import check_same_tokenizer, fingerprint, tokenizer_state, tokens_in
+from orthotrain.errors import ConfigurationError
+
+_STAGE_SPLITS = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": (),
+    None: ("train", "val"),
+}
+
+
+class InstructionData(LightningDataModule):
+    r"""Instructions and their responses for finetuning: the loss counts on responses only.
+
+    A batch is ``input_ids``, ``labels`` and ``attention_mask``; ``labels[t]`` is the token after ``input_ids[t]``, or
+    -100 where that belongs to no response. The end-of-text token of a response counts. Batches are padded and of rows
+    of similar length (see `PaddedRows`, `LengthGroupedSampler`), or with ``packing`` several rows share a sequence of
+    static length and cannot see each other (see `PackedRows`; the model must attend by scaled-dot-product attention).
+    Rows are tokenized into memory, about 5 bytes a token, once per process.
+
+    Args:
+        tokenizer: The model's: a tokenizer.json, a folder with one, a Hugging Face name, or a .ckpt of orthotrain.
+        source: ``python-stdlib-docstrings`` (functions of the standard library and their docstrings), a file, folder or
+            glob of .jsonl .json (.gz) .parquet, a Hugging Face dataset ``org/name[:config][@split]``, or a list.
+        val_source: Where validation rows come from; by default a share of ``source``.
+        test_source: Where test rows come from; by default there are none.
+        prompt_column: Key of a row's prompt.
+        response_column: Key of a row's response.
+        messages_column: Key of a row's chat messages, objects with role (system, user, assistant) and content.
+        prompt_template: Text around a prompt, ``{prompt}`` standing for it; by default the tokenizer's chat template,
+            or ``"{prompt}\n"`` where it has none. Chat messages always use the chat template.
+        max_length: Most tokens of an input; with packing, the length of all inputs.
+        on_too_long: Longer rows are dropped, truncated at the end, or an error; counted and logged.
+        packing: Put several rows in one sequence.
+        batch_size: Sequences of one batch on one device.
+        val_fraction: Share of ``source`` for validation, by a hash of the content; 0 for none.
+        generation_samples: Rows of `generation_batches` and of ``predict``.
+        num_workers: Processes that prepare batches; 0 prepares them in the training process.
+        seed: Seed of the split and of the order of the rows.
+
+    Raises:
+        ConfigurationError: An argument that cannot work; rows are checked in `setup`.
+    """
+
+    rows_used: int = 0
+    """Rows of all splits set up so far."""
+    rows_dropped: int = 0
+    """Rows that were too long or spell a special token."""
+
+    def __init__(
+        self,
+        tokenizer: str | None = None,
+        source: str | list[str] = STDLIB_DOCSTRINGS,
+        val_source: str | list[str] | None = None,
+        test_source: str | list[str] | None = None,
+        prompt_column: str = "prompt",
+        response_column: str = "response",
+        messages_column: str = "messages",
+        prompt_template: str | None = None,
+        max_length: int = 512,
+        on_too_long: OnTooLong = "drop",
+        packing: bool = False,
+        batch_size: int = 8,
+        val_fraction: float = 0.05,
+        generation_samples: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self._check_arguments()
+        self._tokenizer: PreTrainedTokenizerFast | None = None
+        self._rows: dict[str, TokenRows] = {}
+        self._restored: dict[str, Any] = {}
+
+    @property
+    def _given(self) -> Any:
+        """The constructor's arguments."""
+        return self.hparams
+
+    def _check_arguments(self) -> None:
+        given = self._given
+        if not given.tokenizer:
+            load_instruction_tokenizer(given.tokenizer)
+        for name, least in (("max_length", 2), ("batch_size", 1), ("num_workers", 0), ("generation_samples", 1)):
+            if given[name] < least:
+                raise ConfigurationError(f"{name} {given[name]}: must be at least {least}")
+        if not 0 <= given.val_fraction < 1:
+            raise ConfigurationError(f"val_fraction {given.val_fraction}: must be at least 0 and below 1")
+        if given.on_too_long not in ("drop", "truncate", "error"):
+            raise ConfigurationError(f"on_too_long {given.on_too_long!r}: must be drop, truncate or error")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the tokenizer and tokenize the rows that a stage needs.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test``, ``predict``, or ``None`` for train and validation.
+
+        Raises:
+            ConfigurationError: A row or a tokenizer that cannot be used, or a split with too few rows.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = load_instruction_tokenizer(self._given.tokenizer)
+        self._compare_tokenizers()
+        splits = ("test" if self._has("test") else "val",) if stage == "predict" else _STAGE_SPLITS[stage]
+        for split in splits:
+            if self._has(split):
+                self._check_size(split)
+            elif stage is not None and stage != "fit":
+                remedy = "test_source" if split == "test" else "val_source, or val_fraction above 0"
+                raise ConfigurationError(f"{stage}: there is no {split} split; set {remedy}")
+
+    def _has(self, split: str) -> bool:
+        if split == "val":
+            return self._given.val_source is not None or self._given.val_fraction > 0
+        return split == "train" or self._given.test_source is not None
+
+    def _check_size(self, split: str) -> None:
+        dataset = self._dataset(split)
+        needed = self.batch_size * self._world_size if split == "train" else self._world_size
+        if len(dataset) < needed:
+            what = f"sequences packed to max_length {self.max_length}" if self._given.packing else "rows"
+            remedy = "lower batch_size" if split == "train" else f"raise {split}_fraction or give {split}_source"
+            raise ConfigurationError(
+                f"the {split} split has {len(dataset)} {what} but needs {needed}: give more rows or {remedy}"
+            )
+
+    def _split_rows(self, split: str) -> TokenRows:
+        """The rows of a split; read and tokenized, with the splits of the same source, when first asked for."""
+        if split not in self._rows:
+            given = self._given
+            if split == "test" or (split == "val" and given.val_source is not None):
+                self._read(given[f"{split}_source"], (split,))
+            else:
+                self._read(given.source, ("train", "val") if given.val_source is None else ("train",))
+        return self._rows[split]
+
+    def _read(self, source: str | list[str], splits: tuple[str, ...]) -> None:
+        given = self._given
+        splitter = Splitter(given.seed, given.val_fraction, 0.0)
+
+        def split_of(example: Example) -> str:
+            return splits[0] if len(splits) == 1 else splitter(Document(None, example.key))
+
+        columns = Columns(given.prompt_column, given.response_column, given.messages_column)
+        encoder = ExampleEncoder(self.tokenizer, given.prompt_template)
+        rank_zero_info(f"tokenizing the rows of {source!r}")
+        rows, account = encode_rows(
+            read_examples(source, columns), encoder, split_of, self.max_length, given.on_too_long
+        )
+        rank_zero_info(f"{source!r}: {account.line(self.max_length)}")
+        self._rows |= {split: rows.get(split, TokenRows()) for split in splits}
+        self.rows_used += account.used
+        self.rows_dropped += account.dropped
+
+    def _dataset(self, split: str) -> PackedRows | PaddedRows:
+        rows, padding = self._split_rows(split), self.tokenizer.pad_token_id
+        if self._given.packing:
+            return PackedRows(rows, self.max_length, padding)
+        return PaddedRows(rows, padding, None if split == "train" else rows.lengths.argsort(kind="stable"))
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer, once set up."""
+        if self._tokenizer is None:
+            raise RuntimeError("InstructionData has no tokenizer yet: call setup() first")
+        return self._tokenizer
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Sha256 of the tokenizer's canonical JSON."""
+        return fingerprint(self.tokenizer)
+
+    @property
+    def _loading(self) -> Loading:
+        given, trainer = self._given, self.trainer
+        overfits = trainer is not None and bool(trainer.overfit_batches)
+        return Loading(self.batch_size, self._rank, self._world_size, given.num_workers, given.seed, overfits)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches in the order of (seed, epoch), resuming mid-epoch; see `LengthGroupedSampler`, `TrainSampler`."""
+        loader = train_loader(self._dataset("train"), self._loading)
+        if self.trainer is not None:
+            loader.progress = EpochProgress(self.trainer)
+        return loader
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Every validation row once, rows of similar length together; nothing where there is no such split."""
+        return eval_loader(self._dataset("val"), self._loading) if self._has("val") else []
+
+    def test_dataloader(self) -> DataLoader | list:
+        """Every test row once, rows of similar length together; nothing where there is no ``test_source``."""
+        return eval_loader(self._dataset("test"), self._loading) if self._has("test") else []
+
+    def predict_dataloader(self) -> DataLoader:
+        """The prompts of `generation_batches` one by one, of the test split where there is one, else of validation."""
+        rows, pad_token = self._split_rows("test" if self._has("test") else "val"), self.tokenizer.pad_token_id
+        chosen = choose_rows(rows, self._given.generation_samples)
+        batches = [generation_batch(rows, [row], pad_token) for row in chosen]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+    def generation_batches(self, split: str = "val") -> list[dict[str, Any]]:
+        """Prompts to answer and the answers to compare with, this rank's share of ``generation_samples`` rows.
+
+        Args:
+            split: ``val``, ``test`` or ``train``.
+
+        Returns:
+            Batches of ``input_ids`` and ``attention_mask``, int64 of shape ``(B, T)``, padded on the left, and
+            ``references``, a list of B strings; the same number of rows on each rank.
+
+        Raises:
+            ConfigurationError: There is no such split.
+        """
+        if not self._has(split):
+            raise ConfigurationError(f"generation: there is no {split} split; set {split}_source")
+        rows, ranks = self._split_rows(split), self._world_size
+        chosen = choose_rows(rows, self._given.generation_samples)
+        mine = chosen[: len(chosen) // ranks * ranks][self._rank :: ranks]
+        starts, pad_token = range(0, len(mine), self.batch_size), self.tokenizer.pad_token_id
+        return [generation_batch(rows, mine[start : start + self.batch_size], pad_token) for start in starts]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tokenizer and the settings as plain values; `tokenizer_from_state` reads the tokenizer back."""
+        vocab_size = tokens_in(self.tokenizer)
+        settings = {**self.hparams, "vocab_size": vocab_size}
+        return {**tokenizer_state(self.tokenizer), "vocab_size": vocab_size, "settings": settings}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the checkpoint's tokenizer with this run's.
+
+        Raises:
+            ConfigurationError: The two differ, or their chat templates do.
+        """
+        self._restored = state_dict
+        if self._tokenizer is not None:
+            self._compare_tokenizers()
+
+    def _compare_tokenizers(self) -> None:
+        if not self._restored:
+            return
+        check_same_tokenizer(self._restored, self.tokenizer, tokens_in(self.tokenizer))
+        if self._restored.get("chat_template") != tokenizer_state(self.tokenizer)["chat_template"]:
+            raise ConfigurationError(
+                f"tokenizer {self._given.tokenizer!r}: its chat template differs from the checkpoint's; use the "
+                "tokenizer that the run began with"
+            )

@@ -1,0 +1,122 @@
+"""Packing and unpacking of the quantised formats: NF4 by bitsandbytes, int8 in plain torch.
+
+bitsandbytes takes seconds to import, so that only who packs or unpacks NF4 pays for it.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthotrain.errors import ConfigurationError
+from orthotrain.layers.quantized_product import storage_format
+
+NF4_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NESTED_GROUP = 256
+
+
+def pack_nf4(weight: Tensor, group_size: int, double_quantization: bool) -> dict[str, Tensor]:
+    """Quantise ``weight (out, in)`` to NF4, to nearest.
+
+    Returns:
+        ``packed (out, in / 2)`` uint8 and ``absmax (groups,)``: fp32, or with double quantisation uint8 beside
+        ``nested_absmax (groups / 256,)`` and ``nested_offset (1,)``, both fp32.
+
+    Raises:
+        ConfigurationError: For a dtype or an odd width that NF4 cannot take.
+    """
+    from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+
+    if weight.dtype not in NF4_DTYPES:
+        raise ConfigurationError(f"NF4 takes a float32, bfloat16 or float16 weight, not {_name(weight.dtype)}")
+    if weight.shape[1] % 2:
+        raise ConfigurationError(f"NF4 packs two values a byte: a weight with {weight.shape[1]} inputs is odd")
+    packed, state = quantize_4bit(weight.detach().contiguous(), blocksize=group_size, quant_type="nf4")
+    stored = {"packed": packed.view(weight.shape[0], -1), "absmax": state.absmax}
+    if double_quantization:
+        # The steps of its compress_statistics, which would cache the code on the device of
+        # the first caller: after a meta tensor every later call would fail.
+        offset, code = state.absmax.mean(), _dynamic_code(weight.device)
+        stored["absmax"], nested = quantize_blockwise(state.absmax - offset, code=code, blocksize=NESTED_GROUP)
+        stored |= {"nested_absmax": nested.absmax, "nested_offset": offset.view(1)}
+    return stored
+
+
+@storage_format("nf4")
+def unpack_nf4(stored: list[Tensor], group_size: int, dtype: torch.dtype) -> Tensor:
+    """Return ``W (out, in)`` from the tensors of :func:`pack_nf4`, in their order."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    packed, absmax, *nested = stored
+    shape = torch.Size((packed.shape[0], 2 * packed.shape[1]))
+    kernel_dtype = dtype if dtype in NF4_DTYPES else torch.float32
+    state = QuantState(absmax, shape, blocksize=group_size, quant_type="nf4", dtype=kernel_dtype)
+    if nested:
+        code = _dynamic_code(absmax.device)
+        state.state2 = QuantState(nested[0], blocksize=NESTED_GROUP, code=code, dtype=torch.float32)
+        state.offset, state.nested = nested[1], True
+    return dequantize_4bit(packed.view(-1, 1), state).to(dtype)
+
+
+def quant_state_tensors(packed: Tensor, state: Any) -> dict[str, Tensor]:
+    """Return copies of a bitsandbytes 4-bit weight and its ``QuantState``, named as :func:`pack_nf4` names them.
+
+    Raises:
+        ConfigurationError: If it is not NF4, was repacked for the CPU, or is nested in an unknown way.
+    """
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ConfigurationError(
+            "this 4-bit weight was repacked by an evaluation on the CPU, which rounds its scales: wrap it before that"
+        )
+    if state.quant_type != "nf4":
+        raise ConfigurationError(f"quant_type={state.quant_type!r}: only 'nf4' can be taken over")
+    stored = {"packed": packed.detach().view(torch.uint8).reshape(state.shape[0], -1), "absmax": state.absmax}
+    if state.nested:
+        nested = state.state2
+        if nested.blocksize != NESTED_GROUP or not torch.equal(nested.code, _dynamic_code(nested.code.device)):
+            raise ConfigurationError("this 4-bit weight has nested statistics that are not those of bitsandbytes")
+        stored |= {"nested_absmax": nested.absmax, "nested_offset": state.offset.reshape(1)}
+    return {name: tensor.detach().clone() for name, tensor in stored.items()}
+
+
+def pack_int8(weight: Tensor, group_size: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """Quantise ``weight (out, in)`` to int8, group by group along a row; with a generator rounded stochastically.
+
+    Returns:
+        ``codes (out, in)`` int8 from -127 to 127 and ``scales (out, in / group_size)`` fp32.
+
+    Raises:
+        ConfigurationError: If the weight is not floating point.
+    """
+    if not weight.is_floating_point():
+        raise ConfigurationError(f"int8 quantises a floating-point weight, not {_name(weight.dtype)}")
+    groups = weight.detach().float().unflatten(1, (-1, group_size))
+    scales = groups.abs().amax(-1) / 127
+    steps = groups / torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
+    if generator is not None:
+        # the noise is drawn on the CPU, so that every device and rank rounds alike
+        steps = (steps + torch.rand(steps.shape, generator=generator).to(steps.device)).floor()
+    return {"codes": steps.round().clamp(-127, 127).to(torch.int8).flatten(1), "scales": scales}
+
+
+@storage_format("int8")
+def unpack_int8(stored: list[Tensor], group_size: int, dtype: torch.dtype) -> Tensor:
+    """Return ``W (out, in)`` from the tensors of :func:`pack_int8`, in their order."""
+    codes, scales = stored
+    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    groups = (-1, group_size)
+    torch.mul(codes.unflatten(1, groups), scales.unsqueeze(-1), out=weight.unflatten(1, groups))
+    return weight
+
+
+@functools.cache
+def _dynamic_code(device: torch.device) -> Tensor:
+    from bitsandbytes.functional import create_dynamic_map
+
+    with torch.device("cpu"):
+        return create_dynamic_map().to(device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

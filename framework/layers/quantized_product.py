@@ -1,0 +1,107 @@
+"""Products with a packed weight that is unpacked for one product and dropped, as ``orthotrain`` custom ops.
+
+The ops are opaque: eager, autograd and torch.compile see one call, autocast does not reach inside, and the only tensors
+saved for backward are the packed ones. A storage format is one function here, under its name.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Unpack = Callable[[list[Tensor], int, torch.dtype], Tensor]
+
+_formats: dict[str, Unpack] = {}
+
+
+def storage_format(name: str) -> Callable[[Unpack], Unpack]:
+    """Decorator that makes ``unpack(stored, group_size, dtype) -> W (out, in)`` known to the ops under a name."""
+
+    def decorate(unpack: Unpack) -> Unpack:
+        assert name not in _formats
+        _formats[name] = unpack
+        return unpack
+
+    return decorate
+
+
+@torch.library.custom_op("orthotrain::dequantize", mutates_args=())
+def _dequantize(stored: list[Tensor], format: str, group_size: int, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return _formats[format](stored, group_size, dtype)
+
+
+@_dequantize.register_fake
+def _(stored: list[Tensor], format: str, group_size: int, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return stored[0].new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("orthotrain::quantized_product", mutates_args=())
+def _product(
+    x: Tensor, bias: Tensor | None, stored: list[Tensor], format: str, group_size: int, width: int, transposed: bool
+) -> Tensor:
+    weight = _formats[format](stored, group_size, x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight.mT if transposed else weight, bias)
+
+
+@_product.register_fake
+def _(
+    x: Tensor, bias: Tensor | None, stored: list[Tensor], format: str, group_size: int, width: int, transposed: bool
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], width)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, bias, stored, ctx.format, ctx.group_size, _, ctx.transposed = inputs
+    ctx.width = x.shape[-1]
+    ctx.bias_needs_grad = bias is not None and bias.requires_grad
+    ctx.save_for_backward(*stored)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    stored = list(ctx.saved_tensors)
+    grad_x = _product(grad, None, stored, ctx.format, ctx.group_size, ctx.width, not ctx.transposed)
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.bias_needs_grad else None
+    return grad_x, grad_bias, [None] * len(stored), None, None, None, None
+
+
+_product.register_autograd(_backward, setup_context=_setup_context)
+
+
+def dequantize(stored: list[Tensor], format: str, group_size: int, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Unpack a weight; not differentiable.
+
+    Args:
+        stored: The packed tensors of the format, in its order.
+        format: Name of the storage format.
+        group_size: Values that share one scale.
+        shape: ``[out, in]``.
+        dtype: Floating dtype of the result; values are formed in fp32 and rounded once.
+
+    Returns:
+        A new ``W (out, in)``.
+    """
+    return _dequantize(stored, format, group_size, shape, dtype)
+
+
+def quantized_product(
+    x: Tensor, bias: Tensor | None, stored: list[Tensor], format: str, group_size: int, out_features: int
+) -> Tensor:
+    """Return ``x @ W.T + bias`` in the dtype of ``x``; ``W`` lives for one product, in forward and in backward.
+
+    Differentiable in ``x`` (``grad @ W``) and in the bias; a gradient of ``W`` is never formed.
+
+    Args:
+        x: ``(..., in)``.
+        bias: ``(out,)`` in the dtype of ``x``, or None.
+        stored: See :func:`dequantize`.
+        format: See :func:`dequantize`.
+        group_size: See :func:`dequantize`.
+        out_features: Rows of ``W``.
+
+    Returns:
+        ``(..., out)``.
+    """
+    return _product(x, bias, stored, format, group_size, out_features, False)

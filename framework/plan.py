@@ -1,0 +1,125 @@
+"""What a run will hold in memory, counted on tensors without storage before anything is allocated."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from orthotrain.layers import mergeable_layers
+from orthotrain.modules import BaseModule
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a plan: a category, how many numbers it holds, and in how many bytes."""
+
+    category: str
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parameters and bytes of a run on one device, by category."""
+
+    entries: tuple[Entry, ...]
+    note: str
+
+    def __getitem__(self, category: str) -> Entry:
+        return next(entry for entry in self.entries if entry.category == category)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all categories together."""
+        return sum(entry.bytes for entry in self.entries)
+
+    def table(self) -> str:
+        """Return the plan as text."""
+        rows = [f"{'':<24}{'numbers':>18}{'GiB':>10}"]
+        rows += [f"{e.category:<24}{e.count:>18,}{e.bytes / GIB:>10.3f}" for e in self.entries]
+        return "\n".join([*rows, f"{'total':<24}{'':>18}{self.total_bytes / GIB:>10.3f}", self.note])
+
+
+def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precision: str | int | None = None) -> Plan:
+    """Count what training ``module`` holds, without allocating it.
+
+    The network is built and run forward once on fake tensors. Activations are the tensors that autograd saves in that
+    pass, each storage once: exact for eager execution, without the transients of a single operation and the
+    allocator's fragmentation.
+
+    Args:
+        module: A module whose network is not built yet.
+        batch_size: Sequences of one micro-batch on one device.
+        sequence_length: Tokens of a sequence.
+        precision: The trainer's ``precision``.
+    """
+    precision = str(precision or "32-true")
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module.configure_model()
+        assert module.model is not None
+        network = module.model
+        if precision == "bf16-true":
+            network.to(torch.bfloat16)
+        tokens = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
+        activations = saved_bytes(module, {"input_ids": tokens, "labels": tokens}, precision)
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    frozen = [p for p in network.parameters() if not p.requires_grad] + list(network.buffers())
+    rotations = [p for _, layer in mergeable_layers(network) for p in layer.rotation_parameters()]
+    taken = {id(p) for p in rotations}
+    state = optimizer_bytes_per_number(module)
+    entries = (
+        _entry("frozen", frozen),
+        _entry("trainable, rotations", rotations),
+        _entry("trainable, other", [p for p in trainable if id(p) not in taken]),
+        _entry("gradients", trainable),
+        Entry("optimizer state", 0, round(state * sum(p.numel() for p in trainable))),
+        Entry("activations (estimate)", 0, activations),
+    )
+    note = (
+        f"one device, batch {batch_size} x {sequence_length}, precision {precision}, {state:g} bytes of optimizer state"
+    )
+    return Plan(entries, note + " a trained number")
+
+
+def saved_bytes(module: BaseModule, batch: dict[str, Tensor], precision: str) -> int:
+    """Return the bytes of distinct storages that autograd saves in one forward pass, parameters left out."""
+    owned = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+    sizes: dict[int, int] = {}
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in owned and storage._cdata not in sizes:
+            sizes[storage._cdata] = storage.nbytes()
+            kept.append(tensor)  # alive, so that no later storage takes its address
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"),
+    ):
+        module.loss(batch)
+    return sum(sizes.values())
+
+
+def optimizer_bytes_per_number(module: BaseModule, numbers: int = 1 << 16) -> float:
+    """Measure the optimizer's state on a small parameter: bytes for each trained number."""
+    probe = nn.Linear(numbers // 256, 256, bias=False)
+    for parameter in probe.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimization = module.optimization
+    optimizer = (optimization.optimizer or torch.optim.AdamW)([{"params": list(probe.parameters()), "lr": 0.0}])
+    optimizer.step()
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.ndim]
+    return sum(t.nbytes for t in tensors) / probe.weight.numel()
+
+
+def _entry(category: str, tensors: Any) -> Entry:
+    tensors = list(tensors)
+    return Entry(category, sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors))

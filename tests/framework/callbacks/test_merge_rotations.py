@@ -1,0 +1,108 @@
+"""MergeRotations in a real Trainer: optimizer steps, accumulation, optimizer state, and no jump in the function."""
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from orthotrain.callbacks import MergeRotations, merge_rotations
+from orthotrain.errors import ConfigurationError
+from orthotrain.layers import mergeable_layers
+from orthotrain.modules import Optimization, PoetLayers, PoetModule
+
+
+class Regression(PoetModule):
+    """A network that is no language model."""
+
+    def loss(self, batch):
+        return F.mse_loss(self(batch), batch.flip(-1))
+
+
+def network():
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+
+
+def fit(merge_every, steps, accumulate=1, callbacks=(), **kwargs):
+    module = Regression(
+        network(),
+        PoetLayers(block_size=4, init="keep"),
+        merge_every=merge_every,
+        optimization=Optimization(lr=1e-2),
+    )
+    trainer = L.Trainer(
+        max_steps=steps,
+        accumulate_grad_batches=accumulate,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **kwargs,
+    )
+    trainer.fit(module, DataLoader(torch.randn(64, 8), batch_size=4))
+    return module, trainer
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_counts_optimizer_steps_not_micro_batches(accumulate):
+    module, trainer = fit(merge_every=2, steps=5, accumulate=accumulate)
+    assert trainer.global_step == 5
+    assert [int(layer.merge_count) for _, layer in mergeable_layers(module)] == [2, 2]
+    callback = next(c for c in trainer.callbacks if isinstance(c, MergeRotations))
+    assert callback.merges == 2
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"fused": True}, {"foreach": True}, {"amsgrad": True}])
+def test_resets_the_generators_optimizer_state_and_nothing_else(kwargs):
+    model = network()
+    PoetLayers(block_size=4).apply_(model)
+    optimization = Optimization(optimizer=lambda groups: torch.optim.AdamW(groups, **kwargs))
+    optimizer = optimization.configure(model, 10)["optimizer"]
+    rotations = {p for _, layer in mergeable_layers(model) for p in layer.rotation_parameters()}
+    for _ in range(2):
+        model(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+    assert rotations <= set(optimizer.state)
+    biases = {p: optimizer.state[p]["exp_avg"].clone() for p in optimizer.state if p not in rotations}
+    assert merge_rotations(model, [optimizer]) == ["0", "2"]
+    assert not rotations & set(optimizer.state)
+    assert biases and all(torch.equal(optimizer.state[p]["exp_avg"], m) for p, m in biases.items())
+    model(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    assert all(float(optimizer.state[p]["step"]) == 1 for p in rotations)
+
+
+def test_a_merge_changes_no_output():
+    model = network()
+    PoetLayers(block_size=4, init="keep").apply_(model)
+    with torch.no_grad():
+        for _, layer in mergeable_layers(model):
+            for generators in layer.rotation_parameters():
+                generators.normal_(0, 0.1)
+    x = torch.randn(32, 8)
+    before = model(x)
+    merge_rotations(model, [])
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)
+
+
+def test_a_poet_run_cannot_forget_to_merge():
+    _, trainer = fit(merge_every=3, steps=1)
+    assert [c.every_n_steps for c in trainer.callbacks if isinstance(c, MergeRotations)] == [3]
+
+
+def test_a_model_without_rotations_is_refused():
+    class Plain(L.LightningModule):
+        def configure_optimizers(self):
+            return None
+
+    with pytest.raises(ConfigurationError, match="found no layer to merge"):
+        MergeRotations().on_fit_start(None, Plain())
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True])
+def test_a_period_below_one_is_refused(value):
+    with pytest.raises(ConfigurationError, match=f"every_n_steps={value}"):
+        PoetModule(network(), merge_every=value)

@@ -1,0 +1,203 @@
+"""Which tokens count: the responses and the token that ends them, whatever the text and the template."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orthotrain.data.chat import ExampleEncoder
+from orthotrain.data.instruction_rows import Columns, parse_row
+from orthotrain.data.token_rows import TokenRows, encode_rows
+from orthotrain.data.tokenizers import train_tokenizer
+from orthotrain.errors import ConfigurationError
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+NO_END_TEMPLATE = CHAT_TEMPLATE.replace("{{ eos_token }}", "")
+REWRITING_TEMPLATE = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else '(earlier)' }}")
+TEXTS = st.text(min_size=1, max_size=30).filter(lambda text: text.strip() and text.isprintable())
+
+
+def make_tokenizer(template=None):
+    texts = ["the quick brown fox\n\njumps over <user>\n<assistant>\n the lazy dog, the end of the story"] * 2
+    tokenizer = train_tokenizer(texts, 280)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+TOKENIZERS = {
+    name: make_tokenizer(t) for name, t in (("plain", None), ("chat", CHAT_TEMPLATE), ("open", NO_END_TEMPLATE))
+}
+
+
+def pair(prompt, response):
+    return parse_row({"prompt": prompt, "response": response}, "row", Columns())
+
+
+def chat(*contents, system=None):
+    messages = [{"role": "system", "content": system}] if system else []
+    roles = ("user", "assistant")
+    messages += [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+    return parse_row({"messages": messages}, "row", Columns())
+
+
+def batch_row(encoder, example):
+    rows, _ = encode_rows([example], encoder, lambda _: "train", 10_000, "error")
+    return rows["train"].inputs_and_labels(0)
+
+
+def counted_texts(tokenizer, labels):
+    """The runs of labels that count, each decoded."""
+    runs, run = [], []
+    for label in [*labels.tolist(), -100]:
+        if label >= 0:
+            run.append(label)
+        elif run:
+            runs.append(tokenizer.decode(run))
+            run = []
+    return runs
+
+
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+@settings(max_examples=60, deadline=None)
+@given(prompt=TEXTS, response=TEXTS)
+def test_exactly_the_response_and_its_end_count(kind, prompt, response):
+    tokenizer = TOKENIZERS[kind]
+    inputs, labels = batch_row(ExampleEncoder(tokenizer), pair(prompt, response))
+    after = "\n" if kind == "open" else ""  # the template closes a turn by a line break, which counts without an end
+    assert counted_texts(tokenizer, labels) == [response + after + tokenizer.eos_token]
+    assert labels[-1] == tokenizer.eos_token_id
+    counts = labels >= 0
+    assert (labels[:-1][counts[:-1]] == inputs[1:][counts[:-1]]).all()
+    assert counts[counts.argmax() :].all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(contents=st.lists(TEXTS, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0), system=TEXTS)
+def test_every_assistant_turn_counts(contents, system):
+    tokenizer = TOKENIZERS["chat"]
+    inputs, labels = batch_row(ExampleEncoder(tokenizer), chat(*contents, system=system))
+    assert counted_texts(tokenizer, labels) == [text + tokenizer.eos_token for text in contents[1::2]]
+    counts = labels[:-1] >= 0
+    assert (labels[:-1][counts] == inputs[1:][counts]).all()
+    whole = tokenizer.apply_chat_template(
+        [{"role": "system", "content": system}]
+        + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)],
+        tokenize=False,
+    )
+    assert tokenizer.decode([*inputs.tolist(), labels[-1]]) + "\n" == whole
+
+
+@settings(max_examples=40, deadline=None)
+@given(prompt=TEXTS, response=TEXTS)
+def test_the_prompt_is_tokenized_as_inference_does(prompt, response):
+    tokenizer = TOKENIZERS["chat"]
+    row = ExampleEncoder(tokenizer)(pair(prompt, response))
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert row.tokens[: row.prompt_length] == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_a_merge_across_the_seam_is_cut():
+    tokenizer = TOKENIZERS["plain"]
+    newlines = tokenizer.encode("\n\n", add_special_tokens=False)
+    assert len(newlines) == 1, "the tokenizer of this test merges two line breaks"
+    row = ExampleEncoder(tokenizer)(pair("the fox", "\njumps"))
+    assert tokenizer.decode(row.tokens[: row.prompt_length]) == "the fox\n"
+    assert tokenizer.decode(row.tokens[row.prompt_length :]) == "\njumps" + tokenizer.eos_token
+
+
+def test_a_given_prompt_template_wins_over_the_chat_template():
+    tokenizer = TOKENIZERS["chat"]
+    row = ExampleEncoder(tokenizer, "Q: {prompt} {x}\nA:")(pair("why {prompt}?", " so"))
+    assert tokenizer.decode(row.tokens[: row.prompt_length]) == "Q: why {prompt}? {x}\nA:"
+
+
+def test_a_tokenizer_that_begins_texts_begins_plain_rows_too():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|padding|> $A", special_tokens=[("<|padding|>", tokenizer.pad_token_id)]
+    )
+    tokenizer.bos_token = "<|padding|>"
+    row = ExampleEncoder(tokenizer)(pair("the fox", "jumps"))
+    assert row.tokens[0] == tokenizer.bos_token_id
+    assert row.tokens.count(tokenizer.bos_token_id) == 1
+    assert not row.targets[0]
+
+
+def test_a_template_that_rewrites_history_is_refused():
+    encoder = ExampleEncoder(make_tokenizer(REWRITING_TEMPLATE))
+    with pytest.raises(ConfigurationError, match=r"cannot be split before message 2.*one response a row"):
+        encoder(chat("one", "two", "three", "four"))
+
+
+def test_a_template_that_cannot_be_split_in_tokens_is_refused():
+    from tokenizers import decoders, pre_tokenizers
+
+    tokenizer = make_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace("_", prepend_scheme="always"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.Sequence([decoders.ByteLevel()])
+    with pytest.raises(ConfigurationError, match=r"cannot be split before 'jumps'.*newline or a special token"):
+        ExampleEncoder(tokenizer, "{prompt}|")(pair("the fox", "jumps"))
+
+
+def test_a_template_that_raises_is_one_line():
+    encoder = ExampleEncoder(make_tokenizer("{{ raise_exception('roles must\nalternate') }}"))
+    with pytest.raises(ConfigurationError, match=r"^row: the chat template refuses it \(roles must\)"):
+        encoder(chat("one", "two"))
+
+
+def test_text_that_spells_a_special_token_is_dropped_and_counted():
+    encoder = ExampleEncoder(TOKENIZERS["plain"])
+    examples = [pair("what ends a text?", "<|endoftext|> does"), pair("the fox", "jumps")]
+    rows, account = encode_rows(examples, encoder, lambda _: "train", 100, "error")
+    assert (len(rows["train"]), account.used, account.dropped, account.special) == (1, 1, 1, 1)
+    assert re.search(r"1 dropped as their text spells a special token \('<\|endoftext\|>' in row\)", account.line(100))
+
+
+@pytest.mark.parametrize(("policy", "used", "dropped", "truncated"), [("drop", 1, 2, 0), ("truncate", 2, 1, 1)])
+def test_long_rows_are_counted(policy, used, dropped, truncated):
+    encoder = ExampleEncoder(TOKENIZERS["plain"])
+    examples = [pair("a", "b"), pair("a", "z" * 50), pair("q" * 50, "b")]
+    rows, account = encode_rows(examples, encoder, lambda _: "train", 20, policy)
+    assert (account.used, account.dropped, account.truncated, account.longest) == (used, dropped, truncated, 52)
+    assert rows["train"].lengths.max() == (20 if policy == "truncate" else 3)
+    assert "the longest has 52 tokens" in account.line(20)
+    for row in range(used):
+        inputs, labels = rows["train"].inputs_and_labels(row)
+        assert (labels >= 0).any()
+        assert len(inputs) == len(labels) <= 20
+
+
+def test_truncation_inside_the_last_prompt_keeps_earlier_turns_but_asks_nothing():
+    encoder = ExampleEncoder(TOKENIZERS["chat"])
+    rows, account = encode_rows([chat("a", "b", "q" * 100, "d")], encoder, lambda _: "train", 60, "truncate")
+    _, labels = rows["train"].inputs_and_labels(0)
+    assert counted_texts(TOKENIZERS["chat"], labels) == ["b<|endoftext|>"]
+    assert rows["train"].prompt(0) == []
+    assert account.truncated == 1
+
+
+def test_a_row_exactly_as_long_as_allowed_stays():
+    encoder, example = ExampleEncoder(TOKENIZERS["plain"]), pair("ab", "cd")
+    length = len(encoder(example).tokens) - 1
+    assert encode_rows([example], encoder, lambda _: "train", length, "error")[1].used == 1
+    with pytest.raises(ConfigurationError, match=rf"^row: {length} tokens, longer than max_length {length - 1}"):
+        encode_rows([example], encoder, lambda _: "train", length - 1, "error")
+
+
+def test_rows_keep_their_references():
+    rows = TokenRows()
+    encoder = ExampleEncoder(TOKENIZERS["plain"])
+    rows.append(encoder(pair("ab", "cd")), "cd")
+    assert (len(rows), rows.references) == (1, ["cd"])
+    assert TOKENIZERS["plain"].decode(rows.prompt(0)) == "ab\n"

@@ -1,0 +1,262 @@
+import json
+import os
+
+import jsonargparse
+import pytest
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedTokenizerFast
+
+import orthotrain.data.store
+from orthotrain.data import CorruptCacheError, TextData, building, tokenizer_from_state
+from orthotrain.data.sources import open_corpus
+from orthotrain.errors import ConfigurationError
+
+
+def test_batches_have_static_shapes_and_shifted_labels(make_data):
+    data = make_data()
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert len(batches) == len(data.train_dataloader()) > 5
+    for batch in batches:
+        assert batch.keys() == {"input_ids", "labels"}
+        assert batch["input_ids"].shape == batch["labels"].shape == (4, 64)
+        assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+        assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
+
+
+def test_validation_and_test_see_every_window_once_in_order(make_data):
+    data = make_data()
+    data.setup()
+    for split, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
+        assert isinstance(loader.sampler, SequentialSampler)
+        labels = torch.cat([batch["labels"].flatten() for batch in loader])
+        tokens = data._cache(split).tokens
+        assert labels.tolist() == tokens[1 : 1 + len(labels)].tolist() and len(tokens) - len(labels) <= 64
+
+
+def test_the_splits_are_the_whole_corpus_without_overlap(make_data, corpus):
+    data = make_data()
+    data.setup()
+    found = []
+    for split in ("train", "val", "test"):
+        text = data.tokenizer.decode(data._cache(split).tokens)
+        documents = text.split("<|endoftext|>")
+        assert documents.pop() == "" and documents
+        found += documents
+    assert sorted(found) == sorted(path.read_text() for path in corpus.rglob("*.txt"))
+
+
+def test_bytes_per_token_counts_utf8(make_data, corpus):
+    data = make_data()
+    data.setup()
+    metadata = [data._cache(split).metadata for split in ("train", "val", "test")]
+    assert sum(header.text_bytes for header in metadata) == sum(path.stat().st_size for path in corpus.rglob("*.txt"))
+    assert data.bytes_per_token("val") == metadata[1].text_bytes / metadata[1].tokens
+    assert data.train_tokens == metadata[0].tokens
+    with pytest.raises(ValueError, match="'dev': must be one of train, val, test"):
+        data.bytes_per_token("dev")
+
+
+def test_the_tokenizer_can_be_saved_for_export(make_data, tmp_path):
+    data = make_data()
+    with pytest.raises(RuntimeError, match="no tokenizer yet"):
+        _ = data.tokenizer
+    data.setup("fit")
+    assert isinstance(data.tokenizer, PreTrainedTokenizerFast) and data.vocab_size == len(data.tokenizer) == 300
+    data.tokenizer.save_pretrained(tmp_path)
+    other = make_data(tokenizer=str(tmp_path), vocab_size=320)
+    other.setup("fit")
+    assert other.tokenizer_fingerprint == data.tokenizer_fingerprint and other.vocab_size == 320
+
+
+def test_state_is_plain_self_contained_and_compared(make_data, tmp_path):
+    data = make_data()
+    data.setup("fit")
+    torch.save(data.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert json.loads(json.dumps(state)) == state
+    assert tokenizer_from_state(state).encode("kato") == data.tokenizer.encode("kato")
+    make_data().load_state_dict(state)
+    other = make_data(vocab_size=290)
+    other.load_state_dict(state)  # before the tokenizer is known: compared at setup
+    with pytest.raises(ConfigurationError, match=r"this run \(vocab 290, .*checkpoint's \(vocab 300, "):
+        other.setup("fit")
+    with pytest.raises(ConfigurationError, match="differs"):
+        other.load_state_dict(state)
+
+
+def test_prompts_come_from_the_user_or_from_held_out_documents(make_data):
+    data = make_data(predict_prompts=["kato rimu", "ß"])
+    data.setup("predict")
+    prompts = [batch["input_ids"] for batch in data.predict_dataloader()]
+    assert [data.tokenizer.decode(prompt[0]) for prompt in prompts] == ["kato rimu", "ß"]
+    held_out = make_data()
+    held_out.setup("predict")
+    starts = [data.tokenizer.decode(batch["input_ids"][0]) for batch in held_out.predict_dataloader()]
+    text = data.tokenizer.decode(held_out._cache("test").tokens)
+    assert starts and all(text.startswith(start) or f"<|endoftext|>{start}" in text for start in starts)
+    empty = make_data(predict_prompts=["a", ""])
+    empty.setup("predict")
+    with pytest.raises(ConfigurationError, match="prompt 2 is empty"):
+        empty.predict_dataloader()
+
+
+def test_an_unchanged_source_is_not_built_again_and_a_changed_one_is(make_data, tmp_path, corpus, monkeypatch):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for path in corpus.rglob("*.txt"):
+        (folder / path.name).write_text(path.read_text())
+    settings = {"source": str(folder), "cache_dir": str(tmp_path / "cache")}
+    first = make_data(**settings)
+    first.setup()
+    builds = []
+    build = orthotrain.data.store.build_caches
+    monkeypatch.setattr(orthotrain.data.store, "build_caches", lambda *given: builds.append(1) or build(*given))
+    make_data(**settings).setup()
+    assert not builds
+    (folder / "00.txt").write_text("changed " * 50)
+    changed = make_data(**settings)
+    changed.setup()
+    assert builds and changed.cache_folder == first.cache_folder
+    texts = [
+        data.tokenizer.decode(data._cache(split).tokens) for data in (changed,) for split in ("train", "val", "test")
+    ]
+    assert sum(text.count("changed changed") for text in texts) == 25
+
+
+def test_a_cache_inside_its_own_source_is_not_read(make_data, tmp_path, corpus):
+    (tmp_path / "a.txt").write_text("\n".join(path.read_text() for path in corpus.rglob("*.txt")))
+    settings = {"cache_dir": str(tmp_path / "cache"), "val_fraction": 0.0, "test_fraction": 0.0}
+    first = make_data(source=str(tmp_path), **settings)
+    first.setup("fit")
+    again = make_data(source=str(tmp_path), **settings)
+    again.setup("fit")
+    assert again.train_tokens == first.train_tokens
+    with pytest.raises(ConfigurationError, match="the glob matches no file"):
+        make_data(source=str(tmp_path / "**" / "*.json"), **settings).setup("fit")
+
+
+def test_the_tokenizer_learns_from_a_bounded_sample_spread_over_the_corpus(corpus, monkeypatch):
+    asked = []
+    monkeypatch.setattr(building, "train_tokenizer", lambda texts, size: asked.extend(texts))
+    monkeypatch.setattr(building, "TOKENIZER_SAMPLE_BYTES", 20_000)
+    source = open_corpus(str(corpus))
+    building.learn_tokenizer(source, building.Splitter(0, 0.0, 0.0), 300)
+    texts = [document.text for document in source.documents()]
+    places = [texts.index(text) for text in asked]
+    assert places == sorted(set(places)) and places[0] < 5 and places[-1] > 50
+    assert 15_000 < sum(map(len, asked)) < 22_000
+
+
+def test_settings_that_decide_the_content_have_folders_of_their_own(make_data):
+    folders = [
+        make_data(**change).cache_folder for change in ({}, {"seed": 1}, {"vocab_size": 290}, {"limit_bytes": 9})
+    ]
+    assert len(set(folders)) == 4
+    assert make_data(batch_size=9, sequence_length=7, num_workers=1).cache_folder == folders[0]
+
+
+def test_the_cache_is_found_through_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("ORTHOTRAIN_CACHE", str(tmp_path))
+    assert TextData().cache_folder.parent == tmp_path
+    assert TextData(cache_dir="~/x").cache_folder.parent == type(tmp_path).home() / "x"
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "val.tokens", "tokenizer.json"])
+def test_a_truncated_cache_is_one_clear_line_and_deleting_it_rebuilds(make_data, tmp_path, name):
+    data = make_data(cache_dir=str(tmp_path))
+    data.prepare_data()
+    path = data.cache_folder / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CorruptCacheError) as caught:
+        make_data(cache_dir=str(tmp_path)).setup("fit")
+    message = str(caught.value)
+    assert str(path) in message and "delete it and it will be rebuilt" in message and "\n" not in message
+    path.unlink()
+    make_data(cache_dir=str(tmp_path)).setup("fit")
+    assert path.read_bytes() == whole
+
+
+def test_altered_tokens_are_found(make_data, tmp_path):
+    data = make_data(cache_dir=str(tmp_path))
+    data.prepare_data()
+    path = data.cache_folder / "train.tokens"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptCacheError, match="checksum"):
+        make_data(cache_dir=str(tmp_path)).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"val_fraction": 1.0}, "val_fraction 1.0: must be at least 0 and below 1"),
+        ({"test_fraction": -0.1}, "test_fraction -0.1"),
+        ({"val_fraction": float("nan")}, "val_fraction nan"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "together they must stay below 1"),
+        ({"vocab_size": 100}, "vocab_size 100: a byte-level BPE needs at least 259"),
+        ({"sequence_length": 0}, "sequence_length 0: must be at least 1"),
+        ({"batch_size": 0}, "batch_size 0: must be at least 1"),
+        ({"num_workers": -1}, "num_workers -1"),
+        ({"limit_bytes": 0}, "limit_bytes 0"),
+        ({"streaming": True, "num_workers": 2}, "num_workers 2: a streamed source is read by one"),
+    ],
+)
+def test_arguments_that_cannot_work(make_data, changes, expected):
+    with pytest.raises(ConfigurationError, match=expected):
+        make_data(**changes)
+
+
+def test_splits_that_are_too_short_or_missing(make_data):
+    with pytest.raises(
+        ConfigurationError, match=r"train split has \d+ tokens, enough for \d+ sequences .*but needs 900"
+    ):
+        make_data(batch_size=900).setup("fit")
+    with pytest.raises(ConfigurationError, match=r"the val split has \d+ tokens, enough for 0 .*sequence_length 9000"):
+        make_data(sequence_length=9000).setup("validate")
+    with pytest.raises(ConfigurationError, match="val_fraction 0: there is no val split"):
+        make_data(val_fraction=0.0).setup("validate")
+    data = make_data(val_fraction=0.0)
+    data.setup("fit")
+    assert data.val_dataloader() == []
+
+
+def test_sources_that_hold_nothing(make_data, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ConfigurationError, match=r"empty.txt': no text in it"):
+        make_data(source=str(tmp_path / "empty.txt")).setup("fit")
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(ConfigurationError, match="vocab_size 300: the train text only yields"):
+        make_data(source=str(tmp_path / "short.txt")).setup("fit")
+    with pytest.raises(ConfigurationError, match="train split holds no document"):
+        make_data(source=str(tmp_path / "short.txt"), val_fraction=0.99, test_fraction=0.0).setup("fit")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX")
+def test_a_cache_folder_that_cannot_be_made(make_data, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigurationError, match=r"cache_dir: .* cannot be written"):
+        make_data(cache_dir=str(tmp_path / "file")).setup("fit")
+
+
+def test_arguments_and_their_help_reach_the_command_line(corpus):
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(TextData, "data")
+    text = parser.format_help()
+    for name in ("source", "vocab_size", "predict_prompts", "limit_bytes"):
+        assert f"--data.{name}" in text
+    assert "Tokens of one training sequence" in text
+    given = parser.parse_args([f'--data.source=["{corpus}"]', "--data.limit_bytes=3", '--data.predict_prompts=["a"]'])
+    data = parser.instantiate_classes(given).data
+    assert data.hparams.source == [str(corpus)] and data.hparams.limit_bytes == 3
+
+
+def test_the_standard_library_itself(tmp_path):
+    data = TextData(cache_dir=str(tmp_path), limit_bytes=400_000, vocab_size=1024, batch_size=2, val_fraction=0.2)
+    data.setup("fit")
+    assert 2 < data.bytes_per_token("train") < 5 and data.train_tokens > 30_000
+    batch = next(iter(data.train_dataloader()))
+    assert batch["input_ids"].shape == (2, 256) and int(batch["labels"].max()) < 1024

@@ -1,0 +1,62 @@
+"""fold against dense fp64 products."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orthotrain.kernels.fold import fold
+
+
+def rotation(displacement, d):
+    full = torch.eye(d, dtype=displacement.dtype)
+    n, b, _ = displacement.shape
+    if n:
+        full[: n * b, : n * b] += torch.block_diag(*displacement)
+    return full
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(0, 3), st.integers(2, 6), st.integers(1, 4)),
+    st.tuples(st.integers(0, 3), st.integers(2, 6), st.integers(1, 4)),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_values_and_gradients_equal_the_dense_product(out_side, in_side, permuted, seed):
+    (n, b, rest_out), (m, c, rest_in) = out_side, in_side
+    rows, columns = n * b + rest_out, m * c + rest_in
+    generator = torch.Generator().manual_seed(seed)
+    kwargs = {"dtype": torch.float64, "generator": generator}
+    weight = torch.randn(rows, columns, **kwargs)
+    d_out, d_in = torch.randn(n, b, b, **kwargs).requires_grad_(), torch.randn(m, c, c, **kwargs).requires_grad_()
+    order_out = torch.randperm(rows, generator=generator) if permuted else None
+    order_in = torch.randperm(columns, generator=generator) if permuted else None
+    folded = fold(weight, d_out, d_in, order_out, order_in)
+    expected = rotation(d_out, rows).T @ weight @ rotation(d_in, columns).T
+    back = folded[order_out][:, order_in] if permuted else folded
+    torch.testing.assert_close(back, expected, rtol=1e-11, atol=1e-11)
+    if not n and not m:
+        return
+    probe = torch.randn(rows, columns, **kwargs)
+    got = torch.autograd.grad((back * probe).sum(), (d_out, d_in))
+    want = torch.autograd.grad((expected * probe).sum(), (d_out, d_in), allow_unused=True)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, torch.zeros_like(g) if w is None else w, rtol=1e-10, atol=1e-10)
+
+
+def test_opcheck():
+    d_out = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    d_in = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 5, dtype=torch.float64)
+    torch.library.opcheck(
+        torch.ops.orthotrain.fold.default, (weight, d_out, d_in, torch.randperm(7), torch.randperm(5))
+    )
+
+
+def test_bad_input_names_the_side():
+    weight = torch.zeros(4, 6)
+    with pytest.raises(ValueError, match="output displacement is torch.float64"):
+        fold(weight, torch.zeros(1, 2, 2, dtype=torch.float64), torch.zeros(1, 2, 2))
+    with pytest.raises(ValueError, match="input displacement .* does not fit in width 6"):
+        fold(weight, torch.zeros(1, 2, 2), torch.zeros(4, 2, 2))

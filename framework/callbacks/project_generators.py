@@ -9,7 +9,7 @@ from orthotrain.layers.oft_rotation import OftRotation
 
 
 class ProjectGenerators(L.Callback):
-    """Project every rotation that has a ``coft_eps`` after each optimizer step (arXiv:2306.07280, section 3.3).
+    """Project every rotation that has a ``coft_eps`` after each optimizer step (COFT, arXiv:2306.07280).
 
     Counted are optimizer steps, not micro-batches. A rotation within its bound keeps its bits.
 

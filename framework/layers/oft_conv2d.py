@@ -24,9 +24,9 @@ class OftConv2d(nn.Module):
 
         y[o] = sum_p sum_c' W[o, c', p] (sum_c x[c, p] R[c, c']) = sum_p sum_c (W R^T)[o, c, p] x[c, p],
 
-    so ``W_eff[:, :, p] = W[:, :, p] R^T`` and merging is exact up to one rounding of ``W``. With groups, output channels of
-    group j see the input channels of group j only; blocks divide ``C / groups``, so none crosses a group and ``W_eff``
-    has the shape of ``W``.
+    so ``W_eff[:, :, p] = W[:, :, p] R^T`` and merging is exact up to one rounding of ``W``. With groups, the outputs of
+    group j see the inputs of group j only; blocks divide ``C / groups``, so none crosses a group and ``W_eff`` has the
+    shape of ``W``.
 
     Args:
         conv: The frozen convolution; it is held, its weight no longer trained.

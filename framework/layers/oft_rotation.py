@@ -24,8 +24,8 @@ class OftRotation(BlockRotation):
         block_size: Size ``b`` of a block; must divide ``d``.
         parameterization: A :class:`Parameterization`, a registered name or its configuration.
         block_share: Whether all blocks share the generators of one.
-        coft_eps: COFT (arXiv:2306.07280, section 3.3): bound of the Frobenius norm of all generators together, ``||Q||``,
-            to which :meth:`project_` brings them back; to first order ``||R - I|| <= 2 coft_eps``. None for no bound.
+        coft_eps: COFT (arXiv:2306.07280): bound of the Frobenius norm ``||Q||`` over all blocks together, to which
+            :meth:`project_` brings the generators back; to first order ``||R - I|| <= 2 coft_eps``. None for no bound.
         block_dropout: Probability with which a block is the identity for one training forward. Nothing is rescaled:
             a product of rotations has no mean to keep.
         rotation_dtype: ``input`` rotates in the dtype of ``x`` (``D`` is computed in fp32 and rounded to it, the sum

@@ -177,7 +177,7 @@ class Int8Weight(QuantizedWeight):
 
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Tensor, compute_dtype: torch.dtype) -> Self:
-        """Copy ``codes (out, in)`` int8 and ``scales (out, groups)`` fp32, with ``W = codes * scales`` group by group."""
+        """Copy ``codes (out, in)`` int8 and ``scales (out, groups)`` fp32, as :class:`Int8Weight` stores them."""
         adopted = cls.__new__(cls)
         stored = {"codes": codes.detach().clone(), "scales": scales.detach().clone()}
         shape = (codes.shape[0], codes.shape[1])

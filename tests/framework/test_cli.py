@@ -1,0 +1,148 @@
+"""The command line: every command once for real, and bad input as one line with exit code 2."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orthotrain.checkpoint import read_checkpoint
+from orthotrain.cli import main
+from orthotrain.export import load_network
+
+QUICK = ["-c", "pretrain/quickstart.yaml"]
+
+
+def refuse(capsys, *arguments):
+    """Run a command that must fail; return its one line."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("orthotrain: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_from_fit_to_an_exported_model(small_config, tmp_path, capsys):
+    command = [*QUICK, "-c", str(small_config)]
+    main(["fit", *command])
+    printed = capsys.readouterr().out
+    for word in ("validation bits per byte", "tokens per second", "spectrum drift", "curves", "checkpoint", "sample"):
+        assert word in printed
+    run = tmp_path / "run"
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "summary.json").read_text())["steps"] == 6
+    assert (run / "config.yaml").exists()
+    last = run / "checkpoints" / "last.ckpt"
+
+    main(["validate", *command, "--ckpt_path", "last"])
+    main(["test", *command, "--ckpt_path", str(last)])
+    main(["predict", *command, "--ckpt_path", str(last), "--data.predict_prompts", "['def ', 'import os']"])
+    rows = [json.loads(line) for line in (run / "samples-0.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["def ", "import os"] and all(row["continuation"] for row in rows)
+
+    out = tmp_path / "exported"
+    main(["export", "--ckpt", str(last), "--out", str(out)])
+    assert not [name for name in load_file(out / "model.safetensors") if "rotation" in name or "generators" in name]
+    merged, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ids = torch.tensor([tokenizer.encode("def main(argv):\n    return")])
+    wrapped = load_network(read_checkpoint(last))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, wrapped(ids).logits, rtol=1e-5, atol=1e-5)
+    assert tokenizer.decode(ids[0]) == "def main(argv):\n    return"
+
+    assert "is not empty" in refuse(capsys, "export", "--ckpt", str(last), "--out", str(out))
+    truncated = tmp_path / "truncated.ckpt"
+    truncated.write_bytes(last.read_bytes()[:1000])
+    assert "truncated.ckpt' cannot be read" in refuse(capsys, "export", "--ckpt", str(truncated), "--out", "x")
+    message = refuse(capsys, "fit", *command, "--ckpt_path", str(last), "--model.layers.block_size", "4")
+    assert "checkpoint is of another model" in message
+    message = refuse(capsys, "validate", *command, "--ckpt_path", str(last), "--data.seed", "1")
+    assert "tokenizer of this run" in message and "differs from the checkpoint's" in message
+    assert "nothing.ckpt" in refuse(capsys, "fit", *command, "--ckpt_path", "nothing.ckpt")
+
+
+def test_continuing_with_last_equals_the_uninterrupted_run(small_config, tmp_path):
+    command = ["fit", *QUICK, "-c", str(small_config)]
+    main(command)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    whole = read_checkpoint(last)["state_dict"]
+    for path in last.parent.iterdir():
+        path.unlink()
+    # max_steps fixes the schedule's length, so the killed run keeps it and is stopped after three steps
+    main([*command, "--trainer.limit_train_batches", "3", "--trainer.max_epochs", "1"])
+    assert read_checkpoint(last)["global_step"] < 6
+    main([*command, "--ckpt_path", "last"])
+    resumed = read_checkpoint(last)
+    assert resumed["global_step"] == 6
+    assert all(torch.equal(whole[name], resumed["state_dict"][name]) for name in whole)
+
+
+BAD = [
+    (["--model.layers.block_size", "0"], "block_size=0 does not fit 32 features: take an integer from 2 to 32"),
+    (["--model.layers.block_size", "1"], "block_size=1"),
+    (["--model.layers.block_size", "-8"], "block_size=-8"),
+    (["--model.layers.block_size", "33"], "layer model.layers.0.self_attn.q_proj (32 x 32): block_size=33"),
+    (["--model.layers.include", "['*conv*']"], "include pattern '*conv*' matches no linear layer; the model has"),
+    (["--model.layers.init", "zeros"], "init"),
+    (["--model.merge_every", "0"], "every_n_steps=0"),
+    (["--model.merge_evry", "3"], "'merge_evry' is not accepted; did you mean merge_every"),
+    (["--trainer.max_stepss", "3"], "did you mean trainer.max_steps"),
+    (["--model", "PoetModul"], "unknown class 'PoetModul'; did you mean PoetModule"),
+    (["--model.layers.parameterization", "caley"], "unknown parameterization 'caley' (did you mean 'cayley'?)"),
+    (["--model.layers.parameterization.init_args.order", "0"], "order must be an integer of at least 1, got 0"),
+    (["--model.model.init_args.config.hiden_size", "8"], "hiden_size"),
+    (["--model.optimization.lr", "-1"], "optimization.lr=-1"),
+    (["--model.optimization.lr_overrides", "{'*nope*': 1.0}"], "'*nope*' matches no trainable parameter"),
+    (["--data.source", "/nowhere/at/all.txt"], "/nowhere/at/all.txt"),
+    (["--data.sequence_length", "0"], "sequence_length"),
+    (["--data.vocab_size", "330"], "vocabulary"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD, ids=[b[0][0].removeprefix("--") + "=" + b[0][1] for b in BAD])
+def test_bad_input_is_one_clear_line(small_config, capsys, overrides, message):
+    assert message in refuse(capsys, "fit", *QUICK, "-c", str(small_config), *overrides)
+
+
+def test_yaml_keys_and_files_are_checked_too(small_config, tmp_path, capsys):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump({"model": {"init_args": {"layers": {"blok_size": 8}}}}))
+    assert "'blok_size'" in refuse(capsys, "fit", *QUICK, "-c", str(wrong))
+    assert "did you mean block_size" in refuse(capsys, "fit", *QUICK, "-c", str(wrong))
+    message = refuse(capsys, "fit", "-c", "pretrain/quickstar.yaml")
+    assert "neither a file nor shipped; shipped are pretrain/quickstart.yaml" in message
+    wrong.write_text("model: [unclosed")
+    assert "wrong.yaml" in refuse(capsys, "fit", "-c", str(wrong))
+    assert "unknown command 'fitt'" in refuse(capsys, "fitt")
+
+
+def test_empty_binary_and_short_corpora_are_refused(small_config, tmp_path, capsys):
+    command = ["fit", *QUICK, "-c", str(small_config), "--data.source"]
+    for name, content in (("empty.txt", b""), ("binary.txt", b"\x00\x01\xff" * 999), ("short.txt", b"a b c")):
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert name in refuse(capsys, *command, str(path)) or name == "short.txt"
+
+
+def test_plan_counts_without_allocating(small_config, capsys):
+    main(["plan", *QUICK, "-c", str(small_config)])
+    printed = capsys.readouterr().out
+    for category in ("frozen", "trainable, rotations", "gradients", "optimizer state", "activations"):
+        assert category in printed
+
+
+def test_plugins_lists_a_line_each(capsys):
+    main(["plugins"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["cayley", "cayley_neumann", "exponential"]
+    assert all(len(line) > 40 for line in lines)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_names_every_command(arguments, capsys):
+    main(arguments)
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in ("fit", "validate", "test", "predict", "export", "plan", "plugins"))

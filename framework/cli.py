@@ -1,6 +1,8 @@
 """The command line: LightningCLI's fit, validate, test and predict, and export, plan and plugins beside them."""
 
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,6 +50,7 @@ def fail(message: str) -> None:
 
 def run_trainer(arguments: list[str]) -> None:
     """Run one of LightningCLI's commands."""
+    _quiet()
     from orthotrain.lightning_cli import OrthotrainCLI
 
     OrthotrainCLI(args=arguments)
@@ -86,6 +89,14 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "plan": plan_command,
     "plugins": plugins_command,
 }
+
+
+def _quiet() -> None:
+    """Drop what Lightning says that no user can act on."""
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
 
 
 def _parser(command: str, description: str) -> Any:

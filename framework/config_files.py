@@ -3,6 +3,8 @@
 import difflib
 from pathlib import Path
 
+import yaml
+
 from orthotrain import configs
 from orthotrain.errors import ConfigurationError
 
@@ -17,15 +19,22 @@ def resolve_config(name: str) -> str:
     """Return the path of a config: ``name`` itself if that file exists, else the shipped config of that name.
 
     Raises:
-        ConfigurationError: If there is neither, naming the nearest shipped ones.
+        ConfigurationError: If there is neither, naming the nearest shipped ones; or if it is not valid YAML.
     """
-    if Path(name).is_file():
-        return name
     shipped = shipped_configs()
-    if name in shipped:
-        return str(shipped[name])
+    path = Path(name) if Path(name).is_file() else shipped.get(name)
+    if path is not None:
+        _check_syntax(path)
+        return str(path)
     near = difflib.get_close_matches(name, shipped, n=3, cutoff=0.4) or sorted(shipped)
     raise ConfigurationError(f"config {name!r} is neither a file nor shipped; shipped are {', '.join(near)}")
+
+
+def _check_syntax(path: Path) -> None:
+    try:
+        yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"config {str(path)!r} is not valid YAML: {error}") from error
 
 
 def resolve_config_arguments(arguments: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from torchmetrics.text.rouge import ROUGEScore
 class TokenAccuracy(MeanMetric):
     """Share of response tokens whose most likely prediction is right, synchronised over ranks."""
 
-    higher_is_better = True
+    higher_is_better = True  # type: ignore[assignment]
 
     def update(self, logits: Tensor, labels: Tensor, ignore_index: int = -100) -> None:  # type: ignore[override]
         """Add a batch.

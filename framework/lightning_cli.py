@@ -1,5 +1,7 @@
 """LightningCLI with one-line errors, self-describing checkpoints and the planner."""
 
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -67,7 +69,17 @@ class OrthotrainCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the config as the user wrote it (LightningCLI would lay the checkpoint's arguments over it)."""
+        """Check the checkpoint, but leave the config as the user wrote it.
+
+        LightningCLI would lay the arguments stored in the checkpoint over it.
+        """
+        path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
+        if path is None or path in ("last", "best", "hpc"):
+            return
+        if not Path(path).exists():
+            raise ConfigurationError(f"--ckpt_path {path!r} does not exist; give a file of a run, or last, or best")
+        if Path(path).is_file() and not zipfile.is_zipfile(path):
+            raise ConfigurationError(f"--ckpt_path {path!r} is no checkpoint or is truncated; take an earlier one")
 
     def instantiate_classes(self) -> None:
         """Build module, data and trainer; what their constructors refuse comes out as one line."""

@@ -61,11 +61,15 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
     precision = str(precision or "32-true")
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module.configure_model()
+        # as Lightning's half precision does: the network is built in it
+        default = torch.get_default_dtype()
+        torch.set_default_dtype({"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, default))
+        try:
+            module.configure_model()
+        finally:
+            torch.set_default_dtype(default)
         assert module.model is not None
         network = module.model
-        if precision == "bf16-true":
-            network.to(torch.bfloat16)
         tokens = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
         activations = saved_bytes(module, {"input_ids": tokens, "labels": tokens}, precision)
     trainable = [p for p in network.parameters() if p.requires_grad]

@@ -199,6 +199,11 @@ class InstructionData(LightningDataModule):
         return self._tokenizer
 
     @property
+    def vocab_size(self) -> int | None:
+        """Rows that the model's embedding must have at least; ``None`` before the tokenizer is loaded."""
+        return None if self._tokenizer is None else tokens_in(self._tokenizer)
+
+    @property
     def tokenizer_fingerprint(self) -> str:
         """Sha256 of the tokenizer's canonical JSON."""
         return fingerprint(self.tokenizer)
@@ -206,7 +211,7 @@ class InstructionData(LightningDataModule):
     @property
     def _loading(self) -> Loading:
         given, trainer = self._given, self.trainer
-        overfits = trainer is not None and bool(trainer.overfit_batches)
+        overfits = trainer is not None and bool(trainer.overfit_batches)  # type: ignore[attr-defined]
         return Loading(self.batch_size, self._rank, self._world_size, given.num_workers, given.seed, overfits)
 
     def train_dataloader(self) -> ResumableLoader:
@@ -254,9 +259,8 @@ class InstructionData(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer and the settings as plain values; `tokenizer_from_state` reads the tokenizer back."""
-        vocab_size = tokens_in(self.tokenizer)
-        settings = {**self.hparams, "vocab_size": vocab_size}
-        return {**tokenizer_state(self.tokenizer), "vocab_size": vocab_size, "settings": settings}
+        sizes = {"vocab_size": tokens_in(self.tokenizer)}
+        return {**tokenizer_state(self.tokenizer), **sizes, "settings": {**self.hparams, **sizes}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare the checkpoint's tokenizer with this run's.

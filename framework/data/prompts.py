@@ -30,6 +30,6 @@ def generation_batch(rows: TokenRows, chosen: list[int], pad_token: int) -> dict
 
 def choose_rows(rows: TokenRows, samples: int) -> list[int]:
     """At most ``samples`` rows with a whole prompt, evenly spread over a split."""
-    whole = np.array([row for row in range(len(rows)) if rows.prompt(row)], np.int64)
+    whole = np.flatnonzero(rows.prompt_lengths)
     places = np.linspace(0, max(len(whole) - 1, 0), min(samples, len(whole)), dtype=np.int64)
     return whole[np.unique(places)].tolist()

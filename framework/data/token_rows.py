@@ -42,6 +42,11 @@ class TokenRows:
         """Inputs of each row, int64: one fewer than its tokens."""
         return np.diff(np.frombuffer(self._starts, np.int64)) - 1
 
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens before the last response of each row; 0 where truncation cut into them."""
+        return np.array(self._prompt_lengths)
+
     def inputs_and_labels(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """A row's inputs and labels, int64 of shape ``(length,)``.
 

@@ -134,7 +134,7 @@ class OftConv2d(nn.Module):
     def unwrap(self) -> nn.Conv2d:
         """Return the plain convolution that computes the same, with the merged weight and this layer's bias."""
         conv = copy.copy(self.conv)
-        conv._parameters = {"weight": nn.Parameter(self.merged_weight()), "bias": self.conv.bias}
+        conv._parameters = {**self.conv._parameters, "weight": nn.Parameter(self.merged_weight())}
         return conv
 
     def project_(self) -> None:

@@ -90,7 +90,7 @@ class OftRotation(BlockRotation):
         bound = self.coft_eps / math.sqrt(self.blocks)
         # every generator stands in Q twice
         norms = math.sqrt(2) * self.generators.norm(dim=1, keepdim=True)
-        self.generators.mul_(bound / norms.clamp_min(bound))
+        self.generators.mul_((bound / norms).clamp(max=1))
 
     def extra_repr(self) -> str:
         """Describe blocks and options in one line."""

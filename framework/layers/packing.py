@@ -49,14 +49,17 @@ def unpack_nf4(stored: list[Tensor], group_size: int, dtype: torch.dtype) -> Ten
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     packed, absmax, *nested = stored
-    shape = torch.Size((packed.shape[0], 2 * packed.shape[1]))
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    # Groups run on from row to row. Its CPU kernel starts a new one with every row, which
+    # is wrong by up to 40% unless groups divide rows: then the matrix is one long row.
+    shape = torch.Size((rows, columns) if columns % group_size == 0 else (rows * columns,))
     kernel_dtype = dtype if dtype in NF4_DTYPES else torch.float32
     state = QuantState(absmax, shape, blocksize=group_size, quant_type="nf4", dtype=kernel_dtype)
     if nested:
         code = _dynamic_code(absmax.device)
         state.state2 = QuantState(nested[0], blocksize=NESTED_GROUP, code=code, dtype=torch.float32)
         state.offset, state.nested = nested[1], True
-    return dequantize_4bit(packed.view(-1, 1), state).to(dtype)
+    return dequantize_4bit(packed.view(-1, 1), state).reshape(rows, columns).to(dtype)
 
 
 def quant_state_tensors(packed: Tensor, state: Any) -> dict[str, Tensor]:

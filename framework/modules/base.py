@@ -50,8 +50,20 @@ class BaseModule(L.LightningModule):
         if self.model is None:
             assert self._builder is not None
             self.model = self._builder()
+        self._check_vocabulary(self.model)
         self.wrap(self.model)
         self._wrapped = True
+
+    def _check_vocabulary(self, model: nn.Module) -> None:
+        data = getattr(self._trainer, "datamodule", None)
+        tokens = getattr(data, "vocab_size", None)
+        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        rows = getattr(embedding, "num_embeddings", None)
+        if isinstance(tokens, int) and isinstance(rows, int) and tokens > rows:
+            raise ConfigurationError(
+                f"the tokenizer's vocabulary of {tokens} does not fit the model's embedding of {rows} rows: "
+                "set the model's vocab_size and the data's to the same number"
+            )
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach the callbacks that every run wants; a subclass adds its own to them."""

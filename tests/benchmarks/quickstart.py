@@ -17,15 +17,12 @@ import torch
 
 BASE = ["-c", "pretrain/quickstart.yaml"]
 ADAMW = ["-c", "pretrain/adamw_quickstart.yaml"]
-HIDDEN = "model.*layers*"
-
 RUNS: dict[str, list[str]] = {"poet quickstart": BASE}
-for lr in ("1.0e-3", "2.0e-3", "4.0e-3", "8.0e-3"):
+for lr in ("1.0e-3", "2.0e-3", "4.0e-3"):
     RUNS[f"adamw lr {lr}"] = [*ADAMW, f"--model.optimization.lr={lr}", "--model.optimization.lr_overrides=null"]
 for hidden in ("5.0e-4", "1.0e-3", "2.0e-3"):
-    for lr in ("4.0e-3", "8.0e-3"):
-        overrides = f"--model.optimization.lr_overrides={{'*layers*': {hidden}}}"
-        RUNS[f"adamw hidden {hidden} rest {lr}"] = [*ADAMW, f"--model.optimization.lr={lr}", overrides]
+    overrides = f"--model.optimization.lr_overrides={{'*layers*proj*': {hidden}}}"
+    RUNS[f"adamw hidden {hidden}"] = [*ADAMW, overrides]
 
 
 def run(name: str, arguments: list[str]) -> dict[str, float]:

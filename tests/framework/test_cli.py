@@ -61,6 +61,8 @@ def test_from_fit_to_an_exported_model(small_config, tmp_path, capsys):
     assert "checkpoint is of another model" in message
     message = refuse(capsys, "validate", *command, "--ckpt_path", str(last), "--data.seed", "1")
     assert "tokenizer of this run" in message and "differs from the checkpoint's" in message
+    message = refuse(capsys, "fit", *command, "--ckpt_path", str(truncated))
+    assert "truncated.ckpt' is no checkpoint or is truncated" in message
     assert "nothing.ckpt" in refuse(capsys, "fit", *command, "--ckpt_path", "nothing.ckpt")
 
 

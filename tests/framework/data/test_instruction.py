@@ -1,12 +1,14 @@
 """`InstructionData` as a run uses it: sources, splits, batches, generation, checkpoints, a trainer."""
 
 import gzip
+import itertools
 import json
 import logging
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthotrain.data import InstructionData, tokenizer_from_state
@@ -176,6 +178,7 @@ def test_the_state_carries_the_tokenizer(make_data, folders, tmp_path):
     path = tmp_path / "run.ckpt"
     torch.save({"InstructionData": data.state_dict(), "state_dict": {"weight": torch.ones(2)}}, path)
     state = torch.load(path, weights_only=True)["InstructionData"]
+    assert data.vocab_size == 300
     assert tokenizer_from_state(state).encode("what follows") == data.tokenizer.encode("what follows")
     again = InstructionData(str(path), data.hparams.source)
     again.load_state_dict(state)
@@ -222,33 +225,44 @@ class Finetuning(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def fit(data, folder, steps, ckpt_path=None, **options):
+def fit(data, steps, folder=None, ckpt_path=None, **options):
     torch.manual_seed(0)
     module = Finetuning()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = L.Trainer(max_steps=steps, enable_checkpointing=False, **quiet | options)
-    trainer.fit(module, data, ckpt_path=ckpt_path)
     if folder is not None:
-        trainer.save_checkpoint(folder / "run.ckpt")
+        options["callbacks"] = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = L.Trainer(max_steps=steps, enable_checkpointing=folder is not None, **quiet | options)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
     return module
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_run_resumes_mid_epoch_bit_for_bit(packing, make_data, tmp_path):
     options = {"packing": packing, "batch_size": 2}
-    whole = fit(make_data(**options), None, 9)
-    first = fit(make_data(**options), tmp_path, 5)
-    second = fit(make_data(**options), None, 9, ckpt_path=tmp_path / "run.ckpt")
-    assert first.seen + second.seen == whole.seen
-    assert first.losses + second.losses == whole.losses
+    whole = fit(make_data(**options), 9, tmp_path)
+    for place in (3, 7):
+        rest = fit(make_data(**options), 9, ckpt_path=tmp_path / f"step={place}.ckpt")
+        assert rest.seen == whole.seen[place:]
+        assert rest.losses == whole.losses[place:]
     assert whole.losses[-1] < whole.losses[0]
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_overfitting_repeats_its_batches(packing, make_data):
-    module = fit(make_data(packing=packing), None, 4, overfit_batches=2)
+    module = fit(make_data(packing=packing), 4, overfit_batches=2)
     assert module.seen[:2] == module.seen[2:]
     assert len(module.seen[0]) == 4
+
+
+def test_predict_and_validate_run_through_a_trainer(make_data):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = L.Trainer(**quiet, enable_checkpointing=False)
+    data, module = make_data("chat", generation_samples=3), Finetuning()
+    module.predict_step = lambda batch, batch_idx: batch["references"]
+    references = [answer for answers in trainer.predict(module, data) for answer in answers]
+    assert len(set(references)) == 3
+    assert set(references) <= {row["response"] for row in ROWS}
+    trainer.validate(module, data, verbose=False)
 
 
 def test_functions_become_pairs():
@@ -278,14 +292,15 @@ def without(a):
 
 
 def test_the_embedded_source(folders):
-    examples = list(docstring_examples())
-    assert len(examples) > 3000
-    assert len({example.key for example in examples}) == len(examples)
-    for example in examples:
-        prompt, response = (content for _, content in example.messages)
-        assert prompt.startswith(INSTRUCTION)
-        assert 20 <= len(response) <= 400
     data = InstructionData(str(folders / "chat"), max_length=600, batch_size=2)
     data.setup("fit")
-    assert data.rows_used + data.rows_dropped == len(examples)
+    assert data.rows_used + data.rows_dropped > 3000
     assert data.rows_used > data.rows_dropped
+    answer = data.generation_batches()[0]["references"][0]
+    assert 20 <= len(answer) <= 400
+
+
+def test_embedded_pairs_are_distinct_and_prefixed():
+    examples = list(itertools.islice(docstring_examples(), 500))
+    assert len({example.key for example in examples}) == 500
+    assert all(example.messages[0][1].startswith(INSTRUCTION) for example in examples)

@@ -21,7 +21,8 @@ CHAT_TEMPLATE = (
 )
 NO_END_TEMPLATE = CHAT_TEMPLATE.replace("{{ eos_token }}", "")
 REWRITING_TEMPLATE = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else '(earlier)' }}")
-TEXTS = st.text(st.characters(exclude_categories=["C", "Z"]) | st.just(" "), min_size=1, max_size=30).filter(str.strip)
+CHARACTERS = st.characters(exclude_categories=["C", "Z"], exclude_characters="|") | st.just(" ")
+TEXTS = st.text(CHARACTERS, min_size=1, max_size=30).filter(str.strip)
 
 
 def make_tokenizer(template=None):

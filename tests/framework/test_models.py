@@ -1,0 +1,31 @@
+"""Model builders: from a configuration, from a folder, and what they refuse."""
+
+import pytest
+import torch
+
+from orthotrain.errors import ConfigurationError
+from orthotrain.models import CausalLM, PretrainedCausalLM
+
+
+def test_builds_from_a_configuration_and_from_a_folder(tiny_llama, tmp_path):
+    built = CausalLM(tiny_llama)()
+    assert built.training and built.config.hidden_size == 32
+    built.save_pretrained(tmp_path / "model")
+    loaded = PretrainedCausalLM(str(tmp_path / "model"))()
+    ids = torch.arange(8)[None]
+    assert torch.equal(built(ids).logits, loaded(ids).logits)
+    assert PretrainedCausalLM(str(tmp_path / "model"), "bfloat16")().dtype == torch.bfloat16
+
+
+def test_other_model_types():
+    config = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    assert CausalLM(config, "gpt2")()(torch.arange(4)[None]).logits.shape == (1, 4, 50)
+
+
+def test_bad_input_is_refused_with_the_nearest_name(tmp_path):
+    with pytest.raises(ConfigurationError, match="'hiden_size'; try hidden_size"):
+        CausalLM({"hiden_size": 4})
+    with pytest.raises(ConfigurationError, match="model_type='lama' is unknown to transformers; try llama"):
+        CausalLM({}, "lama")
+    with pytest.raises(ConfigurationError, match="cannot be loaded"):
+        PretrainedCausalLM(str(tmp_path))()

@@ -1,0 +1,36 @@
+"""The cosine schedule."""
+
+import pytest
+import torch
+
+from orthotrain.errors import ConfigurationError
+from orthotrain.schedules import CosineWithWarmup
+
+
+def rates(total, **kwargs):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule = CosineWithWarmup(optimizer, total_steps=total, **kwargs)
+    seen = []
+    for _ in range(total + 5):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_rises_then_falls_to_the_final_ratio():
+    seen = rates(100, warmup_steps=10, final_ratio=0.1)
+    assert seen[0] == pytest.approx(0.2) and seen[9] == seen[10] == pytest.approx(2.0)
+    assert seen[55] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert all(later <= earlier for earlier, later in zip(seen[10:], seen[11:], strict=False))
+    assert seen[100] == seen[104] == pytest.approx(0.2)
+
+
+def test_without_warmup_it_starts_at_the_full_rate():
+    assert rates(10)[0] == 2.0
+
+
+@pytest.mark.parametrize("kwargs", [{"warmup_steps": -1}, {"final_ratio": 1.5}])
+def test_numbers_out_of_range_are_refused(kwargs):
+    with pytest.raises(ConfigurationError, match=next(iter(kwargs))):
+        rates(10, **kwargs)

@@ -1,0 +1,92 @@
+"""The house: import directions, what the wheel holds, and that every shipped config builds."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orthotrain.config_files import shipped_configs
+from orthotrain.lightning_cli import PlanCLI
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"framework": "orthotrain", "plugins": "orthotrain.plugins", "kernels": "orthotrain.kernels"}
+
+# room -> rooms of orthotrain that it may import; a room is a folder of framework, or one of its top-level files
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "plugins": {"plugins", "kernels"},
+    "data": {"data", "errors"},
+    "layers": {"layers", "plugins", "kernels", "errors", "seeding"},
+    "callbacks": {"callbacks", "layers.mergeable", "errors"},
+    "export": {"layers.surgery", "layers.mergeable", "modules", "data", "checkpoint", "errors"},
+    "modules": {"modules", "callbacks", "layers", "plugins", "models", "metrics", "checkpoint", "errors", "seeding"},
+}
+
+
+def imports_of(path):
+    """Yield the orthotrain modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        yield from (name.removeprefix("orthotrain.") for name in names if name.startswith("orthotrain."))
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_imports_run_one_way(room):
+    base = ROOT / room if room in FOLDERS else ROOT / "framework" / room
+    files = sorted(base.rglob("*.py")) if base.is_dir() else [base.with_suffix(".py")]
+    assert files
+    for path in files:
+        for name in imports_of(path):
+            allowed = any(name == other or name.startswith(f"{other}.") for other in MAY_IMPORT[room])
+            assert allowed, f"{path.relative_to(ROOT)} imports orthotrain.{name}"
+
+
+def test_every_package_is_listed():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {"orthotrain.configs"}
+    for folder, package in FOLDERS.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            found.add(".".join([package, *init.parent.relative_to(ROOT / folder).parts]))
+    assert listed == found
+
+
+def test_the_wheel_holds_one_top_level_package_and_the_configs(tmp_path):
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"orthotrain"}
+    for config in shipped_configs():
+        assert f"orthotrain/configs/{config}" in names
+    for part in ("kernels/fold/op.py", "plugins/cayley.py", "layers/poet_linear.py", "py.typed"):
+        assert f"orthotrain/{part}" in names
+
+
+CONFIGS = sorted([*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "examples").rglob("*.yaml")])
+RUNS = [path for path in CONFIGS if path.parent.name != "trainer"]
+
+
+def test_the_number_of_configs_is_known():
+    """A config that is added is added here too, so that none escapes the test below."""
+    assert len(CONFIGS) == 3
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_config_builds_its_network(path):
+    """Parses the whole config, trainer and data included, and builds the wrapped network on fake tensors."""
+    plan = PlanCLI(["-c", str(path), "--data.batch_size", "1"], run=False).plan
+    assert plan.total_bytes > 0
+    document = yaml.safe_load(path.read_text())
+    assert path.read_text().startswith("# "), "say in a first line what the run is"
+    assert {"trainer", "model", "data"} <= set(document)

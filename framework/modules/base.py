@@ -91,8 +91,9 @@ class BaseModule(L.LightningModule):
 
         The default is next-token cross-entropy in nats: ``batch["input_ids"]`` and ``batch["labels"]``, both
         ``(B, T)``, the label at t being the token that follows the input at t; labels of -100 do not count.
+        Everything else in the batch (``attention_mask``, ``position_ids``) goes to the network by its name.
         """
-        output = self(batch["input_ids"])
+        output = self(**{name: value for name, value in batch.items() if name != "labels"})
         logits = getattr(output, "logits", output)
         return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten())
 

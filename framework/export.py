@@ -9,6 +9,7 @@ from torch import nn
 from orthotrain.checkpoint import compare_state, read_checkpoint
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.surgery import unwrap_mergeables
+from orthotrain.models import ModelBuilder
 
 
 def export_checkpoint(checkpoint: str | Path, out: str | Path) -> Path:
@@ -97,3 +98,20 @@ def load_tokenizer(contents: dict[str, Any]) -> Any:
 
     state = next((v for k, v in contents.items() if isinstance(v, dict) and "tokenizer_fingerprint" in v), None)
     return None if state is None else tokenizer_from_state(state)
+
+
+class CheckpointModel(ModelBuilder):
+    """The merged network of a checkpoint that ``orthotrain fit`` wrote: what finetuning starts from.
+
+    Args:
+        path: The ``.ckpt`` file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self) -> nn.Module:
+        """Read, merge and return the network in training mode."""
+        network = load_network(read_checkpoint(self.path), self.path)
+        unwrap_mergeables(network)
+        return network.train()

@@ -13,17 +13,18 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import orthotrain.callbacks
 import orthotrain.data
+import orthotrain.export
 import orthotrain.schedules  # noqa: F401
 from orthotrain.callbacks.sample_writer import SampleWriter
 from orthotrain.config_errors import one_line
 from orthotrain.errors import ConfigurationError
 from orthotrain.models import ModelBuilder
-from orthotrain.modules import BaseModule, Optimization, PoetLayers
+from orthotrain.modules import BaseModule, OftLayers, Optimization, PoetLayers
 from orthotrain.plugins import Parameterization
 
 CONFIGURABLE = (
-    BaseModule, ModelBuilder, Optimization, PoetLayers, Parameterization, L.LightningDataModule, L.Callback, L.Trainer,
-    Logger, LRScheduler, torch.optim.Optimizer,
+    BaseModule, ModelBuilder, OftLayers, Optimization, PoetLayers, Parameterization, L.LightningDataModule, L.Callback,
+    L.Trainer, Logger, LRScheduler, torch.optim.Optimizer,
 )  # fmt: skip
 """What a config names by class: their subclasses and arguments are what a misspelt name is compared with."""
 

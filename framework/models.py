@@ -2,11 +2,19 @@
 
 import difflib
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from orthotrain.errors import ConfigurationError
+
+Task = Literal["causal_lm", "seq2seq_lm", "sequence_classification"]
+AUTO_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+}
 
 
 class ModelBuilder(ABC):
@@ -51,24 +59,53 @@ class CausalLM(ModelBuilder):
         return AutoModelForCausalLM.from_config(configuration).train()
 
 
-class PretrainedCausalLM(ModelBuilder):
-    """A pretrained Hugging Face causal language model.
+class PretrainedModel(ModelBuilder):
+    """A pretrained Hugging Face model with the head of a task.
 
     Args:
         name: Folder or hub name.
+        task: ``causal_lm``, ``seq2seq_lm`` or ``sequence_classification``.
         dtype: ``auto`` for the stored one, or a torch dtype's name such as ``bfloat16``.
+        load_in_4bit: Whether transformers quantises the weights to NF4 with double quantisation while loading.
+        options: More arguments of ``from_pretrained``, such as ``num_labels``.
+
+    Raises:
+        ConfigurationError: An unknown task or dtype; when it is built, a model that cannot be loaded.
     """
 
-    def __init__(self, name: str, dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        name: str,
+        task: Task = "causal_lm",
+        dtype: str = "auto",
+        load_in_4bit: bool = False,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if task not in AUTO_CLASSES:
+            raise ConfigurationError(f"task={task!r}: choose one of {', '.join(AUTO_CLASSES)}")
+        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ConfigurationError(f"dtype={dtype!r}: take auto, float32, bfloat16 or float16")
         self.name = name
+        self.task = task
         self.dtype = dtype
+        self.load_in_4bit = load_in_4bit
+        self.options = dict(options or {})
 
     def __call__(self) -> nn.Module:
         """Load and return the model in training mode; code that comes with a model is never run."""
-        from transformers import AutoModelForCausalLM
+        import transformers
 
+        options = {**self.options, "dtype": self.dtype, "trust_remote_code": False}
+        if self.load_in_4bit:
+            compute = torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype)
+            options["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=compute,
+            )
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.name, dtype=self.dtype, trust_remote_code=False)
+            model = getattr(transformers, AUTO_CLASSES[self.task]).from_pretrained(self.name, **options)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise ConfigurationError(f"model {self.name!r} cannot be loaded: {first}") from error

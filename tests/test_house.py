@@ -1,6 +1,7 @@
 """The house: import directions, what the wheel holds, and that every shipped config builds."""
 
 import ast
+import json
 import subprocess
 import sys
 import tomllib
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from orthotrain.config_files import shipped_configs
-from orthotrain.lightning_cli import PlanCLI
+from orthotrain.lightning_cli import OrthotrainCLI, PlanCLI
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"framework": "orthotrain", "plugins": "orthotrain.plugins", "kernels": "orthotrain.kernels"}
@@ -23,8 +24,22 @@ MAY_IMPORT = {
     "data": {"data", "errors"},
     "layers": {"layers", "plugins", "kernels", "errors", "seeding"},
     "callbacks": {"callbacks", "layers.mergeable", "errors"},
-    "export": {"layers.surgery", "layers.mergeable", "modules", "data", "checkpoint", "errors"},
-    "modules": {"modules", "callbacks", "layers", "plugins", "models", "metrics", "checkpoint", "errors", "seeding"},
+    "export": {
+        "layers.surgery",
+        "layers.mergeable",
+        "modules",
+        "models",
+        "data",
+        "checkpoint",
+        "errors",
+        "peft_adapter",
+    },
+    "adapters": {"layers", "plugins", "checkpoint", "errors"},
+    "peft_adapter": {"layers", "plugins", "adapters", "checkpoint", "errors"},
+    "modules": {
+        *("modules", "callbacks", "layers", "plugins", "models"),
+        *("metrics", "generation_metrics", "checkpoint", "errors", "seeding"),
+    },
 }
 
 
@@ -79,14 +94,19 @@ RUNS = [path for path in CONFIGS if path.parent.name != "trainer"]
 
 def test_the_number_of_configs_is_known():
     """A config that is added is added here too, so that none escapes the test below."""
-    assert len(CONFIGS) == 3
+    assert len(CONFIGS) == 8
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_config_builds_its_network(path):
-    """Parses the whole config, trainer and data included, and builds the wrapped network on fake tensors."""
-    plan = PlanCLI(["-c", str(path), "--data.batch_size", "1"], run=False).plan
-    assert plan.total_bytes > 0
+    """Builds trainer, module and data, and the wrapped network on fake tensors; pretrained ones as a small Llama."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1}
+    pretrained = ["--model.model", "CausalLM", "--model.model.config", json.dumps(shape)]
+    overrides = pretrained if path.parent.name == "finetune" else []
+    command = ["-c", str(path), *overrides, "--data.batch_size", "1"]
+    cli = OrthotrainCLI([*command, "--trainer.accelerator", "cpu", "--trainer.devices", "1"], run=False)
+    assert cli.trainer.max_steps > 0 or cli.trainer.max_epochs > 0
+    assert PlanCLI(command, run=False).plan.total_bytes > 0
     document = yaml.safe_load(path.read_text())
     assert path.read_text().startswith("# "), "say in a first line what the run is"
     assert {"trainer", "model", "data"} <= set(document)

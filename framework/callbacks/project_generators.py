@@ -1,11 +1,21 @@
 """COFT: bring the generators back to their bound after every optimizer step."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.oft_rotation import OftRotation
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """A rotation whose generators may have a bound."""
+
+    coft_eps: float | None
+    """The bound, None for none."""
+
+    def project_(self) -> None:
+        """Bring the generators back to the bound."""
 
 
 class ProjectGenerators(L.Callback):
@@ -18,12 +28,12 @@ class ProjectGenerators(L.Callback):
     """
 
     def __init__(self) -> None:
-        self._rotations: list[OftRotation] = []
+        self._rotations: list[Bounded] = []
         self._last_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the bounded rotations; refuse a model without one."""
-        rotations = [module for module in pl_module.modules() if isinstance(module, OftRotation)]
+        rotations = [module for module in pl_module.modules() if isinstance(module, Bounded)]
         self._rotations = [rotation for rotation in rotations if rotation.coft_eps is not None]
         if not self._rotations:
             raise ConfigurationError("ProjectGenerators found no layer with a coft_eps: set one, or drop the callback")

@@ -79,11 +79,9 @@ class RunReport(L.Callback):
     def _lines(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path) -> list[str]:
         after = {k: float(v) for k, v in trainer.callback_metrics.items()}
         rows = [("optimizer steps", f"{trainer.global_step}")]
-        for name in ("loss", "perplexity", "bits_per_byte"):
-            key = f"val_{name}"
-            if key in after:
-                before = f"{self.before[key]:.3f} -> " if key in self.before else ""
-                rows.append((f"validation {name.replace('_', ' ')}", f"{before}{after[key]:.3f}"))
+        for key in (key for key in after if key.startswith("val_")):
+            before = f"{self.before[key]:.3f} -> " if key in self.before else ""
+            rows.append((f"validation {key.removeprefix('val_').replace('_', ' ')}", f"{before}{after[key]:.3f}"))
         if self._throughput is not None:
             rows.append(("tokens per second", f"{self._throughput.mean:,.0f}"))
         trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)

@@ -120,7 +120,8 @@ class OftConv2d(nn.Module):
         # (group, out, in, kh, kw) -> (out, kh, kw, group, in): the last two are the C channels that R acts on
         columns = weight.unflatten(0, (groups, -1)).permute(1, 3, 4, 0, 2)
         folded = self.rotation_in.fold(columns.flatten(-2)).view(columns.shape)
-        return folded.permute(3, 0, 4, 1, 2).flatten(0, 1).to(weight.dtype).contiguous()
+        # into the strides of the weight: backends choose by them, too
+        return torch.empty_like(weight).copy_(folded.permute(3, 0, 4, 1, 2).flatten(0, 1))
 
     def rotation_parameters(self) -> list[nn.Parameter]:
         """Return the generators."""

@@ -93,9 +93,13 @@ class BaseModule(L.LightningModule):
         ``(B, T)``, the label at t being the token that follows the input at t; labels of -100 do not count.
         Everything else in the batch (``attention_mask``, ``position_ids``) goes to the network by its name.
         """
+        return self.next_token_outputs(batch)[0]
+
+    def next_token_outputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the mean next-token cross-entropy of a batch in nats, and the logits ``(B, T, V)``."""
         output = self(**{name: value for name, value in batch.items() if name != "labels"})
         logits = getattr(output, "logits", output)
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten())
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten()), logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch."""

@@ -8,14 +8,14 @@ from torch import nn
 
 from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
-from orthotrain.errors import ConfigurationError
 from orthotrain.layers import PoetLinear, initialize_, replace_linears, select_linears
 from orthotrain.layers.centre import ActivationMode, Centre, check_choice
 from orthotrain.layers.initialization import Initialization
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.base import BaseModule
 from orthotrain.modules.optimization import Optimization
-from orthotrain.plugins import Parameterization, create
+from orthotrain.modules.specification import check_parameterization
+from orthotrain.plugins import Parameterization
 from orthotrain.seeding import derive_seed, generator
 
 
@@ -47,10 +47,7 @@ class PoetLayers:
         check_choice("init", self.init, Initialization)
         check_choice("centre", self.centre, Centre)
         check_choice("activation_mode", self.activation_mode, ActivationMode)
-        try:
-            create(self.parameterization)
-        except ValueError as error:
-            raise ConfigurationError(f"parameterization: {error}") from error
+        check_parameterization(self.parameterization)
 
     def apply_(self, model: nn.Module, seed: int = 0) -> list[str]:
         """Replace the chosen layers of ``model`` in place.

@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.models import CausalLM, PretrainedCausalLM
+from orthotrain.models import CausalLM, PretrainedModel
 
 
 def test_builds_from_a_configuration_and_from_a_folder(tiny_llama, tmp_path):
     built = CausalLM(tiny_llama)()
     assert built.training and built.config.hidden_size == 32
     built.save_pretrained(tmp_path / "model")
-    loaded = PretrainedCausalLM(str(tmp_path / "model"))()
+    loaded = PretrainedModel(str(tmp_path / "model"))()
     ids = torch.arange(8)[None]
     assert torch.equal(built(ids).logits, loaded(ids).logits)
-    assert PretrainedCausalLM(str(tmp_path / "model"), "bfloat16")().dtype == torch.bfloat16
+    assert PretrainedModel(str(tmp_path / "model"), dtype="bfloat16")().dtype == torch.bfloat16
 
 
 def test_other_model_types():
@@ -28,4 +28,4 @@ def test_bad_input_is_refused_with_the_nearest_name(tmp_path):
     with pytest.raises(ConfigurationError, match="model_type='lama' is unknown to transformers; try llama"):
         CausalLM({}, "lama")
     with pytest.raises(ConfigurationError, match="cannot be loaded"):
-        PretrainedCausalLM(str(tmp_path))()
+        PretrainedModel(str(tmp_path))()

@@ -1,0 +1,219 @@
+"""OFTv2 and QOFT finetuning (arXiv:2506.19847) as a LightningModule around any network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from orthotrain.callbacks.project_generators import ProjectGenerators
+from orthotrain.errors import ConfigurationError
+from orthotrain.generation_metrics import GenerationMetrics, TokenAccuracy
+from orthotrain.layers import OftLinear, replace_linears, select_linears
+from orthotrain.layers.centre import check_choice
+from orthotrain.layers.oft_linear import Quantization
+from orthotrain.layers.oft_rotation import RotationDtype
+from orthotrain.metrics import count_targets
+from orthotrain.models import ModelBuilder
+from orthotrain.modules.base import BaseModule
+from orthotrain.modules.optimization import Optimization
+from orthotrain.modules.specification import check_parameterization
+from orthotrain.plugins import Parameterization
+
+Objective = Literal["next_token", "model"]
+
+
+@dataclass(frozen=True)
+class OftLayers:
+    """Which linear layers get a rotation of their input, and how. Everything else is frozen.
+
+    Args:
+        block_size: Size of the rotated blocks; must divide the input width of every layer.
+        block_sizes: Glob pattern on module names -> block size instead of ``block_size``, the first that matches wins.
+        parameterization: How generators become rotations: a registered name (`orthotrain plugins` lists them) or a
+            class with its arguments, in YAML ``{class_path: CayleyNeumann, init_args: {order: 4}}``.
+        include: Glob patterns on module names; each must match a linear layer.
+        exclude: Glob patterns taken out again.
+        train: Glob patterns on names of parameters that are trained beside the rotations (a fresh head, biases).
+        quantization: Storage of the frozen weights: ``nf4``, ``int8``, or null for the one they have.
+        block_share: Whether all blocks of a layer share one block's generators.
+        coft_eps: COFT: bound of the generators' norm in a layer, kept by projection after each step; null for none.
+        block_dropout: Probability with which a block is the identity for one training forward.
+        rotation_dtype: ``input`` rotates in the dtype of the activations, ``float32`` in fp32.
+    """
+
+    block_size: int = 32
+    block_sizes: dict[str, int] | None = None
+    parameterization: Parameterization | str = "cayley_neumann"
+    include: list[str] = field(default_factory=lambda: ["*"])
+    exclude: list[str] = field(default_factory=lambda: ["*lm_head*", "*score*", "*classifier*"])
+    train: list[str] = field(default_factory=list)
+    quantization: Quantization | None = None
+    block_share: bool = False
+    coft_eps: float | None = None
+    block_dropout: float = 0.0
+    rotation_dtype: RotationDtype = "input"
+
+    def __post_init__(self) -> None:
+        check_parameterization(self.parameterization)
+
+    def apply_(self, model: nn.Module) -> list[str]:
+        """Freeze ``model`` and wrap the chosen layers in place; its outputs stay what they are.
+
+        Returns:
+            The names of the wrapped layers.
+
+        Raises:
+            ConfigurationError: See :func:`orthotrain.layers.replace_linears`; or if a pattern matches nothing.
+        """
+        names = {linear: name for name, linear in select_linears(model, self.include, self.exclude).items()}
+        for pattern in self.block_sizes or {}:
+            if not any(fnmatchcase(name, pattern) for name in names.values()):
+                raise ConfigurationError(f"block_sizes pattern {pattern!r} matches none of the chosen layers")
+        model.requires_grad_(False)
+        wrapped = replace_linears(model, self.include, self.exclude, lambda linear: self._wrap(linear, names[linear]))
+        for pattern in self.train:
+            matches = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
+            if not matches:
+                raise ConfigurationError(f"train pattern {pattern!r} matches no parameter of the model")
+            for parameter in matches:
+                parameter.requires_grad_(True)
+        return wrapped
+
+    def _wrap(self, linear: nn.Linear, name: str) -> OftLinear:
+        sizes = [size for pattern, size in (self.block_sizes or {}).items() if fnmatchcase(name, pattern)]
+        return OftLinear.from_linear(
+            linear,
+            sizes[0] if sizes else self.block_size,
+            self.parameterization,
+            block_share=self.block_share,
+            coft_eps=self.coft_eps,
+            block_dropout=self.block_dropout,
+            rotation_dtype=self.rotation_dtype,
+            quantization=self.quantization,
+        )
+
+
+class OftModule(BaseModule):
+    """Finetune any network with OFT: rotations of the inputs of its frozen, possibly quantised linear layers.
+
+    Beside the metrics of :class:`BaseModule` it logs the accuracy of the predicted response tokens, and, where the data
+    module offers ``generation_batches``, exact match and ROUGE-L of greedy continuations; a few of these are logged as
+    text. Subclass it and override :meth:`outputs` for another objective.
+
+    Args:
+        model: The pretrained network, or what builds it.
+        layers: Which linear layers are rotated, and how.
+        optimization: Learning rates, weight decay, optimizer and schedule.
+        objective: ``next_token`` for a causal language model with labels already shifted (the data modules of this
+            package); ``model`` lets the network compute its own loss from the whole batch (sequence-to-sequence and
+            classification heads of transformers).
+        max_new_tokens: Tokens generated for each validation sample; 0 for no generation.
+        logged_samples: Generated samples that are logged as text.
+
+    Raises:
+        ConfigurationError: An unknown objective; when the network is built, if a layer cannot be wrapped.
+    """
+
+    def __init__(
+        self,
+        model: ModelBuilder | nn.Module | Callable[[], nn.Module],
+        layers: OftLayers = OftLayers(),
+        optimization: Optimization = Optimization(),
+        objective: Objective = "next_token",
+        max_new_tokens: int = 48,
+        logged_samples: int = 4,
+    ) -> None:
+        super().__init__(model, optimization)
+        check_choice("objective", objective, Objective)
+        self.save_hyperparameters("objective", "max_new_tokens", "logged_samples")
+        self.layers = layers
+        self.objective = objective
+        self.max_new_tokens = max_new_tokens
+        self.logged_samples = logged_samples
+        self.wrapped_names: list[str] = []
+        self.token_accuracy = nn.ModuleDict({split: TokenAccuracy() for split in ("val", "test")})
+        self.generation = GenerationMetrics()
+
+    def wrap(self, model: nn.Module) -> None:
+        """Freeze the network and put rotations before the chosen layers."""
+        self.wrapped_names = self.layers.apply_(model)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Attach COFT's projection if the layers have a bound."""
+        projection = [ProjectGenerators()] if self.layers.coft_eps is not None else []
+        return [*super().configure_callbacks(), *projection]
+
+    def outputs(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the mean loss of a batch and its logits, which line up with ``batch["labels"]``."""
+        if self.objective == "model":
+            output = self(**batch)
+            return output.loss, output.logits
+        return self.next_token_outputs(batch)
+
+    def loss(self, batch: Any) -> Tensor:
+        """Return the mean loss of a batch."""
+        return self.outputs(batch)[0]
+
+    def _evaluate(self, split: str, batch: Any) -> None:
+        loss, logits = self.outputs(batch)
+        self.evaluation_loss[split].update(loss, count_targets(batch))
+        self.token_accuracy[split].update(logits, batch["labels"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics, those of generated samples included."""
+        super().on_validation_epoch_end()
+        self._generate("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics, those of generated samples included."""
+        super().on_test_epoch_end()
+        self._generate("test")
+
+    def evaluation_metrics(self, loss: float, split: str) -> dict[str, float]:
+        """Add the token accuracy."""
+        accuracy = self.token_accuracy[split]
+        metrics = {**super().evaluation_metrics(loss, split), "token_accuracy": float(accuracy.compute())}
+        accuracy.reset()
+        return metrics
+
+    @torch.no_grad()
+    def _generate(self, split: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if not self.max_new_tokens or not hasattr(data, "generation_batches") or not hasattr(self.model, "generate"):
+            return
+        samples: list[tuple[str, str, str]] = []
+        for batch in data.generation_batches(split):
+            inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
+            ids = self.model.generate(  # type: ignore[union-attr, operator]
+                **inputs,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                eos_token_id=data.tokenizer.eos_token_id,
+                pad_token_id=data.tokenizer.pad_token_id,
+            )
+            answers = data.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            prompts = data.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+            self.generation.update(answers, batch["references"])
+            samples += zip(prompts, answers, batch["references"], strict=True)
+        if samples:
+            self.log_dict({f"{split}_{name}": value for name, value in self.generation.compute().items()})
+            self.generation.reset()
+            self._log_samples(samples[: self.logged_samples], split)
+
+    def _log_samples(self, samples: list[tuple[str, str, str]], split: str) -> None:
+        if self.trainer.sanity_checking or not self.trainer.is_global_zero:
+            return
+        rows = (f"{prompt}\n>>> {answer}\n=== {reference}" for prompt, answer, reference in samples)
+        text = "\n---\n".join([f"step {self.global_step}", *rows])
+        for logger in self.loggers:
+            if hasattr(logger.experiment, "add_text"):
+                logger.experiment.add_text(f"{split}_samples", f"```\n{text}\n```", self.global_step)
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{split}_samples.txt").open("a", encoding="utf-8") as file:
+            file.write(text + "\n")

@@ -112,6 +112,5 @@ class PlanCLI(OrthotrainCLI):
         from orthotrain.plan import plan_run
 
         data = self.config["data"]["init_args"]
-        self.plan = plan_run(
-            self.model, data["batch_size"], data["sequence_length"], self.config["trainer"]["precision"]
-        )
+        length = data.get("sequence_length") or data.get("max_length")
+        self.plan = plan_run(self.model, data["batch_size"], length, self.config["trainer"]["precision"])

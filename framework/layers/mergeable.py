@@ -26,17 +26,6 @@ class Mergeable(Protocol):
         """Return a plain torch module that computes the same, with the merged weight."""
 
 
-@runtime_checkable
-class Bounded(Protocol):
-    """A rotation whose generators may be confined to a ball (COFT)."""
-
-    coft_eps: float | None
-    """Bound of the norm of the generators, None for no bound."""
-
-    def project_(self) -> None:
-        """Bring the generators back to the bound."""
-
-
 def mergeable_layers(model: nn.Module) -> Iterator[tuple[str, Mergeable]]:
     """Yield ``(name, layer)`` for every :class:`Mergeable` in the model, shared ones once, in module order."""
     for name, module in model.named_modules():

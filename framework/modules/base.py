@@ -107,6 +107,22 @@ class BaseModule(L.LightningModule):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        """Clear the validation metrics."""
+        self.reset_metrics("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Clear the test metrics."""
+        self.reset_metrics("test")
+
+    def reset_metrics(self, split: str) -> None:
+        """Clear what a split has accumulated.
+
+        At the start of an evaluation and not at its end: ``validate`` runs in inference mode, and state that is created
+        there cannot be updated by a later ``fit``.
+        """
+        self.evaluation_loss[split].reset()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add one batch to the validation loss."""
         self._evaluate("val", batch)
@@ -143,9 +159,7 @@ class BaseModule(L.LightningModule):
         self.evaluation_loss[split].update(self.loss(batch), count_targets(batch))
 
     def _log_evaluation(self, split: str) -> None:
-        metric = self.evaluation_loss[split]
-        loss = float(metric.compute())
-        metric.reset()
+        loss = float(self.evaluation_loss[split].compute())
         self.log_dict({f"{split}_{name}": value for name, value in self.evaluation_metrics(loss, split).items()},
                       prog_bar=True)  # fmt: skip
 

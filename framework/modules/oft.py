@@ -176,10 +176,16 @@ class OftModule(BaseModule):
 
     def evaluation_metrics(self, loss: float, split: str) -> dict[str, float]:
         """Add the token accuracy."""
-        accuracy = self.token_accuracy[split]
-        metrics = {**super().evaluation_metrics(loss, split), "token_accuracy": float(accuracy.compute())}
-        accuracy.reset()
-        return metrics
+        return {
+            **super().evaluation_metrics(loss, split),
+            "token_accuracy": float(self.token_accuracy[split].compute()),
+        }
+
+    def reset_metrics(self, split: str) -> None:
+        """Clear what a split has accumulated."""
+        super().reset_metrics(split)
+        self.token_accuracy[split].reset()
+        self.generation.reset()
 
     @torch.no_grad()
     def _generate(self, split: str) -> None:
@@ -202,7 +208,6 @@ class OftModule(BaseModule):
             samples += zip(prompts, answers, batch["references"], strict=True)
         if samples:
             self.log_dict({f"{split}_{name}": value for name, value in self.generation.compute().items()})
-            self.generation.reset()
             self._log_samples(samples[: self.logged_samples], split)
 
     def _log_samples(self, samples: list[tuple[str, str, str]], split: str) -> None:

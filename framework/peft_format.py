@@ -1,0 +1,193 @@
+"""The folder in which PEFT keeps an OFT adapter: its files, its settings, and how they are checked.
+
+PEFT 0.18 to 0.21 write ``adapter_config.json`` and ``adapter_model.safetensors``. A generator tensor is called
+``base_model.model.<layer>.oft_R.weight`` (``oft_embedding_R`` for an embedding) and has a row of ``b(b-1)/2`` values for
+each block, the strict upper triangle row by row, as here.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from orthotrain.errors import ConfigurationError
+
+CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+FORMAT_VERSION = "0.18.0"
+"""The PEFT release since which these files mean what they mean now."""
+
+_CHECKSUM = "orthotrain.sha256"
+_KNOWN = frozenset(
+    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r oft_block_size "
+    "module_dropout target_modules fan_in_fan_out bias exclude_modules init_weights layers_to_transform layers_pattern "
+    "modules_to_save coft eps block_share use_cayley_neumann num_cayley_neumann_terms".split()
+)
+
+
+@dataclass(frozen=True)
+class PeftSettings:
+    """The settings of PEFT's ``OFTConfig`` that decide what its generators compute, with PEFT's defaults.
+
+    Args:
+        use_cayley_neumann: The series; else the exact Cayley transform, transposed with respect to ours.
+        num_cayley_neumann_terms: Terms of the series, the orders 2, 2, 3, 4, ... for 3, 4, 5, 6, ... terms.
+        coft: Whether every forward brings the generators back to ``eps``.
+        eps: Bound of a block's Frobenius norm times the root of the number of rows of generators.
+        block_share: Whether one row of generators serves all blocks.
+        module_dropout: Probability of block dropout (which PEFT 0.21 stores but does not apply).
+    """
+
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    module_dropout: float = 0.0
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "PeftSettings":
+        """Take the settings out of a parsed ``adapter_config.json``.
+
+        Raises:
+            ConfigurationError: If a value is of the wrong kind or describes no rotation that can be represented.
+        """
+        values = {name: config.get(name, default) for name, default in asdict(cls()).items()}
+        for name, default in asdict(cls()).items():
+            kinds = (int, float) if isinstance(default, float) else (type(default),)
+            if not isinstance(values[name], kinds) or (isinstance(values[name], bool) and bool not in kinds):
+                raise ConfigurationError(f"{CONFIG_FILE}: {name}={values[name]!r} is no {type(default).__name__}")
+        settings = cls(**values)
+        if settings.use_cayley_neumann:
+            _check_series(settings.num_cayley_neumann_terms, config.get("peft_version"))
+        if settings.coft and not 0 < settings.eps < math.inf:
+            raise ConfigurationError(f"{CONFIG_FILE}: eps={settings.eps!r}: COFT needs a positive bound")
+        return settings
+
+    def parameterization(self) -> dict[str, Any]:
+        """Return our parameterization of the same rotations, as a configuration."""
+        if not self.use_cayley_neumann:
+            return {"class_path": "cayley", "init_args": {}}
+        return {"class_path": "cayley_neumann", "init_args": {"order": max(self.num_cayley_neumann_terms, 4) - 2}}
+
+
+def _check_series(terms: int, version: Any) -> None:
+    if terms < 3:
+        raise ConfigurationError(
+            f"{CONFIG_FILE}: num_cayley_neumann_terms={terms}: below 3 terms PEFT's series is I or I + 2Q, not a "
+            "rotation; 3 or more can be loaded"
+        )
+    found = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    if found is None or (int(found[1]), int(found[2])) < (0, 18):
+        raise ConfigurationError(
+            f"{CONFIG_FILE}: peft_version={version!r}: PEFT 0.18 changed the last term of its Cayley-Neumann series, so "
+            "these generators meant other rotations; merge the adapter with the PEFT that trained it"
+        )
+
+
+def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read an OFT adapter without executing anything from it.
+
+    Args:
+        folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        The parsed configuration, and the tensors by the names in the file, on the CPU.
+
+    Raises:
+        ConfigurationError: If a file is missing, damaged, a pickle, or not an OFT adapter that can be represented.
+    """
+    folder = Path(folder)
+    config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    if not config_path.is_file():
+        raise ConfigurationError(f"{str(folder)!r} has no {CONFIG_FILE}: name the folder that save_pretrained wrote")
+    if not weights_path.is_file():
+        if (folder / PICKLE_FILE).exists():
+            raise ConfigurationError(
+                f"{str(folder)!r} has {PICKLE_FILE}, a pickle, which can run code and is never read: save the adapter "
+                f"again with safe_serialization=True, as {WEIGHTS_FILE}"
+            )
+        raise ConfigurationError(f"{str(folder)!r} has no {WEIGHTS_FILE}")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{str(config_path)!r} is no JSON file: {error}") from error
+    _check_config(config)
+    tensors, checksum = _read_tensors(weights_path)
+    if checksum is not None and checksum != _digest(PeftSettings.from_config(config), tensors):
+        raise ConfigurationError(f"{str(folder)!r} is damaged: settings or tensors are not those that were written")
+    return config, tensors
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"{CONFIG_FILE} holds no settings by name")
+    if config.get("peft_type") != "OFT":
+        raise ConfigurationError(
+            f"{CONFIG_FILE}: peft_type={config.get('peft_type')!r}: only OFT adapters can be loaded"
+        )
+    if config.get("bias", "none") != "none":
+        raise ConfigurationError(
+            f"{CONFIG_FILE}: bias={config['bias']!r}: trained biases are not among the tensors that PEFT's OFT reloads; "
+            "only bias='none' can be loaded"
+        )
+    unknown = sorted(key for key in config if key not in _KNOWN and config[key] not in (None, False, [], {}))
+    if unknown:
+        raise ConfigurationError(f"{CONFIG_FILE}: unknown setting {unknown[0]}={config[unknown[0]]!r}")
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise ConfigurationError(f"{CONFIG_FILE}: modules_to_save={saved!r} is no list of names")
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            checksum = (file.metadata() or {}).get(_CHECKSUM)
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ConfigurationError(f"{str(path)!r} is no complete safetensors file: {error}") from error
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and bool(torch.isfinite(tensor).all())):
+            raise ConfigurationError(f"{str(path)!r}: {name} does not hold finite floating-point values")
+    return tensors, checksum
+
+
+def write_folder(folder: Path, config: dict[str, Any], settings: PeftSettings, tensors: dict[str, Tensor]) -> None:
+    """Write an adapter folder in one step, with a checksum over what decides its function.
+
+    Raises:
+        ConfigurationError: If the folder exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigurationError(f"{str(folder)!r} exists and is not empty: name a new folder")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    config = {**config, **asdict(settings), "peft_type": "OFT", "peft_version": FORMAT_VERSION, "bias": "none"}
+    (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt", _CHECKSUM: _digest(settings, tensors)})
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
+
+
+def _digest(settings: PeftSettings, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def nearest_divisor(width: int, size: int) -> int:
+    """Return the size that PEFT uses where ``size`` was asked for: the nearest divisor of the width, ties downward."""
+    return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: (abs(d - size), d))

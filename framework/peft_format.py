@@ -1,8 +1,8 @@
 """The folder in which PEFT keeps an OFT adapter: its files, its settings, and how they are checked.
 
 PEFT 0.18 to 0.21 write ``adapter_config.json`` and ``adapter_model.safetensors``. A generator tensor is called
-``base_model.model.<layer>.oft_R.weight`` (``oft_embedding_R`` for an embedding) and has a row of ``b(b-1)/2`` values for
-each block, the strict upper triangle row by row, as here.
+``base_model.model.<layer>.oft_R.weight`` (``oft_embedding_R`` for an embedding) and has a row of ``b(b-1)/2`` values
+for each block, the strict upper triangle row by row, as here.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ FORMAT_VERSION = "0.18.0"
 """The PEFT release since which these files mean what they mean now."""
 
 _CHECKSUM = "orthotrain.sha256"
-_KNOWN = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r oft_block_size "
-    "module_dropout target_modules fan_in_fan_out bias exclude_modules init_weights layers_to_transform layers_pattern "
-    "modules_to_save coft eps block_share use_cayley_neumann num_cayley_neumann_terms".split()
-)
+_MOST_TERMS = 100
+_UNUSED = {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "r", "oft_block_size",
+           "target_modules", "fan_in_fan_out", "exclude_modules", "init_weights", "layers_to_transform",
+           "layers_pattern"}  # fmt: skip
+"""Settings that say nothing about the function of the tensors in the file."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,16 @@ class PeftSettings:
 
 
 def _check_series(terms: int, version: Any) -> None:
-    if terms < 3:
+    if not 3 <= terms <= _MOST_TERMS:
         raise ConfigurationError(
-            f"{CONFIG_FILE}: num_cayley_neumann_terms={terms}: below 3 terms PEFT's series is I or I + 2Q, not a "
-            "rotation; 3 or more can be loaded"
+            f"{CONFIG_FILE}: num_cayley_neumann_terms={terms}: 3 to {_MOST_TERMS} can be loaded; below 3 terms PEFT's "
+            "series is I or I + 2Q, not a rotation"
         )
     found = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
     if found is None or (int(found[1]), int(found[2])) < (0, 18):
         raise ConfigurationError(
-            f"{CONFIG_FILE}: peft_version={version!r}: PEFT 0.18 changed the last term of its Cayley-Neumann series, so "
-            "these generators meant other rotations; merge the adapter with the PEFT that trained it"
+            f"{CONFIG_FILE}: peft_version={version!r}: PEFT 0.18 changed its Cayley-Neumann series, these generators "
+            "meant other rotations; merge the adapter with the PEFT that trained it"
         )
 
 
@@ -131,16 +131,13 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _check_config(config: Any) -> None:
     if not isinstance(config, dict):
         raise ConfigurationError(f"{CONFIG_FILE} holds no settings by name")
-    if config.get("peft_type") != "OFT":
-        raise ConfigurationError(
-            f"{CONFIG_FILE}: peft_type={config.get('peft_type')!r}: only OFT adapters can be loaded"
-        )
-    if config.get("bias", "none") != "none":
-        raise ConfigurationError(
-            f"{CONFIG_FILE}: bias={config['bias']!r}: trained biases are not among the tensors that PEFT's OFT reloads; "
-            "only bias='none' can be loaded"
-        )
-    unknown = sorted(key for key in config if key not in _KNOWN and config[key] not in (None, False, [], {}))
+    kind, bias = config.get("peft_type"), config.get("bias", "none")
+    if kind != "OFT":
+        raise ConfigurationError(f"{CONFIG_FILE}: peft_type={kind!r}: only OFT adapters can be loaded")
+    if bias != "none":
+        raise ConfigurationError(f"{CONFIG_FILE}: bias={bias!r}: only adapters without trained biases can be loaded")
+    known = _UNUSED | {"peft_type", "peft_version", "bias", "modules_to_save"} | set(asdict(PeftSettings()))
+    unknown = sorted(key for key in config if key not in known and config[key] not in (None, False, [], {}))
     if unknown:
         raise ConfigurationError(f"{CONFIG_FILE}: unknown setting {unknown[0]}={config[unknown[0]]!r}")
     saved = config.get("modules_to_save")
@@ -156,8 +153,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ConfigurationError(f"{str(path)!r} is no complete safetensors file: {error}") from error
     for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() and bool(torch.isfinite(tensor).all())):
-            raise ConfigurationError(f"{str(path)!r}: {name} does not hold finite floating-point values")
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise ConfigurationError(f"{str(path)!r}: {name} holds values that are not finite")
     return tensors, checksum
 
 

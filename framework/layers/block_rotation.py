@@ -1,7 +1,7 @@
 """A block-diagonal rotation of d coordinates in the frame of a permutation."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,13 @@ from torch import Tensor, nn
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.plugins import Parameterization, create
+
+
+class Pooled(Protocol):
+    """Displacements of many rotations that were computed together."""
+
+    def part(self, place: int, dtype: torch.dtype | None) -> Tensor:
+        """Return those of the rotation at ``place``."""
 
 
 class BlockRotation(nn.Module):
@@ -57,11 +64,15 @@ class BlockRotation(nn.Module):
         width = block_size * (block_size - 1) // 2
         self.generators = nn.Parameter(torch.zeros(1 if shared else self.blocks, width, dtype=torch.float32))
         self.register_buffer("permutation", permutation)
+        self.pooled: tuple[Pooled, int] | None = None
 
     def displacement(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``D = R - I``, ``(n, b, b)``, computed in the generators' dtype and cast to ``dtype``."""
-        displacement = self.parameterization.displacement(self.generators, self.block_size)
-        displacement = displacement if dtype is None else displacement.to(dtype)
+        if self.pooled is not None:
+            displacement = self.pooled[0].part(self.pooled[1], dtype)
+        else:
+            displacement = self.parameterization.displacement(self.generators, self.block_size)
+            displacement = displacement if dtype is None else displacement.to(dtype)
         if displacement.shape[0] == self.blocks:
             return displacement
         return displacement.expand(self.blocks, -1, -1).contiguous()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from orthotrain.callbacks.throughput import Throughput
 from orthotrain.checkpoint import compare_state
 from orthotrain.errors import ConfigurationError
+from orthotrain.layers.displacement_pool import DisplacementPool
 from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.optimization import Optimization
@@ -52,6 +53,7 @@ class BaseModule(L.LightningModule):
             self.model = self._builder()
         self._check_vocabulary(self.model)
         self.wrap(self.model)
+        DisplacementPool(self.model)
         self._wrapped = True
 
     def _check_vocabulary(self, model: nn.Module) -> None:

@@ -19,7 +19,7 @@ BASE = ["-c", "pretrain/quickstart.yaml"]
 ADAMW = ["-c", "pretrain/adamw_quickstart.yaml"]
 RUNS: dict[str, list[str]] = {"poet quickstart": BASE}
 for lr in ("1.0e-3", "2.0e-3", "4.0e-3"):
-    RUNS[f"adamw lr {lr}"] = [*ADAMW, f"--model.optimization.lr={lr}", "--model.optimization.lr_overrides=null"]
+    RUNS[f"adamw lr {lr}"] = [*ADAMW, f"--model.optimization.lr={lr}", "--model.optimization.lr_overrides={}"]
 for hidden in ("5.0e-4", "1.0e-3", "2.0e-3"):
     overrides = f"--model.optimization.lr_overrides={{'*layers*proj*': {hidden}}}"
     RUNS[f"adamw hidden {hidden}"] = [*ADAMW, overrides]

@@ -1,0 +1,228 @@
+"""Checkpoints of what is trained, a few megabytes each, from which training resumes."""
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from orthotrain.callbacks.merge_rotations import MergeRotations
+from orthotrain.errors import ConfigurationError
+from orthotrain.layers.mergeable import mergeable_layers
+
+WEIGHTS_FILE, DESCRIPTION_FILE, RESUME_FILE = "adapter.safetensors", "adapter.json", "resume.ckpt"
+_FROZEN = "frozen_fingerprints"
+_SAMPLES = 4096
+
+
+class AdapterCheckpoint(Checkpoint):
+    """Save the trained parameters every N optimizer steps and at the end, without the frozen rest.
+
+    Each checkpoint is a folder ``step-000500`` that appears at once and complete: ``adapter.safetensors`` with the
+    trained parameters by their names in the network (:func:`orthotrain.adapters.load_adapter_state` loads them),
+    ``adapter.json`` with the step and the run's configuration, and ``resume.ckpt``, a Lightning checkpoint with the
+    optimizer and the loops whose model part leaves out what is frozen. Pass that as ``ckpt_path`` to resume:
+    :func:`restore_frozen` takes the frozen rest from the freshly built network. It replaces Lightning's default
+    checkpoints; a ``ModelCheckpoint`` in the same run works as ever.
+
+    Args:
+        every_n_steps: Optimizer steps between checkpoints, at least 1.
+        keep: How many of the newest are kept, at least 1.
+        dirpath: Folder of the checkpoints; None for ``adapters`` in the run folder.
+
+    Raises:
+        ConfigurationError: If a number is below 1; when fitting starts, if nothing is trained, the frozen weights do
+            not stay as they are, or checkpoints are written in the background.
+    """
+
+    def __init__(self, every_n_steps: int = 500, keep: int = 3, dirpath: str | Path | None = None) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigurationError(f"AdapterCheckpoint: {name}={value!r}: take an integer of at least 1")
+        self.every_n_steps, self.keep, self.dirpath = every_n_steps, keep, dirpath
+        self.last_model_path = self.best_model_path = ""
+        self._saved: list[str] = []
+        self._fingerprints: dict[str, tuple[str, int]] = {}
+        self._step_before = 0
+        self._tensors: dict[str, Tensor] | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember what the frozen part looks like; refuse a run whose adapter would not be the whole story."""
+        if any(isinstance(callback, MergeRotations) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ConfigurationError(
+                "AdapterCheckpoint leaves out the frozen weights, but MergeRotations changes them: use ModelCheckpoint"
+            )
+        if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+            raise ConfigurationError("AdapterCheckpoint needs its files complete at once, not an AsyncCheckpointIO")
+        if not any(parameter.requires_grad for parameter in pl_module.parameters()):
+            raise ConfigurationError("AdapterCheckpoint found no trained parameter to save")
+        state = pl_module.state_dict()
+        self._fingerprints = {
+            name: (str(state[name].dtype), fingerprint(state[name])) for name in frozen_names(pl_module)
+        }
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the step, so that a micro-batch without an optimizer step is not mistaken for one."""
+        self._step_before = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when an optimizer step that ends a period, or the run, has just been taken."""
+        step, before = trainer.global_step, self._step_before
+        # the last step is saved here and not only in on_train_end, where the loops count its epoch as finished
+        last = trainer.should_stop or step == trainer.max_steps
+        if step // self.every_n_steps > before // self.every_n_steps or (last and step > before):
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the last step if the run ended otherwise than after an optimizer step (at the end of an epoch, say)."""
+        if self._saved[-1:] != [_folder_name(trainer.global_step)]:
+            self._save(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the frozen part out of this callback's own checkpoints, and out of no other."""
+        if self._tensors is None:
+            return
+        frozen = self._fingerprints
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint[_FROZEN] = {name: list(values) for name, values in frozen.items()}
+        prefix = "model." if isinstance(getattr(pl_module, "model", None), nn.Module) else ""
+        for name, _ in pl_module.named_parameters():
+            if name not in frozen:
+                tensor = checkpoint["state_dict"][name].detach()
+                self._tensors[name.removeprefix(prefix)] = tensor.to("cpu", copy=True).contiguous()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Save the names of the kept checkpoints, so that a resumed run goes on counting them."""
+        return {"saved": list(self._saved)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the checkpoints that were kept."""
+        self._saved = list(state_dict["saved"])
+
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = Path(trainer.strategy.broadcast(self.dirpath or Path(trainer.log_dir or ".") / "adapters"))
+        target = folder / _folder_name(trainer.global_step)
+        partial = folder / f".{target.name}.partial"
+        self._saved = [name for name in self._saved if name != target.name] + [target.name]
+        if trainer.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self._tensors = {}
+        try:
+            trainer.save_checkpoint(partial / RESUME_FILE)
+            tensors = self._tensors
+        finally:
+            self._tensors = None
+        self._saved, dropped = self._saved[-self.keep :], self._saved[: -self.keep]
+        if trainer.is_global_zero:
+            if not (partial / RESUME_FILE).is_file():
+                raise ConfigurationError("AdapterCheckpoint needs a strategy that saves a checkpoint as one file")
+            save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+            description = self._description(trainer, pl_module, tensors)
+            (partial / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
+            publish(partial, target)
+            for name in dropped:
+                shutil.rmtree(folder / name, ignore_errors=True)
+        self.last_model_path = str(target / RESUME_FILE)
+        trainer.strategy.barrier("AdapterCheckpoint")
+
+    def _description(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, tensors: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        return {
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "parameters": sum(tensor.numel() for tensor in tensors.values()),
+            "config": dict(pl_module.hparams),
+        }
+
+
+def restore_frozen(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Complete an adapter-only checkpoint in place with the frozen tensors of a freshly built module.
+
+    Any other checkpoint is left as it is. The frozen tensors must be those that the adapter was trained on: their
+    shapes and a sample of their values are compared, after the conversion of dtype that the run had made.
+
+    Args:
+        checkpoint: A Lightning checkpoint, full or written by :class:`AdapterCheckpoint`.
+        module: The module that it will be loaded into.
+
+    Raises:
+        ConfigurationError: If a frozen tensor is missing in the module or is another one.
+    """
+    frozen = checkpoint.get(_FROZEN)
+    if frozen is None:
+        return
+    own = module.state_dict()
+    if missing := [name for name in frozen if name not in own]:
+        raise ConfigurationError(f"the adapter checkpoint is of another model: {missing[0]} is not in this one")
+    for name, (dtype, expected) in frozen.items():
+        if fingerprint(own[name], getattr(torch, dtype.removeprefix("torch."))) != expected:
+            raise ConfigurationError(
+                f"the frozen {name} is not the one that the adapter checkpoint was trained on: build the network from "
+                "the same pretrained weights (and the same seed for what they do not hold), or resume a full checkpoint"
+            )
+        checkpoint["state_dict"][name] = own[name]
+
+
+def frozen_names(module: nn.Module) -> list[str]:
+    """Return the entries of a state dict that training leaves alone.
+
+    These are the parameters without gradient and the buffers of mergeable layers, where quantised weights lie. Other
+    buffers may change (running statistics, metrics) and count as trained, as do all generators.
+    """
+    rotations = {id(p) for _, layer in mergeable_layers(module) for p in layer.rotation_parameters()}
+    inside = tuple(f"{name}." for name, _ in mergeable_layers(module))
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    trained = {name for name, p in parameters.items() if p.requires_grad or id(p) in rotations}
+    return [
+        name for name in module.state_dict() if name not in trained and (name in parameters or name.startswith(inside))
+    ]
+
+
+def fingerprint(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Return a CRC-32 of the shape and at most some thousand evenly spaced values, cast to ``dtype`` first."""
+    flat = tensor.detach().flatten()
+    sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu", dtype or tensor.dtype).contiguous()
+    return zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), zlib.crc32(str(tuple(tensor.shape)).encode()))
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Give a finished folder its name in one step, once all of it is on the disk; an older one of that name goes."""
+    for path in [*partial.iterdir(), partial]:
+        _sync(path)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(partial, target)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _folder_name(step: int) -> str:
+    return f"step-{step:06d}"

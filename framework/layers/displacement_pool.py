@@ -1,0 +1,71 @@
+"""All displacements of a network in one call: rotations of a block size are computed together, once per forward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from orthotrain.layers.block_rotation import BlockRotation
+
+
+class DisplacementPool:
+    """Computes the displacements of many rotations as one batch and hands each its part.
+
+    A layer's own call costs a handful of small operations each way; a network has hundreds of them. The pool lives from
+    the beginning of the network's forward to its end. Rotations compute for themselves whenever there is none: outside
+    the network's forward, while compiling, with sharded generators, and under the activation checkpointing of
+    transformers, whose recomputation runs after the forward has ended.
+
+    Args:
+        network: Its rotations are looked up now, and hooks are put on it.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        groups: dict[Any, list[BlockRotation]] = {}
+        for module in network.modules():
+            if isinstance(module, BlockRotation):
+                groups.setdefault((module.block_size, module.parameterization), []).append(module)
+        self._groups = [group for group in groups.values() if len(group) > 1]
+        self.handles: list[RemovableHandle] = [
+            network.register_forward_pre_hook(self._fill),
+            network.register_forward_hook(self._drain, always_call=True),
+        ]
+
+    def _fill(self, network: nn.Module, arguments: Any) -> None:
+        # the flag that transformers sets on the modules that recompute
+        if torch.compiler.is_compiling() or any(getattr(m, "gradient_checkpointing", False) for m in network.modules()):
+            return
+        for group in self._groups:
+            if not any(isinstance(rotation.generators, DTensor) for rotation in group):
+                pooled = PooledDisplacements(group)
+                for place, rotation in enumerate(group):
+                    rotation.pooled = (pooled, place)
+
+    def _drain(self, network: nn.Module, arguments: Any, output: Any) -> None:
+        for group in self._groups:
+            for rotation in group:
+                rotation.pooled = None
+
+
+class PooledDisplacements:
+    """Displacements of rotations that share block size and parameterization.
+
+    Args:
+        rotations: All with generators of one dtype and device.
+    """
+
+    def __init__(self, rotations: list[BlockRotation]) -> None:
+        first = rotations[0]
+        self._sizes = [rotation.generators.shape[0] for rotation in rotations]
+        generators = torch.cat([rotation.generators for rotation in rotations])
+        self._all = first.parameterization.displacement(generators, first.block_size)
+        self._parts: dict[torch.dtype, tuple[Tensor, ...]] = {}
+
+    def part(self, place: int, dtype: torch.dtype | None) -> Tensor:
+        """Return the displacements of rotation ``place`` in ``dtype``, all of them cast at the first request."""
+        dtype = dtype or self._all.dtype
+        if dtype not in self._parts:
+            self._parts[dtype] = self._all.to(dtype).split(self._sizes)
+        return self._parts[dtype][place]

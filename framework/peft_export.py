@@ -1,0 +1,170 @@
+"""PEFT adapters out: OFT layers as a folder that ``PeftModel.from_pretrained`` loads."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from orthotrain.adapters import OftLayer, oft_layers, rotation_of
+from orthotrain.errors import ConfigurationError
+from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftRotation
+from orthotrain.peft_format import PREFIX, PeftSettings, nearest_divisor, write_folder
+from orthotrain.plugins import Cayley, CayleyNeumann
+
+_INSTEAD = "merge and export the network instead"
+
+
+def export_peft(network: nn.Module, folder: str | Path, base_model_name: str | None = None) -> Path:
+    """Write the adapter of a network as a folder that ``PeftModel.from_pretrained(base, folder)`` loads.
+
+    ``base`` is the network as it was before it was wrapped: the frozen weights are not part of an adapter, so nothing
+    may have been merged into them. Modules trained outside the OFT layers go along as PEFT's ``modules_to_save``.
+
+    Args:
+        network: A network with OFT layers; it is not changed.
+        folder: Folder to write; must not exist or be empty.
+        base_model_name: Name or path of the base; None for the one in the network's config, if it has one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigurationError: If PEFT has no setting for what a layer does, naming the layer.
+    """
+    layers = oft_layers(network)
+    _refuse_shared(network, layers)
+    settings = _common_settings(layers)
+    saved = _saved_modules(network, layers)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        kind = "oft_embedding_R" if isinstance(layer, OftEmbedding) else "oft_R"
+        generators = rotation_of(layer).generators
+        tensors[f"{PREFIX}{name}.{kind}.weight"] = generators if settings.use_cayley_neumann else -generators
+    for name in saved:
+        state = network.get_submodule(name).state_dict()
+        tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
+    config = {
+        "base_model_name_or_path": base_model_name or getattr(getattr(network, "config", None), "_name_or_path", None),
+        "task_type": "CAUSAL_LM" if type(network).__name__.endswith("ForCausalLM") else None,
+        "inference_mode": True,
+        "target_modules": _targets(network, layers),
+        "modules_to_save": saved or None,
+        **_block_setting(layers),
+    }
+    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    write_folder(Path(folder), config, settings, plain)
+    return Path(folder)
+
+
+def _common_settings(layers: Mapping[str, OftLayer]) -> PeftSettings:
+    """Return the PEFT settings that all layers share, or name two layers that do not."""
+    rotations = [rotation_of(layer) for layer in layers.values()]
+    shared = any(rotation.generators.shape[0] < rotation.blocks for rotation in rotations)
+    first, *others = layers
+    settings = asdict(_settings_of(first, layers[first], shared))
+    for name in others:
+        for key, value in asdict(_settings_of(name, layers[name], shared)).items():
+            if value != settings[key]:
+                raise ConfigurationError(
+                    f"PEFT has one setting for all layers, but {first} needs {key}={settings[key]!r} and {name} "
+                    f"{key}={value!r}: {_INSTEAD}"
+                )
+    return PeftSettings(**settings)
+
+
+def _settings_of(name: str, layer: OftLayer, shared: bool) -> PeftSettings:
+    rotation = rotation_of(layer)
+    _check_representable(name, layer, rotation)
+    parameterization, rows = rotation.parameterization, rotation.generators.shape[0]
+    series: dict[str, Any] = {}
+    if type(parameterization) is CayleyNeumann and parameterization.order >= 2:
+        series = {"use_cayley_neumann": True, "num_cayley_neumann_terms": parameterization.order + 2}
+    elif type(parameterization) is Cayley:
+        series = {"use_cayley_neumann": False}
+    else:
+        raise ConfigurationError(
+            f"{name}: PEFT has no {parameterization!r}, only Cayley and CayleyNeumann of order 2 and above: {_INSTEAD}"
+        )
+    # a single block is shared or not, as the other layers want it
+    shared = shared if rotation.blocks == 1 else rows < rotation.blocks
+    coft: dict[str, Any] = {}
+    if rotation.coft_eps is not None:
+        # ours bounds all blocks together, PEFT's all rows of generators
+        eps = rotation.coft_eps * math.sqrt(rows / rotation.blocks)
+        norms = math.sqrt(2) * rotation.generators.detach().norm(dim=1)
+        if norms.max() > (1 + 1e-5) * eps / math.sqrt(rows):
+            raise ConfigurationError(f"{name}: generators exceed coft_eps={rotation.coft_eps}: call project_() first")
+        coft = {"coft": True, "eps": eps}
+    return PeftSettings(block_share=shared, module_dropout=rotation.block_dropout, **series, **coft)
+
+
+def _check_representable(name: str, layer: OftLayer, rotation: OftRotation) -> None:
+    if not rotation.enabled:
+        raise ConfigurationError(f"{name}: its rotation is disabled: set enabled=True before exporting")
+    if isinstance(layer, OftConv2d) and (layer.conv.kernel_size != (1, 1) or layer.conv.dilation != (1, 1)):
+        raise ConfigurationError(
+            f"{name}: PEFT rotates the patches of a convolution, not its channels; the two agree only for a 1x1 kernel "
+            f"without dilation, not for {layer.conv.kernel_size}, {layer.conv.dilation}: {_INSTEAD}"
+        )
+    bias = layer.bias if isinstance(layer, OftLinear) else layer.conv.bias if isinstance(layer, OftConv2d) else None
+    if bias is not None and bias.requires_grad:
+        raise ConfigurationError(f"{name}: its bias is trained; PEFT has that only in the base: {_INSTEAD}")
+
+
+def _refuse_shared(network: nn.Module, layers: Mapping[str, OftLayer]) -> None:
+    known = {id(layer): name for name, layer in layers.items()}
+    for name, module in network.named_modules(remove_duplicate=False):
+        if known.get(id(module), name) != name:
+            raise ConfigurationError(
+                f"{known[id(module)]} is also used as {name}: PEFT would rotate one of the two: {_INSTEAD}"
+            )
+
+
+def _block_setting(layers: Mapping[str, OftLayer]) -> dict[str, int]:
+    """Return PEFT's ``oft_block_size`` or ``r``, one number for all layers."""
+    sizes = {name: (rotation_of(layer).features, rotation_of(layer).block_size) for name, layer in layers.items()}
+    if len({width // size for width, size in sizes.values()}) == 1 < len({size for _, size in sizes.values()}):
+        width, size = next(iter(sizes.values()))
+        return {"r": width // size, "oft_block_size": 0}
+    for asked in sorted({size for _, size in sizes.values()}):
+        if all(nearest_divisor(width, asked) == size for width, size in sizes.values()):
+            return {"r": 0, "oft_block_size": asked}
+    listing = ", ".join(f"{name} {size} of {width}" for name, (width, size) in list(sizes.items())[:8])
+    raise ConfigurationError(
+        f"PEFT has one block size, or one number of blocks, for all layers, not these: {listing}: {_INSTEAD}"
+    )
+
+
+def _targets(network: nn.Module, layers: Mapping[str, OftLayer]) -> list[str] | str:
+    """Return ``target_modules`` that matches these layers and no other: their last names, else a regular expression."""
+    inside = tuple(f"{name}." for name in layers)
+    names = {name for name, _ in network.named_modules() if name and not name.startswith(inside)}
+    last = {name.rpartition(".")[2] for name in layers}
+    if {name for name in names if name.rpartition(".")[2] in last} == set(layers):
+        return sorted(last)
+    return "|".join(re.escape(name) for name in layers)
+
+
+def _saved_modules(network: nn.Module, layers: Mapping[str, OftLayer]) -> list[str]:
+    """Return the modules outside the OFT layers with trained parameters, which PEFT saves whole."""
+    inside = tuple(f"{name}." for name in layers)
+    trained = [n for n, p in network.named_parameters() if p.requires_grad and not n.startswith(inside)]
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
+    names = [name for name, _ in network.named_modules(remove_duplicate=False)]
+    owners: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for module in modules:
+        if not module or any(name.startswith(f"{module}.") for name in names):
+            raise ConfigurationError(f"{module or 'the network'} has a trained parameter and submodules: {_INSTEAD}")
+        # PEFT compares the ends of names
+        if alike := [name for name in names if name.endswith(module) and name not in modules]:
+            raise ConfigurationError(f"PEFT would save {alike[0]} along with the trained {module}: {_INSTEAD}")
+        for name, parameter in network.get_submodule(module).named_parameters(prefix=module):
+            if tied := [other for other in owners[id(parameter)] if other != name]:
+                raise ConfigurationError(f"the trained {name} is tied to {tied[0]}, PEFT would untie them: {_INSTEAD}")
+    return modules

@@ -1,0 +1,211 @@
+"""PEFT adapters in: the layers that an OFT adapter of PEFT targets are wrapped and take its generators."""
+
+import glob
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orthotrain.adapters import OftLayer, rotation_of
+from orthotrain.errors import ConfigurationError
+from orthotrain.layers import (
+    OftConv2d,
+    OftEmbedding,
+    OftLinear,
+    OftRotation,
+    mergeable_layers,
+    select_linears,
+)
+from orthotrain.peft_format import PREFIX, PeftSettings, read_folder
+
+_GENERATORS = re.compile(re.escape(PREFIX) + r"(?P<layer>.+)\.(?P<kind>oft_R|oft_embedding_R)\.weight")
+
+
+def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = True) -> list[str]:
+    """Wrap the layers that a PEFT OFT adapter targets and load it; the adapter is then all that is trained.
+
+    Block sizes are taken from the shapes of the tensors: PEFT replaces a size that does not divide a width by another
+    and keeps the old one in its config. If anything is refused, no module and no value is changed.
+
+    Args:
+        network: The base network, plain, or wrapped already with layers like those of the adapter.
+        folder: A folder that PEFT or :func:`export_peft` wrote.
+        check_base: Whether the adapter's base model must be called as the network's config calls it.
+
+    Returns:
+        The names of the layers that the adapter rotates.
+
+    Raises:
+        ConfigurationError: If the folder is damaged or no OFT adapter, or does not fit the network, naming what.
+    """
+    config, tensors = read_folder(folder)
+    settings = PeftSettings.from_config(config)
+    if check_base:
+        _check_base(network, config.get("base_model_name_or_path"))
+    matches = {key: match for key in tensors if (match := _GENERATORS.fullmatch(key))}
+    if not matches:
+        raise ConfigurationError(f"{str(folder)!r} holds no tensor called {PREFIX}<layer>.oft_R.weight")
+    others = {key: tensor for key, tensor in tensors.items() if key not in matches}
+    trained = _trained_outside(network, others, config.get("modules_to_save") or [])
+    sign = 1 if settings.use_cayley_neumann else -1
+    generators = {match["layer"]: sign * tensors[key] for key, match in matches.items()}
+    layers = {
+        match["layer"]: _layer_for(network, match["layer"], match["kind"], tensors[key], settings)
+        for key, match in matches.items()
+    }
+    _refuse_others(network, set(layers))
+    network.requires_grad_(False)
+    for name, layer in layers.items():
+        network.set_submodule(name, layer)
+        _load(rotation_of(layer).generators, generators[name])
+        # PEFT's COFT brings what it loaded back to the bound in its first forward
+        layer.project_()
+    targets = dict(network.named_parameters()) | dict(network.named_buffers())
+    for name, tensor in trained.items():
+        _load(targets[name], tensor)
+    return list(layers)
+
+
+@torch.no_grad()
+def _load(target: Tensor, value: Tensor) -> None:
+    target.copy_(value)
+    if isinstance(target, nn.Parameter):
+        target.requires_grad_(True)
+
+
+def _check_base(network: nn.Module, base: Any) -> None:
+    name = getattr(getattr(network, "config", None), "_name_or_path", "")
+    if base and base != name:
+        raise ConfigurationError(
+            f"the adapter was trained on {base!r}, the network is {name!r}: load that base, or pass check_base=False"
+        )
+
+
+def _refuse_others(network: nn.Module, targets: set[str]) -> None:
+    for name, _ in mergeable_layers(network):
+        if name not in targets:
+            raise ConfigurationError(
+                f"layer {name} is wrapped, but the adapter does not target it: wrap only {len(targets)} layers like "
+                f"{min(targets)}, or none"
+            )
+
+
+def _trained_outside(network: nn.Module, tensors: Mapping[str, Tensor], saved: list[str]) -> dict[str, Tensor]:
+    """Return the tensors of ``modules_to_save`` by their names in the network; refuse all others."""
+    state = network.state_dict()
+    found = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if ".base_layer." in name:
+            raise ConfigurationError(f"{key} is the base's: save the adapter with save_embedding_layers=False")
+        if name == key or name not in state or not name.rpartition(".")[0].endswith(tuple(saved)):
+            raise ConfigurationError(f"unknown tensor {key}: neither generators nor part of modules_to_save={saved}")
+        here = state[name]
+        if here.shape != tensor.shape or here.is_floating_point() != tensor.is_floating_point():
+            raise ConfigurationError(
+                f"{key} is {tuple(tensor.shape)} {tensor.dtype}, the network's {tuple(here.shape)} {here.dtype}"
+            )
+        found[name] = tensor
+    return found
+
+
+def _layer_for(network: nn.Module, name: str, kind: str, tensor: Tensor, settings: PeftSettings) -> OftLayer:
+    """Return the OFT layer, wrapped now or before, that takes generators of this shape."""
+    try:
+        module = network.get_submodule(name)
+    except AttributeError as error:
+        raise ConfigurationError(f"the adapter targets {name}, which the network does not have") from error
+    try:
+        rotation = _rotation_for(_features(module, kind), tensor, settings)
+        if isinstance(module, OftLayer):
+            _compare(rotation_of(module), rotation)
+            return module
+        options: dict[str, Any] = {
+            "block_size": rotation.block_size,
+            "parameterization": rotation.parameterization,
+            "block_share": settings.block_share,
+            "coft_eps": rotation.coft_eps,
+            "block_dropout": rotation.block_dropout,
+        }
+        if isinstance(module, nn.Embedding):
+            return OftEmbedding.from_embedding(module, **options)
+        if isinstance(module, nn.Conv2d):
+            return OftConv2d.from_conv(module, **options)
+        assert isinstance(module, nn.Linear)
+        select_linears(network, [glob.escape(name)])
+        return OftLinear.from_linear(module, **options)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"layer {name}: {error}") from error
+
+
+def _features(module: nn.Module, kind: str) -> int:
+    """Return the width that PEFT rotates in a module, wrapped or not."""
+    if isinstance(module, nn.Embedding | OftEmbedding) != (kind == "oft_embedding_R"):
+        raise ConfigurationError(f"the adapter has {kind} for a {type(module).__name__}")
+    if isinstance(module, OftLayer):
+        _check_kernel(module.conv if isinstance(module, OftConv2d) else None)
+        return rotation_of(module).features
+    if isinstance(module, nn.Conv2d):
+        _check_kernel(module)
+        return module.in_channels
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    raise ConfigurationError(f"a {type(module).__name__} cannot be wrapped, only linears, embeddings, 1x1 convolutions")
+
+
+def _check_kernel(conv: nn.Conv2d | None) -> None:
+    if conv is not None and conv.kernel_size != (1, 1):
+        raise ConfigurationError(
+            "PEFT rotates the patches of a convolution, ours its channels: the two agree only for a 1x1 kernel, not "
+            f"{conv.kernel_size}; merge the adapter with PEFT and load the result"
+        )
+
+
+def _rotation_for(features: int, tensor: Tensor, settings: PeftSettings) -> OftRotation:
+    """Return a rotation whose generators have the shape of a tensor, or say why there is none."""
+    rows, columns = tensor.shape if tensor.ndim == 2 else (0, 0)
+    block_size = (1 + math.isqrt(1 + 8 * columns)) // 2
+    blocks = features // block_size if settings.block_share else rows
+    if block_size < 2 or block_size * (block_size - 1) // 2 != columns or blocks * block_size != features:
+        raise ConfigurationError(
+            f"generators of shape {tuple(tensor.shape)} are no blocks that fill its width of {features} "
+            f"(block_share={settings.block_share})"
+        )
+    if not tensor.is_floating_point():
+        raise ConfigurationError(f"generators in {tensor.dtype}: a floating-point type is needed")
+    # PEFT's bound is for the rows of generators, ours for all blocks together
+    coft_eps = settings.eps * math.sqrt(blocks / rows) if settings.coft else None
+    with torch.device("meta"):
+        rotation = OftRotation(
+            features,
+            block_size,
+            settings.parameterization(),
+            block_share=settings.block_share,
+            coft_eps=coft_eps,
+            block_dropout=settings.module_dropout,
+        )
+    if rotation.generators.shape != tensor.shape:
+        raise ConfigurationError(f"{rows} rows of generators with block_share=True: there must be one")
+    return rotation
+
+
+def _compare(here: OftRotation, adapter: OftRotation) -> None:
+    """Refuse a wrapped layer that would read the adapter's generators as another rotation."""
+    bounds = (here.coft_eps, adapter.coft_eps)
+    if bounds[0] is not None and bounds[1] is not None and math.isclose(bounds[0], bounds[1], rel_tol=1e-6):
+        bounds = (None, None)
+    pairs = {
+        "block_size": (here.block_size, adapter.block_size),
+        "parameterization": (here.parameterization, adapter.parameterization),
+        "rows of generators": (here.generators.shape[0], adapter.generators.shape[0]),
+        "coft_eps": bounds,
+    }
+    for what, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise ConfigurationError(f"it is wrapped with {what} {ours!r}, the adapter needs {theirs!r}")

@@ -1,0 +1,75 @@
+"""The pool changes no number, and is out of the way wherever it cannot work."""
+
+import pytest
+import torch
+from torch import nn
+
+from orthotrain.layers import BlockRotation, PoetLinear, replace_linears
+from orthotrain.layers.displacement_pool import DisplacementPool, PooledDisplacements
+
+
+def network(**kwargs):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16), nn.Linear(16, 8))
+    replace_linears(net, ["*"], (), lambda linear: PoetLinear.from_linear(linear, 8, **kwargs))
+    return net
+
+
+def gradients(net, x):
+    net.zero_grad()
+    net(x).square().sum().backward()
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("mode", ["fast", "mem"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_and_gradients_are_those_without_it(mode, dtype, randomize):
+    net, x = randomize(network(activation_mode=mode)).to(dtype), torch.randn(5, 16, dtype=dtype)
+    alone_out, alone = net(x), gradients(net, x)
+    DisplacementPool(net)
+    assert torch.equal(net(x), alone_out)
+    pooled = gradients(net, x)
+    assert set(pooled) == set(alone)
+    for name in alone:
+        torch.testing.assert_close(pooled[name], alone[name], rtol=1e-5, atol=1e-6 * alone[name].abs().max().item())
+
+
+def test_is_computed_once_per_forward_and_dropped_after_it(randomize, monkeypatch):
+    net = randomize(network())
+    DisplacementPool(net)
+    calls = []
+    monkeypatch.setattr(PooledDisplacements, "__init__", count(PooledDisplacements.__init__, calls))
+    net(torch.randn(3, 16))
+    assert len(calls) == 1
+    rotations = [m for m in net.modules() if isinstance(m, BlockRotation)]
+    assert len(rotations) == 6 and all(rotation.pooled is None for rotation in rotations)
+    with pytest.raises(RuntimeError):
+        net(torch.randn(3, 17))
+    assert all(rotation.pooled is None for rotation in rotations)
+
+
+def count(function, calls):
+    def counted(*args):
+        calls.append(args)
+        function(*args)
+
+    return counted
+
+
+def test_layers_called_by_themselves_and_after_a_step_use_fresh_generators(randomize):
+    net = randomize(network())
+    DisplacementPool(net)
+    x = torch.randn(3, 16)
+    first = net[0](x)
+    with torch.no_grad():
+        net[0].rotation_in.generators.mul_(-1)
+    assert not torch.equal(net[0](x), first)
+    assert torch.equal(net[0](x), net[0](x))
+
+
+def test_compiles_without_graph_breaks(randomize):
+    net = randomize(network())
+    DisplacementPool(net)
+    x = torch.randn(5, 16)
+    expected = net(x)
+    torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(x), expected)

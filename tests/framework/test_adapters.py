@@ -1,0 +1,173 @@
+"""Adapters as plain tensors, and several of them on one network."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from orthotrain.adapters import AdapterSet, adapter_state, load_adapter_state
+from orthotrain.errors import ConfigurationError
+from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, PoetLinear
+
+
+class Network(nn.Module):
+    """One layer of each kind, and a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = OftEmbedding.from_embedding(nn.Embedding(10, 16), 4)
+        self.conv = OftConv2d.from_conv(nn.Conv2d(4, 8, 3, padding=1), 2)
+        self.norm = nn.LayerNorm(32).requires_grad_(False)
+        self.head = OftLinear.from_linear(nn.Linear(32, 5), 8, train_bias=False)
+
+    def forward(self, index):
+        image = self.embed(index).view(-1, 4, 2, 2)
+        return self.head(self.norm(self.conv(image).flatten(1)))
+
+
+INDEX = torch.arange(10)
+
+
+@pytest.fixture
+def network():
+    return Network()
+
+
+def trained(network, seed):
+    """What the network holds after a training of some kind."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: value + 0.1 * torch.randn(value.shape, generator=generator)
+        for name, value in adapter_state(network).items()
+    }
+
+
+def outputs(network):
+    with torch.no_grad():
+        return network(INDEX).clone()
+
+
+def test_an_adapter_is_what_is_trained_and_comes_back(network):
+    network.norm.requires_grad_(True)
+    state = adapter_state(network)
+    assert list(state) == [
+        "embed.rotation_out.generators",
+        "conv.rotation_in.generators",
+        "norm.weight",
+        "norm.bias",
+        "head.rotation_in.generators",
+    ]
+    other, changed = copy.deepcopy(network), trained(network, 1)
+    load_adapter_state(network, changed)
+    assert all(torch.equal(value, changed[name]) for name, value in adapter_state(network).items())
+    assert not torch.equal(outputs(network), outputs(other))
+    load_adapter_state(network, state)
+    assert torch.equal(outputs(network), outputs(other))
+
+
+def test_a_copy_is_a_copy(network):
+    state = adapter_state(network)
+    with torch.no_grad():
+        network.head.rotation_in.generators.fill_(1.0)
+    assert not state["head.rotation_in.generators"].any()
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_written(network):
+    good = trained(network, 1)
+    missing = {name: value for name, value in good.items() if not name.startswith("head")}
+    for bad, message in [
+        (missing, r"1 tensors are not in it \(head.rotation_in.generators\)"),
+        ({**good, "tail.weight": torch.ones(2)}, r"not in the model \(tail.weight\)"),
+        ({**good, "head.rotation_in.generators": torch.ones(2, 28)}, r"head.rotation_in.generators is \(2, 28\) there"),
+        ({"a": torch.ones(1)}, "none of the network's 3 trained parameters"),
+    ]:
+        with pytest.raises(ConfigurationError, match=message):
+            load_adapter_state(network, bad)
+        assert not any(value.any() for value in adapter_state(network).values())
+    with pytest.raises(ConfigurationError, match="head.rotation_in"):
+        load_adapter_state(network, {"head.rotation_in.generators": torch.ones(1)}, strict=False)
+    load_adapter_state(network, {**missing, "tail.weight": torch.ones(2)}, strict=False)
+    state = adapter_state(network)
+    assert not state["head.rotation_in.generators"].any() and state["conv.rotation_in.generators"].any()
+
+
+def test_networks_without_an_adapter_are_refused():
+    with pytest.raises(ConfigurationError, match="no OFT layer"):
+        adapter_state(nn.Linear(4, 4))
+    with pytest.raises(ConfigurationError, match="1 is a PoetLinear"):
+        adapter_state(nn.Sequential(nn.ReLU(), PoetLinear.from_linear(nn.Linear(8, 8), block_size=4)))
+
+
+def test_switching_keeps_what_each_adapter_learned(network):
+    base, adapters = outputs(network), AdapterSet(network, "a")
+    load_adapter_state(network, trained(network, 1))
+    a = outputs(network)
+    adapters.add("b")
+    adapters.switch("b")
+    assert adapters.active == "b" and torch.equal(outputs(network), base)
+    load_adapter_state(network, trained(network, 2))
+    b = outputs(network)
+    adapters.switch("a")
+    assert torch.equal(outputs(network), a)
+    adapters.add("c", adapters.state("b"))
+    adapters.switch("c")
+    assert torch.equal(outputs(network), b)
+    adapters.disable()
+    assert torch.equal(outputs(network), base)
+    adapters.enable()
+    assert torch.equal(outputs(network), b)
+    adapters.remove("b")
+    assert adapters.names == ["a", "c"]
+
+
+def test_after_a_merge_the_others_are_refused_unless_forced(network):
+    adapters = AdapterSet(network, "a")
+    load_adapter_state(network, trained(network, 1))
+    a = outputs(network)
+    adapters.add("b", trained(network, 2))
+    adapters.switch("b")
+    adapters.merge("a")
+    assert adapters.names == ["b"] and adapters.merged == ["a"] and adapters.active is None
+    torch.testing.assert_close(outputs(network), a, atol=1e-5, rtol=1e-5)
+    assert not any(value.any() for value in adapter_state(network).values())
+    with pytest.raises(ConfigurationError, match="'b' was made for the weights as they were before a was merged"):
+        adapters.switch("b")
+    with pytest.raises(ConfigurationError, match="'b' was made for the weights"):
+        adapters.merge("b")
+    with pytest.raises(ConfigurationError, match="'a' was merged and is gone; there are b"):
+        adapters.switch("a")
+    adapters.add("new")
+    adapters.switch("new")
+    adapters.switch("b", force=True)
+    assert not torch.allclose(outputs(network), a, atol=1e-3)
+
+
+def test_names_and_states_are_checked(network):
+    adapters = AdapterSet(network, "a")
+    adapters.add("b")
+    for call, message in [
+        (lambda: adapters.switch("d"), "there is no adapter 'd'; there are a, b"),
+        (lambda: adapters.merge("d"), "there is no adapter 'd'; there are a, b"),
+        (lambda: adapters.state("d"), "there is no adapter 'd'; there are a, b"),
+        (lambda: adapters.add("a"), "'a' exists already; there are a, b"),
+        (lambda: adapters.remove("a"), "'a' is active"),
+        (lambda: adapters.add("d", {"x": torch.ones(1)}), "'d' does not fit the network"),
+    ]:
+        with pytest.raises(ConfigurationError, match=message):
+            call()
+    adapters.disable()
+    with pytest.raises(ConfigurationError, match=r"call enable\(\) before merging adapter 'a'"):
+        adapters.merge("a")
+
+
+def test_disabling_is_refused_where_it_would_not_give_the_base(network):
+    network.norm.requires_grad_(True)
+    adapters = AdapterSet(network)
+    with pytest.raises(ConfigurationError, match=r"norm.weight is trained besides the generators \(2 such\)"):
+        adapters.disable()
+    load_adapter_state(network, trained(network, 3))
+    adapters.add("fresh")
+    norm = network.norm.weight.detach().clone()
+    adapters.switch("fresh")
+    assert torch.equal(network.norm.weight, norm) and not network.head.rotation_in.generators.any()

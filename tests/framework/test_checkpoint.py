@@ -1,0 +1,55 @@
+"""Reading checkpoints: nothing is executed, and what differs is named."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+from orthotrain.checkpoint import compare_state, read_checkpoint
+from orthotrain.errors import ConfigurationError
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_reads_plain_values_and_tensors(tmp_path):
+    torch.save({"state_dict": {"w": torch.ones(2)}, "step": 3, "name": "x"}, tmp_path / "good.ckpt")
+    assert read_checkpoint(tmp_path / "good.ckpt")["step"] == 3
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb))])
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, save):
+    path = tmp_path / "bad.ckpt"
+    save(Bomb(tmp_path / "executed"), path)
+    with pytest.raises(ConfigurationError, match="bad.ckpt' cannot be read"):
+        read_checkpoint(path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, -50])
+def test_a_truncated_file_is_refused(tmp_path, kept):
+    path = tmp_path / "short.ckpt"
+    torch.save({"w": torch.randn(100)}, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ConfigurationError, match="short.ckpt' cannot be read"):
+        read_checkpoint(path)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ConfigurationError, match="'no/such.ckpt' is not a file"):
+        read_checkpoint("no/such.ckpt")
+
+
+def test_differences_are_counted_and_the_first_named():
+    here = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}
+    assert compare_state(here, dict(here)) is None
+    there = {"a": torch.zeros(4), "c": torch.zeros(1), "d": torch.zeros(1)}
+    message = compare_state(there, here)
+    assert "a is (4,) there and (2,) here" in message
+    assert "1 tensors are not in it (b)" in message and "1 of its tensors are not in the model (d)" in message

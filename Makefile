@@ -36,7 +36,7 @@ lint: $(VENV)/.installed-test typing-tree
 typing-tree:
 	@rm -rf build/typing && mkdir -p build/typing/orthotrain
 	@for entry in framework/*; do ln -s ../../../$$entry build/typing/orthotrain/; done
-	@ln -s ../../../plugins ../../../kernels build/typing/orthotrain/
+	@ln -s ../../../plugins ../../../kernels ../../../configs build/typing/orthotrain/
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,1 +1,1 @@
-"""The configs that ship with the package: ``orthotrain fit -c pretrain/quickstart.yaml`` finds them by relative name."""
+"""The shipped configs: ``orthotrain fit -c pretrain/quickstart.yaml`` finds them by relative name."""

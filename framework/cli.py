@@ -15,7 +15,7 @@ USAGE = """usage: orthotrain COMMAND [options]
   validate  evaluate a checkpoint:    orthotrain validate -c CONFIG --ckpt_path last
   test      the same on the test split
   predict   write generated samples:  orthotrain predict -c CONFIG --ckpt_path last
-  export    merged model folder:      orthotrain export --ckpt CHECKPOINT --out DIR
+  export    merged model folder:      orthotrain export --ckpt CHECKPOINT --out DIR [--format hf|peft]
   plan      parameters and bytes of a config before anything is allocated
   plugins   the registered parameterizations
 
@@ -57,14 +57,15 @@ def run_trainer(arguments: list[str]) -> None:
 
 
 def export_command(arguments: list[str]) -> None:
-    """``orthotrain export``: write a merged Hugging Face folder from a checkpoint."""
+    """``orthotrain export``: write a merged Hugging Face folder or a PEFT adapter from a checkpoint."""
     from orthotrain.export import export_checkpoint
 
-    parser = _parser("export", "Write a merged Hugging Face folder: safetensors, config and tokenizer.")
+    parser = _parser("export", "Write a merged Hugging Face folder (safetensors, config, tokenizer) or a PEFT adapter.")
+    parser.add_argument("--format", default="hf", choices=["hf", "peft"], help="merged model, or OFT adapter for PEFT")
     parser.add_argument("--ckpt", required=True, help="checkpoint of a run")
     parser.add_argument("--out", required=True, help="folder to write; must be new or empty")
     options = parser.parse_args(arguments)
-    print(f"wrote {export_checkpoint(options.ckpt, options.out)}")
+    print(f"wrote {export_checkpoint(options.ckpt, options.out, options.format)}")
 
 
 def plan_command(arguments: list[str]) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import yaml
 
-from orthotrain import configs
+import orthotrain.configs
 from orthotrain.errors import ConfigurationError
 
 
 def shipped_configs() -> dict[str, Path]:
     """Return relative name -> path of every config that ships with the package."""
-    root = Path(configs.__file__).parent
+    root = Path(orthotrain.configs.__file__).parent
     return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.yaml"))}
 
 

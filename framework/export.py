@@ -2,33 +2,38 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from orthotrain.checkpoint import compare_state, read_checkpoint
+from orthotrain.checkpoint import read_checkpoint
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.surgery import unwrap_mergeables
 from orthotrain.models import ModelBuilder
+from orthotrain.peft_adapter import export_peft
 
 
-def export_checkpoint(checkpoint: str | Path, out: str | Path) -> Path:
-    """Write the merged network of a checkpoint as a Hugging Face folder: safetensors, config and tokenizer.
+def export_checkpoint(checkpoint: str | Path, out: str | Path, format: Literal["hf", "peft"] = "hf") -> Path:
+    """Write a checkpoint's network where other tools find it.
 
     Args:
         checkpoint: A ``.ckpt`` file that ``orthotrain fit`` wrote.
         out: Folder to write; must not exist or be empty.
+        format: ``hf`` for a merged Hugging Face folder (safetensors, config, tokenizer), ``peft`` for the OFT adapter
+            alone, as ``PeftModel.from_pretrained`` reads it.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigurationError: If the checkpoint cannot be read or holds no module, or the folder is not empty.
+        ConfigurationError: If the checkpoint cannot be read or holds no module, the folder is not empty, or PEFT has no
+            name for something in the adapter.
     """
     contents = read_checkpoint(checkpoint)
     network = load_network(contents, str(checkpoint))
-    tokenizer = load_tokenizer(contents)
-    return export_huggingface(network, out, tokenizer)
+    if format == "peft":
+        return export_peft(network, out)
+    return export_huggingface(network, out, load_tokenizer(contents))
 
 
 def export_huggingface(network: nn.Module, out: str | Path, tokenizer: Any = None) -> Path:
@@ -51,7 +56,7 @@ def export_huggingface(network: nn.Module, out: str | Path, tokenizer: Any = Non
         raise ConfigurationError(f"--out {str(folder)!r} exists and is not empty: name a new folder")
     unwrap_mergeables(network)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    network.save_pretrained(partial)
+    network.save_pretrained(partial)  # type: ignore[operator]
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     if folder.exists():
@@ -85,9 +90,7 @@ def load_network(contents: dict[str, Any], origin: str = "checkpoint") -> nn.Mod
     wanted = {key: description[key] for key in ("class_path", "init_args") if key in description}
     module = parser.instantiate(parser.parse_object({"model": wanted})).model
     module.configure_model()
-    difference = compare_state(contents["state_dict"], module.state_dict())
-    if difference:
-        raise ConfigurationError(f"{origin} does not fit its own description: {difference}")
+    module.on_load_checkpoint(contents)
     module.load_state_dict(contents["state_dict"])
     return module.model.eval()
 

@@ -12,7 +12,7 @@ class TokenLoss(MeanMetric):
     ``exp`` of it is the perplexity; :func:`bits_per_byte` makes it comparable across tokenizers.
     """
 
-    higher_is_better = False
+    higher_is_better = False  # type: ignore[assignment]
 
 
 def count_targets(batch: object, ignore_index: int = -100) -> int:

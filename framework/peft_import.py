@@ -37,7 +37,7 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
         check_base: Whether the adapter's base model must be called as the network's config calls it.
 
     Returns:
-        The names of the layers that the adapter rotates.
+        The names of the layers that the adapter rotates, in module order.
 
     Raises:
         ConfigurationError: If the folder is damaged or no OFT adapter, or does not fit the network, naming what.
@@ -60,6 +60,7 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
     _refuse_others(network, set(layers))
     network.requires_grad_(False)
     for name, layer in layers.items():
+        layer.train(network.get_submodule(name).training)
         network.set_submodule(name, layer)
         _load(rotation_of(layer).generators, generators[name])
         # PEFT's COFT brings what it loaded back to the bound in its first forward
@@ -67,7 +68,7 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
     targets = dict(network.named_parameters()) | dict(network.named_buffers())
     for name, tensor in trained.items():
         _load(targets[name], tensor)
-    return list(layers)
+    return [name for name, _ in network.named_modules() if name in layers]
 
 
 @torch.no_grad()

@@ -44,6 +44,6 @@ class CosineWithWarmup(LRScheduler):
         progress = min(1.0, (step - self.warmup_steps) / span)
         return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float]:  # type: ignore[override]
         """Return the rate of each group for the next optimizer step."""
-        return [base * self.factor(self.last_epoch) for base in self.base_lrs]
+        return [float(base) * self.factor(self.last_epoch) for base in self.base_lrs]

@@ -35,7 +35,10 @@ MAY_IMPORT = {
         "peft_adapter",
     },
     "adapters": {"layers", "plugins", "checkpoint", "errors"},
-    "peft_adapter": {"layers", "plugins", "adapters", "checkpoint", "errors"},
+    "peft_adapter": {"peft_export", "peft_import"},
+    "peft_export": {"adapters", "layers", "plugins", "peft_format", "errors"},
+    "peft_import": {"adapters", "layers", "plugins", "peft_format", "errors"},
+    "peft_format": {"errors"},
     "modules": {
         *("modules", "callbacks", "layers", "plugins", "models"),
         *("metrics", "generation_metrics", "checkpoint", "errors", "seeding"),

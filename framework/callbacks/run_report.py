@@ -101,7 +101,7 @@ class RunReport(L.Callback):
     def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         network = getattr(pl_module, "model", None)
-        if not self.prompt or tokenizer is None or not hasattr(network, "generate"):
+        if not self.prompt or tokenizer is None or network is None or not hasattr(network, "generate"):
             return []
         ids = torch.tensor([tokenizer.encode(self.prompt)], device=pl_module.device)
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []

@@ -1,4 +1,4 @@
-"""All displacements of a network in one call: rotations of a block size are computed together, once per forward pass."""
+"""All displacements of a network in one call: rotations of one block size together, once per forward pass."""
 
 from typing import Any
 

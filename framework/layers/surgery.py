@@ -71,7 +71,7 @@ def replace_linears(
     chosen = select_linears(model, include, exclude)
     for name, linear in chosen.items():
         try:
-            replacements[linear] = factory(linear)
+            replacements[linear] = factory(linear).train(linear.training)
         except ConfigurationError as error:
             shape = f"{linear.out_features} x {linear.in_features}"
             raise ConfigurationError(f"layer {name} ({shape}): {error}") from error
@@ -82,7 +82,8 @@ def replace_linears(
 def unwrap_mergeables(model: nn.Module) -> list[str]:
     """Replace every :class:`Mergeable` in place by its plain merged layer; return their names."""
     wrapped = {name: module for name, module in model.named_modules() if isinstance(module, Mergeable)}
-    _swap(model, {module: module.unwrap() for module in wrapped.values()})
+    replacements: dict[nn.Module, nn.Module] = {model.get_submodule(n): layer.unwrap() for n, layer in wrapped.items()}
+    _swap(model, replacements)
     return list(wrapped)
 
 

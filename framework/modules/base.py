@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from orthotrain.callbacks.adapter_checkpoint import restore_frozen
 from orthotrain.callbacks.throughput import Throughput
 from orthotrain.checkpoint import compare_state
 from orthotrain.errors import ConfigurationError
@@ -59,7 +60,7 @@ class BaseModule(L.LightningModule):
     def _check_vocabulary(self, model: nn.Module) -> None:
         data = getattr(self._trainer, "datamodule", None)
         tokens = getattr(data, "vocab_size", None)
-        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
         rows = getattr(embedding, "num_embeddings", None)
         if isinstance(tokens, int) and isinstance(rows, int) and tokens > rows:
             raise ConfigurationError(
@@ -72,11 +73,12 @@ class BaseModule(L.LightningModule):
         return [Throughput()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model.
+        """Fill in the frozen weights that an adapter checkpoint leaves out; refuse a checkpoint of another model.
 
         Raises:
             ConfigurationError: Naming what differs.
         """
+        restore_frozen(checkpoint, self)
         difference = compare_state(checkpoint["state_dict"], self.state_dict())
         if difference:
             raise ConfigurationError(
@@ -123,7 +125,7 @@ class BaseModule(L.LightningModule):
         At the start of an evaluation and not at its end: ``validate`` runs in inference mode, and state that is created
         there cannot be updated by a later ``fit``.
         """
-        self.evaluation_loss[split].reset()
+        self.split_loss(split).reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add one batch to the validation loss."""
@@ -144,7 +146,9 @@ class BaseModule(L.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Continue the prompts ``batch["input_ids"]`` ``(B, T)`` by up to 64 sampled tokens: ``(B, T + new)``."""
         assert self.model is not None
-        return self.model.generate(batch["input_ids"], max_new_tokens=64, do_sample=True, temperature=0.8, top_p=0.95)
+        return self.model.generate(  # type: ignore[operator]
+            batch["input_ids"], max_new_tokens=64, do_sample=True, temperature=0.8, top_p=0.95
+        )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient norm as it is before clipping."""
@@ -157,11 +161,15 @@ class BaseModule(L.LightningModule):
         assert self.model is not None
         return self.optimization.configure(self.model, int(self.trainer.estimated_stepping_batches))
 
+    def split_loss(self, split: str) -> TokenLoss:
+        """Return the metric that accumulates the loss of ``val`` or ``test``."""
+        return cast(TokenLoss, self.evaluation_loss[split])
+
     def _evaluate(self, split: str, batch: Any) -> None:
-        self.evaluation_loss[split].update(self.loss(batch), count_targets(batch))
+        self.split_loss(split).update(self.loss(batch), count_targets(batch))
 
     def _log_evaluation(self, split: str) -> None:
-        loss = float(self.evaluation_loss[split].compute())
+        loss = float(self.split_loss(split).compute())
         self.log_dict({f"{split}_{name}": value for name, value in self.evaluation_metrics(loss, split).items()},
                       prog_bar=True)  # fmt: skip
 

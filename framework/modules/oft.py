@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -155,14 +155,18 @@ class OftModule(BaseModule):
             return output.loss, output.logits
         return self.next_token_outputs(batch)
 
+    def split_accuracy(self, split: str) -> TokenAccuracy:
+        """Return the metric that accumulates the token accuracy of ``val`` or ``test``."""
+        return cast(TokenAccuracy, self.token_accuracy[split])
+
     def loss(self, batch: Any) -> Tensor:
         """Return the mean loss of a batch."""
         return self.outputs(batch)[0]
 
     def _evaluate(self, split: str, batch: Any) -> None:
         loss, logits = self.outputs(batch)
-        self.evaluation_loss[split].update(loss, count_targets(batch))
-        self.token_accuracy[split].update(logits, batch["labels"])
+        self.split_loss(split).update(loss, count_targets(batch))
+        self.split_accuracy(split).update(logits, batch["labels"])
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics, those of generated samples included."""
@@ -178,18 +182,18 @@ class OftModule(BaseModule):
         """Add the token accuracy."""
         return {
             **super().evaluation_metrics(loss, split),
-            "token_accuracy": float(self.token_accuracy[split].compute()),
+            "token_accuracy": float(self.split_accuracy(split).compute()),
         }
 
     def reset_metrics(self, split: str) -> None:
         """Clear what a split has accumulated."""
         super().reset_metrics(split)
-        self.token_accuracy[split].reset()
+        self.split_accuracy(split).reset()
         self.generation.reset()
 
     @torch.no_grad()
     def _generate(self, split: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if not self.max_new_tokens or not hasattr(data, "generation_batches") or not hasattr(self.model, "generate"):
             return
         samples: list[tuple[str, str, str]] = []
@@ -216,8 +220,9 @@ class OftModule(BaseModule):
         rows = (f"{prompt}\n>>> {answer}\n=== {reference}" for prompt, answer, reference in samples)
         text = "\n---\n".join([f"step {self.global_step}", *rows])
         for logger in self.loggers:
-            if hasattr(logger.experiment, "add_text"):
-                logger.experiment.add_text(f"{split}_samples", f"```\n{text}\n```", self.global_step)
+            experiment: Any = getattr(logger, "experiment", None)
+            if hasattr(experiment, "add_text"):
+                experiment.add_text(f"{split}_samples", f"```\n{text}\n```", self.global_step)
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"{split}_samples.txt").open("a", encoding="utf-8") as file:

@@ -35,6 +35,7 @@ def base():
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=64,
+        initializer_range=0.2,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -45,11 +46,11 @@ def wrap(base, include=("*_proj",), sizes=None, std=0.05, **options):
     options = {"block_size": 8, **options}
 
     def factory(linear):
-        own = {"block_size": value for pattern, value in (sizes or {}).items() if pattern in names[linear]}
-        return OftLinear.from_linear(linear, **{**options, **own})
+        own = [size for pattern, size in (sizes or {}).items() if pattern in names[linear]]
+        return OftLinear.from_linear(linear, **{**options, "block_size": (own or [options["block_size"]])[0]})
 
     replace_linears(network, include, factory=factory)
-    return randomized(network, std)
+    return randomized(network, std).eval()
 
 
 def randomized(network, std=0.05):
@@ -97,7 +98,7 @@ OUT = {
     "order 4": {"parameterization": order(4)},
     "order 7": {"parameterization": order(7)},
     "shared": {"block_share": True},
-    "shared, one block": {"block_share": True, "block_size": 32, "include": ("*q_proj", "*down_proj"), "sizes": {"down": 24}},
+    "shared, one block": {"block_share": True, "block_size": 32, "sizes": {"down": 24}},
     "coft": {"coft_eps": 0.2},
     "coft, shared": {"coft_eps": 0.2, "block_share": True, "include": ("*q_proj",)},
     "dropout": {"block_dropout": 0.25},
@@ -110,8 +111,7 @@ OUT = {
 @pytest.mark.parametrize("case", OUT)
 def test_peft_computes_what_was_exported(base, tmp_path, case):
     options = dict(OUT[case])
-    std = 0.4 if "coft" in case else 0.05 if "order" not in case else 0.1
-    network = wrap(base, std=std, **options).eval()
+    network = wrap(base, std=0.4 if "coft" in case else 0.1, **options)
     state = adapter_state(network)
     folder = export_peft(network, tmp_path / "out", "some/base")
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
@@ -120,7 +120,8 @@ def test_peft_computes_what_was_exported(base, tmp_path, case):
     assert sum(isinstance(m, OFTLayer) for m in loaded.modules()) == len(list(mergeable_layers(network)))
     back = copy.deepcopy(base)
     import_peft(back, folder, check_base=False)
-    assert all(torch.equal(value, state[name]) for name, value in adapter_state(back).items())
+    # the bound of COFT is taken anew, to the last bit of it
+    torch.testing.assert_close(adapter_state(back), state, atol=0, rtol=1e-6 if "coft" in case else 0)
     same(network, back)
 
 
@@ -259,8 +260,8 @@ def alike(network):
 
 
 REFUSED_OUT = {
-    "order 1": (dict(parameterization=order(1)), None, r"q_proj: PEFT has no CayleyNeumann\(order=1\).*merge and export"),
-    "exponential": (dict(parameterization="exponential"), None, r"q_proj: PEFT has no Exponential\(\).*merge and export"),
+    "order 1": (dict(parameterization=order(1)), None, r"q_proj: PEFT has no CayleyNeumann\(order=1\).*export"),
+    "exponential": (dict(parameterization="exponential"), None, r"q_proj: PEFT has no Exponential\(\).*export"),
     "sizes": (dict(sizes={"q_proj": 16, "k_proj": 4}), None, r"one block size.*q_proj 16 of 32.*k_proj 4 of 32"),
     "shared coft": (dict(coft_eps=0.2, block_share=True), None, r"q_proj needs eps=0.1\d* and .*down_proj eps="),
     "exceeded": (dict(coft_eps=0.2), lambda n: randomized_alone(n), r"q_proj: generators exceed coft_eps=0.2"),
@@ -353,7 +354,7 @@ REFUSED_TENSORS = {
     "dimensions": ({NAME: torch.zeros(4, 8, 8)}, r"q_proj: generators of shape \(4, 8, 8\)"),
     "integers": ({NAME: torch.zeros(4, 28, dtype=torch.int32)}, "generators in torch.int32"),
     "not finite": ({NAME: torch.full((4, 28), torch.nan)}, "values that are not finite"),
-    "no such layer": ({NAME.replace("layers.0", "layers.9"): torch.zeros(4, 28)}, "layers.9.* the network does not have"),
+    "no such layer": ({NAME.replace("layers.0", "layers.9"): torch.zeros(4, 28)}, "layers.9.*does not have"),
     "norm": ({NAME.replace("layers.0.self_attn.q_proj", "norm"): torch.zeros(4, 28)}, "LlamaRMSNorm cannot be wrapped"),
     "embedding": ({NAME.replace("oft_R", "oft_embedding_R"): torch.zeros(4, 28)}, "oft_embedding_R for a Linear"),
 }  # fmt: skip
@@ -391,6 +392,7 @@ def test_missing_files_and_pickles_are_refused(base, saved, tmp_path):
     check_refused(base, folder, "adapter_model.bin, a pickle, which can run code and is never read")
     (folder / "adapter_model.bin").unlink()
     check_refused(base, folder, "has no adapter_model.safetensors")
+    shutil.copytree(saved, folder, dirs_exist_ok=True)
     (folder / "adapter_config.json").write_text("[1, 2")
     check_refused(base, folder, "is no JSON file")
     (folder / "adapter_config.json").write_text("[1, 2]")
@@ -420,7 +422,7 @@ def test_a_wrapped_network_takes_an_adapter_of_its_kind_only(base, saved):
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), saved).eval()
     fitting = wrap(base, ("*q_proj",), parameterization=order(3), block_dropout=0.1)
     import_peft(fitting, saved)
-    same(fitting.eval(), theirs)
+    same(fitting, theirs)
     for options, message in [
         ({"block_size": 16}, "q_proj: it is wrapped with block_size 16, the adapter needs 8"),
         ({"parameterization": order(4)}, r"parameterization CayleyNeumann\(order=4\), the adapter needs .*order=3"),
@@ -442,7 +444,7 @@ def exported(base, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damaged_files_are_refused_or_load_the_same(base, exported, tmp_path, name, data):
     folder, state = exported

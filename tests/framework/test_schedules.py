@@ -1,5 +1,7 @@
 """The cosine schedule."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ def test_rises_then_falls_to_the_final_ratio():
     seen = rates(100, warmup_steps=10, final_ratio=0.1)
     assert seen[0] == pytest.approx(0.2) and seen[9] == seen[10] == pytest.approx(2.0)
     assert seen[55] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
-    assert all(later <= earlier for earlier, later in zip(seen[10:], seen[11:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(seen[10:]))
     assert seen[100] == seen[104] == pytest.approx(0.2)
 
 

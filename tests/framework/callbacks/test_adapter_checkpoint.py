@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthotrain.adapters import adapter_state, load_adapter_state
-from orthotrain.callbacks import AdapterCheckpoint, MergeRotations, restore_frozen
+from orthotrain.callbacks import AdapterCheckpoint, MergeRotations
 from orthotrain.data import TextData
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftLinear, replace_linears
@@ -38,10 +38,6 @@ class Finetune(BaseModule):
         model.requires_grad_(False)
         replace_linears(model, ["*_proj"], factory=lambda lin: OftLinear.from_linear(lin, 8, **self.options))
         model.model.norm.requires_grad_(True)
-
-    def on_load_checkpoint(self, checkpoint):
-        restore_frozen(checkpoint, self)
-        super().on_load_checkpoint(checkpoint)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""OftModule in a real Trainer: published sizes, frozen base, metrics of responses and generations, tasks of transformers."""
+"""OftModule in a real Trainer: published sizes, frozen base, metrics of generations, tasks of transformers."""
 
 import json
 

@@ -1,0 +1,92 @@
+"""From a pretrained checkpoint to an adapter and a merged model, by the command line alone."""
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orthotrain.checkpoint import read_checkpoint
+from orthotrain.cli import main
+from orthotrain.export import load_network
+
+QUICK = ["-c", "finetune/quickstart.yaml"]
+
+
+@pytest.fixture
+def base(small_config, tmp_path):
+    """A folder with a tiny model that `orthotrain fit` and `export` made."""
+    main(["fit", "-c", "pretrain/quickstart.yaml", "-c", str(small_config), "--trainer.max_steps", "2"])
+    main(["export", "--ckpt", str(tmp_path / "run" / "checkpoints" / "last.ckpt"), "--out", str(tmp_path / "base")])
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def overrides(tmp_path):
+    run = tmp_path / "finetune"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(f'{{"prompt": "repeat {i}", "response": "{i} {i}"}}' for i in range(60)))
+    config = {
+        "trainer": {
+            "accelerator": "cpu",
+            "precision": "32-true",
+            "max_steps": 6,
+            "val_check_interval": 3,
+            "limit_val_batches": 2,
+            "num_sanity_val_steps": 1,
+            "enable_progress_bar": False,
+            "default_root_dir": str(run),
+            "logger": False,
+            "callbacks": [
+                {"class_path": "RunReport", "init_args": {"prompt": "", "spectrum_layers": 1}},
+                {
+                    "class_path": "AdapterCheckpoint",
+                    "init_args": {"every_n_steps": 2, "dirpath": str(run / "adapters")},
+                },
+            ],
+        },
+        "model": {"init_args": {"layers": {"block_size": 8}, "max_new_tokens": 4, "optimization": {"lr": 0.05}}},
+        "data": {
+            "init_args": {
+                "source": str(rows),
+                "max_length": 64,
+                "val_fraction": 0.2,
+                "generation_samples": 2,
+                "batch_size": 4,
+            }
+        },
+    }
+    path = tmp_path / "finetune.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_adapter_and_merged_model_compute_the_same_elsewhere(base, overrides, tmp_path, capsys):
+    source = ["--model.model", "PretrainedModel", "--model.model.name", str(base), "--data.tokenizer", str(base)]
+    main(["fit", *QUICK, "-c", str(overrides), *source])
+    printed = capsys.readouterr().out
+    assert "validation rouge l" in printed and "validation token accuracy" in printed
+    checkpoint = tmp_path / "finetune" / "adapters" / "step-000006" / "resume.ckpt"
+    assert checkpoint.stat().st_size < (base / "model.safetensors").stat().st_size
+    main(["export", "--ckpt", str(checkpoint), "--out", str(tmp_path / "merged")])
+    main(["export", "--ckpt", str(checkpoint), "--out", str(tmp_path / "adapter"), "--format", "peft"])
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "merged").encode("repeat 7\n7 7")])
+    with torch.no_grad():
+        expected = load_network(read_checkpoint(checkpoint))(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        unadapted = plain(ids).logits
+        adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter")(ids).logits
+    assert (unadapted - expected).abs().max() > 1e-3
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(adapted, expected, rtol=1e-5, atol=1e-5)
+    main(["fit", *QUICK, "-c", str(overrides), *source, "--ckpt_path", str(checkpoint), "--trainer.max_steps", "8"])
+    assert (tmp_path / "finetune" / "adapters" / "step-000008").is_dir()
+
+
+def test_finetunes_the_checkpoint_of_a_pretraining_run(small_config, overrides, tmp_path):
+    main(["fit", "-c", "pretrain/quickstart.yaml", "-c", str(small_config), "--trainer.max_steps", "2"])
+    last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    source = ["--model.model", "CheckpointModel", "--model.model.path", last, "--data.tokenizer", last]
+    main(["fit", *QUICK, "-c", str(overrides), *source, "--trainer.max_steps", "2"])
+    assert (tmp_path / "finetune" / "adapters" / "step-000002").is_dir()

@@ -1,13 +1,15 @@
 """Merge-then-reinitialise: fold the rotations into the frozen weights every N optimizer steps."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.layers.mergeable import Mergeable, mergeable_layers
 
 
 class MergeRotations(L.Callback):
@@ -17,18 +19,28 @@ class MergeRotations(L.Callback):
     to zero, draws the next permutations and forgets the optimizer's state of the generators, whose coordinates have
     changed their meaning. Every rank folds for itself and reaches the same bits: nothing is communicated.
 
+    A series like Cayley-Neumann is orthogonal only near zero: with ``max_generator_norm`` a layer is also merged as
+    soon as one of its blocks goes farther, alone and without waiting for the period. Logged are ``merges`` of the whole
+    model and ``early_merges`` of single layers.
+
     Args:
         every_n_steps: Optimizer steps between merges, T_m; at least 1.
+        max_generator_norm: Largest Euclidean norm of one block's generators, an upper bound of its ``||Q||_2``, that
+            waits for the next period; None for no bound. Measured after every optimizer step.
 
     Raises:
-        ConfigurationError: If ``every_n_steps`` is below 1, or the model has no mergeable layer when fitting starts.
+        ConfigurationError: If ``every_n_steps`` is below 1 or ``max_generator_norm`` is not positive, or the model has
+            no mergeable layer when fitting starts.
     """
 
-    def __init__(self, every_n_steps: int = 400) -> None:
+    def __init__(self, every_n_steps: int = 400, max_generator_norm: float | None = None) -> None:
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ConfigurationError(f"every_n_steps={every_n_steps!r}: merge every 1 or more optimizer steps")
+        if max_generator_norm is not None and not max_generator_norm > 0:
+            raise ConfigurationError(f"max_generator_norm={max_generator_norm!r}: take a positive norm, or null")
         self.every_n_steps = every_n_steps
-        self.merges = 0
+        self.max_generator_norm = max_generator_norm
+        self.merges = self.early_merges = 0
         self._last_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -43,11 +55,18 @@ class MergeRotations(L.Callback):
     ) -> None:
         """Merge when an optimizer step that ends a period has just been taken."""
         step = trainer.global_step
-        if step != self._last_step and self.should_merge(step):
-            merge_rotations(pl_module, trainer.optimizers)
+        if step == self._last_step:
+            return
+        self._last_step = step
+        if self.should_merge(step):
+            merge_rotations(dict(mergeable_layers(pl_module)), trainer.optimizers)
             self.merges += 1
             pl_module.log("merges", float(self.merges), rank_zero_only=True)
-        self._last_step = step
+        elif self.max_generator_norm is not None:
+            far = layers_beyond(pl_module, self.max_generator_norm)
+            merge_rotations(far, trainer.optimizers)
+            self.early_merges += len(far)
+            pl_module.log("early_merges", float(self.early_merges), rank_zero_only=True)
 
     def should_merge(self, step: int) -> bool:
         """Decide whether to merge after optimizer step ``step`` (counted from 1); override for another rhythm."""
@@ -55,29 +74,38 @@ class MergeRotations(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Save the counters as plain values."""
-        return {"merges": self.merges, "last_step": self._last_step}
+        return {"merges": self.merges, "early_merges": self.early_merges, "last_step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the counters, so that a merge at the checkpoint's step is not repeated."""
-        self.merges, self._last_step = state_dict["merges"], state_dict["last_step"]
+        self.merges, self.early_merges = state_dict["merges"], state_dict["early_merges"]
+        self._last_step = state_dict["last_step"]
 
 
-def merge_rotations(model: nn.Module, optimizers: list[Optimizer]) -> list[str]:
-    """Merge every mergeable layer once and drop the optimizers' state of its generators.
+def merge_rotations(layers: Mapping[str, Mergeable], optimizers: list[Optimizer]) -> None:
+    """Merge layers and drop the optimizers' state of their generators.
 
     Args:
-        model: Any module.
+        layers: Name -> layer.
         optimizers: Optimizers that may hold the generators; torch's, fused or not, or any other that keeps a
             dictionary of per-parameter state and fills it at the first step.
-
-    Returns:
-        The names of the merged layers.
     """
-    names = []
-    for name, layer in mergeable_layers(model):
+    for layer in layers.values():
         layer.merge_()
         for parameter in layer.rotation_parameters():
             for optimizer in optimizers:
                 optimizer.state.pop(parameter, None)
-        names.append(name)
-    return names
+
+
+@torch.no_grad()
+def layers_beyond(model: nn.Module, norm: float) -> dict[str, Mergeable]:
+    """Return the layers in which some block's generators are longer than ``norm``; one device synchronisation."""
+    layers = dict(mergeable_layers(model))
+    if not layers:
+        return {}
+    lengths = [
+        torch.stack([generators.norm(dim=-1).max() for generators in layer.rotation_parameters()]).max()
+        for layer in layers.values()
+    ]
+    beyond = torch.stack(lengths) > norm
+    return {name: layer for (name, layer), far in zip(layers.items(), beyond.tolist(), strict=True) if far}

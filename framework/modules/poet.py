@@ -86,6 +86,8 @@ class PoetModule(BaseModule):
         model: The network, or what builds it.
         layers: Which linear layers are rotated, and how.
         merge_every: Optimizer steps between merges, T_m. The callback that merges is attached by the module.
+        max_generator_norm: Merge a layer early when a block's generators are longer than this; None for never. See
+            :class:`MergeRotations`.
         optimization: Learning rates, weight decay, optimizer and schedule.
         seed: Seed of frozen values and permutations.
 
@@ -98,16 +100,18 @@ class PoetModule(BaseModule):
         model: ModelBuilder | nn.Module | Callable[[], nn.Module],
         layers: PoetLayers = PoetLayers(),
         merge_every: int = 400,
+        max_generator_norm: float | None = None,
         optimization: Optimization = Optimization(),
         seed: int = 0,
     ) -> None:
         super().__init__(model, optimization)
-        self.save_hyperparameters("merge_every", "seed")
+        self.save_hyperparameters("merge_every", "max_generator_norm", "seed")
         self.layers = layers
         self.merge_every = merge_every
+        self.max_generator_norm = max_generator_norm
         self.seed = seed
         self.wrapped_names: list[str] = []
-        MergeRotations(merge_every)  # refuses a bad value now, not when the trainer starts
+        MergeRotations(merge_every, max_generator_norm)  # refuses a bad value now, not when the trainer starts
 
     def wrap(self, model: nn.Module) -> None:
         """Replace the chosen linear layers by POET layers."""
@@ -115,4 +119,8 @@ class PoetModule(BaseModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach the merging: a POET run cannot forget it."""
-        return [*super().configure_callbacks(), MergeRotations(self.merge_every), OrthogonalityMonitor()]
+        return [
+            *super().configure_callbacks(),
+            MergeRotations(self.merge_every, self.max_generator_norm),
+            OrthogonalityMonitor(),
+        ]

@@ -8,9 +8,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from orthotrain.callbacks import MergeRotations, merge_rotations
+from orthotrain.callbacks.merge_rotations import layers_beyond
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import mergeable_layers
 from orthotrain.modules import Optimization, PoetLayers, PoetModule
+from orthotrain.plugins import CayleyNeumann
 
 
 class Regression(PoetModule):
@@ -24,12 +26,13 @@ def network():
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
 
 
-def fit(merge_every, steps, accumulate=1, callbacks=(), **kwargs):
+def fit(merge_every, steps, accumulate=1, max_generator_norm=None, lr=1e-2, order=4):
     module = Regression(
         network(),
-        PoetLayers(block_size=4, init="keep"),
+        PoetLayers(block_size=4, init="keep", parameterization=CayleyNeumann(order)),
         merge_every=merge_every,
-        optimization=Optimization(lr=1e-2),
+        max_generator_norm=max_generator_norm,
+        optimization=Optimization(lr=lr),
     )
     trainer = L.Trainer(
         max_steps=steps,
@@ -39,8 +42,6 @@ def fit(merge_every, steps, accumulate=1, callbacks=(), **kwargs):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=list(callbacks),
-        **kwargs,
     )
     trainer.fit(module, DataLoader(torch.randn(64, 8), batch_size=4))
     return module, trainer
@@ -67,7 +68,7 @@ def test_resets_the_generators_optimizer_state_and_nothing_else(kwargs):
         optimizer.step()
     assert rotations <= set(optimizer.state)
     biases = {p: optimizer.state[p]["exp_avg"].clone() for p in optimizer.state if p not in rotations}
-    assert merge_rotations(model, [optimizer]) == ["0", "2"]
+    merge_rotations(dict(mergeable_layers(model)), [optimizer])
     assert not rotations & set(optimizer.state)
     assert biases and all(torch.equal(optimizer.state[p]["exp_avg"], m) for p, m in biases.items())
     model(torch.randn(4, 8)).square().sum().backward()
@@ -84,7 +85,7 @@ def test_a_merge_changes_no_output():
                 generators.normal_(0, 0.1)
     x = torch.randn(32, 8)
     before = model(x)
-    merge_rotations(model, [])
+    merge_rotations(dict(mergeable_layers(model)), [])
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)
 
 
@@ -106,3 +107,40 @@ def test_a_model_without_rotations_is_refused():
 def test_a_period_below_one_is_refused(value):
     with pytest.raises(ConfigurationError, match=f"every_n_steps={value}"):
         PoetModule(network(), merge_every=value)
+
+
+def test_merges_a_layer_early_when_its_generators_go_too_far():
+    model = network()
+    PoetLayers(block_size=4).apply_(model)
+    with torch.no_grad():
+        model[2].rotation_in.generators[0, 0] = 0.5
+        model[0].rotation_in.generators[0, 0] = 0.2
+    assert list(layers_beyond(model, 0.3)) == ["2"]
+    module, trainer = fit(merge_every=1000, steps=8, max_generator_norm=0.03)
+    callback = next(c for c in trainer.callbacks if isinstance(c, MergeRotations))
+    counts = [int(layer.merge_count) for _, layer in mergeable_layers(module)]
+    assert callback.merges == 0 and callback.early_merges == sum(counts) > 0
+    assert not layers_beyond(module, 0.03)
+
+
+def test_the_bound_keeps_a_series_orthogonal_where_it_would_diverge():
+    def worst(bound):
+        """Largest deviation of the spectrum after steps that are too large for the series."""
+        torch.manual_seed(0)
+        module, _ = fit(merge_every=1000, steps=30, max_generator_norm=bound, lr=0.05, order=2)
+        start = torch.linalg.svdvals(network_weight(0))
+        return float((torch.linalg.svdvals(module.model[0].merged_weight()) - start).abs().max() / start.max())
+
+    assert worst(None) > 0.01
+    assert worst(0.06) < 1e-3
+
+
+def network_weight(index):
+    torch.manual_seed(0)
+    return network()[index].weight.detach()
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan")])
+def test_a_bound_that_is_not_positive_is_refused(value):
+    with pytest.raises(ConfigurationError, match=f"max_generator_norm={value}"):
+        PoetModule(network(), max_generator_norm=value)

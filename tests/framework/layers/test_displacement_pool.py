@@ -6,6 +6,7 @@ from torch import nn
 
 from orthotrain.layers import BlockRotation, PoetLinear, replace_linears
 from orthotrain.layers.displacement_pool import DisplacementPool, PooledDisplacements
+from orthotrain.models import CausalLM
 
 
 def network(**kwargs):
@@ -65,6 +66,20 @@ def test_layers_called_by_themselves_and_after_a_step_use_fresh_generators(rando
         net[0].rotation_in.generators.mul_(-1)
     assert not torch.equal(net[0](x), first)
     assert torch.equal(net[0](x), net[0](x))
+
+
+def test_stays_out_of_the_way_of_activation_checkpointing(tiny_llama, randomize):
+    def gradient(checkpointing):
+        torch.manual_seed(0)
+        net = CausalLM(tiny_llama)()
+        replace_linears(net, ["*proj*"], (), lambda linear: PoetLinear.from_linear(linear, 8))
+        DisplacementPool(randomize(net))
+        if checkpointing:
+            net.gradient_checkpointing_enable({"use_reentrant": False})
+        net(torch.arange(12)[None]).logits.square().sum().backward()
+        return net.model.layers[0].mlp.up_proj.rotation_in.generators.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-4, atol=1e-6)
 
 
 def test_compiles_without_graph_breaks(randomize):

@@ -102,6 +102,13 @@ def test_compiles_without_graph_breaks(centre, mode, randomize):
         torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5)
 
 
+def test_compiles_with_inductor(randomize):
+    _, layer = make((37, 23), centre="input", dtype=torch.bfloat16)
+    randomize(layer)
+    x = torch.randn(5, 37, dtype=torch.bfloat16)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=2.0**-6, atol=2.0**-6)
+
+
 @pytest.mark.parametrize(("centre", "mode"), MODES)
 def test_autocast_gives_bf16_like_nn_linear(centre, mode):
     linear, layer = make(centre=centre, activation_mode=mode)

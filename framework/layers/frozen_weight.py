@@ -19,8 +19,8 @@ class FrozenWeight(nn.Module, ABC):
         self.in_features = in_features
 
     @abstractmethod
-    def matmul(self, x: Tensor) -> Tensor:
-        """Return ``x @ W.T``, ``(..., in) -> (..., out)``; differentiable in ``x``."""
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x @ W.T + bias``, ``(..., in) -> (..., out)``; differentiable in ``x`` and ``bias``."""
 
     @abstractmethod
     def dequantize(self) -> Tensor:
@@ -42,18 +42,18 @@ class DenseWeight(FrozenWeight):
     sharding strategies shard it.
 
     Args:
-        weight: ``(out, in)``; a copy is stored in its dtype, or in ``dtype``.
+        weight: ``(out, in)``; held itself and not copied where dtype and layout allow, so that wrapping a large model
+            takes no second copy of it. A merge stores a new tensor and leaves this one as it is.
         dtype: Storage dtype, None for that of ``weight``.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
         super().__init__(*weight.shape)
-        stored = weight.detach().to(dtype or weight.dtype, copy=True).contiguous()
-        self.values = nn.Parameter(stored, requires_grad=False)
+        self.values = nn.Parameter(weight.detach().to(dtype or weight.dtype).contiguous(), requires_grad=False)
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """Return ``x @ W.T``, ``(..., in) -> (..., out)``; autocast applies as in nn.Linear."""
-        return F.linear(x, self.values)
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x @ W.T + bias``, ``(..., in) -> (..., out)``; autocast applies as in nn.Linear."""
+        return F.linear(x, self.values, bias)
 
     def dequantize(self) -> Tensor:
         """Return the stored matrix itself, ``(out, in)``."""
@@ -64,7 +64,17 @@ class DenseWeight(FrozenWeight):
         """Store ``weight (out, in)``; into bf16 by stochastic rounding if a generator is given, else to nearest."""
         if self.values.dtype == torch.bfloat16 and generator is not None:
             weight = stochastic_round(weight, generator)
-        self.values.copy_(weight)
+        self.values.data = weight.to(self.values.device, self.values.dtype).contiguous()
+
+
+def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """Return an ``nn.Linear`` that holds ``weight (out, in)`` and ``bias (out,)`` themselves, without a copy."""
+    linear = nn.utils.skip_init(
+        nn.Linear, weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype
+    )
+    linear.weight = nn.Parameter(weight)
+    linear.bias = bias
+    return linear
 
 
 def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:

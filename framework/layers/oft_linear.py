@@ -4,12 +4,11 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.bitsandbytes_linear import adopt_bitsandbytes
 from orthotrain.layers.centre import check_choice
-from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight
+from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight, plain_linear
 from orthotrain.layers.oft_rotation import OftRotation, RotationDtype
 from orthotrain.layers.quantized_weight import Int8Weight, Nf4Weight, QuantizedWeight
 from orthotrain.plugins import Parameterization
@@ -57,7 +56,7 @@ class OftLinear(nn.Module):
         """Wrap a linear layer without changing its function (but for the rounding of a quantisation).
 
         Args:
-            linear: Any ``nn.Linear``; its weight is copied, its bias parameter is taken over. A quantised
+            linear: Any ``nn.Linear``; its weight and bias are taken over, not copied. A quantised
                 ``Linear4bit`` or ``Linear8bitLt`` of bitsandbytes keeps its quantised values.
             block_size: Size of the rotated blocks; must divide the input width.
             parameterization: A :class:`Parameterization`, a registered name or its configuration.
@@ -99,14 +98,8 @@ class OftLinear(nn.Module):
         """Map ``(..., in)`` to ``(..., out)``; under autocast in its dtype, like nn.Linear."""
         if torch.is_autocast_enabled(x.device.type) and self.rotation_in.rotation_dtype == "input":
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.rotation_in(x)
         # the bias inside the product, as nn.Linear has it: the same bits, and no second pass over y
-        if isinstance(self.weight, DenseWeight):
-            return F.linear(x, self.weight.values, self.bias)
-        if isinstance(self.weight, QuantizedWeight):
-            return self.weight.matmul(x, self.bias)
-        y = self.weight.matmul(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.weight.matmul(self.rotation_in(x), self.bias)
 
     @torch.no_grad()
     def merge_(self) -> None:
@@ -142,13 +135,7 @@ class OftLinear(nn.Module):
     @torch.no_grad()
     def unwrap(self) -> nn.Linear:
         """Return an ``nn.Linear`` that computes the same, with the merged weight and this layer's bias."""
-        weight = self.merged_weight()
-        linear = nn.utils.skip_init(
-            nn.Linear, self.in_features, self.out_features, bias=False, device=weight.device, dtype=weight.dtype
-        )
-        linear.weight = nn.Parameter(weight)
-        linear.bias = self.bias
-        return linear
+        return plain_linear(self.merged_weight(), self.bias)
 
     def project_(self) -> None:
         """Bring the generators back to COFT's bound; see :meth:`OftRotation.project_`."""

@@ -11,7 +11,7 @@ from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.fold import fold
 from orthotrain.layers.block_rotation import BlockRotation, check_block_size
 from orthotrain.layers.centre import ActivationMode, Centre, check_choice, choose_centre
-from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight
+from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight, plain_linear
 from orthotrain.plugins import Parameterization, create
 from orthotrain.seeding import draw_permutation, generator
 
@@ -163,13 +163,7 @@ class PoetLinear(nn.Module):
     @torch.no_grad()
     def unwrap(self) -> nn.Linear:
         """Return an ``nn.Linear`` that computes the same, with the merged weight and this layer's bias."""
-        weight = self.merged_weight()
-        linear = nn.utils.skip_init(
-            nn.Linear, self.in_features, self.out_features, bias=False, device=weight.device, dtype=weight.dtype
-        )
-        linear.weight = nn.Parameter(weight)
-        linear.bias = self.bias
-        return linear
+        return plain_linear(self.merged_weight(), self.bias)
 
     @torch.no_grad()
     def _effective_weight(self) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 BASE = ["-c", "pretrain/quickstart.yaml"]
 ADAMW = ["-c", "pretrain/adamw_quickstart.yaml"]
 RUNS: dict[str, list[str]] = {"poet quickstart": BASE}
-for rotation in ("2.0e-3", "8.0e-3"):
+for rotation in ("1.0e-3", "4.0e-3"):
     RUNS[f"poet rotation lr {rotation}"] = [*BASE, f"--model.optimization.rotation_lr={rotation}"]
 for lr in ("1.0e-3", "2.0e-3", "4.0e-3"):
     RUNS[f"adamw lr {lr}"] = [*ADAMW, f"--model.optimization.lr={lr}", "--model.optimization.lr_overrides={}"]

@@ -16,11 +16,14 @@ def test_is_never_trained_and_reloads():
     assert torch.equal(fresh.dequantize(), weight.dequantize())
 
 
-def test_holds_a_copy():
+def test_holds_the_weight_without_a_copy_and_replaces_it_without_touching_it():
     source = torch.randn(4, 6)
+    before = source.clone()
     weight = DenseWeight(source)
-    source.zero_()
-    assert weight.dequantize().abs().min() > 0
+    assert weight.dequantize().data_ptr() == source.data_ptr()
+    weight.assign_(torch.zeros(4, 6))
+    assert torch.equal(source, before) and not weight.dequantize().any()
+    assert DenseWeight(source, torch.bfloat16).dequantize().dtype == torch.bfloat16
 
 
 @settings(max_examples=100, deadline=None)

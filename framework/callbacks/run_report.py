@@ -25,7 +25,7 @@ class RunReport(L.Callback):
         spectrum_layers: How many mergeable layers are watched for spectrum drift, the first ones; 0 for none.
     """
 
-    def __init__(self, prompt: str = "def ", sample_tokens: int = 64, spectrum_layers: int = 8) -> None:
+    def __init__(self, prompt: str = "def __init__(self, ", sample_tokens: int = 64, spectrum_layers: int = 8) -> None:
         self.prompt = prompt
         self.sample_tokens = sample_tokens
         self.spectrum_layers = spectrum_layers

@@ -94,7 +94,10 @@ BAD = [
     (["--trainer.max_stepss", "3"], "did you mean trainer.max_steps"),
     (["--model", "PoetModul"], "unknown class 'PoetModul'; did you mean PoetModule"),
     (["--model.layers.parameterization", "caley"], "unknown parameterization 'caley' (did you mean 'cayley'?)"),
-    (["--model.layers.parameterization.init_args.order", "0"], "order must be an integer of at least 1, got 0"),
+    (
+        ["--model.layers.parameterization", "{class_path: CayleyNeumann, init_args: {order: 0}}"],
+        "order must be an integer of at least 1, got 0",
+    ),
     (["--model.model.init_args.config.hiden_size", "8"], "hiden_size"),
     (["--model.optimization.lr", "-1"], "optimization.lr=-1"),
     (["--model.optimization.lr_overrides", "{'*nope*': 1.0}"], "'*nope*' matches no trainable parameter"),

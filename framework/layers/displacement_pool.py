@@ -19,34 +19,36 @@ class DisplacementPool:
     transformers, whose recomputation runs after the forward has ended.
 
     Args:
-        network: Its rotations are looked up now, and hooks are put on it.
+        network: Hooks are put on it; its rotations are looked up at every forward, so layers may come and go.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        groups: dict[Any, list[BlockRotation]] = {}
-        for module in network.modules():
-            if isinstance(module, BlockRotation):
-                groups.setdefault((module.block_size, module.parameterization), []).append(module)
-        self._groups = [group for group in groups.values() if len(group) > 1]
+        self._filled: list[BlockRotation] = []
         self.handles: list[RemovableHandle] = [
             network.register_forward_pre_hook(self._fill),
             network.register_forward_hook(self._drain, always_call=True),
         ]
 
     def _fill(self, network: nn.Module, arguments: Any) -> None:
-        # the flag that transformers sets on the modules that recompute
-        if torch.compiler.is_compiling() or any(getattr(m, "gradient_checkpointing", False) for m in network.modules()):
+        if torch.compiler.is_compiling():
             return
-        for group in self._groups:
-            if not any(isinstance(rotation.generators, DTensor) for rotation in group):
+        groups: dict[Any, list[BlockRotation]] = {}
+        for module in network.modules():
+            if getattr(module, "gradient_checkpointing", False):  # transformers sets it where it recomputes
+                return
+            if isinstance(module, BlockRotation) and not isinstance(module.generators, DTensor):
+                groups.setdefault((module.block_size, module.parameterization), []).append(module)
+        for group in groups.values():
+            if len(group) > 1:
                 pooled = PooledDisplacements(group)
                 for place, rotation in enumerate(group):
                     rotation.pooled = (pooled, place)
+                self._filled += group
 
     def _drain(self, network: nn.Module, arguments: Any, output: Any) -> None:
-        for group in self._groups:
-            for rotation in group:
-                rotation.pooled = None
+        for rotation in self._filled:
+            rotation.pooled = None
+        self._filled.clear()
 
 
 class PooledDisplacements:

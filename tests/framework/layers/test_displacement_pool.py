@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from orthotrain.layers import BlockRotation, PoetLinear, replace_linears
+from orthotrain.layers import BlockRotation, PoetLinear, replace_linears, unwrap_mergeables
 from orthotrain.layers.displacement_pool import DisplacementPool, PooledDisplacements
 from orthotrain.models import CausalLM
 
@@ -55,6 +55,17 @@ def count(function, calls):
         function(*args)
 
     return counted
+
+
+def test_layers_that_are_gone_cost_nothing(randomize, monkeypatch):
+    net = randomize(network())
+    DisplacementPool(net)
+    expected = net(torch.randn(3, 16, generator=torch.Generator().manual_seed(1)))
+    unwrap_mergeables(net)
+    calls = []
+    monkeypatch.setattr(PooledDisplacements, "__init__", count(PooledDisplacements.__init__, calls))
+    torch.testing.assert_close(net(torch.randn(3, 16, generator=torch.Generator().manual_seed(1))), expected)
+    assert not calls
 
 
 def test_layers_called_by_themselves_and_after_a_step_use_fresh_generators(randomize):

@@ -12,7 +12,7 @@ from orthotrain.callbacks import ProjectGenerators
 from orthotrain.data import InstructionData
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import mergeable_layers
-from orthotrain.models import CausalLM
+from orthotrain.models import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers, OftModule, Optimization
 
 # arXiv:2506.19847: trained numbers in millions, all seven linears of a decoder layer, b = 32
@@ -164,3 +164,18 @@ def test_coft_keeps_its_bound_through_training(tiny_llama, tmp_path, instruction
     for _, layer in mergeable_layers(module):
         (generators,) = layer.rotation_parameters()
         assert 0 < generators.norm() * 2**0.5 <= 0.01 * 1.0001
+
+
+def test_a_model_that_transformers_has_quantised(tiny_llama, tmp_path, instructions):
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": 320}
+    CausalLM({**tiny_llama, **sizes})().save_pretrained(tmp_path / "base")
+    build = PretrainedModel(str(tmp_path / "base"), dtype="float32", load_in_4bit=True)
+    module = OftModule(build, OftLayers(block_size=8), Optimization(lr=2e-2), max_new_tokens=0)
+    module.configure_model()
+    ids = torch.arange(16)[None]
+    expected = build()(ids).logits
+    torch.testing.assert_close(module(ids).logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    trainer = trainer_for(tmp_path, max_epochs=4)
+    before = trainer_for(tmp_path).validate(module, datamodule=instructions, verbose=False)[0]["val_loss"]
+    trainer.fit(module, datamodule=instructions)
+    assert float(trainer.callback_metrics["val_loss"]) < before

@@ -22,7 +22,7 @@ for rotation in ("1.0e-3", "4.0e-3"):
     RUNS[f"poet rotation lr {rotation}"] = [*BASE, f"--model.optimization.rotation_lr={rotation}"]
 for lr in ("1.0e-3", "2.0e-3", "4.0e-3"):
     RUNS[f"adamw lr {lr}"] = [*ADAMW, f"--model.optimization.lr={lr}", "--model.optimization.lr_overrides={}"]
-for hidden in ("2.5e-4", "5.0e-4", "1.0e-3"):
+for hidden in ("1.25e-4", "2.5e-4", "5.0e-4", "1.0e-3"):
     overrides = f"--model.optimization.lr_overrides={{'*layers*proj*': {hidden}}}"
     RUNS[f"adamw hidden {hidden}"] = [*ADAMW, overrides]
 

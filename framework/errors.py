@@ -1,5 +1,17 @@
-"""The one exception that means "the user's input is wrong", raised anywhere in orthotrain and shown as one line."""
+"""The one exception for bad input, and the check of an argument that takes a few words."""
+
+from typing import get_args
 
 
 class ConfigurationError(ValueError):
     """Bad input from the user: one line that names the thing, the value and what would work."""
+
+
+def check_choice(name: str, value: str, choices: object) -> None:
+    """Refuse a value outside a Literal.
+
+    Raises:
+        ConfigurationError: Naming the argument, the value and the choices.
+    """
+    if value not in get_args(choices):
+        raise ConfigurationError(f"{name}={value!r}: choose one of {', '.join(get_args(choices))}")

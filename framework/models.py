@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import ConfigurationError, check_choice
 
 Task = Literal["causal_lm", "seq2seq_lm", "sequence_classification"]
 AUTO_CLASSES = {
@@ -81,8 +81,7 @@ class PretrainedModel(ModelBuilder):
         load_in_4bit: bool = False,
         options: dict[str, Any] | None = None,
     ) -> None:
-        if task not in AUTO_CLASSES:
-            raise ConfigurationError(f"task={task!r}: choose one of {', '.join(AUTO_CLASSES)}")
+        check_choice("task", task, Task)
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ConfigurationError(f"dtype={dtype!r}: take auto, float32, bfloat16 or float16")
         self.name = name

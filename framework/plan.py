@@ -1,6 +1,7 @@
 """What a run will hold in memory, counted on tensors without storage before anything is allocated."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,9 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
         assert module.model is not None
         network = module.model
         tokens = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
-        activations = saved_bytes(module, {"input_ids": tokens, "labels": tokens}, precision)
+        batch = {"input_ids": tokens, "labels": tokens}
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            activations = saved_bytes(module, lambda: module.loss(batch))
     trainable = [p for p in network.parameters() if p.requires_grad]
     frozen = [p for p in network.parameters() if not p.requires_grad] + list(network.buffers())
     rotations = [p for _, layer in mergeable_layers(network) for p in layer.rotation_parameters()]
@@ -91,9 +94,14 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
     return Plan(entries, note + " a trained number")
 
 
-def saved_bytes(module: BaseModule, batch: dict[str, Tensor], precision: str) -> int:
-    """Return the bytes of distinct storages that autograd saves in one forward pass, parameters left out."""
-    owned = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+def saved_bytes(owner: nn.Module, forward: Callable[[], Any]) -> int:
+    """Return the bytes of distinct storages that autograd saves in ``forward``, those of ``owner`` left out.
+
+    Args:
+        owner: The module whose parameters and buffers do not count.
+        forward: Runs a forward pass, on real or on fake tensors.
+    """
+    owned = {t.untyped_storage()._cdata for t in (*owner.parameters(), *owner.buffers())}
     sizes: dict[int, int] = {}
     kept: list[Tensor] = []
 
@@ -104,11 +112,8 @@ def saved_bytes(module: BaseModule, batch: dict[str, Tensor], precision: str) ->
             kept.append(tensor)  # alive, so that no later storage takes its address
         return tensor
 
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"),
-    ):
-        module.loss(batch)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
     return sum(sizes.values())
 
 

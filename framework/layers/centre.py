@@ -1,8 +1,6 @@
 """Where a layer rotates: its activations (input-centric) or its weight (weight-centric)."""
 
-from typing import Literal, get_args
-
-from orthotrain.errors import ConfigurationError
+from typing import Literal
 
 Centre = Literal["auto", "input", "weight"]
 ActivationMode = Literal["fast", "mem"]
@@ -31,13 +29,3 @@ def choose_centre(tokens: int, d_in: int, d_out: int, b_in: int, b_out: int) -> 
     input_centric = 2 * product + 3 * sum(tokens * d * (b + ELEMENT_COST) for d, b in sides)
     weight_centric = 3 * product + 3 * sum(d_in * d_out * (b + ELEMENT_COST) for _, b in sides)
     return "input" if input_centric <= weight_centric else "weight"
-
-
-def check_choice(name: str, value: str, choices: object) -> None:
-    """Refuse a value outside a Literal.
-
-    Raises:
-        ConfigurationError: Naming the argument, the value and the choices.
-    """
-    if value not in get_args(choices):
-        raise ConfigurationError(f"{name}={value!r}: choose one of {', '.join(get_args(choices))}")

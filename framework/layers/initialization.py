@@ -1,11 +1,11 @@
 """Initial values of a frozen weight that is never trained: its spectrum is kept for the whole run."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import check_choice
 
 Initialization = Literal["normalized", "standard", "keep"]
 
@@ -23,8 +23,7 @@ def initialize_(weight: Tensor, scheme: Initialization, generator: torch.Generat
     Raises:
         ConfigurationError: If the scheme is unknown.
     """
-    if scheme not in get_args(Initialization):
-        raise ConfigurationError(f"init={scheme!r}: choose one of {', '.join(get_args(Initialization))}")
+    check_choice("init", scheme, Initialization)
     if scheme == "keep" or weight.is_meta:
         return
     values = torch.randn(weight.shape, generator=generator, dtype=torch.float32)

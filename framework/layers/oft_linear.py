@@ -5,9 +5,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.layers.bitsandbytes_linear import adopt_bitsandbytes
-from orthotrain.layers.centre import check_choice
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight, plain_linear
 from orthotrain.layers.oft_rotation import OftRotation, RotationDtype
 from orthotrain.layers.quantized_weight import Int8Weight, Nf4Weight, QuantizedWeight

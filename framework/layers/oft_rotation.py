@@ -6,10 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.layers.block_rotation import BlockRotation, check_block_size
-from orthotrain.layers.centre import check_choice
 from orthotrain.layers.divisors import check_divides
 from orthotrain.plugins import Parameterization
 

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from orthotrain.errors import check_choice
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.fold import fold
 from orthotrain.layers.block_rotation import BlockRotation, check_block_size
-from orthotrain.layers.centre import ActivationMode, Centre, check_choice, choose_centre
+from orthotrain.layers.centre import ActivationMode, Centre, choose_centre
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight, plain_linear
 from orthotrain.plugins import Parameterization, create
 from orthotrain.seeding import draw_permutation, generator

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.callbacks.project_generators import ProjectGenerators
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.generation_metrics import GenerationMetrics, TokenAccuracy
 from orthotrain.layers import OftLinear, replace_linears, select_linears
-from orthotrain.layers.centre import check_choice
 from orthotrain.layers.oft_linear import Quantization
 from orthotrain.layers.oft_rotation import RotationDtype
 from orthotrain.metrics import count_targets

@@ -8,8 +8,9 @@ from torch import nn
 
 from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
+from orthotrain.errors import check_choice
 from orthotrain.layers import PoetLinear, initialize_, replace_linears, select_linears
-from orthotrain.layers.centre import ActivationMode, Centre, check_choice
+from orthotrain.layers.centre import ActivationMode, Centre
 from orthotrain.layers.initialization import Initialization
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.base import BaseModule

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthotrain.layers.displacement_pool import DisplacementPool
 from orthotrain.modules import OftLayers
+from orthotrain.plan import saved_bytes
 
 CONFIG = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 8, "num_attention_heads": 4}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -60,23 +61,10 @@ def step(network: nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
     return run
 
 
-def saved_bytes(network: nn.Module, tokens: torch.Tensor) -> int:
-    """Return the bytes that autograd keeps in one forward pass, parameters left out."""
-    owned = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
-    sizes: dict[int, int] = {}
-    kept = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
-
+def saved_mib(network: nn.Module, tokens: torch.Tensor) -> float:
+    """Return the MiB that autograd keeps in one forward pass, parameters left out."""
     inputs = network.get_input_embeddings()(tokens).detach().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network(inputs_embeds=inputs, labels=tokens, use_cache=False)
-    return sum(sizes.values())
+    return saved_bytes(network, lambda: network(inputs_embeds=inputs, labels=tokens, use_cache=False)) / 2**20
 
 
 def measure(dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
@@ -95,7 +83,7 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
     base = statistics.median(times["frozen base"])
     for name, network in networks.items():
         median = statistics.median(times[name])
-        result[name] = {"ms": median, "overhead_ms": median - base, "saved_mib": saved_bytes(network, tokens) / 2**20}
+        result[name] = {"ms": median, "overhead_ms": median - base, "saved_mib": saved_mib(network, tokens)}
     return result
 
 

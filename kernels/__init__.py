@@ -1,1 +1,1 @@
-"""The operations: a reference in plain PyTorch for each, to stand beside the Triton kernels with the same signature."""
+"""The operations: for each a reference in plain PyTorch, beside Triton kernels with the same signature."""

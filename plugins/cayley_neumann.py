@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from orthotrain.kernels.cayley_neumann import cayley_neumann
-from orthotrain.kernels.skew import skew
+from orthotrain.kernels.cayley_neumann import cayley_neumann_generators
 from orthotrain.plugins.base import Parameterization
 from orthotrain.plugins.registry import register
 
@@ -38,7 +37,7 @@ class CayleyNeumann(Parameterization):
 
     def displacement(self, generators: Tensor, block_size: int) -> Tensor:
         """Return D = 2Q + ... + 2Q^k + Q^(k+1), shape ``(n, b, b)``; see the base class."""
-        return cayley_neumann(skew(generators, block_size), self.order)
+        return cayley_neumann_generators(generators, block_size, self.order)
 
     def orthogonality_error(self, norm: float) -> float:
         """Return the largest deviation from 1 of an eigenvalue of R^T R over all angles up to ``norm``; see the class.

@@ -1,16 +1,32 @@
-"""``orthotrain::block_rotate`` as a torch custom op: eager, autograd and torch.compile see one opaque call."""
+"""``orthotrain::block_rotate``: a torch custom op where somebody traces, a plain autograd function in eager mode."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from orthotrain.kernels.block_rotate import reference
+from orthotrain.kernels.backend import implementation
+from orthotrain.kernels.checks import check_blocks, check_permutation, debug_permutation, traced
+
+
+def _rotated(x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None) -> Tensor:
+    debug_permutation("block_rotate", "load", load)
+    debug_permutation("block_rotate", "store", store)
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        return implementation(x, "block_rotate").block_rotate_forward(x, displacement, load, store)
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        return implementation(x, "block_rotate").block_rotate_backward(grad, x, displacement, load, store)
 
 
 @torch.library.custom_op("orthotrain::block_rotate", mutates_args=())
 def _block_rotate(x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None) -> Tensor:
-    return reference.block_rotate_forward(x, displacement, load, store)
+    return _rotated(x, displacement, load, store)
 
 
 @_block_rotate.register_fake
@@ -22,7 +38,7 @@ def _(x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None
 def _block_rotate_backward(
     grad: Tensor, x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return reference.block_rotate_backward(grad, x, displacement, load, store)
+    return _gradients(grad, x, displacement, load, store)
 
 
 @_block_rotate_backward.register_fake
@@ -36,19 +52,35 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    grad_x, grad_displacement = _block_rotate_backward(grad, *ctx.saved_tensors)
-    return grad_x, grad_displacement, None, None
+def _traced_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    return *_block_rotate_backward(grad, *ctx.saved_tensors), None, None
 
 
-_block_rotate.register_autograd(_backward, setup_context=_setup_context)
+_block_rotate.register_autograd(_traced_backward, setup_context=_setup_context)
+
+
+class BlockRotateFunction(torch.autograd.Function):
+    """The same in eager mode, where the machinery of a custom op with a gradient costs more than a small rotation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None) -> Tensor:
+        """See :func:`block_rotate`."""
+        ctx.save_for_backward(x, displacement, load, store)
+        return _rotated(x, displacement, load, store)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Return the gradients for ``x`` and the displacement."""
+        return *_gradients(grad, *ctx.saved_tensors), None, None
 
 
 def block_rotate(x: Tensor, displacement: Tensor, load: Tensor | None = None, store: Tensor | None = None) -> Tensor:
     """Rotate the last axis of ``x`` block by block: ``z = x[..., load]``, ``z_k += z_k @ D_k``, ``y[..., store] = z``.
 
     A rotation in the frame of a permutation ``p`` is ``load=p, store=p``; a layer that keeps its weight in the
-    permuted frame needs only ``load`` on its input side and ``store`` on its output side.
+    permuted frame needs only ``load`` on its input side and ``store`` on its output side. Autocast does not reach
+    inside.
 
     Args:
         x: Activations ``(..., d)``.
@@ -61,11 +93,12 @@ def block_rotate(x: Tensor, displacement: Tensor, load: Tensor | None = None, st
         ``(..., d)`` in the dtype of ``x``; the sum ``x + x D`` is accumulated in fp32 for 16-bit inputs.
 
     Raises:
-        ValueError: If dtypes differ, the blocks are not square or they do not fit in ``d``.
+        ValueError: If dtypes or devices differ, the blocks are not square or do not fit in ``d``, or a permutation
+            has another length or dtype; with ``ORTHOTRAIN_DEBUG=1`` also if it is no permutation.
     """
-    if displacement.dtype != x.dtype:
-        raise ValueError(f"block_rotate: displacement is {displacement.dtype} and x is {x.dtype}; cast one of them")
-    blocks, rows, block_size = displacement.shape
-    if rows != block_size or blocks * block_size > x.shape[-1]:
-        raise ValueError(f"block_rotate: {blocks} blocks of {rows} x {block_size} do not fit in {x.shape[-1]} columns")
-    return _block_rotate(x, displacement, load, store)
+    width = x.shape[-1]
+    check_blocks("block_rotate", "displacement", displacement, x, "x", width)
+    check_permutation("block_rotate", "load", load, width, x)
+    check_permutation("block_rotate", "store", store, width, x)
+    rotated = _block_rotate if traced(x) else BlockRotateFunction.apply
+    return rotated(x, displacement, load, store)

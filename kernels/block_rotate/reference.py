@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.permute import gather_columns, scatter_columns
+from orthotrain.kernels.block_rotate.chunks import chunk_rows, gather_into, row_chunks, scatter_into
 
 
 def block_rotate_forward(x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None) -> Tensor:
@@ -18,37 +18,118 @@ def block_rotate_forward(x: Tensor, displacement: Tensor, load: Tensor | None, s
     Returns:
         A new tensor ``(..., d)``.
     """
-    source = gather_columns(x.reshape(-1, x.shape[-1]), load)
-    rotated = add_block_products(source, displacement)
-    return scatter_columns(rotated, store).view(x.shape)
+    source = x.reshape(-1, x.shape[-1])
+    if load is None and store is None:
+        return add_block_products(source.contiguous(), displacement).view(x.shape)
+    out = torch.empty(source.shape, dtype=x.dtype, device=x.device)
+    step = chunk_rows(source)
+    read, written = _buffer(source, step, load), _buffer(source, step, store)
+    for rows in row_chunks(source.shape[0], step):
+        size = rows.stop - rows.start
+        gathered = gather_into(read[:size], source[rows], load)
+        if store is None:
+            add_block_products(gathered, displacement, out[rows])
+        else:
+            scatter_into(out[rows], add_block_products(gathered, displacement, written[:size]), store)
+    return out.view(x.shape)
 
 
 def block_rotate_backward(
     grad: Tensor, x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`block_rotate_forward` for ``x`` ``(..., d)`` and ``displacement`` ``(n, b, b)``."""
-    width = x.shape[-1]
-    source = gather_columns(x.reshape(-1, width), load)
-    grad_rotated = gather_columns(grad.reshape(-1, width), store)
-    grad_displacement = block_products(source, grad_rotated, displacement.shape[0], displacement.shape[-1])
-    grad_source = add_block_products(grad_rotated, displacement.mT.contiguous())
-    return scatter_columns(grad_source, load).view(x.shape), grad_displacement
+    source, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+    blocks, block_size = displacement.shape[:2]
+    transposed = displacement.mT.contiguous()
+    if load is None and store is None:
+        source, grad = source.contiguous(), grad.contiguous()
+        grad_x = add_block_products(grad, transposed)
+        return grad_x.view(x.shape), block_products(source, grad, blocks, block_size)
+    grad_x = torch.empty(source.shape, dtype=x.dtype, device=x.device)
+    total = BlockSum(displacement)
+    step = chunk_rows(source)
+    read, read_grad, written = (_buffer(source, step, index) for index in (load, store, load))
+    for rows in row_chunks(source.shape[0], step):
+        size = rows.stop - rows.start
+        gathered = gather_into(read[:size], source[rows], load)
+        grad_rotated = gather_into(read_grad[:size], grad[rows], store)
+        total.add(gathered, grad_rotated)
+        if load is None:
+            add_block_products(grad_rotated, transposed, grad_x[rows])
+        else:
+            scatter_into(grad_x[rows], add_block_products(grad_rotated, transposed, written[:size]), load)
+    return grad_x.view(x.shape), total.result()
+
+
+class BlockSum:
+    """Diagonal blocks of ``left.T @ right`` over rows that come in parts, added in fp32 or wider.
+
+    Args:
+        displacement: Tells shape ``(n, b, b)`` and dtype of the result.
+    """
+
+    def __init__(self, displacement: Tensor) -> None:
+        self.like = displacement
+        self.sum: Tensor | None = None
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Add the products of the columns ``(rows, d)`` of the next part."""
+        part = block_products(left, right, *self.like.shape[:2])
+        if self.sum is None:
+            self.sum = part
+        else:
+            if self.sum.element_size() < 4:
+                self.sum = self.sum.float()
+            self.sum += part
+
+    def result(self) -> Tensor:
+        """Return the sum ``(n, b, b)``, zero if nothing was added."""
+        return torch.zeros_like(self.like) if self.sum is None else self.sum.to(self.like.dtype)
+
+
+def contract(left: Tensor, right: Tensor, like: Tensor, order: Tensor | None) -> Tensor:
+    """Return the diagonal blocks of ``left[:, order].T @ right[:, order]``, both ``(N, d)``, a chunk at a time.
+
+    Args:
+        left: Activations.
+        right: Gradients at the same place.
+        like: Tells shape ``(n, b, b)`` and dtype of the result.
+        order: Columns, the first ``n * b`` of them in the order of the blocks, or None for their own.
+    """
+    total, step = BlockSum(like), chunk_rows(left)
+    # room for permuted rows, a chunk at a time: neither matrix is permuted as a whole
+    room = [left.new_empty(0 if order is None else step, left.shape[1] if order is None else order.shape[0])
+            for _ in range(2)]  # fmt: skip
+    for rows in row_chunks(left.shape[0], step):
+        size = rows.stop - rows.start
+        total.add(*(gather_into(to[:size], of[rows], order) for to, of in zip(room, (left, right), strict=True)))
+    return total.result()
 
 
 def block_products(left: Tensor, right: Tensor, blocks: int, block_size: int) -> Tensor:
     """Diagonal blocks of ``left.T @ right``: ``(N, d), (N, d) -> (blocks, block_size, block_size)``."""
-    if left.device.type != "cpu" or (left.element_size() >= 4 and block_size <= 64):
-        return torch.bmm(_by_block(left, blocks, block_size).mT, _by_block(right, blocks, block_size))
+    if left.device.type != "cpu" or block_size <= (64 if left.element_size() >= 4 else 32):
+        left_blocks, right_blocks = _by_block(left, blocks, block_size), _by_block(right, blocks, block_size)
+        if left.device.type == "cpu" and left.element_size() < 4:
+            # measured: batched products in 16 bits repay the copy that makes each block contiguous
+            left_blocks, right_blocks = left_blocks.contiguous(), right_blocks.contiguous()
+        return torch.bmm(left_blocks.mT, right_blocks)
     out = left.new_empty(blocks, block_size, block_size)
     for k, columns in enumerate(column_slices(blocks, block_size)):
         torch.mm(left[:, columns].mT, right[:, columns], out=out[k])
     return out
 
 
-def add_block_products(x: Tensor, displacement: Tensor) -> Tensor:
-    """Return ``x + x @ Diag(D)`` for contiguous ``x (N, d)``; columns past the last block pass unchanged."""
+def add_block_products(x: Tensor, displacement: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return ``x + x @ Diag(D)`` for ``x (N, d)``; columns past the last block pass unchanged.
+
+    Args:
+        x: Matrix with contiguous rows.
+        displacement: ``(n, b, b)``.
+        out: Where to write, no memory shared with ``x``; None for a new tensor.
+    """
     blocks, block_size = displacement.shape[0], displacement.shape[-1]
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     # Both routes write into place: the products accumulate and add in fp32 and round once. Measured on CPU, a product a
     # block is the faster one from b = 64 in fp32 and b = 128 in 16 bits.
     if x.device.type != "cpu" or block_size <= (32 if x.element_size() >= 4 else 64):
@@ -71,3 +152,8 @@ def column_slices(blocks: int, block_size: int) -> list[slice]:
 def _by_block(x: Tensor, blocks: int, block_size: int) -> Tensor:
     """View ``(N, d)`` as ``(blocks, N, block_size)``."""
     return x[:, : blocks * block_size].unflatten(1, (blocks, block_size)).transpose(0, 1)
+
+
+def _buffer(matrix: Tensor, rows: int, index: Tensor | None) -> Tensor:
+    """Return room for permuted rows of ``matrix``, none where nothing is permuted."""
+    return torch.empty(rows if index is not None else 0, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)

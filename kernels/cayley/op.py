@@ -3,19 +3,22 @@
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.cayley import reference
+from orthotrain.kernels.backend import implementation
+from orthotrain.kernels.chain import FUSED
 
 
 @torch.library.custom_op("orthotrain::cayley", mutates_args=())
 def _cayley(skew: Tensor) -> Tensor:
     with torch.autocast(skew.device.type, enabled=False):
-        return reference.cayley_forward(skew)
+        size = skew.shape[-1]
+        unsupported = f"its kernel takes blocks of up to {FUSED} rows, not {size}" if size > FUSED else None
+        return implementation(skew, "cayley", unsupported).cayley_forward(skew)
 
 
 @torch.library.custom_op("orthotrain::cayley_backward", mutates_args=())
 def _cayley_backward(displacement: Tensor, grad: Tensor) -> Tensor:
     with torch.autocast(displacement.device.type, enabled=False):
-        return reference.cayley_backward(displacement, grad)
+        return implementation(displacement, "cayley").cayley_backward(displacement, grad)
 
 
 @_cayley.register_fake

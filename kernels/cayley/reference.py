@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from orthotrain.kernels.solve import solve_blocks
+
 
 def cayley_forward(skew: Tensor) -> Tensor:
     """Return D = 2Q (I - Q)^-1, shape ``(n, b, b)``, from Q of the same shape and dtype."""
@@ -10,8 +12,7 @@ def cayley_forward(skew: Tensor) -> Tensor:
     system = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) - q
     # Every singular value of I - Q is sqrt(1 + theta^2) >= 1: there is no error to check for, and so no device sync.
     # Solving from the right (the factors commute) leaves the result row-major.
-    displacement, _ = torch.linalg.solve_ex(system, 2 * q, left=False, check_errors=False)
-    return displacement.to(skew.dtype).contiguous()
+    return solve_blocks(system, 2 * q, left=False).to(skew.dtype).contiguous()
 
 
 def cayley_backward(displacement: Tensor, grad: Tensor) -> Tensor:

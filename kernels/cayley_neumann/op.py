@@ -3,19 +3,19 @@
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.cayley_neumann import reference
+from orthotrain.kernels.backend import implementation
 
 
 @torch.library.custom_op("orthotrain::cayley_neumann", mutates_args=())
 def _cayley_neumann(skew: Tensor, order: int) -> Tensor:
     with torch.autocast(skew.device.type, enabled=False):
-        return reference.cayley_neumann_forward(skew, order)
+        return implementation(skew, "cayley_neumann").cayley_neumann_forward(skew, order)
 
 
 @torch.library.custom_op("orthotrain::cayley_neumann_backward", mutates_args=())
 def _cayley_neumann_backward(skew: Tensor, grad: Tensor, order: int) -> Tensor:
     with torch.autocast(skew.device.type, enabled=False):
-        return reference.cayley_neumann_backward(skew, grad, order)
+        return implementation(skew, "cayley_neumann").cayley_neumann_backward(skew, grad, order)
 
 
 @_cayley_neumann.register_fake
@@ -57,6 +57,15 @@ def cayley_neumann(skew: Tensor, order: int) -> Tensor:
     Raises:
         ValueError: The order is below 1.
     """
+    check_order(order)
+    return _cayley_neumann(skew, order)
+
+
+def check_order(order: int) -> None:
+    """Refuse an order below 1.
+
+    Raises:
+        ValueError: Naming the order.
+    """
     if order < 1:
         raise ValueError(f"order must be at least 1, got {order}")
-    return _cayley_neumann(skew, order)

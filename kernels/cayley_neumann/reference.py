@@ -7,6 +7,8 @@ matrix is ever added, so zero generators give exactly zero and a small Q loses n
 import torch
 from torch import Tensor
 
+from orthotrain.kernels.skew.reference import skew_backward, skew_forward
+
 
 def cayley_neumann_forward(skew: Tensor, order: int) -> Tensor:
     """Return D = 2Q + ... + 2Q^order + Q^(order+1), shape ``(n, b, b)``, from Q of the same shape and dtype."""
@@ -37,3 +39,14 @@ def cayley_neumann_backward(skew: Tensor, grad: Tensor, order: int) -> Tensor:
         if step < steps - 1:
             value = torch.baddbmm(base, square, value)
     return value_tangent.to(skew.dtype)
+
+
+def cayley_neumann_generators_forward(generators: Tensor, block_size: int, order: int) -> Tensor:
+    """Return D, shape ``(n, b, b)``, from generators of shape ``(n, b(b-1)/2)``."""
+    return cayley_neumann_forward(skew_forward(generators, block_size), order)
+
+
+def cayley_neumann_generators_backward(generators: Tensor, grad: Tensor, order: int) -> Tensor:
+    """Return dL/dgenerators, shape ``(n, b(b-1)/2)``, from the generators and dL/dD, shape ``(n, b, b)``."""
+    q = skew_forward(generators, grad.shape[-1])
+    return skew_backward(cayley_neumann_backward(q, grad, order))

@@ -1,16 +1,35 @@
-"""``orthotrain::fold`` as a torch custom op; its backward contracts the weight gradient to blocks and drops it."""
+"""``orthotrain::fold``: a torch custom op where somebody traces, a plain autograd function in eager mode.
+
+Backward contracts the weight gradient to diagonal blocks and drops it.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from orthotrain.kernels.fold import reference
+from orthotrain.kernels.backend import implementation
+from orthotrain.kernels.checks import check_blocks, check_permutation, debug_permutation, traced
+
+
+def _folded(weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    debug_permutation("fold", "rows", rows)
+    debug_permutation("fold", "columns", columns)
+    with torch.cuda.device_of(weight), torch.autocast(weight.device.type, enabled=False):
+        return implementation(weight, "fold").fold_forward(weight.contiguous(), d_out, d_in, rows, columns)
+
+
+def _gradients(
+    grad: Tensor, weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    with torch.cuda.device_of(weight), torch.autocast(weight.device.type, enabled=False):
+        return implementation(weight, "fold").fold_backward(grad, weight.contiguous(), d_out, d_in, rows, columns)
 
 
 @torch.library.custom_op("orthotrain::fold", mutates_args=())
 def _fold(weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    return reference.fold_forward(weight.contiguous(), d_out, d_in, rows, columns)
+    return _folded(weight, d_out, d_in, rows, columns)
 
 
 @_fold.register_fake
@@ -22,7 +41,7 @@ def _(weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns:
 def _fold_backward(
     grad: Tensor, weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return reference.fold_backward(grad, weight.contiguous(), d_out, d_in, rows, columns)
+    return _gradients(grad, weight, d_out, d_in, rows, columns)
 
 
 @_fold_backward.register_fake
@@ -36,12 +55,29 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
-    grad_out, grad_in = _fold_backward(grad, *ctx.saved_tensors)
-    return None, grad_out, grad_in, None, None
+def _traced_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
+    return None, *_fold_backward(grad, *ctx.saved_tensors), None, None
 
 
-_fold.register_autograd(_backward, setup_context=_setup_context)
+_fold.register_autograd(_traced_backward, setup_context=_setup_context)
+
+
+class FoldFunction(torch.autograd.Function):
+    """The same in eager mode, without the machinery of a custom op with a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None
+    ) -> Tensor:
+        """See :func:`fold`."""
+        ctx.save_for_backward(weight, d_out, d_in, rows, columns)
+        return _folded(weight, d_out, d_in, rows, columns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
+        """Return the gradients for both displacements."""
+        return None, *_gradients(grad, *ctx.saved_tensors), None, None
 
 
 def fold(
@@ -50,7 +86,7 @@ def fold(
     """Fold both rotations into a frozen weight: ``W_eff[rows][:, columns] = R_out^T W R_in^T``.
 
     Differentiable in the displacements only: the weight is frozen by definition. The gradient of the result is a
-    transient of the backward pass, contracted to diagonal blocks at once.
+    transient of the backward pass, contracted to diagonal blocks at once. Autocast does not reach inside.
 
     Args:
         weight: Frozen weight ``(out, in)`` in the permuted frame.
@@ -63,11 +99,12 @@ def fold(
         The effective weight ``(out, in)`` in the natural frame, in the dtype of ``weight``.
 
     Raises:
-        ValueError: If dtypes differ or the blocks do not fit the weight.
+        ValueError: If dtypes or devices differ, the blocks are not square or do not fit the weight, or a permutation
+            has another length or dtype; with ``ORTHOTRAIN_DEBUG=1`` also if it is no permutation.
     """
     for side, displacement, width in (("output", d_out, weight.shape[0]), ("input", d_in, weight.shape[1])):
-        if displacement.dtype != weight.dtype:
-            raise ValueError(f"fold: {side} displacement is {displacement.dtype} and the weight is {weight.dtype}")
-        if displacement.shape[0] * displacement.shape[-1] > width:
-            raise ValueError(f"fold: {side} displacement {tuple(displacement.shape)} does not fit in width {width}")
-    return _fold(weight, d_out, d_in, rows, columns)
+        check_blocks("fold", f"{side} displacement", displacement, weight, "the weight", width)
+    check_permutation("fold", "rows", rows, weight.shape[0], weight)
+    check_permutation("fold", "columns", columns, weight.shape[1], weight)
+    folded = _fold if traced(weight) else FoldFunction.apply
+    return folded(weight, d_out, d_in, rows, columns)

@@ -1,10 +1,12 @@
 """Fold two block rotations into a weight, in plain PyTorch. The derivation is in README.md beside this file."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.block_rotate.reference import add_block_products, block_products
-from orthotrain.kernels.permute import gather_columns, scatter_columns, scatter_rows
+from orthotrain.kernels.block_rotate.chunks import chunk_rows, gather_into, scatter_into
+from orthotrain.kernels.block_rotate.reference import BlockSum, add_block_products
 
 
 def fold_forward(
@@ -22,29 +24,59 @@ def fold_forward(
     Returns:
         A new tensor ``(out, in)``.
     """
-    folded = rotate_rows(add_block_products(weight, d_in.mT), d_out)
-    return scatter_columns(scatter_rows(folded, rows), columns)
+    out, transposed = torch.empty_like(weight), d_in.mT.contiguous()
+    for part, blocks in block_chunks(weight, d_out):
+        half_folded = add_block_products(weight[part], transposed)
+        direct = rows is None and columns is None
+        folded = rotate_rows(half_folded, d_out[blocks], out[part] if direct else None)
+        if columns is not None:
+            # what is half folded has been used up: its memory takes the permuted columns
+            target = out[part] if rows is None else half_folded
+            scatter_into(target, folded, columns)
+            folded = target
+        if rows is not None:
+            out.index_copy_(0, rows[part], folded)
+    return out
 
 
 def fold_backward(
     grad: Tensor, weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`fold_forward` for ``d_out`` and ``d_in``; only their diagonal blocks are formed."""
-    grad = gather_columns(grad if rows is None else grad.index_select(0, rows), columns)
-    half_folded = add_block_products(weight, d_in.mT)
-    grad_out = torch.bmm(_row_blocks(half_folded, d_out), _row_blocks(grad, d_out).transpose(1, 2))
-    grad_in = block_products(grad, rotate_rows(weight, d_out), d_in.shape[0], d_in.shape[-1])
-    return grad_out, grad_in
+    grad_out, total, transposed = torch.empty_like(d_out), BlockSum(d_in), d_in.mT.contiguous()
+    for part, blocks in block_chunks(weight, d_out):
+        grad_part = grad[part] if rows is None else grad.index_select(0, rows[part])
+        folded = torch.empty_like(weight[part])
+        grad_part = gather_into(folded, grad_part, columns) if columns is not None else grad_part.contiguous()
+        half_folded = add_block_products(weight[part], transposed)
+        grad_out[blocks] = torch.bmm(
+            _row_blocks(half_folded, d_out[blocks]), _row_blocks(grad_part, d_out[blocks]).transpose(1, 2)
+        )
+        total.add(grad_part, rotate_rows(weight[part], d_out[blocks], half_folded))
+    return grad_out, total.result()
 
 
-def rotate_rows(weight: Tensor, d_out: Tensor) -> Tensor:
-    """Return ``R_out^T W``: row blocks are contiguous, so this is one batched product into place."""
-    out = torch.empty_like(weight)
+def rotate_rows(weight: Tensor, d_out: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return ``R_out^T W``, in ``out`` if given: row blocks are contiguous, so this is one batched product."""
+    out = torch.empty_like(weight) if out is None else out
     blocks = _row_blocks(weight, d_out)
     torch.baddbmm(blocks, d_out.mT, blocks, out=_row_blocks(out, d_out))
     covered = d_out.shape[0] * d_out.shape[-1]
-    out[covered:] = weight[covered:]
+    if covered < weight.shape[0]:
+        out[covered:] = weight[covered:]
     return out
+
+
+def block_chunks(weight: Tensor, d_out: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield ranges of rows ``(out, in)`` with the blocks ``(n, b, b)`` that lie in them, whole; rows past them last."""
+    blocks, block_size = d_out.shape[:2]
+    count = max(1, chunk_rows(weight) // block_size)
+    for first in range(0, blocks, count):
+        last = min(first + count, blocks)
+        yield slice(first * block_size, last * block_size), slice(first, last)
+    rest = blocks * block_size
+    for start in range(rest, weight.shape[0], count * block_size):
+        yield slice(start, min(start + count * block_size, weight.shape[0])), slice(blocks, blocks)
 
 
 def _row_blocks(matrix: Tensor, displacement: Tensor) -> Tensor:

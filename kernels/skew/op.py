@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.skew import reference
+from orthotrain.kernels.backend import implementation
 
 
 @torch.library.custom_op("orthotrain::skew", mutates_args=())
 def _skew(generators: Tensor, block_size: int) -> Tensor:
-    return reference.skew_forward(generators, block_size)
+    return implementation(generators, "skew").skew_forward(generators, block_size)
 
 
 @torch.library.custom_op("orthotrain::skew_backward", mutates_args=())
 def _skew_backward(grad: Tensor) -> Tensor:
-    return reference.skew_backward(grad)
+    return implementation(grad, "skew").skew_backward(grad)
 
 
 @_skew.register_fake
@@ -48,10 +48,19 @@ def skew(generators: Tensor, block_size: int) -> Tensor:
     Raises:
         ValueError: The generators are not a matrix of that width.
     """
+    check_generators(generators, block_size)
+    return _skew(generators, block_size)
+
+
+def check_generators(generators: Tensor, block_size: int) -> None:
+    """Refuse generators that are not a matrix of ``b(b-1)/2`` columns.
+
+    Raises:
+        ValueError: Naming both sizes.
+    """
     width = block_size * (block_size - 1) // 2
     if generators.ndim != 2 or generators.shape[1] != width:
         raise ValueError(
             f"generators of shape {tuple(generators.shape)} do not fit block_size={block_size}: "
             f"a block of that size has {width} generators, so the shape must be (n, {width})"
         )
-    return _skew(generators, block_size)

@@ -4,6 +4,7 @@ The two index vectors depend only on the block size, so they are built once per 
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -31,3 +32,9 @@ def skew_backward(grad: Tensor) -> Tensor:
     upper, lower = _triangles(block_size, grad.device)
     flat = grad.reshape(blocks, block_size * block_size)
     return flat.index_select(1, upper) - flat.index_select(1, lower)
+
+
+def block_size_of(generators: int) -> int | None:
+    """Return b with ``b(b-1)/2 = generators`` and b at least 2, None if there is none."""
+    size = (1 + math.isqrt(1 + 8 * generators)) // 2
+    return size if size >= 2 and size * (size - 1) // 2 == generators else None

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthotrain.kernels.block_rotate import block_rotate
+from orthotrain.kernels.block_rotate import block_rotate, chunks
 
 
 def dense(x, displacement, load, store):
@@ -51,6 +51,27 @@ def test_values_and_gradients_equal_the_dense_product(case):
         torch.testing.assert_close(got[1], want[1], rtol=1e-12, atol=1e-11)
 
 
+@pytest.mark.parametrize(("load", "store"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("size", [4, 144])
+def test_rows_in_chunks_give_what_all_rows_at_once_give(monkeypatch, load, store, dtype, limit, size):
+    x, grad = torch.randn(37, 300).to(dtype), torch.randn(37, 300).to(dtype)
+    displacement = (torch.randn(300 // size, size, size) / 20).to(dtype)
+    orders = [torch.randperm(300) if used else None for used in (load, store)]
+
+    def results(chunk, kind):
+        monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk)
+        leaves = [t.to(kind).requires_grad_() for t in (x, displacement)]
+        y = block_rotate(*leaves, *orders)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(kind))]
+
+    exact = results(2**21, torch.float64)
+    for chunk in (1, 10 * 300 * dtype.itemsize):
+        for found, expected in zip(results(chunk, dtype), exact, strict=True):
+            assert found.dtype == dtype
+            assert (found.double() - expected).norm() <= limit * expected.norm()
+
+
 @pytest.mark.parametrize("width", [24, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_permutation_routes(width, dtype):
@@ -84,7 +105,7 @@ def test_bf16_rounds_once():
     ("shape", "dtype", "message"),
     [
         ((1, 4, 4), torch.float64, "float64"),
-        ((3, 4, 4), torch.float32, "do not fit in 8"),
+        ((3, 4, 4), torch.float32, "does not fit in width 8"),
         ((1, 4, 3), torch.float32, "fit"),
     ],
 )

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orthotrain.kernels.block_rotate import chunks
 from orthotrain.kernels.fold import fold
 
 
@@ -43,6 +44,27 @@ def test_values_and_gradients_equal_the_dense_product(out_side, in_side, permute
     want = torch.autograd.grad((expected * probe).sum(), (d_out, d_in), allow_unused=True)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, torch.zeros_like(g) if w is None else w, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("permuted", ["rows", "columns", "both", "neither"])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+def test_rows_in_chunks_give_what_all_rows_at_once_give(monkeypatch, permuted, dtype, limit):
+    weight, grad = torch.randn(50, 43).to(dtype), torch.randn(50, 43).to(dtype)
+    d_out, d_in = ((torch.randn(*shape) / 10).to(dtype) for shape in ((5, 8, 8), (4, 10, 10)))
+    rows = torch.randperm(50) if permuted in ("rows", "both") else None
+    columns = torch.randperm(43) if permuted in ("columns", "both") else None
+
+    def results(chunk, kind):
+        monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk)
+        leaves = [d.to(kind).requires_grad_() for d in (d_out, d_in)]
+        folded = fold(weight.to(kind), *leaves, rows, columns)
+        return [folded.detach(), *torch.autograd.grad(folded, leaves, grad.to(kind))]
+
+    exact = results(2**21, torch.float64)
+    for chunk in (1, 20 * 43 * dtype.itemsize):
+        for found, expected in zip(results(chunk, dtype), exact, strict=True):
+            assert found.dtype == dtype
+            assert (found.double() - expected).norm() <= limit * expected.norm()
 
 
 def test_opcheck():

@@ -8,9 +8,10 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 from orthotrain.kernels.cayley import cayley
-from orthotrain.kernels.cayley_neumann import cayley_neumann
+from orthotrain.kernels.cayley_neumann import cayley_neumann, cayley_neumann_generators
 from orthotrain.kernels.exponential import exponential, squarings
 from orthotrain.kernels.skew import skew
+from orthotrain.kernels.solve import solve_blocks
 
 OPS = {
     "cayley": cayley,
@@ -45,6 +46,9 @@ def test_opcheck(dtype, blocks):
     for order in (1, 4):
         opcheck(ops.cayley_neumann, (q, order))
         opcheck(ops.cayley_neumann_backward, (q.detach(), grad, order))
+        generators = torch.randn(blocks, 6, dtype=dtype, requires_grad=True)
+        opcheck(ops.cayley_neumann_generators, (generators, 4, order))
+        opcheck(ops.cayley_neumann_generators_backward, (generators.detach(), grad, order))
     for name in ("cayley", "exponential"):
         opcheck(getattr(ops, name), (q,))
         opcheck(getattr(ops, f"{name}_backward"), (q.detach(), grad))
@@ -71,6 +75,20 @@ def test_skew_refuses_generators_that_do_not_fit(shape):
 def test_cayley_neumann_refuses_order_zero():
     with pytest.raises(ValueError, match="order must be at least 1, got 0"):
         cayley_neumann(torch.zeros(1, 2, 2), 0)
+
+
+@pytest.mark.parametrize("order", [1, 4])
+def test_from_generators_is_the_composition_and_saves_only_them(order):
+    generators = (0.1 * torch.randn(2, 10, dtype=torch.float64)).requires_grad_()
+    d = cayley_neumann_generators(generators, 5, order)
+    assert torch.equal(d, cayley_neumann(skew(generators, 5), order))
+    assert gradcheck(lambda g: cayley_neumann_generators(g, 5, order), (generators,))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        cayley_neumann_generators(generators, 5, order)
+    assert [x.shape for x in saved] == [generators.shape]
+    with pytest.raises(ValueError, match="do not fit block_size=4"):
+        cayley_neumann_generators(generators, 4, order)
 
 
 @every
@@ -142,3 +160,16 @@ def test_exponential_is_exact_up_to_norm_three(dtype, norm):
     # Truncation, below eps relative to ||2Q||, and one rounding for each squaring, doubled by those that follow.
     assert error < (2 * norm + 2 ** squarings(dtype)) * eps
     assert error < 40 * eps
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("blocks", "block_size"), [(3, 128), (3, 160), (2, 256)])
+def test_cayley_solves_wide_blocks_with_any_number_of_threads(threads, blocks, block_size):
+    """A batch of wide systems fails, or is wrong by 1%, in torch 2.13 on a CPU with two threads."""
+    torch.set_num_threads(threads)
+    q = random_skew(blocks, block_size, scale=0.01)
+    for _ in range(3):
+        d = cayley(q)
+        assert (d - torch.bmm(d, q) - 2 * q).abs().max() < 1e-5
+        system, right = torch.eye(block_size) + q, torch.randn_like(q)
+        assert (torch.bmm(system, solve_blocks(system, right)) - right).abs().max() < 1e-4

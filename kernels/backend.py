@@ -1,0 +1,145 @@
+"""The one place where an operation's implementation is chosen: its reference in PyTorch or its Triton kernels.
+
+The choice is ``auto``, ``reference`` or ``triton``. ``auto`` takes Triton where it serves the tensor and the reference
+elsewhere. An explicit ``triton`` never falls back: what Triton cannot serve is an error that says why. The choice is
+a value of the process, not of a thread, since autograd runs the backward of GPU tensors in threads of its own.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["reference", "triton"]
+Choice = Literal["auto", "reference", "triton"]
+
+VARIABLE = "ORTHOTRAIN_KERNELS"
+"""Environment variable with the initial choice; without it, ``auto``."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CAPABILITY = (8, 0)
+"""The oldest CUDA devices that the kernels are compiled and checked for."""
+
+_choice: Choice | None = None
+
+
+class use_backend:
+    """Choose the implementation of every operation, until the next call or the end of a ``with`` block.
+
+    Args:
+        choice: ``auto``, ``reference`` or ``triton``.
+
+    Raises:
+        ValueError: Another word.
+    """
+
+    def __init__(self, choice: str) -> None:
+        global _choice
+        self._previous = _choice
+        _choice = _checked(choice, "kernels")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        global _choice
+        _choice = self._previous
+
+
+def chosen() -> Choice:
+    """Return the choice in force: that of ``use_backend``, else of the environment variable, else ``auto``.
+
+    Raises:
+        ValueError: The environment variable holds another word.
+    """
+    return _choice or _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
+
+
+def backend_for(tensor: Tensor, op: str, unsupported: str | None = None) -> Backend:
+    """Return which implementation computes an operation on a tensor.
+
+    Args:
+        tensor: The operand whose device and dtype decide.
+        op: Name of the operation, for the message.
+        unsupported: Why the Triton kernels do not serve these shapes, or None where they do.
+
+    Raises:
+        ValueError: ``triton`` was asked for and cannot serve this tensor: the message says why and what would work.
+    """
+    choice = chosen()
+    if choice == "reference" or (choice == "auto" and tensor.device.type != "cuda"):
+        return "reference"
+    obstacle = unsupported or _obstacle(tensor)
+    if obstacle is None:
+        return "triton"
+    if choice == "triton":
+        raise ValueError(f"{op}: kernels=triton, but {obstacle}; kernels=auto or kernels=reference would run")
+    return "reference"
+
+
+def implementation(tensor: Tensor, op: str, unsupported: str | None = None) -> ModuleType:
+    """Return the module ``orthotrain.kernels.<op>.reference`` or ``.triton`` that ``backend_for`` decides on.
+
+    Kernel modules are imported here and nowhere else, so that nothing imports triton before it is used.
+    """
+    return importlib.import_module(f"orthotrain.kernels.{op}.{backend_for(tensor, op, unsupported)}")
+
+
+def describe() -> str:
+    """Return the choice and what it means on this machine, in one line for the summary of a run."""
+    choice = chosen()
+    if choice == "reference":
+        return "reference"
+    missing = _missing()
+    if missing is not None:
+        return f"{choice} ({missing})"
+    version = importlib.import_module("triton").__version__
+    if not torch.cuda.is_available():
+        where = "interpreted on the CPU" if _interpreted() else "no GPU"
+        return f"{choice} (triton {version}, {where})"
+    return f"{choice} (triton {version} on {torch.cuda.get_device_name()})"
+
+
+def _checked(choice: str, name: str) -> Choice:
+    if choice not in get_args(Choice):
+        raise ValueError(f"{name}={choice!r}: choose one of {', '.join(get_args(Choice))}")
+    return choice  # type: ignore[return-value]
+
+
+def _obstacle(tensor: Tensor) -> str | None:
+    """Return why no Triton kernel can take the tensor, or None."""
+    if tensor.dtype not in DTYPES:
+        return f"Triton kernels compute in fp16, bf16 and fp32, not in {tensor.dtype}"
+    missing = _missing()
+    if missing is not None:
+        return missing
+    if tensor.device.type == "cuda":
+        return _device_obstacle(tensor.device)
+    if tensor.device.type == "cpu":
+        return None if _interpreted() else "the tensor is on the CPU and TRITON_INTERPRET=1 was not set at the start"
+    return f"Triton kernels run on CUDA devices, not on {tensor.device.type}"
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Return that triton is not installed, or None."""
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def _interpreted() -> bool:
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+@functools.cache
+def _device_obstacle(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs, and this torch is built for AMD"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} has compute capability {capability}, below {CAPABILITY}"
+    return None

@@ -1,0 +1,93 @@
+"""Permuting the columns of a matrix, a row at a time through shared memory, as Triton kernels.
+
+A gather of single 16-bit columns straight from memory fetches a sector of 32 bytes for each 2 that it wants. Here a
+program reads whole rows with wide loads, picks the columns from shared memory and writes wide again. A program holds
+its rows before it writes them, so that a matrix may be permuted in place.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from orthotrain.kernels.variant import Variant
+
+LARGEST_ROW = 64 * 1024
+"""Bytes of a row that fit the shared memory of every device beside a second program."""
+
+FEWEST_ROWS = 256
+"""Below this many rows the launches cost more than the wasted sectors, which the L2 cache serves."""
+
+TILE = 4096
+PROGRAMS = 2048
+
+
+@triton.jit
+def _permute_kernel(x, index, y, rows, width, chunk, x_row, y_row, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    # Flat, since a gather along one axis of two would be made of register shuffles.
+    lane = tl.arange(0, ROWS * WIDTH)
+    row, column = lane // WIDTH, lane % WIDTH
+    inside = column < width
+    order = row * WIDTH + tl.load(index + column, mask=inside, other=0).to(tl.int32)
+    first = tl.program_id(0).to(tl.int64) * chunk
+    end = tl.minimum(first + chunk, rows)
+    for start in range(first, end, ROWS):
+        mask = inside & (start + row < end)
+        z = tl.load(x + start * x_row + row * x_row + column, mask=mask, other=0.0)
+        tl.store(y + start * y_row + row * y_row + column, tl.gather(z, order, 0), mask=mask)
+
+
+@triton.jit
+def _invert_kernel(index, inverse, width, SIZE: tl.constexpr):
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    mask = place < width
+    tl.store(inverse + tl.load(index + place, mask=mask, other=0), place.to(tl.int64), mask=mask)
+
+
+def worthwhile(x: Tensor) -> bool:
+    """Return whether permuting ``x (N, d)`` by rows pays and is possible; elsewhere programs gather from memory."""
+    fits = x.shape[1] * x.element_size() <= LARGEST_ROW
+    return fits and x.shape[0] >= FEWEST_ROWS and x.stride(1) == 1 and x.stride(0) < 2**24
+
+
+def gather_columns(x: Tensor, index: Tensor) -> Tensor:
+    """Return ``x[:, index]``, contiguous, for an ``x`` that is :func:`worthwhile`."""
+    return _permute(x, index, torch.empty(x.shape, dtype=x.dtype, device=x.device))
+
+
+def scatter_columns_(x: Tensor, index: Tensor) -> Tensor:
+    """Move column ``i`` of ``x`` to ``index[i]``, in place, for an ``x`` that is :func:`worthwhile`."""
+    inverse = torch.empty_like(index)
+    size = 1024
+    _invert_kernel[(triton.cdiv(index.numel(), size),)](index, inverse, index.numel(), SIZE=size)
+    return _permute(x, inverse, x)
+
+
+def _permute(x: Tensor, index: Tensor, y: Tensor) -> Tensor:
+    rows, width = x.shape
+    padded = triton.next_power_of_2(width)
+    at_once = max(1, TILE // padded)
+    chunk = triton.cdiv(triton.cdiv(rows, PROGRAMS), at_once) * at_once
+    _permute_kernel[(triton.cdiv(rows, chunk),)](
+        *(x, index, y, rows, width, chunk, x.stride(0), y.stride(0)),
+        ROWS=at_once,
+        WIDTH=padded,
+        num_warps=max(4, padded // 1024),
+    )
+    return y
+
+
+def aot_variants() -> list[Variant]:
+    """Return the launches to compile ahead of time."""
+    integers = dict.fromkeys(("rows", "width", "chunk", "x_row", "y_row"), "i32")
+    return [
+        Variant(
+            f"permute-{width}-bf16",
+            _permute_kernel,
+            {"x": "*bf16", "index": "*i64", "y": "*bf16", **integers},
+            {"ROWS": max(1, TILE // width), "WIDTH": width},
+            num_warps=max(4, width // 1024),
+            aligned=("width", "x_row", "y_row"),
+        )
+        for width in (4096, 32768)
+    ]

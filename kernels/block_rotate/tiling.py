@@ -1,0 +1,71 @@
+"""How the columns of a block-diagonal matrix are cut into tiles; shared by the rotation and its contraction.
+
+Columns from ``n b`` on are cut as if more blocks followed. Small blocks share a tile, large blocks take several:
+
+    b <= COLUMNS    a tile holds COLUMNS // b whole blocks
+    b > COLUMNS     a block is cut into ceil(b / COLUMNS) parts
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LARGEST_OFFSET = 2**31 - 1
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+"""Triton's names of pointers to what the kernels compute in."""
+
+
+class Tiles(NamedTuple):
+    """Rows and columns of a tile, and the warps and pipeline stages of its program."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def wide(*tensors: Tensor) -> bool:
+    """Return whether offsets inside one of the matrices need 64 bits."""
+    return any(
+        sum((size - 1) * abs(stride) for size, stride in zip(x.shape, x.stride(), strict=True)) > LARGEST_OFFSET
+        for x in tensors
+    )
+
+
+def tile_count(width: int, block_size: int, columns: int) -> int:
+    """Return how many tiles ``width`` columns in blocks of ``block_size`` take."""
+    blocks = triton.cdiv(width, block_size)
+    if block_size <= columns:
+        return triton.cdiv(blocks, columns // block_size)
+    return blocks * triton.cdiv(block_size, columns)
+
+
+@triton.jit
+def locate(tile, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the first block of a tile, and for each of its columns the block counted from there and the place in it.
+
+    The place is ``BLOCK`` or more where the tile reaches past its last block.
+    """
+    lane = tl.arange(0, COLUMNS)
+    if BLOCK <= COLUMNS:
+        group: tl.constexpr = COLUMNS // BLOCK
+        first_block = tile * group
+        member = lane // BLOCK
+        place = tl.where(member < group, lane % BLOCK, BLOCK)
+    else:
+        parts: tl.constexpr = (BLOCK + COLUMNS - 1) // COLUMNS
+        first_block = tile // parts
+        member = lane * 0
+        place = tile % parts * COLUMNS + lane
+    return first_block, member, place
+
+
+@triton.jit
+def in_memory(index, column, mask, OFFSET: tl.constexpr):
+    """Return where columns lie: through a permutation, or where they are if there is none."""
+    if index is not None:
+        column = tl.load(index + column, mask=mask, other=0)
+    return column.to(OFFSET)

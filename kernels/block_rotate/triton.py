@@ -1,0 +1,200 @@
+"""Block rotation as a Triton kernel, forward and backward; derivation and traffic are in README.md beside this file.
+
+A program makes one tile of the result: some rows, and the columns of a few whole blocks or of a part of one block. It
+reads its columns through one permutation and writes them through another; columns past the last block are tiles too,
+with a displacement of zero. Where there are many rows, a permutation is a pass of its own, see permutation.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from orthotrain.kernels.block_rotate import contraction, permutation
+from orthotrain.kernels.block_rotate.tiling import POINTERS, Tiles, in_memory, locate, tile_count, wide
+from orthotrain.kernels.variant import Variant
+
+
+def rotation_tiles(dtype: torch.dtype, block_size: int) -> Tiles:
+    """Return the tile sizes for a dtype and block size.
+
+    One table for every device: its tiles take less than the 99 KiB of shared memory that all of them have, and a fixed
+    choice gives equal bits from run to run. Products in 16 bits go to the tensor cores, which want wide tiles; products
+    in fp32 are exact multiply-adds, where wide tiles spill registers.
+    """
+    if dtype == torch.float32:
+        return Tiles(rows=32, columns=32, warps=4, stages=2)
+    if block_size <= 64:
+        return Tiles(rows=128, columns=64, warps=8, stages=2)
+    return Tiles(rows=64, columns=128, warps=8, stages=2)
+
+
+@triton.jit
+def _rotate_kernel(
+    x,
+    displacement,
+    load,
+    store,
+    y,
+    rows,
+    width,
+    blocks,
+    tiles,
+    x_row,
+    x_column,
+    y_row,
+    y_column,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    D_ROW: tl.constexpr = 1 if TRANSPOSED else BLOCK
+    D_COLUMN: tl.constexpr = BLOCK if TRANSPOSED else 1
+    # Neighbouring programs share their rows: the other columns of a gathered sector are then found in the L2 cache.
+    tile = tl.program_id(0) % tiles
+    first_row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS).to(OFFSET)[:, None]
+    row_mask = first_row + row < rows
+    x += first_row * x_row
+    y += first_row * y_row
+    first_block, member, place = locate(tile, BLOCK, COLUMNS)
+    displacement += first_block.to(tl.int64) * (BLOCK * BLOCK)
+
+    accumulator = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    if BLOCK > COLUMNS and first_block < blocks:
+        parts: tl.constexpr = (BLOCK + COLUMNS - 1) // COLUMNS
+        for step in range(1, parts):
+            inner = (tile + step) % parts * COLUMNS + tl.arange(0, COLUMNS)
+            position = in_memory(load, first_block * BLOCK + inner, inner < BLOCK, OFFSET)[None, :]
+            z = tl.load(x + row * x_row + position * x_column, mask=row_mask & (inner < BLOCK)[None, :], other=0.0)
+            d_mask = (inner < BLOCK)[:, None] & (place < BLOCK)[None, :]
+            d = tl.load(displacement + inner[:, None] * D_ROW + place[None, :] * D_COLUMN, mask=d_mask, other=0.0)
+            accumulator = tl.dot(z, d, accumulator, input_precision="ieee")
+
+    # The tile's own columns come last, so that the large term is added once, to the finished sum of the small ones.
+    column = (first_block + member) * BLOCK + place
+    mask = (place < BLOCK) & (column < width)
+    position = in_memory(load, column, mask, OFFSET)[None, :]
+    z = tl.load(x + row * x_row + position * x_column, mask=row_mask & mask[None, :], other=0.0)
+    known = (place < BLOCK) & (first_block + member < blocks)
+    d_mask = known[:, None] & known[None, :] & (member[:, None] == member[None, :])
+    d_offset = member[:, None] * (BLOCK * BLOCK) + place[:, None] * D_ROW + place[None, :] * D_COLUMN
+    d = tl.load(displacement + d_offset, mask=d_mask, other=0.0)
+    accumulator = tl.dot(z, d, accumulator, input_precision="ieee") + z.to(tl.float32)
+    position = in_memory(store, column, mask, OFFSET)[None, :]
+    tl.store(y + row * y_row + position * y_column, accumulator.to(y.dtype.element_ty), mask=row_mask & mask[None, :])
+
+
+def rotate(
+    x: Tensor,
+    displacement: Tensor,
+    load: Tensor | None,
+    store: Tensor | None,
+    y: Tensor,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Write ``z + z Diag(D)``, ``z = x[:, load]``, to ``y[:, store]`` and return ``y``.
+
+    Args:
+        x: ``(N, d)``, any strides.
+        displacement: ``(n, b, b)`` contiguous, ``n * b <= d``, dtype of ``x``.
+        load: ``(d,)`` int64 or None.
+        store: ``(d,)`` int64 or None.
+        y: ``(N, d)``, any strides, every element of it is written.
+        transposed: Whether to rotate with ``D_k^T``.
+    """
+    (rows, width), (blocks, block_size, _) = x.shape, displacement.shape
+    if x.numel() == 0:
+        return y
+    block_size = max(block_size, 1)
+    tiles = rotation_tiles(x.dtype, block_size)
+    across = tile_count(width, block_size, tiles.columns)
+    _rotate_kernel[(across * triton.cdiv(rows, tiles.rows),)](
+        *(x, displacement, load, store, y, rows, width, blocks, across, *x.stride(), *y.stride()),
+        BLOCK=block_size,
+        ROWS=tiles.rows,
+        COLUMNS=tiles.columns,
+        TRANSPOSED=transposed,
+        WIDE=wide(x, y),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return y
+
+
+def block_rotate_forward(x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None) -> Tensor:
+    """Rotate blocks of the last axis; see the reference for shapes."""
+    source, load = gathered(x.reshape(-1, x.shape[-1]), load)
+    return rotate_scattered(source, displacement.contiguous(), load, store).view(x.shape)
+
+
+def block_rotate_backward(
+    grad: Tensor, x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients for ``x`` and ``displacement``: the same rotation the other way round, and a contraction over rows."""
+    width, (blocks, block_size, _) = x.shape[-1], displacement.shape
+    source, source_index = gathered(x.reshape(-1, width), load)
+    grad, grad_index = gathered(grad.reshape(-1, width), store)
+    grad_displacement = contraction.contract_blocks(source, grad, source_index, grad_index, blocks, block_size)
+    del source
+    grad_x = rotate_scattered(grad, displacement.contiguous(), grad_index, load, transposed=True)
+    return grad_x.view(x.shape), grad_displacement
+
+
+def gathered(x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return ``x`` and the permutation that its reader has still to apply: none if it was worth a pass of its own."""
+    if index is None or not permutation.worthwhile(x):
+        return x, index
+    return permutation.gather_columns(x, index), None
+
+
+def rotate_scattered(
+    x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None, *, transposed: bool = False
+) -> Tensor:
+    """Return a new ``y`` from :func:`rotate`; its columns are scattered in a pass of their own if that is worth it."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if store is None or not permutation.worthwhile(y):
+        return rotate(x, displacement, load, store, y, transposed=transposed)
+    return permutation.scatter_columns_(rotate(x, displacement, load, None, y, transposed=transposed), store)
+
+
+def aot_variants() -> list[Variant]:
+    """Return the launches to compile ahead of time."""
+    own = [
+        rotation_variant(torch.bfloat16, 32, permuted=True),
+        rotation_variant(torch.bfloat16, 256, permuted=True),
+        rotation_variant(torch.bfloat16, 256),
+        rotation_variant(torch.float32, 32, permuted=True),
+    ]
+    return [*own, *contraction.aot_variants(), *permutation.aot_variants()]
+
+
+def rotation_variant(
+    dtype: torch.dtype, block_size: int, *, permuted: bool = False, columns_first: bool = False
+) -> Variant:
+    """Return one launch of the rotation, of matrices in rows or in columns."""
+    tiles, pointer = rotation_tiles(dtype, block_size), POINTERS[dtype]
+    unit, strided = ("row", "column") if columns_first else ("column", "row")
+    permutations = ("load", "store")
+    return Variant(
+        f"rotate-b{block_size}-{pointer[1:]}{'-permuted' * permuted}{'-transposed' * columns_first}",
+        _rotate_kernel,
+        {
+            **dict.fromkeys(("x", "displacement", "y"), pointer),
+            **(dict.fromkeys(permutations, "*i64") if permuted else {}),
+            **dict.fromkeys(("rows", "width", "blocks", "tiles", f"x_{strided}", f"y_{strided}"), "i32"),
+        },
+        {
+            **({} if permuted else dict.fromkeys(permutations)),
+            **{f"x_{unit}": 1, f"y_{unit}": 1, "BLOCK": block_size, "TRANSPOSED": False, "WIDE": False},
+            **{"ROWS": tiles.rows, "COLUMNS": tiles.columns},
+        },
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        tensor_cores=dtype != torch.float32,
+        aligned=("rows", "width", f"x_{strided}", f"y_{strided}"),
+    )

@@ -1,0 +1,66 @@
+"""The public ``cayley_neumann_generators``: skew and series in one operator, which saves only the generators."""
+
+import torch
+from torch import Tensor
+
+from orthotrain.kernels.backend import implementation
+from orthotrain.kernels.cayley_neumann.op import check_order
+from orthotrain.kernels.skew.op import check_generators
+
+
+@torch.library.custom_op("orthotrain::cayley_neumann_generators", mutates_args=())
+def _cayley_neumann_generators(generators: Tensor, block_size: int, order: int) -> Tensor:
+    with torch.autocast(generators.device.type, enabled=False):
+        kernels = implementation(generators, "cayley_neumann")
+        return kernels.cayley_neumann_generators_forward(generators, block_size, order)
+
+
+@torch.library.custom_op("orthotrain::cayley_neumann_generators_backward", mutates_args=())
+def _cayley_neumann_generators_backward(generators: Tensor, grad: Tensor, order: int) -> Tensor:
+    with torch.autocast(generators.device.type, enabled=False):
+        kernels = implementation(generators, "cayley_neumann")
+        return kernels.cayley_neumann_generators_backward(generators, grad, order)
+
+
+@_cayley_neumann_generators.register_fake
+def _(generators: Tensor, block_size: int, order: int) -> Tensor:
+    return generators.new_empty(generators.shape[0], block_size, block_size)
+
+
+@_cayley_neumann_generators_backward.register_fake
+def _(generators: Tensor, grad: Tensor, order: int) -> Tensor:
+    return generators.new_empty(generators.shape)
+
+
+def _save(ctx, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+    generators, _, ctx.order = inputs
+    ctx.save_for_backward(generators)
+
+
+def _gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    (generators,) = ctx.saved_tensors
+    return _cayley_neumann_generators_backward(generators, grad, ctx.order), None, None
+
+
+_cayley_neumann_generators.register_autograd(_gradient, setup_context=_save)
+
+
+def cayley_neumann_generators(generators: Tensor, block_size: int, order: int) -> Tensor:
+    """Displacement of the Cayley-Neumann rotation from the generators: ``cayley_neumann(skew(generators, b), order)``.
+
+    Q is a transient of both passes: only the generators, which a layer holds anyway, are saved for backward.
+
+    Args:
+        generators: Shape ``(n, block_size * (block_size - 1) // 2)``, as ``skew`` takes them; n may be 0.
+        block_size: Rows and columns of one block.
+        order: Highest power of the Neumann series, at least 1.
+
+    Returns:
+        D of shape ``(n, block_size, block_size)`` in the dtype of the generators.
+
+    Raises:
+        ValueError: The generators do not fit the block size, or the order is below 1.
+    """
+    check_generators(generators, block_size)
+    check_order(order)
+    return _cayley_neumann_generators(generators, block_size, order)

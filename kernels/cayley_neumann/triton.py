@@ -1,0 +1,85 @@
+"""Cayley-Neumann displacement by Triton kernels: the recurrence of README.md as chains of products.
+
+One launch computes blocks of up to 64 rows from Q to D, and from Q and dL/dD to dL/dQ; larger blocks take a launch for
+every step. Any block size is served, a power of two or not.
+"""
+
+import functools
+
+from torch import Tensor
+
+from orthotrain.kernels.chain import FIRST, FUSED, SECOND, Chain, ChainBuilder
+from orthotrain.kernels.chain_launch import fused_variant, run_chain, run_chain_on_generators, step_variant
+from orthotrain.kernels.skew import triton as skew
+from orthotrain.kernels.variant import Variant
+
+
+@functools.cache
+def forward_chain(order: int) -> Chain:
+    """Return D_k = 2(Q + Q^2) + Q^2 D_(k-2) from D_0 = Q or D_1 = 2Q + Q^2; ``1 + order // 2`` products."""
+    chain, q = ChainBuilder(inputs=1), FIRST
+    if order == 1:
+        chain.step((q, q), terms=[(q, 2)])
+        return chain.build()
+    square = chain.step((q, q))
+    value = chain.step(terms=[(q, 2), (square, 1)]) if order % 2 else q
+    for _ in range(order // 2):
+        value = chain.step((square, value), terms=[(q, 2), (square, 2)])
+    return chain.build()
+
+
+@functools.cache
+def backward_chain(order: int) -> Chain:
+    """Return the tangent of the recurrence, for Q^T and dL/dD as inputs; ``2 + 3 (order // 2)`` products."""
+    chain, q, grad = ChainBuilder(inputs=2), FIRST, SECOND
+    if order == 1:
+        chain.step((q, grad), (grad, q), terms=[(grad, 2)])
+        return chain.build()
+    square = chain.step((q, q))
+    square_tangent = chain.step((q, grad), (grad, q))
+    value, tangent = q, grad
+    if order % 2:
+        value = chain.step(terms=[(q, 2), (square, 1)])
+        tangent = chain.step(terms=[(grad, 2), (square_tangent, 1)])
+    steps = order // 2
+    for step in range(steps):
+        products = (square, tangent), (square_tangent, value)
+        tangent = chain.step(*products, terms=[(grad, 2), (square_tangent, 2)])
+        if step < steps - 1:
+            value = chain.step((square, value), terms=[(q, 2), (square, 2)])
+    return chain.build()
+
+
+def cayley_neumann_forward(skew: Tensor, order: int) -> Tensor:
+    """Return D = 2Q + ... + 2Q^order + Q^(order+1), shape ``(n, b, b)``, from Q of the same shape and dtype."""
+    return run_chain(forward_chain(order), skew)
+
+
+def cayley_neumann_backward(skew: Tensor, grad: Tensor, order: int) -> Tensor:
+    """Return dL/dQ from Q and dL/dD, all of shape ``(n, b, b)``."""
+    return run_chain(backward_chain(order), skew, grad, transposed=True)
+
+
+def cayley_neumann_generators_forward(generators: Tensor, block_size: int, order: int) -> Tensor:
+    """Return D, shape ``(n, b, b)``, from generators of shape ``(n, b(b-1)/2)``."""
+    if block_size <= FUSED:
+        return run_chain_on_generators(forward_chain(order), generators, block_size)
+    return cayley_neumann_forward(skew.skew_forward(generators, block_size), order)
+
+
+def cayley_neumann_generators_backward(generators: Tensor, grad: Tensor, order: int) -> Tensor:
+    """Return dL/dgenerators, shape ``(n, b(b-1)/2)``, from the generators and dL/dD, shape ``(n, b, b)``."""
+    block_size = grad.shape[-1]
+    if block_size <= FUSED:
+        return run_chain_on_generators(backward_chain(order), generators, block_size, grad)
+    q = skew.skew_forward(generators, block_size)
+    return skew.skew_backward(cayley_neumann_backward(q, grad, order))
+
+
+def aot_variants() -> list[Variant]:
+    """Return the launches that are compiled ahead of time in the tests."""
+    return [
+        *(fused_variant(size, "fp32") for size in (8, 32, 64)),
+        fused_variant(64, "fp32", generators=True),
+        *(step_variant(size, "fp32", terms=2) for size in (256, 192)),
+    ]

@@ -1,0 +1,219 @@
+"""Launches of the chain kernels: which tiles, how many programs, how much scratch memory.
+
+Blocks of up to ``FUSED`` rows take one launch for the whole chain, larger ones one launch a step. Tile sizes are fixed
+tables, not tuned at run time, so that a run is reproducible.
+"""
+
+import functools
+import struct
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from orthotrain.kernels.chain import FUSED, Chain, Step
+from orthotrain.kernels.chain_kernels import ROW, chain_step_kernel, fused_chain_kernel
+from orthotrain.kernels.variant import Variant
+
+SCRATCH_BYTES = 2**28
+"""Scratch memory of a chain on large blocks: they are taken in groups that fit."""
+
+FUSED_TILES = {
+    16: {"K_TILE": 16, "num_warps": 2, "num_stages": 3},
+    32: {"K_TILE": 32, "num_warps": 2, "num_stages": 3},
+    64: {"K_TILE": 32, "num_warps": 8, "num_stages": 3},
+}
+PROGRAMS_PER_MULTIPROCESSOR = {16: 16, 32: 8, 64: 2}
+"""By tile; with the 4 to 9 matrices of a chain, the memory of all programs is 9 to 39 MB, within an H100's L2."""
+
+STEP_TILES = {
+    64: {"K_TILE": 32, "num_warps": 4, "num_stages": 3},
+    128: {"K_TILE": 32, "num_warps": 8, "num_stages": 3},
+}
+
+PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}
+"""How fp32 factors are multiplied, by ``torch.get_float32_matmul_precision()``; tf32x3 keeps 21 bits or more."""
+
+
+def run_chain(chain: Chain, first: Tensor, second: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+    """Run a chain on every block of a batch.
+
+    Args:
+        chain: The steps; computed in fp32 and rounded once.
+        first: First input ``(n, b, b)``.
+        second: Second input of the same shape, for a chain of two.
+        transposed: Read every block of ``first`` transposed.
+
+    Returns:
+        The result ``(n, b, b)`` in the dtype of ``first``.
+    """
+    out = torch.empty_like(first, memory_format=torch.contiguous_format)
+    if not out.numel():
+        return out
+    second = first if second is None else second
+    if out.shape[-1] <= FUSED:
+        _run_fused(chain, first, second, out, out.shape[-1], transposed=transposed, generators=False)
+    else:
+        _run_steps(chain, first, second, transposed, out)
+    return out
+
+
+def run_chain_on_generators(chain: Chain, generators: Tensor, size: int, grad: Tensor | None = None) -> Tensor:
+    """Run a chain on skew blocks of up to ``FUSED`` rows given by their generators, in one launch.
+
+    Args:
+        chain: The steps; computed in fp32 and rounded once.
+        generators: Upper triangles ``(n, size (size - 1) / 2)`` of the skew blocks Q.
+        size: Rows of a block.
+        grad: Second input ``(n, size, size)`` of a backward chain, which reads Q^T.
+
+    Returns:
+        The result ``(n, size, size)``; for a backward chain its contraction to generators, upper minus mirrored lower.
+    """
+    out = generators.new_empty(generators.shape if grad is not None else (len(generators), size, size))
+    if out.numel():
+        backward = grad is not None
+        second = generators if grad is None else grad
+        _run_fused(chain, generators, second, out, size, transposed=backward, generators=True)
+    return out
+
+
+def precision() -> str:
+    """Return the precision of products that the global matmul setting of torch asks for."""
+    return PRECISIONS[torch.get_float32_matmul_precision()]
+
+
+def fused_tiling(size: int) -> dict[str, int]:
+    """Return the constants of a launch whose programs compute whole blocks of ``size`` rows."""
+    tile = max(16, triton.next_power_of_2(size))
+    return {"size": size, "TILE": tile, **FUSED_TILES[tile]}
+
+
+def fused_programs(blocks: int, tiling: dict[str, int], device: torch.device) -> int:
+    """Return how many programs share ``blocks`` blocks."""
+    groups = triton.cdiv(blocks, tiling["TILE"] // tiling["size"])
+    # the interpreter has no processors; two make its programs take several groups each
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    return min(groups, max(2, processors * PROGRAMS_PER_MULTIPROCESSOR[tiling["TILE"]]))
+
+
+def _run_fused(
+    chain: Chain, first: Tensor, second: Tensor, out: Tensor, size: int, *, transposed: bool, generators: bool
+) -> None:
+    blocks = out.shape[0]
+    tiling = fused_tiling(size)
+    programs = fused_programs(blocks, tiling, out.device)
+    scratch = torch.empty(programs * chain.slots * tiling["TILE"] ** 2, dtype=torch.float32, device=out.device)
+    fused_chain_kernel[(programs,)](
+        first.contiguous(),
+        second.contiguous(),
+        out,
+        scratch,
+        _table(chain, out.device),
+        len(chain.steps),
+        chain.slots,
+        chain.scale,
+        blocks,
+        INPUTS=chain.inputs,
+        TRANSPOSED=transposed,
+        GENERATORS=generators,
+        PRECISION=precision(),
+        **tiling,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _table(chain: Chain, device: torch.device) -> Tensor:
+    """Return the steps as the words that the fused kernel reads, ``(steps, ROW)``."""
+    return torch.tensor([_words(step) for step in chain.steps], dtype=torch.int32, device=device)
+
+
+def _words(step: Step) -> list[int]:
+    row = [step.target, _bits(step.factor), len(step.products), len(step.terms), *([0] * (ROW.value - 4))]
+    row[4 : 4 + 2 * len(step.products)] = [slot for pair in step.products for slot in pair]
+    row[8 : 8 + 2 * len(step.terms)] = [word for slot, value in step.terms for word in (slot, _bits(value))]
+    return row
+
+
+def _bits(value: float) -> int:
+    """Return the bit pattern of an fp32 number as an integer."""
+    return struct.unpack("<i", struct.pack("<f", value))[0]
+
+
+def _run_steps(chain: Chain, first: Tensor, second: Tensor, transposed: bool, out: Tensor) -> None:
+    blocks, size = out.shape[0], out.shape[-1]
+    slots = chain.slots - chain.inputs
+    group = min(blocks, max(1, SCRATCH_BYTES // (4 * size * size * slots)))
+    scratch = torch.empty(slots, group, size, size, dtype=torch.float32, device=out.device)
+    for start in range(0, blocks, group):
+        part = slice(start, min(start + group, blocks))
+        inputs = (first[part].mT if transposed else first[part], second[part])[: chain.inputs]
+        matrices = [*(_prepared(x, chain.scale) for x in inputs), *scratch[:, : part.stop - start]]
+        for step in chain.steps[:-1]:
+            _run_step(step, matrices, matrices[step.target])
+        _run_step(chain.steps[-1], matrices, out[part])
+
+
+def _prepared(x: Tensor, scale: float) -> Tensor:
+    x = x.to(torch.float32).contiguous()
+    return x if scale == 1 else x * scale
+
+
+def _run_step(step: Step, matrices: list[Tensor], out: Tensor) -> None:
+    blocks, size, _ = out.shape
+    factors = [matrices[slot] for pair in step.products for slot in pair]
+    terms = [matrices[slot] for slot, _ in step.terms]
+    coefficients = [value for _, value in step.terms]
+    tiling = step_tiling(size)
+    chain_step_kernel[(blocks * triton.cdiv(size, tiling["TILE"]) ** 2,)](
+        out,
+        *(factors + [out] * (4 - len(factors))),
+        *(terms + [out] * (3 - len(terms))),
+        step.factor,
+        *(coefficients + [0.0] * (3 - len(terms))),
+        PRODUCTS=len(step.products),
+        TERMS=len(terms),
+        PRECISION=precision(),
+        **tiling,
+    )
+
+
+def step_tiling(size: int) -> dict[str, int]:
+    """Return the constants of a launch of one step: the tile that pads ``size`` less, the larger of equal ones."""
+    tile = min((128, 64), key=lambda tile: triton.cdiv(size, tile) * tile)
+    return {"size": size, "TILE": tile, **STEP_TILES[tile]}
+
+
+def fused_variant(size: int, dtype: str, generators: bool = False) -> Variant:
+    """Return the fused kernel of two inputs, for compilation ahead of time."""
+    pointers = {name: f"*{dtype}" for name in ("first", "second", "out")} | {"scratch": "*fp32", "table": "*i32"}
+    return tiled_variant(
+        f"{'generators' if generators else 'fused'}-b{size}-{dtype}",
+        fused_chain_kernel,
+        pointers | {"steps": "i32", "slots": "i32", "scale": "fp32", "blocks": "i32"},
+        {"INPUTS": 2, "TRANSPOSED": True, "GENERATORS": generators, "PRECISION": PRECISIONS["highest"]},
+        fused_tiling(size),
+    )
+
+
+def step_variant(size: int, dtype: str, terms: int) -> Variant:
+    """Return the kernel of a step of two products, for compilation ahead of time."""
+    operands = ("left_0", "right_0", "left_1", "right_1", "term_0", "term_1", "term_2")
+    numbers = ("factor", "coefficient_0", "coefficient_1", "coefficient_2")
+    return tiled_variant(
+        f"step-b{size}-{dtype}-{terms}",
+        chain_step_kernel,
+        {"out": f"*{dtype}"} | dict.fromkeys(operands, "*fp32") | dict.fromkeys(numbers, "fp32"),
+        {"PRODUCTS": 2, "TERMS": terms, "PRECISION": PRECISIONS["highest"]},
+        step_tiling(size),
+    )
+
+
+def tiled_variant(
+    name: str, kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], tiling: dict[str, int]
+) -> Variant:
+    """Return a variant with products whose constants and warps are those of a launch's tiling."""
+    constants = {name: value for name, value in tiling.items() if not name.startswith("num_")}
+    warps, stages = tiling["num_warps"], tiling["num_stages"]
+    return Variant(name, kernel, signature, constexprs | constants, warps, stages, tensor_cores=True)

@@ -1,0 +1,112 @@
+"""The public ``dequant_int8`` and ``dequant_nf4`` and their custom operators; quantised weights have no gradient."""
+
+import torch
+from torch import Tensor
+
+from orthotrain.kernels.backend import implementation
+
+
+@torch.library.custom_op("orthotrain::dequant_int8", mutates_args=())
+def _dequant_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    chosen = implementation(codes.new_empty(0, dtype=dtype), "dequant")
+    with torch.cuda.device_of(codes):
+        return chosen.dequant_int8_forward(codes, scales, dtype)
+
+
+@_dequant_int8.register_fake
+def _(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+@torch.library.custom_op("orthotrain::dequant_nf4", mutates_args=())
+def _dequant_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    code: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    chosen = implementation(packed.new_empty(0, dtype=dtype), "dequant")
+    with torch.cuda.device_of(packed):
+        return chosen.dequant_nf4_forward(packed, absmax, nested, offset, code, group_size, dtype)
+
+
+@_dequant_nf4.register_fake
+def _(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    code: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=dtype)
+
+
+def dequant_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unpack 8-bit integers with one scale for every group of a row: ``W = codes * scales``.
+
+    Args:
+        codes: ``(out, in)`` int8.
+        scales: ``(out, groups)`` fp32; ``groups`` divides ``in``.
+        dtype: Floating dtype of the result; products are formed in fp32 and rounded once.
+
+    Returns:
+        A new ``W (out, in)``.
+
+    Raises:
+        ValueError: If dtypes, shapes or devices do not go together.
+    """
+    if codes.dtype != torch.int8 or scales.dtype != torch.float32:
+        raise ValueError(f"dequant_int8: takes int8 codes and float32 scales, not {codes.dtype} and {scales.dtype}")
+    if codes.shape[0] != scales.shape[0] or codes.shape[1] % max(scales.shape[1], 1) or codes.device != scales.device:
+        raise ValueError(
+            f"dequant_int8: codes {tuple(codes.shape)} on {codes.device} and scales {tuple(scales.shape)} on "
+            f"{scales.device} do not go together: takes (out, in) and (out, groups), groups a divisor of in"
+        )
+    return _dequant_int8(codes, scales, dtype)
+
+
+def dequant_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    code: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Unpack 4-bit NormalFloat as bitsandbytes stores it (arXiv:2305.14314, section 3).
+
+    Value ``i`` is a level of NF4 times the scale of group ``i // group_size``, counted in memory order. Double
+    quantisation stores scale ``j`` as a byte: ``code[absmax[j]] * nested[j // 256] + offset``.
+
+    Args:
+        packed: ``(out, in / 2)`` uint8, the first of two values in the upper half of a byte.
+        absmax: Scales ``(groups,)``, fp32, or uint8 under double quantisation.
+        nested: ``(ceil(groups / 256),)`` fp32 under double quantisation, else None.
+        offset: ``(1,)`` fp32 likewise.
+        code: The 256 levels of the scales, fp32, likewise.
+        group_size: Values that share a scale; even.
+        dtype: Floating dtype of the result; values are formed in fp32 and rounded once.
+
+    Returns:
+        A new ``W (out, in)``.
+
+    Raises:
+        ValueError: If dtypes or shapes do not go together.
+    """
+    expected = torch.float32 if nested is None else torch.uint8
+    if packed.dtype != torch.uint8 or absmax.dtype != expected:
+        raise ValueError(
+            f"dequant_nf4: takes uint8 packed and {expected} absmax, not {packed.dtype} and {absmax.dtype}"
+        )
+    if (nested is None, offset is None, code is None) not in ((True,) * 3, (False,) * 3):
+        raise ValueError("dequant_nf4: double quantisation takes nested, offset and code, or none of the three")
+    groups = -(-2 * packed.numel() // group_size)
+    if group_size < 2 or group_size % 2 or absmax.shape != (groups,):
+        raise ValueError(f"dequant_nf4: absmax {tuple(absmax.shape)} does not fit {groups} groups of {group_size}")
+    return _dequant_nf4(packed, absmax, nested, offset, code, group_size, dtype)

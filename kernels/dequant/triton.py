@@ -1,0 +1,98 @@
+"""Unpacking of quantised weights as Triton kernels: one pass, every value formed in fp32 and rounded once."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from orthotrain.kernels.dequant.reference import NF4_LEVELS
+from orthotrain.kernels.variant import Variant
+
+SIZE = 2048
+"""Values that a program unpacks."""
+
+
+@triton.jit
+def _int8_kernel(codes, scales, out, size, GROUP: tl.constexpr, SIZE: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    mask = place < size
+    scale = tl.load(scales + place // GROUP, mask=mask, other=0.0)
+    value = tl.load(codes + place, mask=mask, other=0).to(tl.float32) * scale
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _nf4_kernel(packed, absmax, nested, offset, code, levels, out, size, GROUP: tl.constexpr, SIZE: tl.constexpr):
+    # A byte holds two values and a group is even, so that both have one scale. A nested group is 256.
+    place = tl.program_id(0).to(tl.int64) * (SIZE // 2) + tl.arange(0, SIZE // 2)
+    mask = place < size
+    group = place // (GROUP // 2)
+    scale = tl.load(absmax + group, mask=mask, other=0)
+    if nested is not None:
+        scale = tl.load(code + scale.to(tl.int32)) * tl.load(nested + group // 256, mask=mask, other=0.0)
+        scale += tl.load(offset)
+    byte = tl.load(packed + place, mask=mask, other=0).to(tl.int32)
+    high = tl.load(levels + (byte >> 4)) * scale
+    low = tl.load(levels + (byte & 15)) * scale
+    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    tl.store(out + place, tl.interleave(high, low).to(out.dtype.element_ty), mask=place < 2 * size)
+
+
+def dequant_int8_forward(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``codes * scales``; see the reference for shapes."""
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    if out.numel():
+        group_size = codes.shape[1] // scales.shape[1]
+        grid = (triton.cdiv(out.numel(), SIZE),)
+        _int8_kernel[grid](codes.contiguous(), scales.contiguous(), out, out.numel(), GROUP=group_size, SIZE=SIZE)
+    return out
+
+
+def dequant_nf4_forward(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    code: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return ``W (out, in)`` from NF4 bytes; see the reference for shapes."""
+    out = torch.empty((packed.shape[0], 2 * packed.shape[1]), dtype=dtype, device=packed.device)
+    if out.numel():
+        # Without fused multiply-adds, which would round the nested scales otherwise than bitsandbytes does.
+        _nf4_kernel[(triton.cdiv(out.numel(), SIZE),)](
+            *(packed.contiguous(), absmax, nested, offset, code, _levels(packed.device), out, packed.numel()),
+            GROUP=group_size,
+            SIZE=SIZE,
+            enable_fp_fusion=False,
+        )
+    return out
+
+
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
+
+
+def aot_variants() -> list[Variant]:
+    """Return the launches to compile ahead of time."""
+    fp32 = dict.fromkeys(("nested", "offset", "code", "levels"), "*fp32")
+    return [
+        Variant(
+            "int8-bf16",
+            _int8_kernel,
+            {"codes": "*i8", "scales": "*fp32", "out": "*bf16", "size": "i32"},
+            {"GROUP": 256, "SIZE": SIZE},
+            aligned=("size",),
+        ),
+        Variant(
+            "nf4-nested-bf16",
+            _nf4_kernel,
+            {"packed": "*u8", "absmax": "*u8", **fp32, "out": "*bf16", "size": "i32"},
+            {"GROUP": 64, "SIZE": SIZE},
+            aligned=("size",),
+        ),
+    ]

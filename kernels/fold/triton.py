@@ -1,0 +1,49 @@
+"""Folding rotations into a weight by the kernels of the block rotation; derivation in README.md beside this file.
+
+Rows of ``W`` are rotated as the columns of ``W^T``, which is a matter of strides. So each side is one launch, and a
+scatter of rows is free: only columns need a pass of their own.
+"""
+
+import torch
+from torch import Tensor
+
+from orthotrain.kernels.block_rotate.contraction import contract_blocks, contraction_variant
+from orthotrain.kernels.block_rotate.triton import gathered, rotate, rotate_scattered, rotation_variant
+from orthotrain.kernels.variant import Variant
+
+
+def fold_forward(
+    weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
+) -> Tensor:
+    """Return ``R_out^T W R_in^T``, scattered to ``rows`` and ``columns``; see the reference for shapes."""
+    half_folded = rotate_scattered(weight, d_in.contiguous(), None, columns, transposed=True)
+    return rotate_rows(half_folded, d_out, rows)
+
+
+def fold_backward(
+    grad: Tensor, weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients for ``d_out`` and ``d_in``; at any time one half-folded weight lives, beside the permuted gradient."""
+    grad, column_index = gathered(grad, columns)
+    # A column order common to both sides drops out of the contraction over columns.
+    half_folded = rotate_scattered(weight, d_in.contiguous(), None, column_index, transposed=True)
+    grad_out = contract_blocks(half_folded.mT, grad.mT, None, rows, d_out.shape[0], d_out.shape[-1])
+    del half_folded
+    half_folded = rotate_rows(weight, d_out, rows)
+    grad_in = contract_blocks(grad, half_folded, column_index, None, d_in.shape[0], d_in.shape[-1])
+    return grad_out, grad_in
+
+
+def rotate_rows(weight: Tensor, d_out: Tensor, rows: Tensor | None) -> Tensor:
+    """Return ``R_out^T W`` with row ``i`` moved to ``rows[i]``."""
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    rotate(weight.mT, d_out.contiguous(), None, rows, out.mT)
+    return out
+
+
+def aot_variants() -> list[Variant]:
+    """Return the launches to compile ahead of time: those of the block rotation on transposed matrices."""
+    return [
+        rotation_variant(torch.bfloat16, 256, permuted=True, columns_first=True),
+        contraction_variant(torch.bfloat16, 256, permuted=True, columns_first=True),
+    ]

@@ -1,0 +1,131 @@
+"""The public ``poet_linear``: a plain autograd function of eager mode on the CPU.
+
+It decides by values (how orthogonal the rotations are), so nobody can trace through it: torch.compile and GPUs take
+the fold and its own gradient, which :func:`serves` tells.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from orthotrain.kernels.backend import chosen
+from orthotrain.kernels.checks import check_blocks, check_permutation, traced
+from orthotrain.kernels.fold import fold
+from orthotrain.kernels.poet_linear import reference
+
+
+class PoetLinearFunction(torch.autograd.Function):
+    """``x W_eff^T`` of a folded weight; in backward both displacements get their gradients without ``dL/dW_eff``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        folded: Tensor,
+        d_out: Tensor,
+        d_in: Tensor,
+        deviations: tuple[Tensor | None, Tensor | None],
+        orders: tuple[Tensor | None, Tensor | None],
+    ) -> Tensor:
+        """See :func:`poet_linear`."""
+        y = F.linear(x, folded)
+        ctx.changes = _Changes(y)
+        # y without its version: whoever changes it in place, as nn.Linear allows, makes backward form it again
+        ctx.save_for_backward(x, folded, y.data, d_out, d_in, *deviations, *orders)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
+        """Form the gradients that are needed."""
+        x, folded, y, d_out, d_in, e_out, e_in, rows, columns = ctx.saved_tensors
+        need_x, _, need_out, need_in, *_ = ctx.needs_input_grad
+        grad_x = grad_out = grad_in = None
+        grad_y, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            if need_x or need_in:
+                grad_x = torch.mm(grad_y, folded)
+            if need_in and grad_x is not None:
+                grad_in = reference.input_gradient(inputs, grad_x, d_in, e_in, columns)
+            if need_out:
+                y = F.linear(x, folded) if ctx.changes.any() else y
+                grad_out = reference.output_gradient(y.reshape(-1, y.shape[-1]), grad_y, d_out, e_out, rows)
+        return (grad_x.view(x.shape) if grad_x is not None and need_x else None), None, grad_out, grad_in, None, None
+
+
+class _Changes:
+    """Tells whether a tensor has been changed in place since, without keeping its memory alive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.probe = tensor.detach()  # shares the count of changes
+        self.probe.data = tensor.new_empty(0)
+        self.version = self.probe._version
+
+    def any(self) -> bool:
+        return self.probe._version != self.version
+
+
+def serves(x: Tensor) -> bool:
+    """Tell whether :func:`poet_linear` differs from a fold before ``F.linear``: in eager mode on the CPU."""
+    return x.device.type == "cpu" and chosen() != "triton" and not traced(x)
+
+
+def poet_linear(
+    x: Tensor,
+    weight: Tensor,
+    d_out: Tensor,
+    d_in: Tensor,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """Return ``x W_eff^T`` with the weight of ``fold``; the rotations' gradients need no third large product.
+
+    Differentiable in ``x`` and the displacements. Where a displacement is so far from a rotation that it has no
+    well-conditioned inverse, and where it does not serve (:func:`serves`), it is ``F.linear(x, fold(...))``: the same
+    gradients, through the one of the weight. Autocast does not reach inside.
+
+    Args:
+        x: Activations ``(..., in)``.
+        weight: Frozen weight ``(out, in)`` in the permuted frame, dtype and device of ``x``.
+        d_out: Output displacements ``(n, b, b)`` with ``n * b <= out``; ``n = 0`` means no rotation.
+        d_in: Input displacements ``(m, c, c)`` with ``m * c <= in``; ``m = 0`` means no rotation.
+        rows: Permutation ``(out,)`` of the output side, int64, or None.
+        columns: Permutation ``(in,)`` of the input side, int64, or None.
+
+    Returns:
+        ``(..., out)`` in the natural order, in the dtype of ``x``.
+
+    Raises:
+        ValueError: If dtypes or devices differ, the blocks are not square or do not fit the weight, a permutation has
+            another length or dtype, or the width of ``x`` is not that of the weight.
+    """
+    _check(x, weight, d_out, d_in, rows, columns)
+    with torch.autocast(x.device.type, enabled=False):
+        if not serves(x) or not (torch.is_grad_enabled() and (d_out.requires_grad or d_in.requires_grad)):
+            return F.linear(x, fold(weight, d_out, d_in, rows, columns))
+        deviations = [reference.deviation(d.detach()) for d in (d_out, d_in)]
+        norms = [reference.largest(deviation) for deviation in deviations]
+        if not all(reference.invertible(norm) for norm in norms):
+            return F.linear(x, fold(weight, d_out, d_in, rows, columns))
+        e_out, e_in = (
+            deviation if reference.inverts_by_transposing(norm, x.dtype) else None
+            for deviation, norm in zip(deviations, norms, strict=True)
+        )
+        folded = fold(weight, d_out.detach(), d_in.detach(), rows, columns)
+        return PoetLinearFunction.apply(x, folded, d_out, d_in, (e_out, e_in), (rows, columns))
+
+
+def _check(x: Tensor, weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"poet_linear: x has {x.shape[-1]} features and the weight takes {weight.shape[1]}")
+    if x.dtype != weight.dtype or x.device != weight.device:
+        raise ValueError(
+            f"poet_linear: x is {x.dtype} on {x.device} and the weight {weight.dtype} on {weight.device}; cast one"
+        )
+    for side, displacement, width in (("output", d_out, weight.shape[0]), ("input", d_in, weight.shape[1])):
+        check_blocks("poet_linear", f"{side} displacement", displacement, x, "x", width)
+    check_permutation("poet_linear", "rows", rows, weight.shape[0], x)
+    check_permutation("poet_linear", "columns", columns, weight.shape[1], x)

@@ -1,0 +1,96 @@
+"""The public ``tangent`` and ``tangent_linear``: plain autograd functions that torch.compile traces through."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthotrain.kernels.tangent import reference
+
+
+class _Tangent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, generators: Tensor, order: Tensor | None, block_size: int) -> Tensor:
+        ctx.save_for_backward(x, order)
+        ctx.blocks, ctx.block_size = generators.shape[0], block_size
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        x, order = ctx.saved_tensors
+        (grad,) = grads
+        gradient = reference.activation_gradient(x, grad, order, ctx.blocks, ctx.block_size)
+        return grad, gradient, None, None
+
+
+class _TangentLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        out: Tensor | None,
+        into: Tensor | None,
+        order_out: Tensor | None,
+        order_in: Tensor | None,
+        sizes: tuple[int, int],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, order_out, order_in)
+        ctx.blocks = tuple(0 if g is None else g.shape[0] for g in (out, into))
+        ctx.sizes = sizes
+        return torch.nn.functional.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        x, stored, order_out, order_in = ctx.saved_tensors
+        (grad,) = grads
+        weight = stored.to(x.dtype)
+        rows = grad.reshape(-1, grad.shape[-1])
+        # a transient: contracted to the diagonal blocks and dropped
+        grad_weight = rows.mT @ x.reshape(-1, x.shape[-1])
+        grad_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        (n_out, n_in), (b_out, b_in) = ctx.blocks, ctx.sizes
+        out = reference.row_gradient(weight, grad_weight, order_out, n_out, b_out) if n_out else None
+        into = reference.column_gradient(weight, grad_weight, order_in, n_in, b_in) if n_in else None
+        return grad_x, None, out, into, None, None, None
+
+
+def tangent(x: Tensor, generators: Tensor, order: Tensor | None, block_size: int) -> Tensor:
+    """Return ``x``; in backward give ``generators`` the gradient of a block rotation of ``x`` at R = I.
+
+    Args:
+        x: Activations ``(..., d)``.
+        generators: ``(n, b(b-1)/2)``, known to be zero, ``n * b <= d``.
+        order: Permutation ``(d,)``, int64: the blocks lie on its first ``n * b`` places. None for the natural order.
+        block_size: Size b of a block.
+
+    Returns:
+        ``x`` itself, as a new view.
+    """
+    return _Tangent.apply(x, generators, order, block_size)
+
+
+def tangent_linear(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor | None,
+    into: Tensor | None,
+    order_out: Tensor | None,
+    order_in: Tensor | None,
+    sizes: tuple[int, int],
+) -> Tensor:
+    """Return ``x @ weight.T``; in backward give the generators of both sides their gradients through dL/dW.
+
+    Args:
+        x: ``(..., in)``.
+        weight: Frozen ``(out, in)`` in the natural frame, cast to the dtype of ``x`` for each product.
+        out: Generators of the output side ``(n, b(b-1)/2)``, known to be zero, or None.
+        into: Those of the input side, or None.
+        order_out: Permutation ``(out,)``, or None for the natural order.
+        order_in: Permutation ``(in,)``, or None for the natural order.
+        sizes: Block sizes of the output and of the input side.
+
+    Returns:
+        ``(..., out)``.
+    """
+    return _TangentLinear.apply(x, weight, out, into, order_out, order_in, sizes)

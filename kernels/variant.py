@@ -1,0 +1,31 @@
+"""A Triton kernel as it is shipped: with the dtypes, tile sizes and warps of one launch."""
+
+from typing import Any, NamedTuple
+
+
+class Variant(NamedTuple):
+    """What compiles one kernel ahead of time, without a GPU and without tensors.
+
+    The ``aot_variants()`` of an operation's ``triton.py`` returns the few that matter; a test compiles them for every
+    generation of GPU and holds their registers, spills and shared memory.
+
+    Attributes:
+        name: Unique in its operation, such as ``forward-b64-fp32``.
+        kernel: The ``triton.jit`` function.
+        signature: Type of every runtime argument by name, in Triton's spelling: ``*fp32``, ``*bf16``, ``i32``.
+            Pointers are taken to be divisible by 16, as those of tensors are.
+        constexprs: Value of every ``tl.constexpr`` argument by name.
+        num_warps: Warps of a program.
+        num_stages: Stages of software pipelining.
+        tensor_cores: Whether the kernel has a product that must run on the tensor cores.
+        aligned: Integer arguments that are divisible by 16 in a usual launch. Triton specialises on that.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    tensor_cores: bool = False
+    aligned: tuple[str, ...] = ()

@@ -1,0 +1,43 @@
+"""Unpacking by the Triton kernels: equal to the reference to the last bit."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orthotrain.kernels.dequant import dequant_int8, dequant_nf4, reference, triton
+
+DTYPES = st.sampled_from([torch.float32, torch.float16])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 9), st.integers(1, 5), st.integers(1, 90), DTYPES)
+def test_int8(rows, groups, group_size, dtype):
+    codes = torch.randint(-127, 128, (rows, groups * group_size), dtype=torch.int8)
+    scales = torch.rand(rows, groups)
+    assert torch.equal(dequant_int8(codes, scales, dtype), reference.dequant_int8_forward(codes, scales, dtype))
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("shape", "group_size"), [((3, 10), 32), ((4, 64), 64), ((67, 250), 32), ((0, 64), 64)])
+def test_nf4(shape, group_size, dtype, double):
+    """(67, 250) is more groups than one of the nested scales serves, and more values than one program."""
+    packed = torch.randint(0, 256, (shape[0], shape[1] // 2), dtype=torch.uint8)
+    groups = -(-shape[0] * shape[1] // group_size)
+    statistics = (torch.rand(groups), None, None, None)
+    if double:
+        absmax = torch.randint(0, 256, (groups,), dtype=torch.uint8)
+        statistics = (absmax, torch.rand(-(-groups // 256)), torch.rand(1), torch.randn(256).sort().values)
+    found = dequant_nf4(packed, *statistics, group_size=group_size, dtype=dtype)
+    assert found.shape == shape
+    assert torch.equal(found, reference.dequant_nf4_forward(packed, *statistics, group_size, dtype))
+
+
+def test_several_programs():
+    codes = torch.randint(-127, 128, (5, 1000), dtype=torch.int8)
+    assert codes.numel() > triton.SIZE
+    scales = torch.rand(5, 4)
+    assert torch.equal(
+        dequant_int8(codes, scales, torch.float32), reference.dequant_int8_forward(codes, scales, torch.float32)
+    )

@@ -1,0 +1,64 @@
+"""fold by the Triton kernels: equal to the fp64 reference within the rounding of its sums."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orthotrain.kernels.block_rotate import permutation
+from orthotrain.kernels.fold import fold, reference
+
+SIDE = st.tuples(st.integers(0, 3), st.integers(1, 12), st.integers(1, 20))
+TOLERANCE = {torch.float32: 2.0**-20, torch.float16: 2.0**-8}
+"""Of the norm: the half-folded weight is rounded to the dtype, and then the result."""
+
+
+def check(out_side, in_side, dtype, permuted, seed=0):
+    (n, b, rest_out), (m, c, rest_in) = out_side, in_side
+    rows, columns = n * b + rest_out, m * c + rest_in
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
+    weight, grad = draw(rows, columns), draw(rows, columns)
+    d_out, d_in = draw(n, b, b).requires_grad_(), draw(m, c, c).requires_grad_()
+    order_out = torch.randperm(rows, generator=generator) if permuted else None
+    order_in = torch.randperm(columns, generator=generator) if permuted else None
+    folded = fold(weight, d_out, d_in, order_out, order_in)
+    found = (folded, *torch.autograd.grad(folded, (d_out, d_in), grad))
+    wide = [t.detach().double() for t in (weight, d_out, d_in)]
+    expected = (
+        reference.fold_forward(*wide, order_out, order_in),
+        *reference.fold_backward(grad.double(), *wide, order_out, order_in),
+    )
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == dtype and got.shape == want.shape and not got.isnan().any()
+        assert (got.double() - want).norm() <= TOLERANCE[dtype] * want.norm()
+
+
+@pytest.mark.parametrize("passes", [False, True], ids=["scattered by the programs", "permuted in passes"])
+def test_any_shape(passes, monkeypatch):
+    monkeypatch.setattr(permutation, "FEWEST_ROWS", 1 if passes else 10**9)
+
+    @settings(max_examples=20, deadline=None)
+    @given(st.tuples(SIDE, SIDE, st.sampled_from(list(TOLERANCE)), st.booleans(), st.integers(0, 99)))
+    def run(case):
+        check(*case)
+
+    run()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_blocks_in_parts(dtype):
+    check((1, 130, 3), (1, 67, 2), dtype, permuted=True)
+
+
+def test_opcheck_and_full_graph():
+    d_out, d_in = torch.randn(2, 3, 3, requires_grad=True), torch.randn(1, 4, 4, requires_grad=True)
+    weight, orders = torch.randn(7, 5), (torch.randperm(7), torch.randperm(5))
+    torch.library.opcheck(torch.ops.orthotrain.fold.default, (weight, d_out, d_in, *orders))
+    compiled = torch.compile(fold, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(weight, d_out, d_in, *orders).square().sum(), (d_out, d_in))
+    expected = torch.autograd.grad(fold(weight, d_out, d_in, *orders).square().sum(), (d_out, d_in))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

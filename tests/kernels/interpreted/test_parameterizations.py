@@ -1,0 +1,147 @@
+"""cayley_neumann, exponential and cayley by the Triton kernels, against the references in fp64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orthotrain.kernels import chain_launch
+from orthotrain.kernels.cayley import cayley
+from orthotrain.kernels.cayley import reference as cayley_reference
+from orthotrain.kernels.cayley_neumann import cayley_neumann, cayley_neumann_generators
+from orthotrain.kernels.cayley_neumann import reference as neumann_reference
+from orthotrain.kernels.exponential import exponential
+from orthotrain.kernels.exponential import reference as exponential_reference
+from orthotrain.kernels.skew.reference import skew_forward
+
+OPS = {
+    "cayley": (cayley, cayley_reference.cayley_forward),
+    "exponential": (exponential, exponential_reference.exponential_forward),
+    **{
+        f"cayley_neumann_{order}": (
+            lambda q, order=order: cayley_neumann(q, order),
+            lambda q, order=order: neumann_reference.cayley_neumann_forward(q, order),
+        )
+        for order in (1, 2, 3, 4, 5)
+    },
+}
+every = pytest.mark.parametrize("name", OPS)
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
+"""Relative error in the Frobenius norm: a few roundings of fp32, one or two of fp16."""
+
+
+def random_skew(blocks, block_size, norm=0.5):
+    """Skew blocks in fp64, each of the given spectral norm."""
+    q = skew_forward(torch.randn(blocks, block_size * (block_size - 1) // 2, dtype=torch.float64), block_size)
+    return q * (norm / torch.linalg.matrix_norm(q, ord=2).clamp_min(1e-9))[:, None, None]
+
+
+def check(name, q, grad, tolerance):
+    """Value and gradient within a relative error of the fp64 reference, whose gradient autograd derives."""
+    op, reference = OPS[name]
+    q = q.detach().requires_grad_()
+    exact = q.detach().double().requires_grad_()
+    found, expected = op(q), reference(exact)
+    (found_grad,) = torch.autograd.grad(found, q, grad)
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
+    assert found.dtype == found_grad.dtype == q.dtype
+    for got, want in ((found, expected), (found_grad, expected_grad)):
+        assert (got.double() - want).norm() <= tolerance * want.norm(), name
+
+
+@given(
+    name=st.sampled_from(list(OPS)),
+    blocks=st.integers(0, 5),
+    block_size=st.integers(1, 20),
+    norm=st.sampled_from([0.01, 0.3, 1.0]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    layout=st.sampled_from(["contiguous", "expanded", "transposed"]),
+)
+@settings(max_examples=20, deadline=None)
+def test_values_and_gradients(name, blocks, block_size, norm, dtype, layout):
+    q = random_skew(blocks, block_size, norm).to(dtype)
+    grad = torch.randn(blocks, block_size, block_size).to(dtype)
+    if layout == "expanded":
+        grad = torch.ones((), dtype=dtype).expand(q.shape)
+    elif layout == "transposed":
+        q, grad = q.mT, grad.mT
+    check(name, q, grad, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("name", "block_size"), [("cayley", 64), ("exponential", 64), ("cayley_neumann_4", 64), ("cayley_neumann_4", 50)]
+)
+def test_larger_tiles(name, block_size):
+    check(name, random_skew(3, block_size).float(), torch.randn(3, block_size, block_size), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["exponential", "cayley_neumann_1", "cayley_neumann_3"])
+def test_a_launch_for_every_step(name, monkeypatch):
+    # memory for one block only, so that several blocks are several groups
+    monkeypatch.setattr(chain_launch, "SCRATCH_BYTES", 1)
+    check(name, random_skew(2, 65).float(), torch.randn(2, 65, 65), 1e-6)
+
+
+def test_several_tiles_of_128():
+    check("cayley_neumann_2", random_skew(1, 150).float(), torch.randn(1, 150, 150), 1e-6)
+
+
+def test_cayley_neumann_gradient_is_that_of_any_matrix():
+    # the derivative with respect to Q as a free matrix, not only along skew directions
+    check("cayley_neumann_4", torch.randn(2, 12, 12) * 0.1, torch.randn(2, 12, 12), 1e-6)
+
+
+@given(blocks=st.integers(0, 9), block_size=st.integers(1, 20), order=st.integers(1, 4), expanded=st.booleans())
+@settings(max_examples=10, deadline=None)
+def test_from_generators(blocks, block_size, order, expanded):
+    check_generators(blocks, block_size, order, expanded)
+
+
+@pytest.mark.parametrize("block_size", [64, 65])
+def test_from_generators_of_larger_blocks(block_size):
+    check_generators(2, block_size, 2, expanded=False)
+
+
+def check_generators(blocks, block_size, order, expanded):
+    generators = (torch.randn(blocks, block_size * (block_size - 1) // 2) / (2 * block_size)).requires_grad_()
+    exact = generators.detach().double().requires_grad_()
+    grad = torch.randn(block_size, block_size).expand(blocks, -1, -1)
+    grad = grad if expanded else grad.contiguous()
+    found = cayley_neumann_generators(generators, block_size, order)
+    expected = neumann_reference.cayley_neumann_forward(skew_forward(exact, block_size), order)
+    (found_grad,) = torch.autograd.grad(found, generators, grad)
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+    assert (found_grad - expected_grad).norm() <= 1e-6 * expected_grad.norm()
+
+
+@every
+def test_zero_is_exactly_zero(name):
+    assert torch.equal(OPS[name][0](torch.zeros(3, 6, 6)), torch.zeros(3, 6, 6))
+
+
+@pytest.mark.parametrize("norm", [2.0, 5.0, 10.0])
+def test_cayley_holds_at_large_norms(norm):
+    """The iteration starts from a bound of every block, so it converges at every norm; 1e-7 ||Q||^2 is lost."""
+    q = random_skew(2, 24, norm)
+    found, exact = cayley(q.float()).double(), cayley_reference.cayley_forward(q)
+    assert (found - exact).norm() <= 5e-7 * norm * exact.norm()
+
+
+def test_cayley_refuses_blocks_that_its_kernel_does_not_take():
+    with pytest.raises(
+        ValueError, match="cayley: kernels=triton, but its kernel takes blocks of up to 64 rows, not 65"
+    ):
+        cayley(torch.zeros(1, 65, 65))
+
+
+@pytest.mark.parametrize("name", ["cayley", "exponential", "cayley_neumann_4"])
+def test_compiles_as_one_graph_and_passes_opcheck(name):
+    op = OPS[name][0]
+    q = random_skew(2, 4).float().requires_grad_()
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    (found,) = torch.autograd.grad(compiled(q).square().sum(), q)
+    (expected,) = torch.autograd.grad(op(q).square().sum(), q)
+    assert torch.equal(found, expected)
+    arguments = (q, int(name[-1])) if name.startswith("cayley_neumann") else (q,)
+    torch.library.opcheck(getattr(torch.ops.orthotrain, name.rstrip("_12345")), arguments)

@@ -1,0 +1,79 @@
+"""Gradients at the identity against autograd through D(Q) at Q = 0, in fp64, by both ways."""
+
+import pytest
+import torch
+
+from orthotrain.kernels.block_rotate import block_rotate
+from orthotrain.kernels.tangent import tangent, tangent_linear
+from orthotrain.kernels.tangent.reference import activation_gradient
+from orthotrain.plugins import create
+
+SHAPES = [(24, 16, 4, 4), (23, 17, 4, 5), (10, 30, 10, 3)]  # in, out, block size in and out
+
+
+def draw(d_in, d_out, b_in, b_out):
+    x = torch.randn(3, 7, d_in, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(d_out, d_in, dtype=torch.float64)
+    generators = [
+        torch.zeros(d // b, b * (b - 1) // 2, dtype=torch.float64, requires_grad=True)
+        for d, b in ((d_out, b_out), (d_in, b_in))
+    ]
+    return x, weight, *generators, torch.randperm(d_out), torch.randperm(d_in)
+
+
+def gradients(y, inputs):
+    probe = torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view(y.shape)
+    return torch.autograd.grad((y * probe).sum() + y.square().sum(), inputs)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["cayley", "cayley_neumann", "exponential"])
+def test_equals_autograd_through_every_parameterization_at_zero(shape, name):
+    x, weight, out, into, order_out, order_in = draw(*shape)
+    b_in, b_out = shape[2:]
+    displacement = create(name).displacement
+    rotated = block_rotate(x, displacement(into, b_in), order_in, order_in)
+    y = block_rotate(rotated @ weight.T, displacement(out, b_out), order_out, order_out)
+    expected = gradients(y, (x, out, into))
+    through_weight = tangent_linear(x, weight, out, into, order_out, order_in, (b_out, b_in))
+    tapped = tangent(tangent(x, into, order_in, b_in) @ weight.T, out, order_out, b_out)
+    for got in (through_weight, tapped):
+        assert torch.equal(got, x @ weight.T)
+        for g, e in zip(gradients(got, (x, out, into)), expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-11, atol=1e-11)
+
+
+def test_natural_order_and_one_side():
+    x, weight, out, into, _, _ = draw(24, 16, 4, 4)
+    displacement = create("cayley").displacement
+    expected = gradients(block_rotate(x, displacement(into, 4)) @ weight.T, (x, into))
+    for y in (tangent(x, into, None, 4) @ weight.T, tangent_linear(x, weight, None, into, None, None, (0, 4))):
+        for g, e in zip(gradients(y, (x, into)), expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-11, atol=1e-11)
+
+
+def test_compiles_without_graph_breaks():
+    x, weight, out, into, order_out, order_in = draw(24, 16, 4, 4)
+
+    def run(x, out, into):
+        return tangent(tangent(x, into, order_in, 4) @ weight.T, out, order_out, 4)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for g, e in zip(gradients(compiled(x, out, into), (x, out, into)), gradients(run(x, out, into), (x, out, into)),
+                    strict=True):  # fmt: skip
+        torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("covered", [256, 192])
+def test_rows_in_chunks_add_up(dtype, bound, covered):
+    """More rows than a chunk has (2 MiB), the last one shorter, and features outside of the blocks."""
+    x, grad = torch.randn(9000, 256).to(dtype), torch.randn(9000, 256).to(dtype)
+    order, blocks = torch.randperm(256), covered // 32
+    got = activation_gradient(x, grad, order, blocks, 32)
+    exact = activation_gradient(x.double(), grad.double(), order, blocks, 32)
+    left, right = (t.double()[:, order[:covered]].unflatten(1, (blocks, 32)) for t in (x, grad))
+    product = torch.einsum("nkb,nkc->kbc", left, right)
+    rows, columns = torch.triu_indices(32, 32, offset=1)
+    torch.testing.assert_close(exact, 2 * (product - product.mT)[:, rows, columns])
+    assert got.dtype == torch.float32 and (got - exact).norm() <= bound * exact.norm()

@@ -1,13 +1,17 @@
-"""The command line: LightningCLI's fit, validate, test and predict, and export, plan and plugins beside them."""
+"""The command line: LightningCLI's fit, validate, test and predict, and commands of its own beside them."""
 
+import difflib
 import logging
+import signal
 import sys
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from typing import Any
+from importlib import metadata
+from typing import NoReturn
 
 from orthotrain.config_files import resolve_config_arguments
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import ConfigurationError, TrainingDiverged
 
 USAGE = """usage: orthotrain COMMAND [options]
 
@@ -18,53 +22,88 @@ USAGE = """usage: orthotrain COMMAND [options]
   export    merged model folder:      orthotrain export --ckpt CHECKPOINT --out DIR [--format hf|peft]
   plan      parameters and bytes of a config before anything is allocated
   plugins   the registered parameterizations
+  calibrate measure what the parts of a POET layer cost here, for centre=auto
 
 'orthotrain COMMAND --help' tells more. Several -c files are laid over each other; every key of a config can be given
-as --a.b.c VALUE. A config that is not found as a file is looked up among those that ship with the package."""
+as --a.b.c VALUE. A config that is not found as a file is looked up among those that ship with the package.
+
+  orthotrain fit --help                     options of the trainer
+  orthotrain fit --model.help PoetModule    options of a module, --data.help TextData those of its data
+  orthotrain fit -c CONFIG --print_config   the config of a run with every default
+  orthotrain fit -c CONFIG --run_folder DIR --ckpt_path last    go on from the newest checkpoint in DIR"""
+
+MEANT = {"train": "fit", "eval": "validate", "evaluate": "validate", "generate": "predict", "merge": "export"}
+"""What other programs call the commands."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; bad input ends in one line on standard error and exit code 2."""
+    """Run a command; bad input ends in one line on standard error and exit code 2, a diverged run in exit code 1."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         print(USAGE)
         return
+    if command == "--version":
+        print(f"orthotrain {metadata.version('orthotrain')}")
+        return
     try:
-        if command in ("fit", "validate", "test", "predict"):
+        if command in TRAINER_COMMANDS:
             run_trainer(resolve_config_arguments(arguments))
         elif command in COMMANDS:
             COMMANDS[command](resolve_config_arguments(arguments[1:]))
         else:
-            known = ", ".join(["fit", "validate", "test", "predict", *COMMANDS])
-            raise ConfigurationError(f"unknown command {command!r}: choose one of {known}")
+            raise ConfigurationError(_unknown(command))
+    except KeyboardInterrupt:
+        fail("interrupted", code=128 + signal.SIGINT)
     except ConfigurationError as error:
         fail(str(error))
+    except OSError as error:  # a folder that cannot be written, a full disk
+        if error.filename is None:
+            raise
+        fail(f"{str(error.filename)!r} cannot be read or written: {error.strerror}")
+    except TrainingDiverged as error:
+        fail(str(error), code=1)
 
 
-def fail(message: str) -> None:
-    """Print one line on standard error and exit with code 2."""
+def _unknown(command: str) -> str:
+    known = [*TRAINER_COMMANDS, *COMMANDS]
+    near = [MEANT[command]] if command in MEANT else difflib.get_close_matches(command, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"unknown command {command!r}: {hint}choose one of {', '.join(known)}"
+
+
+def fail(message: str, code: int = 2) -> None:
+    """Print one line on standard error and exit: 2 for bad input, 1 for a run that went wrong."""
     print(f"orthotrain: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def run_trainer(arguments: list[str]) -> None:
     """Run one of LightningCLI's commands."""
     _quiet()
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
     from orthotrain.lightning_cli import OrthotrainCLI
 
-    OrthotrainCLI(args=arguments)
+    try:
+        OrthotrainCLI(args=arguments)
+    except MisconfigurationException as error:  # Lightning's word for what the user asked of it
+        raise ConfigurationError(str(error)) from error
+    except SIGTERMException as stop:  # without a code outside of training: the process would exit with 0
+        sys.exit(stop.code or 128 + signal.SIGTERM)
 
 
 def export_command(arguments: list[str]) -> None:
     """``orthotrain export``: write a merged Hugging Face folder or a PEFT adapter from a checkpoint."""
-    from orthotrain.export import export_checkpoint
-
     parser = _parser("export", "Write a merged Hugging Face folder (safetensors, config, tokenizer) or a PEFT adapter.")
     parser.add_argument("--format", default="hf", choices=["hf", "peft"], help="merged model, or OFT adapter for PEFT")
     parser.add_argument("--ckpt", required=True, help="checkpoint of a run")
     parser.add_argument("--out", required=True, help="folder to write; must be new or empty")
     options = parser.parse_args(arguments)
+    from orthotrain.export import export_checkpoint  # takes seconds, which a refused command line need not
+
     print(f"wrote {export_checkpoint(options.ckpt, options.out, options.format)}")
 
 
@@ -77,18 +116,35 @@ def plan_command(arguments: list[str]) -> None:
 
 def plugins_command(arguments: list[str]) -> None:
     """``orthotrain plugins``: list the registered parameterizations, a line each."""
+    _parser("plugins", "List the registered parameterizations.").parse_args(arguments)
     from orthotrain.plugins import get, known
 
-    _parser("plugins", "List the registered parameterizations.").parse_args(arguments)
     for name in known():
         cls = get(name)
         print(f"{name:<18}{(cls.__doc__ or '').strip().splitlines()[0]}  [{cls.__module__}.{cls.__qualname__}]")
 
 
+def calibrate_command(arguments: list[str]) -> None:
+    """``orthotrain calibrate``: measure the parts of a POET layer, from which ``centre=auto`` chooses from then on."""
+    from pathlib import Path
+
+    from orthotrain.calibrate import calibrate, comparison, usable_device, write_table
+
+    parser = _parser("calibrate", "Measure what the parts of a POET layer cost on a device, for centre=auto.")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--out", help="file to write; by default centres.json in the cache folder, where layers look")
+    options = parser.parse_args(arguments)
+    entry, parts = calibrate(usable_device(options.device))
+    print(comparison(entry, parts))
+    print(f"wrote {write_table(entry, options.out and Path(options.out))}")
+
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": export_command,
     "plan": plan_command,
     "plugins": plugins_command,
+    "calibrate": calibrate_command,
 }
 
 
@@ -100,7 +156,12 @@ def _quiet() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
 
 
-def _parser(command: str, description: str) -> Any:
-    from argparse import ArgumentParser
+class _Parser(ArgumentParser):
+    """A parser whose complaints are a single line, as everywhere else."""
 
-    return ArgumentParser(prog=f"orthotrain {command}", description=description)
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{self.prog.removeprefix('orthotrain ')}: {message}; see {self.prog} --help")
+
+
+def _parser(command: str, description: str) -> ArgumentParser:
+    return _Parser(prog=f"orthotrain {command}", description=description)

@@ -6,9 +6,18 @@ import re
 from collections.abc import Iterable
 
 # A union reports every member it tried; these lines say what something is not, never why.
-_NOISE = re.compile(r"^(Does not validate|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|tip:|usage:)")
-_OPTION = re.compile(r"(?:accept option|Option|unrecognized arguments:) '?([\w.-]+)'?")
+_NOISE = re.compile(
+    r"^(Does not validate|Subtypes:|Subclass types|Errors:|Given value|Expected a <class 'NoneType'>|tip:|usage:"
+    r"|a class path \(str\)|a dict with)"
+)
+_OPTION = re.compile(r"(?:accept option|Option|unrecognized arguments:) '?([\w./-]+)'?")
 _CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+_NO_CLASS = re.compile(r"Not a valid subclass of (\w+)")
+_CALLABLE = re.compile(r"expects a function or a callable class: (.*?)(?:\. Got value|$)")
+_ATTRIBUTE = re.compile(r"has no attribute '(\w+)'")
+_TYPE = re.compile(r"^Expected a (?:<class '(?P<plain>\w+)'>|typing\.Literal\[(?P<words>.*?)\])")
+_GIVEN = re.compile(r"(?:Given value: |Got value: )(.*)")
+_REQUIRED = re.compile(r"arguments are required: (.*)")
 
 
 def one_line(message: str, bases: Iterable[type] = (), options: Iterable[str] = ()) -> str:
@@ -24,15 +33,50 @@ def one_line(message: str, bases: Iterable[type] = (), options: Iterable[str] = 
     causes = [(depth, line) for depth, line in lines if line and not _NOISE.match(line) and "arser key" not in line]
     if not causes:
         return " ".join(message.split())
-    # The first complaint at the greatest depth belongs to the first, most specific member of the union.
-    cause = max(causes, key=lambda item: item[0])[1]
+    # The first complaint at the greatest depth belongs to the first, most specific member of the union; that a value is
+    # not of a member's type says least.
+    depth = max(depth for depth, _ in causes)
+    deepest = [line for at, line in causes if at == depth]
+    cause = next((line for line in deepest if not _TYPE.match(line)), deepest[0])
     classes = loaded_subclasses(bases)
-    if match := _CLASS.search(cause):
+    if _TYPE.match(cause):
+        cause = _types(deepest, message)
+    elif match := _CLASS.search(cause):
         cause = f"unknown class {match.group(1)!r}{_near(match.group(1), [c.__name__ for c in classes])}"
+    elif match := _NO_CLASS.search(cause):
+        cause = _needs_class(match.group(1), classes)
+    elif match := _CALLABLE.search(cause):
+        attribute = _ATTRIBUTE.search(cause)
+        near = _near(attribute.group(1), [c.__name__ for c in classes]) if attribute else ""
+        cause = f"{match.group(1)}{near}"
+    elif match := _REQUIRED.search(cause):
+        names = re.sub(r"\b(fit|validate|test|predict)\.", "", match.group(1))
+        cause = f"no {names.replace(', ', ' and no ')} given: name a config, such as -c pretrain/quickstart.yaml"
     elif "did you mean" not in cause and (match := _OPTION.search(cause)):
-        known = {*(o.removeprefix("--") for o in options), *(p for c in classes for p in _parameters(c))}
-        cause += _near(match.group(1).removeprefix("--"), known)
+        cause += _option_hint(match.group(1), classes, options)
     return f"{address}: {cause}" if address else cause
+
+
+def _types(lines: list[str], message: str) -> str:
+    """Name the types of all members of a union, where each member only says that the value is not of its type."""
+    found: list[str] = []
+    for match in filter(None, map(_TYPE.match, lines)):
+        found += [match["plain"]] if match["plain"] else match["words"].replace("'", "").split(", ")
+    given = _GIVEN.findall(message)
+    return f"expected {' or '.join(dict.fromkeys(found))}" + (f", got {given[-1]!r}" if given else "")
+
+
+def _needs_class(base: str, classes: list[type]) -> str:
+    names = [c.__name__ for c in classes if base in (parent.__name__ for parent in c.__mro__[1:])]
+    known = [name for name in dict.fromkeys(names) if not name.startswith("_")]
+    return f"class_path must name a {base}" + (f", such as {', '.join(known[:6])}" if known else "")
+
+
+def _option_hint(name: str, classes: list[type], options: Iterable[str]) -> str:
+    if name.endswith((".yaml", ".yml")):
+        return f"; a config is given as -c {name}"
+    known = {*(o.removeprefix("--") for o in options), *(p for c in classes for p in _parameters(c))}
+    return _near(name.removeprefix("--"), known)
 
 
 def loaded_subclasses(bases: Iterable[type]) -> list[type]:
@@ -55,5 +99,5 @@ def _parameters(cls: type) -> list[str]:
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(set(known)), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name, sorted({*known} - {name}), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(near)}?" if near else ""

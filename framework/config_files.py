@@ -26,8 +26,11 @@ def resolve_config(name: str) -> str:
     if path is not None:
         _check_syntax(path)
         return str(path)
-    near = difflib.get_close_matches(name, shipped, n=3, cutoff=0.4) or sorted(shipped)
-    raise ConfigurationError(f"config {name!r} is neither a file nor shipped; shipped are {', '.join(near)}")
+    # as it was given, by its last part (quickstart.yaml) and without the suffix (pretrain/quickstart)
+    same = [full for full in shipped if Path(full).name == Path(name).name or full == f"{name}.yaml"]
+    near = same or difflib.get_close_matches(name, shipped, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else f"shipped are {', '.join(sorted(shipped))}"
+    raise ConfigurationError(f"config {name!r} is neither a file nor shipped; {hint}")
 
 
 def _check_syntax(path: Path) -> None:
@@ -38,7 +41,11 @@ def _check_syntax(path: Path) -> None:
 
 
 def resolve_config_arguments(arguments: list[str]) -> list[str]:
-    """Resolve the value of every ``-c``/``--config`` on a command line."""
+    """Resolve the value of every ``-c``/``--config`` on a command line.
+
+    Raises:
+        ConfigurationError: See :func:`resolve_config`; or if the last option has no value.
+    """
     resolved, expects = [], False
     for argument in arguments:
         option, equals, value = argument.partition("=")
@@ -49,4 +56,6 @@ def resolve_config_arguments(arguments: list[str]) -> list[str]:
         elif equals and option in ("-c", "--config"):
             argument = f"--config={resolve_config(value)}"
         resolved.append(argument)
+    if expects:
+        raise ConfigurationError(f"{arguments[-1]} needs the name of a config, such as pretrain/quickstart.yaml")
     return resolved

@@ -1,10 +1,14 @@
-"""The one exception for bad input, and the check of an argument that takes a few words."""
+"""The exceptions of the framework, and the check of an argument that takes a few words."""
 
 from typing import get_args
 
 
 class ConfigurationError(ValueError):
     """Bad input from the user: one line that names the thing, the value and what would work."""
+
+
+class TrainingDiverged(RuntimeError):
+    """A run whose loss or parameters are no longer finite: one line that names the step and what it found."""
 
 
 def check_choice(name: str, value: str, choices: object) -> None:

@@ -7,24 +7,30 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim.lr_scheduler import LRScheduler
 
 import orthotrain.callbacks
 import orthotrain.data
 import orthotrain.export
+import orthotrain.optimizers
 import orthotrain.schedules  # noqa: F401
+from orthotrain.callbacks.run_progress import RunProgress
 from orthotrain.callbacks.sample_writer import SampleWriter
 from orthotrain.config_errors import one_line
 from orthotrain.errors import ConfigurationError
 from orthotrain.models import ModelBuilder
-from orthotrain.modules import BaseModule, OftLayers, Optimization, PoetLayers
+from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
 from orthotrain.plugins import Parameterization
+from orthotrain.resume import checkpoint_folders, last_checkpoint
 
 CONFIGURABLE = (
-    BaseModule, ModelBuilder, OftLayers, Optimization, PoetLayers, Parameterization, L.LightningDataModule, L.Callback,
-    L.Trainer, Logger, LRScheduler, torch.optim.Optimizer,
+    BaseModule, ModelBuilder, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers, Parameterization,
+    L.LightningDataModule, L.Callback, L.Trainer, Logger, LRScheduler, torch.optim.Optimizer,
 )  # fmt: skip
 """What a config names by class: their subclasses and arguments are what a misspelt name is compared with."""
 
@@ -65,6 +71,27 @@ class OrthotrainCLI(LightningCLI):
             run=run,
         )
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add one option for what the trainer and every logger have one each for."""
+        parser.add_argument(
+            "--run_folder",
+            type=str | None,
+            default=None,
+            help="Folder of the run: checkpoints, logs, reports. In place of the trainer's default_root_dir and of the "
+            "loggers' save_dir.",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Put the run where ``--run_folder`` says."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.run_folder is None:
+            return
+        config.trainer.default_root_dir = config.run_folder
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        for logger in loggers:
+            if "save_dir" in getattr(logger, "init_args", ()):
+                logger.init_args.save_dir = config.run_folder
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without LightningCLI's warning about arguments that do not come from ``sys.argv``."""
         self.config = parser.parse_args(args)
@@ -81,6 +108,38 @@ class OrthotrainCLI(LightningCLI):
             raise ConfigurationError(f"--ckpt_path {path!r} does not exist; give a file of a run, or last, or best")
         if Path(path).is_file() and not zipfile.is_zipfile(path):
             raise ConfigurationError(f"--ckpt_path {path!r} is no checkpoint or is truncated; take an earlier one")
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Let ``--ckpt_path last`` be the newest checkpoint that is whole."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("ckpt_path") == "last":
+            kwargs["ckpt_path"] = last_checkpoint(self.trainer)
+            if kwargs["ckpt_path"] is None and subcommand != "fit":
+                raise ConfigurationError(f"--ckpt_path last: this run has no checkpoint to {subcommand}; fit it first")
+        elif kwargs.get("ckpt_path") is None:
+            self._tell_without_checkpoint(subcommand)
+        return kwargs
+
+    def _tell_without_checkpoint(self, subcommand: str) -> None:
+        """Say what a user who left out ``--ckpt_path`` may not have meant."""
+        if subcommand != "fit":
+            rank_zero_info(f"no --ckpt_path: {subcommand} takes the network as the config builds it, not a trained one")
+        for folder in checkpoint_folders(self.trainer) if subcommand == "fit" else ():
+            if folder.is_dir() and any(folder.rglob("*.ckpt")):
+                rank_zero_info(
+                    f"{folder} has checkpoints of an earlier run, which this one begins anew and may replace: to go on "
+                    "from them give --ckpt_path last, to keep them another --run_folder"
+                )
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        """Build the trainer, with this package's progress bar if the config names none."""
+        given = [config["callbacks"]] if isinstance(config["callbacks"], L.Callback) else config["callbacks"] or []
+        if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
+            callbacks = [*callbacks, RunProgress()]
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise ConfigurationError(f"trainer: {error}") from error
 
     def instantiate_classes(self) -> None:
         """Build module, data and trainer; what their constructors refuse comes out as one line."""
@@ -103,6 +162,11 @@ class OrthotrainCLI(LightningCLI):
 
 class PlanCLI(OrthotrainCLI):
     """Parses a config like fit, but builds the network from fake tensors and counts."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Let ``--help`` say what the command is."""
+        description = "Count the parameters and bytes of a config before anything is allocated."
+        return super().init_parser(**{**kwargs, "prog": "orthotrain plan", "description": description})
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Build no trainer: a plan for eight GPUs can be made on a laptop."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from orthotrain.errors import ConfigurationError, check_choice
+from orthotrain.model_folder import check_model_folder
 
 Task = Literal["causal_lm", "seq2seq_lm", "sequence_classification"]
 AUTO_CLASSES = {
@@ -31,12 +32,15 @@ class CausalLM(ModelBuilder):
     Args:
         config: Keys of the model type's Hugging Face configuration: ``hidden_size``, ``num_hidden_layers``, ...
         model_type: Any causal language model of transformers, by its ``model_type``.
+        gradient_checkpointing: Whether decoder layers are computed again in backward: their activations are not kept.
 
     Raises:
         ConfigurationError: If the model type or a key of ``config`` is unknown, naming the nearest known ones.
     """
 
-    def __init__(self, config: dict[str, Any] | None = None, model_type: str = "llama") -> None:
+    def __init__(
+        self, config: dict[str, Any] | None = None, model_type: str = "llama", gradient_checkpointing: bool = False
+    ) -> None:
         from transformers import CONFIG_MAPPING
 
         if model_type not in CONFIG_MAPPING:
@@ -50,13 +54,15 @@ class CausalLM(ModelBuilder):
                 raise ConfigurationError(f"{model_type} configuration has no key {key!r}; try {near}")
         self.model_type = model_type
         self.config = dict(config or {})
+        self.gradient_checkpointing = gradient_checkpointing
 
     def __call__(self) -> nn.Module:
         """Return the model in training mode, weights drawn from torch's global generator."""
         from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
         configuration = CONFIG_MAPPING[self.model_type](**self.config)
-        return AutoModelForCausalLM.from_config(configuration).train()
+        model = AutoModelForCausalLM.from_config(configuration)
+        return enable_checkpointing(model, self.gradient_checkpointing).train()
 
 
 class PretrainedModel(ModelBuilder):
@@ -68,6 +74,7 @@ class PretrainedModel(ModelBuilder):
         dtype: ``auto`` for the stored one, or a torch dtype's name such as ``bfloat16``.
         load_in_4bit: Whether transformers quantises the weights to NF4 with double quantisation while loading.
         options: More arguments of ``from_pretrained``, such as ``num_labels``.
+        gradient_checkpointing: Whether layers are computed again in backward: their activations are not kept.
 
     Raises:
         ConfigurationError: An unknown task or dtype; when it is built, a model that cannot be loaded.
@@ -80,6 +87,7 @@ class PretrainedModel(ModelBuilder):
         dtype: str = "auto",
         load_in_4bit: bool = False,
         options: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         check_choice("task", task, Task)
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -89,6 +97,7 @@ class PretrainedModel(ModelBuilder):
         self.dtype = dtype
         self.load_in_4bit = load_in_4bit
         self.options = dict(options or {})
+        self.gradient_checkpointing = gradient_checkpointing
 
     def __call__(self) -> nn.Module:
         """Load and return the model in training mode; code that comes with a model is never run."""
@@ -103,9 +112,18 @@ class PretrainedModel(ModelBuilder):
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=compute,
             )
+        check_model_folder(self.name)
         try:
             model = getattr(transformers, AUTO_CLASSES[self.task]).from_pretrained(self.name, **options)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
+        except Exception as error:  # damaged files raise whatever their bytes lead to
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigurationError(f"model {self.name!r} cannot be loaded: {first}") from error
-        return model.train()
+        return enable_checkpointing(model, self.gradient_checkpointing).train()
+
+
+def enable_checkpointing(model: Any, wanted: bool) -> Any:
+    """Return ``model``, if wanted with transformers' gradient checkpointing and without a cache for generation."""
+    if wanted:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.config.use_cache = False
+    return model

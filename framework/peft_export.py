@@ -15,6 +15,9 @@ from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftRotation
 from orthotrain.peft_format import PREFIX, PeftSettings, nearest_divisor, write_folder
 from orthotrain.plugins import Cayley, CayleyNeumann
 
+TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+"""End of a transformers class name -> PEFT's name of its task."""
+
 _INSTEAD = "merge and export the network instead"
 
 
@@ -49,7 +52,7 @@ def export_peft(network: nn.Module, folder: str | Path, base_model_name: str | N
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
     config = {
         "base_model_name_or_path": base_model_name or getattr(getattr(network, "config", None), "_name_or_path", None),
-        "task_type": "CAUSAL_LM" if type(network).__name__.endswith("ForCausalLM") else None,
+        "task_type": next((t for end, t in TASK_TYPES.items() if type(network).__name__.endswith(end)), None),
         "inference_mode": True,
         "target_modules": _targets(network, layers),
         "modules_to_save": saved or None,

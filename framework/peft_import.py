@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from orthotrain.adapters import OftLayer, rotation_of
 from orthotrain.errors import ConfigurationError
+from orthotrain.kernels.skew import block_size_of
 from orthotrain.layers import (
     OftConv2d,
     OftEmbedding,
@@ -171,9 +172,9 @@ def _check_kernel(conv: nn.Conv2d | None) -> None:
 def _rotation_for(features: int, tensor: Tensor, settings: PeftSettings) -> OftRotation:
     """Return a rotation whose generators have the shape of a tensor, or say why there is none."""
     rows, columns = tensor.shape if tensor.ndim == 2 else (0, 0)
-    block_size = (1 + math.isqrt(1 + 8 * columns)) // 2
-    blocks = features // block_size if settings.block_share else rows
-    if block_size < 2 or block_size * (block_size - 1) // 2 != columns or blocks * block_size != features:
+    block_size = block_size_of(columns) or 0
+    blocks = features // max(1, block_size) if settings.block_share else rows
+    if not block_size or blocks * block_size != features:
         raise ConfigurationError(
             f"generators of shape {tuple(tensor.shape)} are no blocks that fill its width of {features} "
             f"(block_share={settings.block_share})"

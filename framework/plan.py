@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthotrain.layers import mergeable_layers
-from orthotrain.modules import BaseModule
+from orthotrain.modules import BaseModule, Optimization
 
 GIB = 1024**3
 
@@ -79,19 +79,17 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
     frozen = [p for p in network.parameters() if not p.requires_grad] + list(network.buffers())
     rotations = [p for _, layer in mergeable_layers(network) for p in layer.rotation_parameters()]
     taken = {id(p) for p in rotations}
-    state = optimizer_bytes_per_number(module)
+    state = optimizer_bytes(module.optimization, module.optimization.groups(network))
     entries = (
         _entry("frozen", frozen),
         _entry("trainable, rotations", rotations),
         _entry("trainable, other", [p for p in trainable if id(p) not in taken]),
         _entry("gradients", trainable),
-        Entry("optimizer state", 0, round(state * sum(p.numel() for p in trainable))),
+        Entry("optimizer state", 0, state),
         Entry("activations (estimate)", 0, activations),
     )
-    note = (
-        f"one device, batch {batch_size} x {sequence_length}, precision {precision}, {state:g} bytes of optimizer state"
-    )
-    return Plan(entries, note + " a trained number")
+    note = f"one device, batch {batch_size} x {sequence_length}, precision {precision}"
+    return Plan(entries, note)
 
 
 def saved_bytes(owner: nn.Module, forward: Callable[[], Any]) -> int:
@@ -117,16 +115,26 @@ def saved_bytes(owner: nn.Module, forward: Callable[[], Any]) -> int:
     return sum(sizes.values())
 
 
-def optimizer_bytes_per_number(module: BaseModule, numbers: int = 1 << 16) -> float:
-    """Measure the optimizer's state on a small parameter: bytes for each trained number."""
-    probe = nn.Linear(numbers // 256, 256, bias=False)
-    for parameter in probe.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimization = module.optimization
-    optimizer = (optimization.optimizer or torch.optim.AdamW)([{"params": list(probe.parameters()), "lr": 0.0}])
-    optimizer.step()
-    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.ndim]
-    return sum(t.nbytes for t in tensors) / probe.weight.numel()
+def optimizer_bytes(optimization: Optimization, groups: list[dict[str, Any]]) -> int:
+    """Return the bytes of the optimizers' state for the trained parameters of ``groups``, by shape and dtype.
+
+    Measured, not assumed: every optimizer takes a step on one small real parameter of each group, and what it then
+    holds is scaled to the numbers of the group. An optimizer that keeps a state of another rank (GaLore) is
+    overestimated where a matrix is larger than the small one.
+    """
+    total = 0.0
+    for group in groups:
+        for dtype in {parameter.dtype for parameter in group["params"]}:
+            width = group["params"][0].shape[-1] if group["name"] == "rotations" else 256
+            probe = nn.Parameter(torch.zeros(-(-65536 // width), width, dtype=dtype))
+            probe.grad = torch.zeros_like(probe)
+            optimizer = optimization.build([{**group, "params": [probe]}])
+            optimizer.step()
+            tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+            held = sum(t.nbytes for t in tensors if t.ndim)
+            numbers = sum(p.numel() for p in group["params"] if p.dtype == dtype)
+            total += numbers * held / probe.numel()
+    return round(total)
 
 
 def _entry(category: str, tensors: Any) -> Entry:

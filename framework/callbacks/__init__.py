@@ -1,18 +1,28 @@
 """Callbacks: what happens around a training step."""
 
 from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint, restore_frozen
+from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
+from orthotrain.callbacks.finite_guard import FiniteGuard
 from orthotrain.callbacks.merge_rotations import MergeRotations, merge_rotations
+from orthotrain.callbacks.movement_monitor import MovementMonitor
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
 from orthotrain.callbacks.project_generators import ProjectGenerators
+from orthotrain.callbacks.run_progress import RunProgress
 from orthotrain.callbacks.run_report import RunReport
+from orthotrain.callbacks.spectrum_monitor import SpectrumMonitor
 from orthotrain.callbacks.throughput import Throughput
 
 __all__ = [
     "AdapterCheckpoint",
+    "FinalCheckpoint",
+    "FiniteGuard",
     "MergeRotations",
+    "MovementMonitor",
     "OrthogonalityMonitor",
     "ProjectGenerators",
+    "RunProgress",
     "RunReport",
+    "SpectrumMonitor",
     "Throughput",
     "merge_rotations",
     "restore_frozen",

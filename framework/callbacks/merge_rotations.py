@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.mergeable import Mergeable, mergeable_layers
+from orthotrain.layers.mergeable import Foldable, Mergeable, mergeable_layers
+from orthotrain.layers.sharding import gathered, whole
 
 
 class MergeRotations(L.Callback):
@@ -23,31 +24,62 @@ class MergeRotations(L.Callback):
     soon as one of its blocks goes farther, alone and without waiting for the period. Logged are ``merges`` of the whole
     model and ``early_merges`` of single layers.
 
+    Layers that fold every step (:class:`Foldable`) keep their permutations, and the optimizer its state, until
+    ``resample_every`` steps have passed.
+
     Args:
         every_n_steps: Optimizer steps between merges, T_m; at least 1.
         max_generator_norm: Largest Euclidean norm of one block's generators, an upper bound of its ``||Q||_2``, that
             waits for the next period; None for no bound. Measured after every optimizer step.
+        resample_every: Optimizer steps between new permutations, a multiple of ``every_n_steps``; None for at each
+            merge.
+
+    Attributes:
+        last_merge: Optimizer step after which the whole model was merged last, None before the first time.
 
     Raises:
-        ConfigurationError: If ``every_n_steps`` is below 1 or ``max_generator_norm`` is not positive, or the model has
-            no mergeable layer when fitting starts.
+        ConfigurationError: If ``every_n_steps`` is below 1, ``max_generator_norm`` not positive or ``resample_every``
+            no multiple; when fitting starts, if the model has no layer to merge, one that cannot keep its permutations,
+            or another callback merges too.
     """
 
-    def __init__(self, every_n_steps: int = 400, max_generator_norm: float | None = None) -> None:
+    def __init__(
+        self, every_n_steps: int = 400, max_generator_norm: float | None = None, resample_every: int | None = None
+    ) -> None:
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ConfigurationError(f"every_n_steps={every_n_steps!r}: merge every 1 or more optimizer steps")
         if max_generator_norm is not None and not max_generator_norm > 0:
             raise ConfigurationError(f"max_generator_norm={max_generator_norm!r}: take a positive norm, or null")
+        if resample_every is not None and (resample_every < 1 or resample_every % every_n_steps):
+            raise ConfigurationError(
+                f"resample_every={resample_every!r}: take a multiple of every_n_steps={every_n_steps}, 1 or more"
+            )
         self.every_n_steps = every_n_steps
         self.max_generator_norm = max_generator_norm
+        self.resample_every = resample_every or every_n_steps
         self.merges = self.early_merges = 0
+        self.last_merge: int | None = None
         self._last_step = 0
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Count from zero; a resumed run restores its counters after this."""
+        self.merges = self.early_merges = self._last_step = 0
+        self.last_merge = None
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse a model without a layer to merge."""
-        if next(mergeable_layers(pl_module), None) is None:
+        """Refuse a model without a layer to merge, or with one that another callback merges too."""
+        layers = dict(mergeable_layers(pl_module))
+        if not layers:
             raise ConfigurationError(
                 "MergeRotations found no layer to merge: wrap the model with replace_linears first"
+            )
+        if sum(isinstance(callback, MergeRotations) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise ConfigurationError("two callbacks merge the rotations of this model: keep one MergeRotations")
+        fixed = [name for name, layer in layers.items() if not isinstance(layer, Foldable)]
+        if fixed and self.resample_every != self.every_n_steps:
+            raise ConfigurationError(
+                f"resample_every={self.resample_every}: {fixed[0]} ({type(layers[fixed[0]]).__name__}) draws new "
+                "permutations at each merge; only layers that fold every step keep theirs"
             )
 
     def on_train_batch_end(
@@ -59,8 +91,13 @@ class MergeRotations(L.Callback):
             return
         self._last_step = step
         if self.should_merge(step):
-            merge_rotations(dict(mergeable_layers(pl_module)), trainer.optimizers)
+            layers = dict(mergeable_layers(pl_module))
+            if step % self.resample_every == 0:
+                merge_rotations(layers, trainer.optimizers)
+            else:
+                fold_rotations(layers)  # type: ignore[arg-type]
             self.merges += 1
+            self.last_merge = step
             pl_module.log("merges", float(self.merges), rank_zero_only=True)
         elif self.max_generator_norm is not None:
             far = layers_beyond(pl_module, self.max_generator_norm)
@@ -74,12 +111,17 @@ class MergeRotations(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Save the counters as plain values."""
-        return {"merges": self.merges, "early_merges": self.early_merges, "last_step": self._last_step}
+        return {
+            "merges": self.merges,
+            "early_merges": self.early_merges,
+            "last_merge": self.last_merge,
+            "last_step": self._last_step,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the counters, so that a merge at the checkpoint's step is not repeated."""
         self.merges, self.early_merges = state_dict["merges"], state_dict["early_merges"]
-        self._last_step = state_dict["last_step"]
+        self.last_merge, self._last_step = state_dict["last_merge"], state_dict["last_step"]
 
 
 def merge_rotations(layers: Mapping[str, Mergeable], optimizers: list[Optimizer]) -> None:
@@ -91,10 +133,18 @@ def merge_rotations(layers: Mapping[str, Mergeable], optimizers: list[Optimizer]
             dictionary of per-parameter state and fills it at the first step.
     """
     for layer in layers.values():
-        layer.merge_()
+        with gathered(layer):  # sharded layers one at a time
+            layer.merge_()
         for parameter in layer.rotation_parameters():
             for optimizer in optimizers:
                 optimizer.state.pop(parameter, None)
+
+
+def fold_rotations(layers: Mapping[str, Foldable]) -> None:
+    """Fold layers, keeping their permutations and the optimizers' state of their generators."""
+    for layer in layers.values():
+        with gathered(layer):
+            layer.fold_()
 
 
 @torch.no_grad()
@@ -104,7 +154,7 @@ def layers_beyond(model: nn.Module, norm: float) -> dict[str, Mergeable]:
     if not layers:
         return {}
     lengths = [
-        torch.stack([generators.norm(dim=-1).max() for generators in layer.rotation_parameters()]).max()
+        torch.stack([whole(generators).norm(dim=-1).max() for generators in layer.rotation_parameters()]).max()
         for layer in layers.values()
     ]
     beyond = torch.stack(lengths) > norm

@@ -5,6 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 import lightning as L
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.layers.sharding import gathered
 
 
 @runtime_checkable
@@ -44,5 +45,6 @@ class ProjectGenerators(L.Callback):
         """Project when an optimizer step has just been taken."""
         if trainer.global_step != self._last_step:
             for rotation in self._rotations:
-                rotation.project_()
+                with gathered(rotation):
+                    rotation.project_()
         self._last_step = trainer.global_step

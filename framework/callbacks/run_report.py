@@ -6,18 +6,24 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from orthotrain.callbacks.throughput import Throughput
+from orthotrain.callbacks.pictures import draw_lines, panels, run_folder, save
+from orthotrain.callbacks.spectrum_monitor import spectrum
+from orthotrain.callbacks.throughput import Throughput, logs_at
+from orthotrain.kernels.backend import describe
 from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.layers.sharding import is_sharded
+from orthotrain.spectrum import spectral_drift
 
 
 class RunReport(L.Callback):
     """Print a summary and draw the curves when fitting ends; both lie in the run folder.
 
-    The values lie in ``summary.json`` too. The loss before training is that of the trainer's sanity check: set
-    ``num_sanity_val_steps: -1`` for the whole validation split. What was seen is
-    part of the checkpoint, so a resumed run reports from the first step on.
+    The values lie in ``summary.json`` too, null where a run has none (``merges`` of one that merges nothing). The loss
+    before training is that of the trainer's sanity check: set ``num_sanity_val_steps: -1`` for the whole validation
+    split. What was seen is part of the checkpoint, so a resumed run reports from the first step on.
 
     Args:
         prompt: Text to continue in the sample; empty for no sample.
@@ -33,6 +39,7 @@ class RunReport(L.Callback):
         self.curves: dict[str, list[tuple[int, float]]] = {"train_loss": [], "val_loss": []}
         self.spectra: dict[str, torch.Tensor] = {}
         self._throughput: Throughput | None = None
+        self._trained = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the spectrum at the start; a resumed run has it from its checkpoint."""
@@ -52,20 +59,23 @@ class RunReport(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the training loss at the trainer's cadence."""
-        if trainer.global_step % trainer.log_every_n_steps == 0 and isinstance(outputs, dict):  # type: ignore
+        self._trained = True
+        if logs_at(trainer, trainer.global_step) and isinstance(outputs, dict):
             self.curves["train_loss"].append((trainer.global_step, float(outputs["loss"])))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw and print on the first rank."""
+        """Draw and print on the first rank; a run that had no step left to take keeps the report it has."""
+        if not self._trained:
+            rank_zero_info(f"no step was taken: the run is at step {trainer.global_step} of {trainer.max_steps}")
+            return
+        drift = spectrum_drift(pl_module, self.spectra) if self.spectra else None  # on all ranks: layers may be sharded
+        folder = run_folder(trainer)
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = "\n".join(self._lines(trainer, pl_module, folder))
-        (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
-        after = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
-        values = {"steps": trainer.global_step, "before": self.before, "after": after, "curves": self.curves}
+        values = self._values(trainer, pl_module, drift)
         (folder / "summary.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+        text = "\n".join([*self._lines(values, folder), *self._sample(trainer, pl_module)])
+        (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
         print("\n" + text, flush=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,32 +86,52 @@ class RunReport(L.Callback):
         """Go on from what was seen before."""
         self.before, self.curves, self.spectra = state_dict["before"], state_dict["curves"], state_dict["spectra"]
 
-    def _lines(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path) -> list[str]:
-        after = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        rows = [("optimizer steps", f"{trainer.global_step}")]
-        for key in (key for key in after if key.startswith("val_")):
-            before = f"{self.before[key]:.3f} -> " if key in self.before else ""
-            rows.append((f"validation {key.removeprefix('val_').replace('_', ' ')}", f"{before}{after[key]:.3f}"))
-        if self._throughput is not None:
-            rows.append(("tokens per second", f"{self._throughput.mean:,.0f}"))
-        trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in pl_module.parameters())
-        rows.append(("parameters", f"{trainable:,} trained of {total:,}"))
-        if self.spectra:
-            rows.append(("spectrum drift", f"{spectrum_drift(pl_module, self.spectra):.1e} (largest, relative)"))
-        rows.append(("curves", str(draw_curves(self.curves, folder / "curves.png"))))
+    def _values(self, trainer: L.Trainer, pl_module: L.LightningModule, drift: float | None) -> dict[str, Any]:
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "") or getattr(
             trainer.checkpoint_callback, "best_model_path", ""
         )
-        rows.append(("checkpoint", checkpoint or "none was written"))
+        return {
+            "steps": trainer.global_step,
+            "before": self.before,
+            "after": {name: value for name, value in logged.items() if name.startswith("val_")},
+            "tokens_per_second": (self._throughput.mean or None) if self._throughput is not None else None,
+            "kernels": describe(),
+            "trainable_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+            "total_parameters": sum(p.numel() for p in pl_module.parameters()),
+            "merges": int(logged["merges"]) if "merges" in logged else None,
+            "early_merges": int(logged["early_merges"]) if "early_merges" in logged else None,
+            "spectrum_drift": drift,
+            "checkpoint": checkpoint or None,
+            "curves": self.curves,
+        }
+
+    def _lines(self, values: dict[str, Any], folder: Path) -> list[str]:
+        rows = [("optimizer steps", f"{values['steps']}")]
+        for key, after in values["after"].items():
+            before = f"{self.before[key]:.3f} -> " if key in self.before else ""
+            rows.append((f"validation {key.removeprefix('val_').replace('_', ' ')}", f"{before}{after:.3f}"))
+        if values["tokens_per_second"] is not None:
+            rows.append(("tokens per second", f"{values['tokens_per_second']:,.0f}"))
+        rows.append(("kernels", values["kernels"]))
+        rows.append(("parameters", f"{values['trainable_parameters']:,} trained of {values['total_parameters']:,}"))
+        if values["merges"] is not None:
+            early = values["early_merges"]
+            ahead = "" if early is None else f", {early} of single layers ahead of time"
+            rows.append(("merges", f"{values['merges']}{ahead}"))
+        if values["spectrum_drift"] is not None:
+            rows.append(("spectrum drift", f"{values['spectrum_drift']:.1e} (largest, relative)"))
+        rows.append(("curves", str(draw_curves(self.curves, folder / "curves.png"))))
+        rows.append(("checkpoint", values["checkpoint"] or "none was written"))
         rows.append(("run folder", str(folder)))
-        lines = [f"{name:<26}{value}" for name, value in rows]
-        return lines + self._sample(trainer, pl_module)
+        return [f"{name:<26}{value}" for name, value in rows]
 
     def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         network = getattr(pl_module, "model", None)
         if not self.prompt or tokenizer is None or network is None or not hasattr(network, "generate"):
+            return []
+        if is_sharded(network):  # one rank alone cannot compute
             return []
         ids = torch.tensor([tokenizer.encode(self.prompt)], device=pl_module.device)
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
@@ -123,31 +153,18 @@ class RunReport(L.Callback):
 def singular_values(model: nn.Module, layers: int) -> dict[str, torch.Tensor]:
     """Return name -> singular values (fp32, descending) of the merged weights of the first mergeable layers."""
     chosen = list(mergeable_layers(model))[:layers]
-    return {name: torch.linalg.svdvals(layer.merged_weight().float()).cpu() for name, layer in chosen}
+    return {name: spectrum(layer) for name, layer in chosen}
 
 
 def spectrum_drift(model: nn.Module, start: dict[str, torch.Tensor]) -> float:
-    """Return ``max |s_i - s_i(start)| / s_1(start)`` over the watched layers."""
+    """Return the largest :func:`spectral_drift` of the watched layers."""
     now = singular_values(model, len(start))
-    return max(float((now[name] - values).abs().max() / values.max()) for name, values in start.items())
+    return max(spectral_drift(now[name], values) for name, values in start.items())
 
 
 def draw_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> Path:
     """Draw loss over optimizer steps as a PNG and return its path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, points in curves.items():
-        if points:
-            axes.plot(
-                *zip(*points, strict=True), label=name.replace("_", " "), marker="o" if len(points) < 20 else None
-            )
-    axes.set(xlabel="optimizer step", ylabel="nats per token")
-    axes.grid(alpha=0.3)
-    if any(curves.values()):
-        axes.legend()
-    figure.savefig(path, dpi=120)
-    return path
+    figure, (axes,) = panels(["loss"])
+    lines = {name.replace("_", " "): points for name, points in curves.items()}
+    draw_lines(axes, lines, xlabel="optimizer step", ylabel="nats per token")
+    return save(figure, path)

@@ -6,6 +6,8 @@ from typing import Any
 
 import lightning as L
 
+from orthotrain.generation import generated_tokens
+
 
 class SampleWriter(L.Callback):
     """Write the continuations of ``predict`` to ``samples-<rank>.jsonl`` in the run folder: prompt and continuation."""
@@ -32,9 +34,10 @@ class SampleWriter(L.Callback):
             return
         with self.path.open("a", encoding="utf-8") as file:
             for prompt, output in zip(batch["input_ids"], outputs, strict=True):
+                answer = generated_tokens(getattr(pl_module, "model", None), output, len(prompt))
                 row = {
                     "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-                    "continuation": tokenizer.decode(output[len(prompt) :], skip_special_tokens=True),
+                    "continuation": tokenizer.decode(answer, skip_special_tokens=True),
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 class Throughput(L.Callback):
     """Log ``tokens_per_second`` with the trainer's step metrics; validation and checkpoints do not count.
 
-    The mean over the whole run is kept in :attr:`mean`.
+    The mean over the whole run is kept in :attr:`mean`; a run whose batches hold no tokens logs nothing.
     """
 
     def __init__(self) -> None:
@@ -37,9 +37,15 @@ class Throughput(L.Callback):
         tokens = count_inputs(batch) * trainer.world_size
         self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
         self._window_tokens, self._window_seconds = self._window_tokens + tokens, self._window_seconds + seconds
-        if (trainer.fit_loop.total_batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if logs_at(trainer, trainer.fit_loop.total_batch_idx + 1) and self._window_tokens:
             pl_module.log("tokens_per_second", self._window_tokens / self._window_seconds, prog_bar=True)
             self._window_tokens, self._window_seconds = 0, 0.0
+
+
+def logs_at(trainer: L.Trainer, count: int) -> bool:
+    """Tell whether the trainer logs at step ``count`` (from 1): every ``log_every_n_steps``, 0 being never."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and count % every == 0
 
 
 def count_inputs(batch: Any) -> int:

@@ -2,12 +2,10 @@
 
 import contextlib
 import hashlib
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data.readers import Document
@@ -15,6 +13,7 @@ from orthotrain.data.sources import Corpus
 from orthotrain.data.token_cache import TokenCacheWriter
 from orthotrain.data.tokenizers import fingerprint, train_tokenizer
 from orthotrain.errors import ConfigurationError
+from orthotrain.progress import Progress
 
 SPLITS = ("train", "val", "test")
 TOKENIZER_SAMPLE_BYTES = 32 << 20
@@ -66,11 +65,11 @@ def learn_tokenizer(corpus: Corpus, splitter: Splitter, vocab_size: int) -> PreT
             f"source {corpus.description}: the train split holds no document; lower val_fraction and test_fraction, or "
             "give more documents"
         )
-    with progress(f"training a tokenizer of {vocab_size} tokens", total) as advance:
-        return train_tokenizer(_counted(sample(), advance), vocab_size)
+    with Progress(f"training a tokenizer of {vocab_size} tokens", total) as bar:
+        return train_tokenizer(_counted(sample(), bar.advance), vocab_size)
 
 
-def _counted(texts: Iterable[str], advance: Callable[[int], None]) -> Iterator[str]:
+def _counted(texts: Iterable[str], advance: Callable[[float], None]) -> Iterator[str]:
     for text in texts:
         yield text
         advance(len(text))
@@ -93,12 +92,12 @@ def build_caches(
     """
     size, identity = corpus.size(), fingerprint(tokenizer)
     with contextlib.ExitStack() as stack:
-        advance = stack.enter_context(progress("tokenizing", size))
+        bar = stack.enter_context(Progress("tokenizing", size))
         paths = {split: folder / f"{split}.tokens" for split in SPLITS}
         writers = {name: stack.enter_context(TokenCacheWriter(path, vocab_size)) for name, path in paths.items()}
         for document, tokens, text_bytes in encode(corpus.documents(), tokenizer):
             writers[splitter(document)].append(tokens, text_bytes, int(document.complete))
-            advance(text_bytes)
+            bar.advance(text_bytes)
         for writer in writers.values():
             writer.commit(identity, source)
 
@@ -138,23 +137,3 @@ def _encode_chunk(
         if document.complete:
             tokens.append(tokenizer.eos_token_id)
         yield document, tokens, len(document.text.encode())
-
-
-@contextlib.contextmanager
-def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show a long step: a bar on a terminal, one log line otherwise.
-
-    Yields:
-        A function to call with the bytes done.
-    """
-    if not sys.stderr.isatty():
-        rank_zero_info(f"{what}: {'unknown size' if total is None else f'{total / 1e6:.1f} MB'}")
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)

@@ -1,6 +1,5 @@
 """From a conversation to tokens, and which of them are responses: the tokens that count in the loss."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,19 @@ class EncodedExample:
     prompt_length: int
 
 
+def check_template(prompt_template: str) -> str:
+    """Return a template that has a place for the prompt.
+
+    Raises:
+        ConfigurationError: It has none.
+    """
+    if "{prompt}" not in prompt_template:
+        raise ConfigurationError(
+            f"prompt_template {prompt_template!r}: has no place for the prompt; write {{prompt}} where it goes"
+        )
+    return prompt_template
+
+
 class ExampleEncoder:
     r"""Writes conversations the way the model will meet them, and marks the responses.
 
@@ -48,29 +60,16 @@ class ExampleEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt_template: str | None = None) -> None:
-        if prompt_template is not None and "{prompt}" not in prompt_template:
-            raise ConfigurationError(
-                f"prompt_template {prompt_template!r}: has no place for the prompt; write {{prompt}} where it goes"
-            )
         self.tokenizer = tokenizer
         self.has_chat_template = bool(tokenizer.chat_template)
-        self.prompt_template = prompt_template
+        self.prompt_template = None if prompt_template is None else check_template(prompt_template)
         if prompt_template is None and not self.has_chat_template:
             self.prompt_template = PLAIN_TEMPLATE
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        special = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._special = re.compile("|".join(special)) if special else None
         empty = self._backend.encode("", add_special_tokens=True).ids
         self._beginning = empty[:1] if empty[:1] == [tokenizer.bos_token_id] else []
-
-    def special_token_in(self, example: Example) -> str | None:
-        """A special token that the text spells, such as ``</s>``: it would be taken for the real one."""
-        for _, content in example.messages:
-            if self._special is not None and (match := self._special.search(content)):
-                return match[0]
-        return None
 
     def __call__(self, example: Example) -> EncodedExample:
         """Tokenize an example.

@@ -8,17 +8,19 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data.building import Splitter
-from orthotrain.data.chat import ExampleEncoder, load_instruction_tokenizer
+from orthotrain.data.chat import load_instruction_tokenizer
 from orthotrain.data.docstrings import STDLIB_DOCSTRINGS
+from orthotrain.data.encoding import OnTooLong, encode_rows
 from orthotrain.data.instruction_loaders import Loading, eval_loader, train_loader
 from orthotrain.data.instruction_rows import Columns, Example
 from orthotrain.data.instruction_sources import read_examples
+from orthotrain.data.layouts import LayoutName, make_layout
 from orthotrain.data.packing import PackedRows
 from orthotrain.data.padding import PaddedRows
 from orthotrain.data.prompts import choose_rows, generation_batch
 from orthotrain.data.readers import Document
 from orthotrain.data.sampling import EpochProgress, ResumableLoader
-from orthotrain.data.token_rows import OnTooLong, TokenRows, encode_rows
+from orthotrain.data.token_rows import TokenRows
 from orthotrain.data.tokenizers import check_same_tokenizer, fingerprint, tokenizer_state, tokens_in
 from orthotrain.errors import ConfigurationError
 
@@ -40,6 +42,9 @@ class InstructionData(LightningDataModule):
     static length and cannot see each other (see `PackedRows`; the model must attend by scaled-dot-product attention).
     Rows are tokenized into memory, about 5 bytes a token, once per process.
 
+    For encoder-decoders set ``layout`` to ``seq2seq``: ``input_ids`` are then the prompt and ``labels`` the response,
+    not shifted, as the networks of transformers expect them (`OftModule` with ``objective: model``).
+
     Args:
         tokenizer: The model's: a tokenizer.json, a folder with one, a Hugging Face name, or a .ckpt of orthotrain.
         source: ``python-stdlib-docstrings`` (functions of the standard library and their docstrings), a file, folder or
@@ -50,8 +55,11 @@ class InstructionData(LightningDataModule):
         response_column: Key of a row's response.
         messages_column: Key of a row's chat messages, objects with role (system, user, assistant) and content.
         prompt_template: Text around a prompt, ``{prompt}`` standing for it; by default the tokenizer's chat template,
-            or ``"{prompt}\n"`` where it has none. Chat messages always use the chat template.
+            or ``"{prompt}\n"`` where it has none. Chat messages always use the chat template. With layout ``seq2seq``
+            the prompt alone by default.
+        layout: ``causal``, prompt and response in one sequence, or ``seq2seq``, the one read and the other written.
         max_length: Most tokens of an input; with packing, the length of all inputs.
+        max_response_length: Most tokens of a response in layout ``seq2seq``; by default as ``max_length``.
         on_too_long: Longer rows are dropped, truncated at the end, or an error; counted and logged.
         packing: Put several rows in one sequence.
         batch_size: Sequences of one batch on one device.
@@ -79,7 +87,9 @@ class InstructionData(LightningDataModule):
         response_column: str = "response",
         messages_column: str = "messages",
         prompt_template: str | None = None,
+        layout: LayoutName = "causal",
         max_length: int = 512,
+        max_response_length: int | None = None,
         on_too_long: OnTooLong = "drop",
         packing: bool = False,
         batch_size: int = 8,
@@ -90,9 +100,11 @@ class InstructionData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
+        self.layout = layout
         self.max_length = max_length
         self.batch_size = batch_size
         self._check_arguments()
+        self._layout = make_layout(layout, max_length, max_response_length, packing)
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self._rows: dict[str, TokenRows] = {}
         self._restored: dict[str, Any] = {}
@@ -167,13 +179,11 @@ class InstructionData(LightningDataModule):
             return splits[0] if len(splits) == 1 else splitter(Document(None, example.key))
 
         columns = Columns(given.prompt_column, given.response_column, given.messages_column)
-        encoder = ExampleEncoder(self.tokenizer, given.prompt_template)
+        encoder = self._layout.encoder(self.tokenizer, given.prompt_template)
         rank_zero_info(f"tokenizing the rows of {source!r}")
-        rows, account = encode_rows(
-            read_examples(source, columns), encoder, split_of, self.max_length, given.on_too_long
-        )
-        rank_zero_info(f"{source!r}: {account.line(self.max_length)}")
-        self._rows |= {split: rows.get(split, TokenRows()) for split in splits}
+        rows, account = encode_rows(read_examples(source, columns), encoder, split_of, self._layout, given.on_too_long)
+        rank_zero_info(f"{source!r}: {account.line()}")
+        self._rows |= {split: rows.get(split, self._layout.rows()) for split in splits}
         self.rows_used += account.used
         self.rows_dropped += account.dropped
 
@@ -243,8 +253,8 @@ class InstructionData(LightningDataModule):
             split: ``val``, ``test`` or ``train``.
 
         Returns:
-            Batches of ``input_ids`` and ``attention_mask``, int64 of shape ``(B, T)``, padded on the left, and
-            ``references``, a list of B strings; the same number of rows on each rank.
+            Batches of ``input_ids`` and ``attention_mask``, int64 of shape ``(B, T)``, padded on the left (on the right
+            for an encoder), and ``references``, a list of B strings; the same number of rows on each rank.
 
         Raises:
             ConfigurationError: There is no such split.

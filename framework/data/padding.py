@@ -1,10 +1,12 @@
 """Rows of similar length in one padded batch, in a deterministic order that ranks share and that resumes."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from orthotrain.data.sampling import TrainSampler
@@ -14,10 +16,16 @@ POOL_BATCHES = 64
 """How many batches are sorted together: more pads less, fewer shuffles better."""
 
 
+def pad(rows: Sequence[torch.Tensor], value: int, side: Literal["left", "right"] = "right") -> torch.Tensor:
+    """Return rows of shape ``(length,)`` as one ``(B, longest)``, filled up with ``value`` on a side."""
+    return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
+
+
 class PaddedRows(Dataset):
     """Rows padded on the right to the longest of their batch.
 
-    A batch is ``input_ids``, ``labels`` and ``attention_mask`` (1 on tokens, 0 on padding), int64 of shape ``(B, T)``.
+    A batch is ``input_ids``, ``labels`` and ``attention_mask`` (1 on tokens, 0 on padding), int64 of shape ``(B, T)``;
+    for an encoder-decoder the labels are as wide as the longest response.
 
     Args:
         rows: The rows.
@@ -34,23 +42,18 @@ class PaddedRows(Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Inputs of the row behind each index."""
+        """Length of the row behind each index."""
         return self.rows.lengths[self.order]
 
     def __getitem__(self, index: int | list[int]) -> dict[str, torch.Tensor]:
         """The batch of these rows; a batch of one for a single index."""
         pairs = [self.rows.inputs_and_labels(row) for row in self.order[np.atleast_1d(index)].tolist()]
-        shape = len(pairs), max(len(inputs) for inputs, _ in pairs)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token),
-            "labels": torch.full(shape, IGNORED),
-            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        inputs, labels = zip(*(map(torch.from_numpy, pair) for pair in pairs), strict=True)
+        return {
+            "input_ids": pad(inputs, self.pad_token),
+            "labels": pad(labels, IGNORED),
+            "attention_mask": pad([torch.ones_like(row) for row in inputs], 0),
         }
-        for place, (inputs, labels) in enumerate(pairs):
-            batch["input_ids"][place, : len(inputs)] = torch.from_numpy(inputs)
-            batch["labels"][place, : len(inputs)] = torch.from_numpy(labels)
-            batch["attention_mask"][place, : len(inputs)] = 1
-        return batch
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         """What a loader that batches by itself asks for."""

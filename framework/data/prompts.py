@@ -5,27 +5,27 @@ from typing import Any
 import numpy as np
 import torch
 
+from orthotrain.data.padding import pad
 from orthotrain.data.token_rows import TokenRows
 
 
 def generation_batch(rows: TokenRows, chosen: list[int], pad_token: int) -> dict[str, Any]:
-    """Prompts padded on the left, so that all of them end where generation begins.
+    """Prompts of one width: padded on the left where generation goes on at their end, on the right for an encoder.
 
     Args:
         rows: The rows.
         chosen: Which of them.
-        pad_token: What fills the beginning.
+        pad_token: What fills the rest.
 
     Returns:
         ``input_ids`` and ``attention_mask``, int64 of shape ``(B, T)``, and ``references``, a list of B strings.
     """
-    prompts = [rows.prompt(row) for row in chosen]
-    shape = len(prompts), max(map(len, prompts))
-    tokens, mask = torch.full(shape, pad_token), torch.zeros(shape, dtype=torch.int64)
-    for place, prompt in enumerate(prompts):
-        tokens[place, shape[1] - len(prompt) :] = torch.tensor(prompt)
-        mask[place, shape[1] - len(prompt) :] = 1
-    return {"input_ids": tokens, "attention_mask": mask, "references": [rows.references[row] for row in chosen]}
+    prompts = [torch.tensor(rows.prompt(row)) for row in chosen]
+    return {
+        "input_ids": pad(prompts, pad_token, rows.prompt_padding),
+        "attention_mask": pad([torch.ones_like(prompt) for prompt in prompts], 0, rows.prompt_padding),
+        "references": [rows.references[row] for row in chosen],
+    }
 
 
 def choose_rows(rows: TokenRows, samples: int) -> list[int]:

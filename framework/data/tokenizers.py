@@ -97,7 +97,8 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerFast:
         if path.is_file():
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
         else:
-            tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+            source = str(path) if path.is_dir() else name
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception, the hub client many types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigurationError(

@@ -35,6 +35,9 @@ class BlockRotation(nn.Module):
         permutation: ``(d,)`` int64, or None for the natural order.
         shared: Whether one row of generators serves all blocks.
 
+    Attributes:
+        known_identity: Whether the layer folds every step, so that no forward pass needs the displacement.
+
     Raises:
         ConfigurationError: If no block of this size fits, naming the sizes that do.
     """
@@ -65,6 +68,7 @@ class BlockRotation(nn.Module):
         self.generators = nn.Parameter(torch.zeros(1 if shared else self.blocks, width, dtype=torch.float32))
         self.register_buffer("permutation", permutation)
         self.pooled: tuple[Pooled, int] | None = None
+        self.known_identity = False
 
     def displacement(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``D = R - I``, ``(n, b, b)``, computed in the generators' dtype and cast to ``dtype``."""
@@ -114,3 +118,15 @@ def check_block_size(features: int, block_size: int) -> None:
         raise ConfigurationError(
             f"block_size={block_size!r} does not fit {features} features: take an integer from 2 to {features}"
         )
+
+
+def check_parameterization(spec: Parameterization | str) -> None:
+    """Refuse a parameterization that does not exist.
+
+    Raises:
+        ConfigurationError: Naming it and the known ones.
+    """
+    try:
+        create(spec)
+    except ValueError as error:
+        raise ConfigurationError(f"parameterization: {error}") from error

@@ -36,7 +36,9 @@ class DisplacementPool:
         for module in network.modules():
             if getattr(module, "gradient_checkpointing", False):  # transformers sets it where it recomputes
                 return
-            if isinstance(module, BlockRotation) and not isinstance(module.generators, DTensor):
+            if not isinstance(module, BlockRotation) or module.known_identity:
+                continue
+            if not isinstance(module.generators, DTensor):
                 groups.setdefault((module.block_size, module.parameterization), []).append(module)
         for group in groups.values():
             if len(group) > 1:

@@ -22,9 +22,17 @@ class FrozenWeight(nn.Module, ABC):
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ W.T + bias``, ``(..., in) -> (..., out)``; differentiable in ``x`` and ``bias``."""
 
+    @property
     @abstractmethod
-    def dequantize(self) -> Tensor:
-        """Return ``W (out, in)`` as a floating-point tensor (the stored one where there is nothing to convert)."""
+    def dtype(self) -> torch.dtype:
+        """Dtype that products are computed in without autocast."""
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return ``W (out, in)`` in ``dtype``, None for :attr:`dtype` (the stored tensor where nothing is converted).
+
+        In fp32 or wider it is all that is stored, whatever the dtype of products.
+        """
 
     @abstractmethod
     def assign_(self, weight: Tensor, generator: torch.Generator | None = None) -> None:
@@ -55,9 +63,14 @@ class DenseWeight(FrozenWeight):
         """Return ``x @ W.T + bias``, ``(..., in) -> (..., out)``; autocast applies as in nn.Linear."""
         return F.linear(x, self.values, bias)
 
-    def dequantize(self) -> Tensor:
-        """Return the stored matrix itself, ``(out, in)``."""
-        return self.values
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the stored matrix."""
+        return self.values.dtype
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the stored matrix itself ``(out, in)``, or a copy of it in another ``dtype``."""
+        return self.values if dtype is None else self.values.to(dtype)
 
     @torch.no_grad()
     def assign_(self, weight: Tensor, generator: torch.Generator | None = None) -> None:

@@ -1,6 +1,7 @@
 """What callbacks and export know of a layer: how to fold its rotation away."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -24,6 +25,35 @@ class Mergeable(Protocol):
 
     def unwrap(self) -> nn.Module:
         """Return a plain torch module that computes the same, with the merged weight."""
+
+
+@runtime_checkable
+class Foldable(Mergeable, Protocol):
+    """A layer that can also be folded without drawing the next permutations."""
+
+    def fold_(self) -> None:
+        """Fold the rotations into the frozen weight and reset them; the permutations stay as they are."""
+
+
+@dataclass(frozen=True)
+class SideCoverage:
+    """How far rotations have reached on one side of a layer since the start, the present period included.
+
+    Args:
+        periods: ``(width,)`` int64: in how many merge periods a coordinate lay in a block.
+        pairs: Part of all pairs of coordinates that have lain in one block at least once, estimated from a sample.
+    """
+
+    periods: Tensor
+    pairs: float
+
+
+@runtime_checkable
+class Covering(Protocol):
+    """A layer whose blocks cover other coordinates after each merge."""
+
+    def coverage(self) -> dict[str, SideCoverage]:
+        """Return the coverage of each rotated side, ``in`` and ``out``."""
 
 
 def mergeable_layers(model: nn.Module) -> Iterator[tuple[str, Mergeable]]:

@@ -65,8 +65,16 @@ class OftRotation(BlockRotation):
             return x
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32) if self.rotation_dtype == "float32" else x.dtype
-            displacement = self._drop(self.displacement()).to(dtype)
-            return block_rotate(x.to(dtype), displacement).to(x.dtype)
+            return block_rotate(x.to(dtype), self.training_displacement(dtype)).to(x.dtype)
+
+    def training_displacement(self, dtype: torch.dtype) -> Tensor:
+        """Return ``D (n, b, b)`` in ``dtype`` as one forward pass uses it: with blocks dropped while training."""
+        with torch.autocast(self.generators.device.type, enabled=False):
+            displacement = self.displacement(dtype)
+            if not (self.training and self.block_dropout):
+                return displacement
+            dropped = torch.rand(self.blocks, device=displacement.device) < self.block_dropout
+            return displacement.masked_fill(dropped[:, None, None], 0.0)
 
     def fold(self, weight: Tensor, transposed: bool = True) -> Tensor:
         """Return ``weight @ R^T`` (``weight @ R`` if not transposed) ``(..., d)`` in fp32 or wider, without dropout.
@@ -101,9 +109,3 @@ class OftRotation(BlockRotation):
         }
         given = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
         return super().extra_repr() + given
-
-    def _drop(self, displacement: Tensor) -> Tensor:
-        if not (self.training and self.block_dropout):
-            return displacement
-        dropped = torch.rand(self.blocks, device=displacement.device) < self.block_dropout
-        return displacement.masked_fill(dropped[:, None, None], 0.0)

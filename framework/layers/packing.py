@@ -8,16 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.kernels.backend import backend_for
+from orthotrain.kernels.dequant import dequant_int8, dequant_nf4
 from orthotrain.layers.quantized_product import storage_format
 
 NF4_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NESTED_GROUP = 256
 
 
-def pack_nf4(weight: Tensor, group_size: int, double_quantization: bool) -> dict[str, Tensor]:
-    """Quantise ``weight (out, in)`` to NF4, to nearest.
+def pack_nf4(
+    weight: Tensor, group_size: int, double_quantization: bool, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """Quantise ``weight (out, in)`` to NF4, to nearest; with a generator rounded stochastically.
 
     Returns:
         ``packed (out, in / 2)`` uint8 and ``absmax (groups,)``: fp32, or with double quantisation uint8 beside
@@ -40,7 +45,24 @@ def pack_nf4(weight: Tensor, group_size: int, double_quantization: bool) -> dict
         offset, code = state.absmax.mean(), _dynamic_code(weight.device)
         stored["absmax"], nested = quantize_blockwise(state.absmax - offset, code=code, blocksize=NESTED_GROUP)
         stored |= {"nested_absmax": nested.absmax, "nested_offset": offset.view(1)}
+    if generator is not None:
+        stored["packed"] = _round_nf4(weight, _absmax([*stored.values()][1:]), group_size, generator)
     return stored
+
+
+def _round_nf4(weight: Tensor, absmax: Tensor, group_size: int, generator: torch.Generator) -> Tensor:
+    """Return ``packed (out, in / 2)`` of ``weight (out, in)``, each value one of the two levels around it, unbiased."""
+    from bitsandbytes.functional import get_4bit_type
+
+    levels = get_4bit_type("nf4", device=weight.device)
+    scales = absmax.repeat_interleave(group_size)[: weight.numel()].view_as(weight)
+    relative = (weight.detach().float() / torch.where(scales == 0, 1.0, scales)).clamp(-1, 1)
+    upper = torch.bucketize(relative, levels).clamp(1, 15)
+    low, high = levels[upper - 1], levels[upper]
+    # the noise is drawn on the CPU, so that every device and rank rounds alike
+    noise = torch.rand(weight.shape, generator=generator).to(weight.device)
+    codes = (upper - (noise * (high - low) >= relative - low).long()).to(torch.uint8)
+    return (codes[:, ::2] << 4) | codes[:, 1::2]
 
 
 @storage_format("nf4")
@@ -49,6 +71,10 @@ def unpack_nf4(stored: list[Tensor], group_size: int, dtype: torch.dtype) -> Ten
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     packed, absmax, *nested = stored
+    if backend_for(packed.new_empty(0, dtype=dtype), "dequant") == "triton":
+        scales, offset = nested or (None, None)
+        code = _dynamic_code(packed.device) if nested else None
+        return dequant_nf4(packed, absmax, scales, offset, code, group_size, dtype)
     rows, columns = packed.shape[0], 2 * packed.shape[1]
     # Groups run on from row to row. Its CPU kernel starts a new one with every row, which
     # is wrong by up to 40% unless groups divide rows: then the matrix is one long row.
@@ -107,17 +133,27 @@ def pack_int8(weight: Tensor, group_size: int, generator: torch.Generator | None
 def unpack_int8(stored: list[Tensor], group_size: int, dtype: torch.dtype) -> Tensor:
     """Return ``W (out, in)`` from the tensors of :func:`pack_int8`, in their order."""
     codes, scales = stored
-    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    groups = (-1, group_size)
-    torch.mul(codes.unflatten(1, groups), scales.unsqueeze(-1), out=weight.unflatten(1, groups))
-    return weight
+    return dequant_int8(codes, scales, dtype)
+
+
+def _absmax(stored: list[Tensor]) -> Tensor:
+    """Return the scales that unpacking will use, ``(groups,)`` fp32, from the tensors after ``packed``."""
+    from bitsandbytes.functional import QuantState, dequantize_blockwise
+
+    absmax, *nested = stored
+    if not nested:
+        return absmax
+    code = _dynamic_code(absmax.device)
+    state = QuantState(nested[0], blocksize=NESTED_GROUP, code=code, dtype=torch.float32)
+    return dequantize_blockwise(absmax, state) + nested[1]
 
 
 @functools.cache
 def _dynamic_code(device: torch.device) -> Tensor:
     from bitsandbytes.functional import create_dynamic_map
 
-    with torch.device("cpu"):
+    # kept for the process, so real also where a plan counts on fake tensors
+    with unset_fake_temporarily(), torch.device("cpu"):
         return create_dynamic_map().to(device)
 
 

@@ -1,6 +1,6 @@
 """The POET layer: a frozen weight between two learned block rotations."""
 
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -9,97 +9,99 @@ from torch.utils.checkpoint import checkpoint
 
 from orthotrain.errors import check_choice
 from orthotrain.kernels.block_rotate import block_rotate
-from orthotrain.kernels.fold import fold
-from orthotrain.layers.block_rotation import BlockRotation, check_block_size
-from orthotrain.layers.centre import ActivationMode, Centre, choose_centre
-from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight, plain_linear
-from orthotrain.plugins import Parameterization, create
+from orthotrain.kernels.poet_linear import poet_linear, serves
+from orthotrain.layers.block_rotation import BlockRotation
+from orthotrain.layers.centre import ActivationMode, Centre, Route, choose_route
+from orthotrain.layers.frozen_weight import FrozenWeight
+from orthotrain.layers.mergeable import SideCoverage
+from orthotrain.layers.poet_settings import PoetSettings, Side
+from orthotrain.layers.two_sided import Rotations, TwoSided
 from orthotrain.seeding import draw_permutation, generator
+from orthotrain.spectrum import singular_values, with_spectrum
 
 
-class PoetLinear(nn.Module):
+class PoetLinear(TwoSided):
     """``y = rot_out(rot_in(x) @ W.T) + bias``: POET's ``W_eff = R_out^T W R_in^T`` (arXiv:2506.08001, equation 1).
 
     The frozen weight is kept in the frame of both permutations, so that the hot path gathers ``x`` once and scatters
     ``y`` once (arXiv:2603.05500, section 3). The bias is added last: a merge never changes it.
 
     Args:
-        weight: The frozen weight ``(out, in)``, rows and columns already in the permuted frame.
+        weight: The frozen weight ``(out, in)``, rows and columns already in the permuted frame of the rotated sides.
         bias: ``(out,)`` trained bias, or None.
-        rotation_in: Rotation of the ``in`` input features.
-        rotation_out: Rotation of the ``out`` output features.
+        rotation_in: Rotation of the ``in`` input features, None where only the output side is rotated.
+        rotation_out: Rotation of the ``out`` output features, None where only the input side is rotated.
         centre: ``input`` rotates activations, ``weight`` forms the effective weight once per pass, ``auto`` takes the
-            cheaper one for the number of tokens at hand (:func:`choose_centre`).
+            cheaper one for the number of tokens at hand (:func:`choose_route`). How the gradients of a rotated weight
+            are formed follows from the costs alone.
         activation_mode: ``fast`` saves the activation before the output rotation, ``mem`` recomputes it in backward.
+        anchor_every: Merges between restorations of the singular values of the start, 0 for never. It takes a singular
+            value decomposition and undoes what requantising adds up to.
         seed: Seed of the permutations; merge k draws them from (seed, k, side).
     """
 
-    merge_count: Tensor
+    spectrum: Tensor | None
 
     def __init__(
         self,
         weight: FrozenWeight,
         bias: nn.Parameter | None,
-        rotation_in: BlockRotation,
-        rotation_out: BlockRotation,
+        rotation_in: BlockRotation | None,
+        rotation_out: BlockRotation | None,
         *,
         centre: Centre = "auto",
         activation_mode: ActivationMode = "fast",
+        anchor_every: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(weight, bias, rotation_in, rotation_out, seed=seed)
         check_choice("centre", centre, Centre)
         check_choice("activation_mode", activation_mode, ActivationMode)
-        self.in_features, self.out_features = weight.in_features, weight.out_features
-        self.weight = weight
-        self.bias = bias
-        self.rotation_in = rotation_in
-        self.rotation_out = rotation_out
         self.centre = centre
         self.activation_mode = activation_mode
-        self.seed = seed
-        self.register_buffer("merge_count", torch.zeros((), dtype=torch.int64))
+        self.anchor_every = anchor_every
+        # filled by the first merge: a decomposition of every layer would slow down the start
+        spectrum = torch.zeros(min(weight.out_features, weight.in_features), dtype=torch.float32)
+        self.register_buffer("spectrum", spectrum if anchor_every else None)
 
     @classmethod
     def from_linear(
         cls,
         linear: nn.Linear,
         block_size: int = 256,
-        parameterization: Parameterization | str | dict[str, Any] = "cayley_neumann",
+        parameterization: Any = "cayley_neumann",
         *,
-        centre: Centre = "auto",
-        activation_mode: ActivationMode = "fast",
         seed: int = 0,
+        **settings: Any,
     ) -> Self:
-        """Wrap a linear layer without changing its function.
+        """Wrap a linear layer without changing its function (but for the rounding of a storage that rounds).
 
         Args:
             linear: Any ``nn.Linear``; its weight is copied, its bias parameter is taken over.
-            block_size: Size of the rotated blocks on both sides, from 2 to the smaller width.
+            block_size: See :class:`PoetSettings`, as for the arguments that follow.
             parameterization: A :class:`Parameterization`, a registered name or its configuration.
-            centre: See the class.
-            activation_mode: See the class.
             seed: Seed of the permutations.
+            settings: Other fields of :class:`PoetSettings` by name.
 
         Raises:
-            ConfigurationError: If the block size does not fit, naming what would work.
+            ConfigurationError: If a setting does not fit, naming what would work.
         """
-        out_features, in_features = linear.weight.shape
-        check_block_size(min(in_features, out_features), block_size)
-        shared = create(parameterization)
-        device = linear.weight.device
-        order_out = draw_permutation(out_features, seed, 0, "out").to(device)
-        order_in = draw_permutation(in_features, seed, 0, "in").to(device)
-        with torch.device(device):
-            rotation_in = BlockRotation(in_features, block_size, shared, permutation=order_in)
-            rotation_out = BlockRotation(out_features, block_size, shared, permutation=order_out)
+        described = PoetSettings(block_size=block_size, parameterization=parameterization, **settings)
+        return cls.from_settings(linear, described, seed)
+
+    @classmethod
+    def from_settings(cls, linear: nn.Linear, settings: PoetSettings, seed: int = 0) -> Self:
+        """Wrap a linear layer as ``settings`` describe; see :meth:`from_linear`."""
+        rotations = Rotations.draw(linear, settings, seed)
+        with torch.device(linear.weight.device):
             return cls(
-                DenseWeight(linear.weight.detach()[order_out][:, order_in]),
+                settings.freeze(rotations.framed(linear.weight.detach())),
                 linear.bias,
-                rotation_in,
-                rotation_out,
-                centre=centre,
-                activation_mode=activation_mode,
+                rotations.into,
+                rotations.out,
+                centre=settings.centre,
+                activation_mode=settings.activation_mode,
+                anchor_every=settings.anchor_period,
                 seed=seed,
             )
 
@@ -107,74 +109,96 @@ class PoetLinear(nn.Module):
         """Map ``(..., in)`` to ``(..., out)``; under autocast in its dtype, like nn.Linear."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        d_in, d_out = self.rotation_in.displacement(x.dtype), self.rotation_out.displacement(x.dtype)
-        compute = self._input_centric if self._centre_for(x) == "input" else self._weight_centric
+        d_out, d_in = self.rotations.displacements(x.dtype)
+        by = {"input": self._by_input, "product": self._by_product, "contraction": self._by_contraction}
+        compute = by[self._route(x)]
         if self.activation_mode == "mem" and torch.is_grad_enabled():
-            y = checkpoint(compute, x, d_in, d_out, use_reentrant=False, preserve_rng_state=False)
+            y = checkpoint(compute, x, d_out, d_in, use_reentrant=False, preserve_rng_state=False)
         else:
-            y = compute(x, d_in, d_out)
+            y = compute(x, d_out, d_in)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _input_centric(self, x: Tensor, d_in: Tensor, d_out: Tensor) -> Tensor:
+    def _by_input(self, x: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
         # Autograd keeps x and the product before the output rotation, nothing else: the
         # frozen product needs only W for its gradient.
-        product = self.weight.matmul(block_rotate(x, d_in, load=self.rotation_in.permutation))
-        return block_rotate(product, d_out, store=self.rotation_out.permutation)
+        if d_in is not None:
+            x = block_rotate(x, d_in, load=self.rotations.orders[1])
+        y = self.weight.matmul(x)
+        return y if d_out is None else block_rotate(y, d_out, store=self.rotations.orders[0])
 
-    def _weight_centric(self, x: Tensor, d_in: Tensor, d_out: Tensor) -> Tensor:
-        weight = self.weight.dequantize().to(x.dtype)
-        return F.linear(x, fold(weight, d_out, d_in, self.rotation_out.permutation, self.rotation_in.permutation))
+    def _by_product(self, x: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
+        return F.linear(x, self.rotations.fold(self.weight.dequantize(x.dtype), d_out, d_in))
 
-    def _centre_for(self, x: Tensor) -> Literal["input", "weight"]:
-        if self.centre != "auto":
-            return self.centre
+    def _by_contraction(self, x: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
+        weight = self.weight.dequantize(x.dtype)
+        out, into = (weight.new_empty(0, 1, 1) if d is None else d for d in (d_out, d_in))
+        return poet_linear(x, weight, out, into, *self.rotations.orders)
+
+    def _route(self, x: Tensor) -> Route:
+        """Return how to compute for ``x``: by the input, or by the weight with the cheaper route to its gradient."""
+        if self.centre == "input":
+            return "input"
+        routes: tuple[Route, ...] = ("product", "contraction") if serves(x) else ("product",)
+        if self.centre == "auto":
+            routes = ("input", *routes)
+        b_in, b_out = (0 if r is None else r.block_size for r in (self.rotation_in, self.rotation_out))
         tokens = x.numel() // self.in_features
-        return choose_centre(
-            tokens, self.in_features, self.out_features, self.rotation_in.block_size, self.rotation_out.block_size
-        )
+        return choose_route(routes, tokens, self.in_features, self.out_features, b_in, b_out, x.device, x.dtype)
 
     @torch.no_grad()
     def merge_(self) -> None:
-        """Fold both rotations into the frozen weight, reset them and take the next permutations.
+        """Fold the rotations into the frozen weight, reset them and take the next permutations.
 
-        The function of the layer changes by no more than the rounding of the stored weight. Every rank draws the same
-        permutations and, for a bf16 weight, the same rounding bits, from (seed, merge count).
+        The function of the layer changes by no more than the rounding of the stored weight, and where the spectrum is
+        anchored by what earlier roundings have moved it. Every rank draws the same permutations and the same rounding
+        bits, from (seed, merge count).
         """
         effective = self._effective_weight()
         self.merge_count += 1
         count = int(self.merge_count)
-        order_out = draw_permutation(self.out_features, self.seed, count, "out").to(effective.device)
-        order_in = draw_permutation(self.in_features, self.seed, count, "in").to(effective.device)
-        self.rotation_out.reset_(order_out)
-        self.rotation_in.reset_(order_in)
-        self.weight.assign_(effective[order_out][:, order_in], generator(self.seed, count, "rounding"))
-
-    def merged_weight(self) -> Tensor:
-        """Return ``R_out^T W R_in^T`` ``(out, in)`` in the natural frame, rounded to the dtype of the frozen weight."""
-        return self._effective_weight().to(self.weight.dequantize().dtype)
-
-    def rotation_parameters(self) -> list[nn.Parameter]:
-        """Return the generators of both sides."""
-        return [self.rotation_in.generators, self.rotation_out.generators]
-
-    def displacements(self) -> list[Tensor]:
-        """Return ``D = R - I`` of both sides, ``(n, b, b)`` each."""
-        return [self.rotation_in.displacement(), self.rotation_out.displacement()]
-
-    @torch.no_grad()
-    def unwrap(self) -> nn.Linear:
-        """Return an ``nn.Linear`` that computes the same, with the merged weight and this layer's bias."""
-        return plain_linear(self.merged_weight(), self.bias)
+        if self.spectrum is not None:
+            effective = self._anchored(effective, count)
+        self._redraw(count)
+        self.weight.assign_(self.rotations.framed(effective), generator(self.seed, count, "rounding"))
 
     @torch.no_grad()
     def _effective_weight(self) -> Tensor:
-        # A fold in 16 bits would move the singular values at every merge.
-        weight = self.weight.dequantize()
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        d_out, d_in = self.rotation_out.displacement(weight.dtype), self.rotation_in.displacement(weight.dtype)
-        with torch.autocast(weight.device.type, enabled=False):
-            return fold(weight, d_out, d_in, self.rotation_out.permutation, self.rotation_in.permutation)
+        exact, rotations = self._exact_weight(), self.rotations
+        with torch.autocast(exact.device.type, enabled=False):
+            return rotations.fold(exact, *rotations.displacements(exact.dtype))
+
+    def _anchored(self, effective: Tensor, count: int) -> Tensor:
+        assert self.spectrum is not None
+        if count == 1:
+            self.spectrum.copy_(singular_values(effective))
+        elif count % self.anchor_every == 0:
+            return with_spectrum(effective, self.spectrum)
+        return effective
+
+    def coverage(self, sample: int = 4096) -> dict[str, SideCoverage]:
+        """Return how far the rotations have reached since the start, from the permutations drawn so far.
+
+        Args:
+            sample: Pairs of coordinates that stand for all.
+        """
+        return {side: self._side_coverage(side, rotation, sample) for side, rotation in self.sides()}
+
+    def _side_coverage(self, side: Side, rotation: BlockRotation, sample: int) -> SideCoverage:
+        width, size, covered = rotation.features, rotation.block_size, rotation.blocks * rotation.block_size
+        first = torch.randint(0, width, (sample,), generator=generator(self.seed, side, "pairs"))
+        offset = torch.randint(1, width, (sample,), generator=generator(self.seed, side, "offsets"))
+        second = (first + offset) % width
+        periods = torch.zeros(width, dtype=torch.int64)
+        met = torch.zeros(sample, dtype=torch.bool)
+        for count in range(int(self.merge_count) + 1):
+            drawn = rotation.permutation is not None
+            place = torch.argsort(draw_permutation(width, self.seed, count, side)) if drawn else torch.arange(width)
+            inside, block = place < covered, place // size
+            periods += inside
+            met |= inside[first] & inside[second] & (block[first] == block[second])
+        return SideCoverage(periods, float(met.float().mean()))
 
     def extra_repr(self) -> str:
         """Describe the modes in one line."""
-        return f"centre={self.centre}, activation_mode={self.activation_mode}, seed={self.seed}"
+        anchor = f", anchor_every={self.anchor_every}" if self.anchor_every else ""
+        return f"centre={self.centre}, activation_mode={self.activation_mode}, seed={self.seed}{anchor}"

@@ -29,7 +29,9 @@ def storage_format(name: str) -> Callable[[Unpack], Unpack]:
 
 @torch.library.custom_op("orthotrain::dequantize", mutates_args=())
 def _dequantize(stored: list[Tensor], format: str, group_size: int, shape: list[int], dtype: torch.dtype) -> Tensor:
-    return _formats[format](stored, group_size, dtype)
+    weight = _formats[format](stored, group_size, dtype)
+    # the output of an op may not be one of its inputs
+    return weight.clone() if any(weight is tensor for tensor in stored) else weight
 
 
 @_dequantize.register_fake

@@ -60,6 +60,11 @@ class QuantizedWeight(FrozenWeight):
         y = quantized_product(x.to(dtype), bias, stored, self.format, self.group_size, self.out_features)
         return y if autocast else y.to(x.dtype)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.compute_dtype
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return a new ``W (out, in)`` in ``dtype``, None for ``compute_dtype``; formed in fp32 and rounded once."""
         shape = [self.out_features, self.in_features]
@@ -105,7 +110,7 @@ class Nf4Weight(QuantizedWeight):
 
     Args:
         weight: ``(out, in)`` in fp32, bf16 or fp16; ``in`` even.
-        group_size: A power of two from 32 to 4096.
+        group_size: A power of two from 32 to 4096; None for 64, the paper's.
         double_quantization: Whether the scales are quantised too.
         compute_dtype: See :class:`QuantizedWeight`; None for the dtype of ``weight``.
 
@@ -119,10 +124,11 @@ class Nf4Weight(QuantizedWeight):
         self,
         weight: Tensor,
         *,
-        group_size: int = 64,
+        group_size: int | None = None,
         double_quantization: bool = True,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
+        group_size = 64 if group_size is None else group_size
         if group_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
             raise ConfigurationError(f"group_size={group_size!r}: NF4 takes a power of two from 32 to 4096")
         out_features, in_features = weight.shape
@@ -146,8 +152,8 @@ class Nf4Weight(QuantizedWeight):
         return adopted
 
     def quantize(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the packed tensors of ``weight (out, in)``; always rounded to nearest, the generator is not used."""
-        return pack_nf4(weight, self.group_size, "nested_absmax" in self._parameters)
+        """Return the packed tensors of ``weight (out, in)``; with a generator rounded stochastically."""
+        return pack_nf4(weight, self.group_size, "nested_absmax" in self._parameters, generator)
 
 
 class Int8Weight(QuantizedWeight):
@@ -159,7 +165,7 @@ class Int8Weight(QuantizedWeight):
 
     Args:
         weight: ``(out, in)``, any floating dtype.
-        group_size: Inputs that share a scale; must divide ``in`` (256: arXiv:2603.05500, POET-XQ).
+        group_size: Inputs that share a scale; must divide ``in``. None for 256 (arXiv:2603.05500, POET-XQ).
         compute_dtype: See :class:`QuantizedWeight`; None for the dtype of ``weight``.
 
     Raises:
@@ -169,8 +175,11 @@ class Int8Weight(QuantizedWeight):
 
     format = "int8"
 
-    def __init__(self, weight: Tensor, *, group_size: int = 256, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, *, group_size: int | None = None, compute_dtype: torch.dtype | None = None
+    ) -> None:
         out_features, in_features = weight.shape
+        group_size = 256 if group_size is None else group_size
         check_divides("group_size", group_size, in_features, f"the {in_features} inputs of the weight")
         stored = pack_int8(weight, group_size)
         super().__init__((out_features, in_features), group_size, compute_dtype or weight.dtype, stored)

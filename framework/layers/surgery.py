@@ -4,10 +4,12 @@ import difflib
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.mergeable import Mergeable
+from orthotrain.progress import Progress
 
 
 def select_linears(
@@ -24,8 +26,8 @@ def select_linears(
         Name -> layer in module order; a module that is used under several names appears under the first.
 
     Raises:
-        ConfigurationError: If an include pattern matches no linear layer, nothing is left, or a weight to replace is
-            tied to another parameter.
+        ConfigurationError: If an include pattern matches no linear layer, nothing is left, a weight to replace is tied
+            to another parameter, or the module around a layer reads its weight instead of calling it.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for pattern in include:
@@ -39,6 +41,7 @@ def select_linears(
     if not chosen:
         raise ConfigurationError(f"exclude={list(exclude)} leaves no linear layer of include={list(include)}")
     _refuse_tied(model, chosen)
+    _refuse_uncalled(model, chosen)
     return chosen
 
 
@@ -69,12 +72,14 @@ def replace_linears(
         raise ConfigurationError("replace_linears needs a factory, for example PoetLinear.from_linear")
     replacements: dict[nn.Module, nn.Module] = {}
     chosen = select_linears(model, include, exclude)
-    for name, linear in chosen.items():
-        try:
-            replacements[linear] = factory(linear).train(linear.training)
-        except ConfigurationError as error:
-            shape = f"{linear.out_features} x {linear.in_features}"
-            raise ConfigurationError(f"layer {name} ({shape}): {error}") from error
+    with Progress("wrapping", len(chosen), "layers", announce=False) as bar:
+        for name, linear in chosen.items():
+            try:
+                replacements[linear] = factory(linear).train(linear.training)
+            except ConfigurationError as error:
+                shape = f"{linear.out_features} x {linear.in_features}"
+                raise ConfigurationError(f"layer {name} ({shape}): {error}") from error
+            bar.advance()
     _swap(model, replacements)
     return list(chosen)
 
@@ -82,7 +87,11 @@ def replace_linears(
 def unwrap_mergeables(model: nn.Module) -> list[str]:
     """Replace every :class:`Mergeable` in place by its plain merged layer; return their names."""
     wrapped = {name: module for name, module in model.named_modules() if isinstance(module, Mergeable)}
-    replacements: dict[nn.Module, nn.Module] = {model.get_submodule(n): layer.unwrap() for n, layer in wrapped.items()}
+    replacements: dict[nn.Module, nn.Module] = {}
+    with Progress("merging", len(wrapped), "layers", announce=False) as bar:
+        for name, layer in wrapped.items():
+            replacements[model.get_submodule(name)] = layer.unwrap()
+            bar.advance()
     _swap(model, replacements)
     return list(wrapped)
 
@@ -107,6 +116,24 @@ def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
                 f"{name}.weight is tied to {', '.join(others)}: a frozen, rotated copy would untie them; "
                 f"add {name!r} to exclude"
             )
+
+
+def _refuse_uncalled(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
+    names = {linear: name for name, linear in chosen.items()}
+    for parent in model.modules():
+        if isinstance(parent, nn.MultiheadAttention) and parent.out_proj in names:
+            raise ConfigurationError(
+                f"{names[parent.out_proj]} is never called: nn.MultiheadAttention reads its weight; "
+                f"add {names[parent.out_proj]!r} or '*out_proj' to exclude"
+            )
+    for parent in model.modules():
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            for linear in (parent.linear1, parent.linear2):
+                if linear in names:
+                    raise ConfigurationError(
+                        f"{names[linear]} is not called in evaluation: nn.TransformerEncoderLayer reads its weight; "
+                        f"call torch.backends.mha.set_fastpath_enabled(False), or add {names[linear]!r} to exclude"
+                    )
 
 
 def _near(pattern: str, linears: dict[str, nn.Linear]) -> str:

@@ -1,8 +1,19 @@
 """LightningModules that carry the methods."""
 
 from orthotrain.modules.base import BaseModule
+from orthotrain.modules.lora import LoraLayers, LoraModule
 from orthotrain.modules.oft import OftLayers, OftModule
 from orthotrain.modules.optimization import Optimization
-from orthotrain.modules.poet import PoetLayers, PoetModule
+from orthotrain.modules.poet import ClipRamp, PoetLayers, PoetModule
 
-__all__ = ["BaseModule", "OftLayers", "OftModule", "Optimization", "PoetLayers", "PoetModule"]
+__all__ = [
+    "BaseModule",
+    "ClipRamp",
+    "LoraLayers",
+    "LoraModule",
+    "OftLayers",
+    "OftModule",
+    "Optimization",
+    "PoetLayers",
+    "PoetModule",
+]

@@ -1,4 +1,4 @@
-"""What every module of the framework does: build late, log honestly, optimize by groups."""
+"""What every module of the framework does: build late, shard if asked to, log honestly, optimize by groups."""
 
 import math
 from collections.abc import Callable
@@ -6,24 +6,32 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orthotrain.callbacks.adapter_checkpoint import restore_frozen
-from orthotrain.callbacks.throughput import Throughput
+from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
+from orthotrain.callbacks.throughput import Throughput, logs_at
 from orthotrain.checkpoint import compare_state
+from orthotrain.checkpoint_io import AtomicCheckpointIO
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.displacement_pool import DisplacementPool
+from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.optimization import Optimization
+from orthotrain.resume import adapt_ranks
+from orthotrain.strategies import ShardedStrategy
 
 
 class BaseModule(L.LightningModule):
     """A LightningModule around any network; language modelling unless :meth:`loss` is overridden.
 
-    Logged are ``train_loss``, ``grad_norm`` (before clipping), and for each evaluation split its loss, perplexity and,
-    where the data module tells its ``bytes_per_token(split)``, bits per byte.
+    Logged are ``train_loss``, ``grad_norm`` (before clipping), and for each evaluation split its loss and, where
+    :attr:`logs_perplexity`, perplexity and, if the data module tells its ``bytes_per_token(split)``, bits per byte.
 
     Args:
         model: The network, or a callable without arguments that builds it when the strategy is set up.
@@ -39,14 +47,20 @@ class BaseModule(L.LightningModule):
         self.model: nn.Module | None = model if isinstance(model, nn.Module) else None
         self._builder = None if isinstance(model, nn.Module) else model
         self.optimization = optimization
-        self._wrapped = False
+        self._wrapped = self._sharded = False
         self.evaluation_loss = nn.ModuleDict({split: TokenLoss() for split in ("val", "test")})
 
     def wrap(self, model: nn.Module) -> None:
         """Put this method's layers into the freshly built network, in place."""
 
     def configure_model(self) -> None:
-        """Build and wrap the network once; called by the trainer, or by hand to look at the wrapped network."""
+        """Build, wrap and, if the strategy says so, shard the network once.
+
+        Called by the trainer, or by hand to look at the wrapped network.
+        """
+        strategy: Any = getattr(self._trainer, "strategy", None)
+        if strategy is not None and type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = AtomicCheckpointIO()
         if self._wrapped:
             return
         if self.model is None:
@@ -56,6 +70,29 @@ class BaseModule(L.LightningModule):
         self.wrap(self.model)
         DisplacementPool(self.model)
         self._wrapped = True
+        if isinstance(strategy, ModelParallelStrategy):
+            self._shard(strategy)
+        # DistributedDataParallel reads this name: it neither compares nor broadcasts these
+        self._ddp_params_and_buffers_to_ignore = constant_buffers(self)
+
+    def _shard(self, strategy: ModelParallelStrategy) -> None:
+        assert self.model is not None
+        if not isinstance(strategy, ShardedStrategy):
+            raise ConfigurationError(
+                "ModelParallelStrategy would restore the optimizer's state to other parameters than it was saved of: "
+                "take orthotrain.strategies.ShardedStrategy, or -c trainer/fsdp2.yaml"
+            )
+        shard_network(self.model, strategy.device_mesh["data_parallel"])
+        self._sharded = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # A sharded network is where and what it should be, and a cast would take its generators out of fp32.
+        network = self._modules.pop("model") if self._sharded else None
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            if network is not None:
+                self._modules["model"] = network
 
     def _check_vocabulary(self, model: nn.Module) -> None:
         data = getattr(self._trainer, "datamodule", None)
@@ -70,20 +107,32 @@ class BaseModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach the callbacks that every run wants; a subclass adds its own to them."""
-        return [Throughput()]
+        return [Throughput(), FinalCheckpoint()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Fill in the frozen weights that an adapter checkpoint leaves out; refuse a checkpoint of another model.
+        """Fit the checkpoint to this run: the number of ranks, and the frozen weights that an adapter leaves out.
 
         Raises:
-            ConfigurationError: Naming what differs.
+            ConfigurationError: If the checkpoint is of another model, naming what differs.
         """
+        if self._trainer is not None:
+            adapt_ranks(checkpoint, self._trainer.world_size)
+        if "state_dict" not in checkpoint:  # ModelParallelStrategy has loaded the network by now
+            return
         restore_frozen(checkpoint, self)
         difference = compare_state(checkpoint["state_dict"], self.state_dict())
         if difference:
             raise ConfigurationError(
                 f"the checkpoint is of another model: {difference}; use the config it was made with"
             )
+
+    def on_train_start(self) -> None:
+        """Put the training data where the checkpoint left it.
+
+        Lightning does so when it sets the data up, but with ``max_epochs`` it does that early, to count the steps for
+        the schedule, when the place is not known yet, and would begin the epoch's data anew.
+        """
+        self.trainer.fit_loop._load_combined_loader_states()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network."""
@@ -152,9 +201,9 @@ class BaseModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient norm as it is before clipping."""
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if logs_at(self.trainer, self.trainer.global_step + 1):
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+            self.log("grad_norm", whole(torch.nn.utils.get_total_norm(gradients)))
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule over this network's parameter groups."""
@@ -165,6 +214,11 @@ class BaseModule(L.LightningModule):
         """Return the metric that accumulates the loss of ``val`` or ``test``."""
         return cast(TokenLoss, self.evaluation_loss[split])
 
+    @property
+    def logs_perplexity(self) -> bool:
+        """Whether the loss is a cross-entropy in nats per token; override where a :meth:`loss` of your own is one."""
+        return type(self).loss is BaseModule.loss
+
     def _evaluate(self, split: str, batch: Any) -> None:
         self.split_loss(split).update(self.loss(batch), count_targets(batch))
 
@@ -174,9 +228,22 @@ class BaseModule(L.LightningModule):
                       prog_bar=True)  # fmt: skip
 
     def evaluation_metrics(self, loss: float, split: str) -> dict[str, float]:
-        """Return what is logged for a split, from its mean loss in nats."""
+        """Return what is logged for a split, from its mean loss."""
+        if not self.logs_perplexity:
+            return {"loss": loss}
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
         if bytes_per_token is not None:
             metrics["bits_per_byte"] = bits_per_byte(loss, bytes_per_token(split))
         return metrics
+
+
+def constant_buffers(module: nn.Module) -> list[str]:
+    """Return the names of the buffers that every rank computes alike, so that none needs to be told another's.
+
+    These are the buffers of mergeable layers (permutations and merge counts, drawn from seeds) and those that are not
+    saved (rotary frequencies). Others, such as running statistics, are what DDP's ``broadcast_buffers`` is about.
+    """
+    inside = tuple(f"{name}." for name, _ in mergeable_layers(module))
+    saved = module.state_dict().keys()
+    return [name for name, _ in module.named_buffers() if name.startswith(inside) or name not in saved]

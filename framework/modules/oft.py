@@ -3,24 +3,25 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from orthotrain.callbacks.pictures import run_folder
 from orthotrain.callbacks.project_generators import ProjectGenerators
 from orthotrain.errors import ConfigurationError, check_choice
+from orthotrain.generation import generated_tokens, is_encoder_decoder
 from orthotrain.generation_metrics import GenerationMetrics, TokenAccuracy
 from orthotrain.layers import OftLinear, replace_linears, select_linears
+from orthotrain.layers.block_rotation import check_parameterization
 from orthotrain.layers.oft_linear import Quantization
 from orthotrain.layers.oft_rotation import RotationDtype
 from orthotrain.metrics import count_targets
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.base import BaseModule
 from orthotrain.modules.optimization import Optimization
-from orthotrain.modules.specification import check_parameterization
 from orthotrain.plugins import Parameterization
 
 Objective = Literal["next_token", "model"]
@@ -101,16 +102,16 @@ class OftModule(BaseModule):
     """Finetune any network with OFT: rotations of the inputs of its frozen, possibly quantised linear layers.
 
     Beside the metrics of :class:`BaseModule` it logs the accuracy of the predicted response tokens, and, where the data
-    module offers ``generation_batches``, exact match and ROUGE-L of greedy continuations; a few of these are logged as
-    text. Subclass it and override :meth:`outputs` for another objective.
+    module offers ``generation_batches``, exact match and ROUGE-L of answers generated without sampling; a few of these
+    are logged as text. Subclass it and override :meth:`outputs` for another objective.
 
     Args:
         model: The pretrained network, or what builds it.
         layers: Which linear layers are rotated, and how.
         optimization: Learning rates, weight decay, optimizer and schedule.
-        objective: ``next_token`` for a causal language model with labels already shifted (the data modules of this
-            package); ``model`` lets the network compute its own loss from the whole batch (sequence-to-sequence and
-            classification heads of transformers).
+        objective: ``next_token`` for a causal language model with labels already shifted, as the data modules of this
+            package lay them out; ``model`` lets the network compute its own loss from the whole batch: classification
+            heads of transformers, and encoder-decoders with ``InstructionData(layout="seq2seq")``.
         max_new_tokens: Tokens generated for each validation sample; 0 for no generation.
         logged_samples: Generated samples that are logged as text.
 
@@ -139,8 +140,26 @@ class OftModule(BaseModule):
         self.generation = GenerationMetrics()
 
     def wrap(self, model: nn.Module) -> None:
-        """Freeze the network and put rotations before the chosen layers."""
+        """Freeze the network and put rotations before the chosen layers.
+
+        Raises:
+            ConfigurationError: The data lays its rows out for another kind of network, or a layer cannot be wrapped.
+        """
+        self._check_layout(model)
         self.wrapped_names = self.layers.apply_(model)
+
+    def _check_layout(self, model: nn.Module) -> None:
+        layout = getattr(getattr(self._trainer, "datamodule", None), "layout", None)
+        wanted = "seq2seq" if is_encoder_decoder(model) else "causal"
+        if layout not in (None, wanted):
+            raise ConfigurationError(
+                f"the data's layout {layout!r} does not fit {type(model).__name__}: set layout to {wanted}"
+            )
+        if layout == "causal" and self.objective == "model":
+            raise ConfigurationError(
+                "objective='model' shifts the labels, and those of the layout 'causal' are shifted already: "
+                "leave objective at next_token"
+            )
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach COFT's projection if the layers have a bound."""
@@ -152,6 +171,11 @@ class OftModule(BaseModule):
         if self.objective == "model":
             output = self(**batch)
             return output.loss, output.logits
+        if is_encoder_decoder(self.model):
+            raise ConfigurationError(
+                f"objective='next_token': {type(self.model).__name__} predicts labels that are not its inputs shifted; "
+                "set objective to model"
+            )
         return self.next_token_outputs(batch)
 
     def split_accuracy(self, split: str) -> TokenAccuracy:
@@ -161,6 +185,12 @@ class OftModule(BaseModule):
     def loss(self, batch: Any) -> Tensor:
         """Return the mean loss of a batch."""
         return self.outputs(batch)[0]
+
+    @property
+    def logs_perplexity(self) -> bool:
+        """Whether the loss is a cross-entropy in nats per token: not that of a classification head."""
+        overridden = type(self).loss is not OftModule.loss or type(self).outputs is not OftModule.outputs
+        return not overridden and (self.objective == "next_token" or is_encoder_decoder(self.model))
 
     def _evaluate(self, split: str, batch: Any) -> None:
         loss, logits = self.outputs(batch)
@@ -205,7 +235,8 @@ class OftModule(BaseModule):
                 eos_token_id=data.tokenizer.eos_token_id,
                 pad_token_id=data.tokenizer.pad_token_id,
             )
-            answers = data.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            new = generated_tokens(self.model, ids, inputs["input_ids"].shape[1])
+            answers = data.tokenizer.batch_decode(new, skip_special_tokens=True)
             prompts = data.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
             self.generation.update(answers, batch["references"])
             samples += zip(prompts, answers, batch["references"], strict=True)
@@ -214,7 +245,10 @@ class OftModule(BaseModule):
             self._log_samples(samples[: self.logged_samples], split)
 
     def _log_samples(self, samples: list[tuple[str, str, str]], split: str) -> None:
-        if self.trainer.sanity_checking or not self.trainer.is_global_zero:
+        if self.trainer.sanity_checking:
+            return
+        folder = run_folder(self.trainer)
+        if not self.trainer.is_global_zero:
             return
         rows = (f"{prompt}\n>>> {answer}\n=== {reference}" for prompt, answer, reference in samples)
         text = "\n---\n".join([f"step {self.global_step}", *rows])
@@ -222,7 +256,5 @@ class OftModule(BaseModule):
             experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "add_text"):
                 experiment.add_text(f"{split}_samples", f"```\n{text}\n```", self.global_step)
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"{split}_samples.txt").open("a", encoding="utf-8") as file:
             file.write(text + "\n")

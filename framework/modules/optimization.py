@@ -1,9 +1,10 @@
-"""Parameter groups, optimizer and schedule: one description for every module."""
+"""Parameter groups, optimizers and schedule: one description for every module."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,73 +13,80 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import mergeable_layers
+from orthotrain.optimizers import CompositeOptimizer
+
+T = TypeVar("T")
+OptimizerFactory = Callable[[Iterable], Optimizer]
+OVERRIDES = ("lr_overrides", "weight_decay_overrides", "optimizer_overrides")
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """Learning rates, weight decay, optimizer and schedule.
+    """Learning rates, weight decay, optimizers and schedule.
+
+    Overrides are glob patterns on parameter names; the first that matches a parameter wins. They do not reach the
+    generators, which have settings of their own.
 
     Args:
         lr: Learning rate of everything that is not a generator (embeddings, norms, biases, head).
         rotation_lr: Learning rate of the generators; None for ``lr``.
-        lr_overrides: Glob pattern on parameter names -> learning rate instead of ``lr``, the first that matches wins;
-            generators keep ``rotation_lr``.
-        weight_decay: Weight decay of the matrices that are not generators. Generators, biases and norms have none: to
-            decay a generator is to pull its rotation back to the last merge.
+        rotation_lr_scale: Factor of the generators' learning rate (0.5 in the official POET code).
+        lr_overrides: Pattern -> learning rate instead of ``lr``.
+        weight_decay: Weight decay of the matrices that are not generators. Biases and norms have none.
+        rotation_weight_decay: Weight decay of the generators: it pulls a rotation back to the last merge.
+        weight_decay_overrides: Pattern -> weight decay instead, for whatever it matches.
         optimizer: Builds the optimizer from parameter groups; None for ``torch.optim.AdamW``.
+        rotation_optimizer: Builds that of the generators; None for ``optimizer``.
+        optimizer_overrides: Pattern -> optimizer instead of ``optimizer``, for example ``{"*layers*proj*": {class_path:
+            torch.optim.Muon}}``. The parts step as one (:class:`CompositeOptimizer`).
         scheduler: Builds the schedule from the optimizer, stepped every optimizer step; None for a constant rate. A
             schedule with a ``total_steps`` of None gets the trainer's number of optimizer steps.
     """
 
     lr: float = 1e-3
     rotation_lr: float | None = None
+    rotation_lr_scale: float = 1.0
     lr_overrides: dict[str, float] | None = None
     weight_decay: float = 0.01
-    optimizer: Callable[[Iterable], Optimizer] | None = None
+    rotation_weight_decay: float = 0.0
+    weight_decay_overrides: dict[str, float] | None = None
+    optimizer: OptimizerFactory | None = None
+    rotation_optimizer: OptimizerFactory | None = None
+    optimizer_overrides: dict[str, OptimizerFactory] | None = None
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("lr", "rotation_lr", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
+        values = {n: getattr(self, n) for n in ("lr", "rotation_lr", "rotation_lr_scale", "weight_decay")}
+        values["rotation_weight_decay"] = self.rotation_weight_decay
+        for name in ("lr_overrides", "weight_decay_overrides"):
+            values |= {f"{name}[{pattern!r}]": value for pattern, value in (getattr(self, name) or {}).items()}
+        for name, value in values.items():
+            if value is not None and not 0 <= value < math.inf:
                 raise ConfigurationError(f"optimization.{name}={value}: take a finite number of 0 or more")
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Split the trainable parameters by role and learning rate; the generators come first.
+        """Split the trainable parameters by role, optimizer, learning rate and weight decay; the generators come first.
+
+        Returns:
+            Groups with ``name``, ``params``, ``lr``, ``weight_decay`` and ``build``, the optimizer's factory; those of
+            generators with their ``side`` too, ``in`` or ``out``.
 
         Raises:
             ConfigurationError: If nothing in the model is trainable, or an override matches no trainable parameter.
         """
         rotations = {id(p) for _, layer in mergeable_layers(model) for p in layer.rotation_parameters()}
-        used: set[str] = set()
-        groups: dict[tuple[str, float], dict[str, Any]] = {}
+        used: set[tuple[str, str]] = set()
+        groups: dict[Any, dict[str, Any]] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            lr, decay, role = self._settings(name, parameter, id(parameter) in rotations, used)
-            group = groups.setdefault((role, lr), {"name": role, "params": [], "lr": lr, "weight_decay": decay})
+            settings = self._settings(name, parameter, id(parameter) in rotations, used)
+            group = groups.setdefault(tuple(settings.values()), {**settings, "params": []})
             group["params"].append(parameter)
         if not groups:
             raise ConfigurationError("the model has no trainable parameter: nothing to optimize")
-        unused = set(self.lr_overrides or {}) - used
-        if unused:
-            names = ", ".join(name for name, p in model.named_parameters() if p.requires_grad)
-            raise ConfigurationError(
-                f"optimization.lr_overrides pattern {sorted(unused)[0]!r} matches no trainable parameter; "
-                f"there are {names[:200]}"
-            )
+        self._refuse_unused(model, used)
         return sorted(groups.values(), key=lambda group: group["name"] != "rotations")
-
-    def _settings(self, name: str, parameter: nn.Parameter, rotation: bool, used: set[str]) -> tuple[float, float, str]:
-        if rotation:
-            return (self.lr if self.rotation_lr is None else self.rotation_lr), 0.0, "rotations"
-        lr = self.lr
-        for pattern, value in (self.lr_overrides or {}).items():
-            if fnmatchcase(name, pattern):
-                used.add(pattern)
-                lr = value
-                break
-        return (lr, self.weight_decay, "decay") if parameter.ndim >= 2 else (lr, 0.0, "no_decay")
 
     def configure(self, model: nn.Module, total_steps: int) -> dict[str, Any]:
         """Return what ``LightningModule.configure_optimizers`` returns.
@@ -87,10 +95,50 @@ class Optimization:
             model: The wrapped model.
             total_steps: Optimizer steps of the run.
         """
-        optimizer = (self.optimizer or torch.optim.AdamW)(self.groups(model))
+        optimizer = self.build(self.groups(model))
         if self.scheduler is None:
             return {"optimizer": optimizer}
         scheduler = self.scheduler(optimizer)
         if getattr(scheduler, "total_steps", 0) is None:
             scheduler.total_steps = total_steps  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def build(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """Build the optimizer of ``groups``: one, or one for each factory and a composite of them."""
+        by_factory: dict[OptimizerFactory, list[dict[str, Any]]] = {}
+        for group in groups:
+            plain = {key: value for key, value in group.items() if key != "build"}
+            by_factory.setdefault(group["build"], []).append(plain)
+        parts = [factory(own) for factory, own in by_factory.items()]
+        return parts[0] if len(parts) == 1 else CompositeOptimizer(parts)
+
+    def _settings(self, name: str, parameter: nn.Parameter, rotation: bool, used: set[tuple[str, str]]) -> dict:
+        build = self.optimizer or torch.optim.AdamW
+        if rotation:
+            lr = (self.lr if self.rotation_lr is None else self.rotation_lr) * self.rotation_lr_scale
+            decay = self.rotation_weight_decay
+            side = "out" if ".rotation_out." in f".{name}" else "in"
+            build = self.rotation_optimizer or build
+            return {"name": "rotations", "lr": lr, "weight_decay": decay, "build": build, "side": side}
+        matrix = parameter.ndim >= 2
+        lr = self._override("lr_overrides", name, self.lr, used)
+        decay = self._override("weight_decay_overrides", name, self.weight_decay if matrix else 0.0, used)
+        build = self._override("optimizer_overrides", name, build, used)
+        return {"name": "decay" if matrix else "no_decay", "lr": lr, "weight_decay": decay, "build": build}
+
+    def _override(self, kind: str, name: str, default: T, used: set[tuple[str, str]]) -> T:
+        for pattern, value in (getattr(self, kind) or {}).items():
+            if fnmatchcase(name, pattern):
+                used.add((kind, pattern))
+                return value
+        return default
+
+    def _refuse_unused(self, model: nn.Module, used: set[tuple[str, str]]) -> None:
+        for kind in OVERRIDES:
+            for pattern in getattr(self, kind) or {}:
+                if (kind, pattern) not in used:
+                    names = ", ".join(name for name, p in model.named_parameters() if p.requires_grad)
+                    raise ConfigurationError(
+                        f"optimization.{kind} pattern {pattern!r} matches no trainable parameter; "
+                        f"there are {names[:200]}"
+                    )

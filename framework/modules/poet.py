@@ -2,53 +2,79 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
 
 import lightning as L
 from torch import nn
+from torch.optim import Optimizer
 
+from orthotrain.callbacks.finite_guard import FiniteGuard
 from orthotrain.callbacks.merge_rotations import MergeRotations
+from orthotrain.callbacks.movement_monitor import MovementMonitor
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
-from orthotrain.errors import check_choice
-from orthotrain.layers import PoetLinear, initialize_, replace_linears, select_linears
-from orthotrain.layers.centre import ActivationMode, Centre
+from orthotrain.errors import ConfigurationError, check_choice
+from orthotrain.layers import PoetLinear, StepwiseLinear, initialize_, mergeable_layers, replace_linears, select_linears
 from orthotrain.layers.initialization import Initialization
+from orthotrain.layers.poet_settings import PoetSettings
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.base import BaseModule
 from orthotrain.modules.optimization import Optimization
-from orthotrain.modules.specification import check_parameterization
-from orthotrain.plugins import Parameterization
+from orthotrain.plugins import create
 from orthotrain.seeding import derive_seed, generator
 
 
 @dataclass(frozen=True)
-class PoetLayers:
-    """Which linear layers become POET layers, and how.
+class PoetLayers(PoetSettings):
+    """Which linear layers become POET layers, and how: the settings of one layer, and these.
 
     Args:
-        block_size: Size of the rotated blocks on both sides of every layer.
-        parameterization: How generators become rotations: a registered name (`orthotrain plugins` lists them) or a
-            class with its arguments, in YAML ``{class_path: CayleyNeumann, init_args: {order: 4}}``.
         include: Glob patterns on module names; each must match a linear layer.
         exclude: Glob patterns taken out again. The output head is trained directly, as in the paper.
-        init: Frozen values: ``normalized`` (rows of norm 1, the paper's best) and ``standard`` (deviation 0.02) draw
-            new ones, ``keep`` takes those of the network (for pretrained weights).
-        centre: ``input``, ``weight``, or ``auto`` for the cheaper one in each layer.
-        activation_mode: ``fast`` keeps one activation more in each layer, ``mem`` recomputes it in backward.
+        init: Frozen values: ``normalized`` (rows of norm 1, the paper's best), ``uniform`` (all singular values 1),
+            ``xavier`` and ``standard`` (deviation 0.02) draw new ones, ``keep`` takes those of the network (for
+            pretrained weights).
+        gain: Factor of the initial values.
+        overrides: Glob pattern on module names -> settings that differ there, the first pattern that matches wins:
+            ``{"*mlp*": {block_size: 128}, "*q_proj": {sides: in}}``.
     """
 
-    block_size: int = 256
-    parameterization: Parameterization | str = "cayley_neumann"
     include: list[str] = field(default_factory=lambda: ["*"])
     exclude: list[str] = field(default_factory=lambda: ["*lm_head*"])
     init: Initialization = "normalized"
-    centre: Centre = "auto"
-    activation_mode: ActivationMode = "fast"
+    gain: float = 1.0
+    overrides: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("init", self.init, Initialization)
-        check_choice("centre", self.centre, Centre)
-        check_choice("activation_mode", self.activation_mode, ActivationMode)
-        check_parameterization(self.parameterization)
+        if not 0 < self.gain < float("inf"):
+            raise ConfigurationError(f"gain={self.gain!r}: take a positive factor")
+        for pattern in self.overrides or {}:
+            self.for_name(pattern)  # refuses a bad setting now, not when the network is built
+
+    def meaning(self) -> dict[str, Any]:
+        """Return, as plain values, the settings that a run cannot change without becoming another one."""
+        free = {"include", "exclude", "init", "gain", "centre", "activation_mode"}  # include: the state tells
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in free}
+        overrides = {
+            pattern: {name: value for name, value in values.items() if name not in free}
+            for pattern, values in (self.overrides or {}).items()
+        }
+        return {**values, "parameterization": create(self.parameterization).config(), "overrides": overrides}
+
+    def for_name(self, name: str) -> "PoetLayers":
+        """Return the settings of the layer ``name``: these, or what the first override that matches makes of them.
+
+        Raises:
+            ConfigurationError: For an override that is no setting of a layer, or has a bad value.
+        """
+        for pattern, values in (self.overrides or {}).items():
+            if name == pattern or fnmatchcase(name, pattern):
+                if set(values) & {"include", "exclude", "overrides"}:
+                    raise ConfigurationError(f"overrides {pattern!r}: include, exclude and overrides cannot be nested")
+                return self.override({**values, "overrides": None})
+        return self
 
     def apply_(self, model: nn.Module, seed: int = 0) -> list[str]:
         """Replace the chosen layers of ``model`` in place.
@@ -59,23 +85,53 @@ class PoetLayers:
             The names of the replaced layers.
 
         Raises:
-            ConfigurationError: See :func:`orthotrain.layers.replace_linears`.
+            ConfigurationError: See :func:`orthotrain.layers.replace_linears`; or if an override matches no layer.
         """
         names = {linear: name for name, linear in select_linears(model, self.include, self.exclude).items()}
+        for pattern in self.overrides or {}:
+            if not any(fnmatchcase(name, pattern) for name in names.values()):
+                raise ConfigurationError(
+                    f"overrides pattern {pattern!r} matches none of the rotated layers: {', '.join(names.values())}"
+                )
 
-        def factory(linear: nn.Linear) -> PoetLinear:
+        def factory(linear: nn.Linear) -> PoetLinear | StepwiseLinear:
             name = names[linear]
-            initialize_(linear.weight, self.init, generator(seed, name, "frozen weight"))
-            return PoetLinear.from_linear(
-                linear,
-                self.block_size,
-                self.parameterization,
-                centre=self.centre,
-                activation_mode=self.activation_mode,
-                seed=derive_seed(seed, name),
-            )
+            settings = self.for_name(name)
+            initialize_(linear.weight, settings.init, generator(seed, name, "frozen weight"), settings.gain)
+            kind = StepwiseLinear if settings.stepwise else PoetLinear
+            return kind.from_settings(linear, settings, derive_seed(seed, name))
 
         return replace_linears(model, self.include, self.exclude, factory)
+
+
+@dataclass(frozen=True)
+class ClipRamp:
+    """Clip gradients harder just after a merge, when the generators' optimizer state is empty.
+
+    The bound rises linearly from ``start`` times the trainer's ``gradient_clip_val`` to all of it (the official POET
+    code ramps from 0.1 in 10 steps during early training).
+
+    Args:
+        steps: Optimizer steps of the ramp.
+        start: Factor of the bound in the first step after a merge.
+        until_step: Optimizer step after which merges are no longer followed by a ramp; None for the whole run.
+    """
+
+    steps: int = 10
+    start: float = 0.1
+    until_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.start <= 1:
+            raise ConfigurationError(
+                f"clip_ramp steps={self.steps}, start={self.start}: take 1 or more steps, and a start in (0, 1]"
+            )
+
+    def factor(self, step: int, last_merge: int | None) -> float:
+        """Return the factor of the bound at optimizer step ``step`` when the last merge came after ``last_merge``."""
+        if last_merge is None or (self.until_step is not None and step > self.until_step):
+            return 1.0
+        return min(1.0, self.start + (1 - self.start) * (step - last_merge) / self.steps)
 
 
 class PoetModule(BaseModule):
@@ -89,6 +145,9 @@ class PoetModule(BaseModule):
         merge_every: Optimizer steps between merges, T_m. The callback that merges is attached by the module.
         max_generator_norm: Merge a layer early when a block's generators are longer than this; None for never. See
             :class:`MergeRotations`.
+        resample_every: Steps between new permutations of layers that fold every step; None for at each merge.
+        clip_ramp: Harder clipping after merges, None for none; it scales the trainer's ``gradient_clip_val``.
+        freeze: Glob patterns on names of parameters that are not trained, such as ``["*embed_tokens*", "lm_head*"]``.
         optimization: Learning rates, weight decay, optimizer and schedule.
         seed: Seed of frozen values and permutations.
 
@@ -102,26 +161,77 @@ class PoetModule(BaseModule):
         layers: PoetLayers = PoetLayers(),
         merge_every: int = 400,
         max_generator_norm: float | None = None,
+        resample_every: int | None = None,
+        clip_ramp: ClipRamp | None = None,
+        freeze: list[str] | None = None,
         optimization: Optimization = Optimization(),
         seed: int = 0,
     ) -> None:
         super().__init__(model, optimization)
-        self.save_hyperparameters("merge_every", "max_generator_norm", "seed")
+        self.save_hyperparameters("merge_every", "max_generator_norm", "resample_every", "seed")
         self.layers = layers
-        self.merge_every = merge_every
-        self.max_generator_norm = max_generator_norm
+        self.clip_ramp = clip_ramp
+        self.freeze_patterns = list(freeze or [])
         self.seed = seed
         self.wrapped_names: list[str] = []
-        MergeRotations(merge_every, max_generator_norm)  # refuses a bad value now, not when the trainer starts
+        # built here, so that a bad value is refused now and not when the trainer starts
+        self.merging = MergeRotations(merge_every, max_generator_norm, resample_every)
+        if layers.stepwise and merge_every != 1:
+            raise ConfigurationError(
+                f"merge_every={merge_every}: layers that are stepwise fold every step, set it to 1"
+            )
 
     def wrap(self, model: nn.Module) -> None:
-        """Replace the chosen linear layers by POET layers."""
+        """Replace the chosen linear layers by POET layers, and freeze what is not to be trained."""
         self.wrapped_names = self.layers.apply_(model, self.seed)
+        rotations = {id(p) for _, layer in mergeable_layers(model) for p in layer.rotation_parameters()}
+        direct = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in rotations}
+        for pattern in self.freeze_patterns:
+            chosen = [parameter for name, parameter in direct.items() if fnmatchcase(name, pattern)]
+            if not chosen:
+                raise ConfigurationError(
+                    f"freeze pattern {pattern!r} matches no trained parameter; there are {', '.join(direct)}"
+                )
+            for parameter in chosen:
+                parameter.requires_grad_(False)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach the merging: a POET run cannot forget it."""
-        return [
-            *super().configure_callbacks(),
-            MergeRotations(self.merge_every, self.max_generator_norm),
-            OrthogonalityMonitor(),
-        ]
+        watching = [MovementMonitor()] if self.layers.stepwise else [OrthogonalityMonitor()]
+        return [*super().configure_callbacks(), *watching, self.merging, FiniteGuard()]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, more tightly after a merge if there is a ramp.
+
+        Raises:
+            ConfigurationError: If there is a ramp and nothing that it could scale.
+        """
+        if self.clip_ramp is not None:
+            if gradient_clip_val is None:
+                raise ConfigurationError("clip_ramp scales trainer.gradient_clip_val: set it, or leave the ramp out")
+            gradient_clip_val *= self.clip_ramp.factor(self.trainer.global_step, self.merging.last_merge)
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what the rotations mean, as plain values."""
+        checkpoint["poet"] = {"seed": self.seed, **self.layers.meaning()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose rotations mean something else.
+
+        Raises:
+            ConfigurationError: Naming the setting that differs.
+        """
+        before, now = checkpoint.get("poet", {}), {"seed": self.seed, **self.layers.meaning()}
+        for name, value in before.items():
+            if name in now and value != now[name]:
+                raise ConfigurationError(
+                    f"the checkpoint was trained with {name}={value!r}, this run has {now[name]!r}: "
+                    "use the config it was made with"
+                )
+        super().on_load_checkpoint(checkpoint)

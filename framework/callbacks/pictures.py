@@ -1,0 +1,54 @@
+"""PNG pictures for the run folder, drawn without a display."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+Series = Sequence[tuple[float, float]]
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Return the folder of the run, made if need be: that of its first logger, else the trainer's root.
+
+    Every rank must call it: the trainer broadcasts the name from the first one.
+    """
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def panels(titles: Sequence[str]) -> tuple[Any, list[Any]]:
+    """Return a figure and its axes side by side, one for each title."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 * len(titles), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(1, len(titles), place + 1, title=title) for place, title in enumerate(titles)]
+    return figure, axes
+
+
+def draw_lines(axes: Any, lines: Mapping[str, Iterable[tuple[float, float]]], **settings: Any) -> None:
+    """Draw named series of points ``(x, y)`` with a legend; a short series with markers, an empty one not at all.
+
+    Args:
+        axes: Matplotlib axes.
+        lines: Name -> points.
+        settings: Passed to ``axes.set``: ``xlabel``, ``ylabel``, ``yscale``.
+    """
+    for name, points in lines.items():
+        points = list(points)
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 20 else None, markersize=3)
+    axes.set(**settings)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize="small")
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write the picture and return its path."""
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,132 @@
+"""How far a run is: steps of the whole run, not of an epoch, with tokens per second and the time that is left."""
+
+import math
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from orthotrain.progress import Progress
+
+
+class RunProgress(ProgressBar):
+    """Show optimizer steps and evaluation batches: a bar on a terminal, lines in a log; the command line's default.
+
+    The time that is left counts the validations so far in; it is not known for a run without an end.
+
+    Args:
+        seconds: Time between two lines in a log.
+    """
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self._enabled = True
+        self._training: Progress | None = None
+        self._evaluating: Progress | None = None
+
+    def disable(self) -> None:
+        """Show nothing: Lightning says so to all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin at the step that a checkpoint left."""
+        steps = trainer.estimated_stepping_batches
+        total = None if math.isinf(steps) else int(steps)
+        if self._enabled:
+            self._training = Progress("training", total, "steps", self.seconds, first=trainer.global_step)
+            self._training.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count an optimizer step, or show that a micro-batch went by."""
+        if self._training is not None:
+            self._training.advance(trainer.global_step - self._training.done, lambda: training_note(trainer))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the line to the validation."""
+        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._begin_evaluation("checking the validation" if trainer.sanity_checking else "validation", batches)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin the test."""
+        self._begin_evaluation("test", trainer.num_test_batches)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin the predictions."""
+        self._begin_evaluation("prediction", trainer.num_predict_batches)
+
+    def _begin_evaluation(self, what: str, batches: list[int | float]) -> None:
+        if not self._enabled:
+            return
+        if self._training is not None:
+            self._training.close()
+        total = sum(batches)
+        self._evaluating = Progress(what, None if math.isinf(total) else total, "batches", self.seconds, announce=False)
+        self._evaluating.start()
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Count a batch."""
+        self._advance()
+
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Count a batch."""
+        self._advance()
+
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Count a batch."""
+        self._advance()
+
+    def _advance(self) -> None:
+        if self._evaluating is not None:
+            self._evaluating.advance()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what came out, and give the line back to the training."""
+        self._end_evaluation()
+        if self._training is not None and not trainer.sanity_checking:
+            values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
+            said = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
+            rank_zero_info(f"step {trainer.global_step}: {said}")
+            self._training.open()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End the test."""
+        self._end_evaluation()
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End the predictions."""
+        self._end_evaluation()
+
+    def _end_evaluation(self) -> None:
+        if self._evaluating is not None:
+            self._evaluating.close()
+            self._evaluating = None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the bar away."""
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Take the bar away, so that the terminal has its cursor back."""
+        self._close()
+
+    def _close(self) -> None:
+        self._end_evaluation()
+        if self._training is not None:
+            self._training.close()
+            self._training = None
+
+
+def training_note(trainer: L.Trainer) -> str:
+    """Return the loss and the throughput that were logged last."""
+    logged = trainer.progress_bar_metrics
+    loss, rate = logged.get("train_loss"), logged.get("tokens_per_second")
+    parts = [] if loss is None else [f"loss {float(loss):.3f}"]
+    return ", ".join(parts if rate is None else [*parts, f"{float(rate):,.0f} tokens/s"])

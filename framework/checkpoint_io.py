@@ -1,0 +1,102 @@
+"""Writing checkpoints so that a file of that name is always a whole one, and reading them without running code."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from orthotrain.errors import ConfigurationError
+
+PARTIAL_SUFFIX = ".partial"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the final place, flushes to the disk and renames; reads plain values and tensors only.
+
+    A run that dies at any moment leaves the older file of that name, or none; what it was writing is removed at the
+    next save. Paths with a protocol (``s3://``) are left to Lightning.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            ConfigurationError: If it cannot be written, naming why (a full disk); older checkpoints are intact.
+        """
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+        except (OSError, RuntimeError) as error:
+            raise ConfigurationError(
+                f"checkpoint {str(path)!r} cannot be written ({reason_of(error)}); the older ones are intact: make "
+                "room and go on with --ckpt_path last"
+            ) from error
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Any = lambda storage, loc: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Raises:
+            ConfigurationError: If code in the file is to be run.
+        """
+        if weights_only is False:
+            raise ConfigurationError(f"weights_only=False would run code from {str(path)!r}: leave it out")
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Let ``write`` fill a file that takes its name only when it is whole and on the disk.
+
+    Args:
+        path: The final place; folders are made.
+        write: Gets the open file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run was writing; only one run may write to a folder."""
+    for leftover in folder.glob(f".*{PARTIAL_SUFFIX}"):
+        if leftover.is_file():
+            leftover.unlink(missing_ok=True)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the operating system's word for what went wrong, wherever in the chain of causes it stands."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.strerror:
+            return chain.strerror
+        chain = chain.__cause__ or chain.__context__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,124 @@
+"""From examples to rows of tokens, and the account of those that did not make it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from orthotrain.data.instruction_rows import Example
+from orthotrain.data.layouts import Encoder, Layout, Limit
+from orthotrain.data.special_tokens import SpecialTokens
+from orthotrain.data.token_rows import TokenRows
+from orthotrain.errors import ConfigurationError
+from orthotrain.progress import Progress
+
+OnTooLong = Literal["drop", "truncate", "error"]
+
+
+@dataclass
+class Account:
+    """What became of the rows of a source.
+
+    Attributes:
+        limits: The limits of the layout.
+        used: Rows used.
+        too_long: Rows dropped because they exceed a limit, or truncated before their response.
+        truncated: Limit -> rows used that lost what exceeded it.
+        special: Rows dropped because their text spells a special token.
+        longest: The largest length for each limit.
+    """
+
+    limits: tuple[Limit, ...]
+    used: int = 0
+    too_long: int = 0
+    truncated: Counter[str] = field(default_factory=Counter)
+    special: int = 0
+    longest: tuple[int, ...] = ()
+    example_of_special: str = field(default="", repr=False)
+
+    @property
+    def dropped(self) -> int:
+        """Rows dropped for any reason."""
+        return self.too_long + self.special
+
+    def measure(self, lengths: tuple[int, ...]) -> list[tuple[int, Limit]]:
+        """Take note of a row's lengths and return those that exceed their limit, with it."""
+        self.longest = tuple(map(max, zip(self.longest, lengths, strict=True))) if self.longest else lengths
+        return [(n, limit) for n, limit in zip(lengths, self.limits, strict=True) if n > limit.tokens]
+
+    def line(self) -> str:
+        """All of it in one line."""
+        units = (limit.unit for limit in self.limits)
+        longest = " and ".join(f"{n:,} {unit}" for n, unit in zip(self.longest, units, strict=False)) or "no tokens"
+        parts = [f"{self.used:,} rows used, {self.dropped:,} dropped; the longest has {longest}"]
+        limits = [f"{limit.argument} {limit.tokens}" for limit in self.limits]
+        if self.too_long:
+            parts.append(f"{self.too_long:,} dropped as too long for {' or '.join(limits)}")
+        for text, limit in zip(limits, self.limits, strict=True):
+            if count := self.truncated[limit.argument]:
+                parts.append(f"{count:,} truncated to {text}")
+        if self.special:
+            parts.append(f"{self.special:,} dropped as their text spells a special token ({self.example_of_special})")
+        return "; ".join(parts)
+
+
+def encode_rows(
+    examples: Iterable[Example],
+    encoder: Encoder,
+    split_of: Callable[[Example], str],
+    layout: Layout,
+    on_too_long: OnTooLong,
+) -> tuple[dict[str, TokenRows], Account]:
+    """Tokenize examples into splits.
+
+    Args:
+        examples: The rows.
+        encoder: Tokenizes one.
+        split_of: Names the split of one.
+        layout: Limits and stores the rows.
+        on_too_long: What becomes of rows that exceed a limit: ``drop``, ``truncate`` (their end is lost) or ``error``.
+
+    Returns:
+        The rows of each split, and the account of all.
+
+    Raises:
+        ConfigurationError: A row is too long and that is an error, or no row is left.
+    """
+    splits: dict[str, TokenRows] = {}
+    account = Account(layout.limits)
+    special_tokens = SpecialTokens(encoder.tokenizer)
+    for example in _shown(examples):
+        if (token := special_tokens.spelled_in(example)) is not None:
+            account.special += 1
+            account.example_of_special = account.example_of_special or f"{token!r} in {example.where}"
+            continue
+        row = encoder(example)
+        if excess := account.measure(layout.lengths(row)):
+            if on_too_long == "error":
+                raise _too_long(example, *excess[0])
+            row = layout.truncated(row)
+            if on_too_long == "drop" or not any(row.targets):
+                account.too_long += 1
+                continue
+            account.truncated.update(limit.argument for _, limit in excess)
+        account.used += 1
+        splits.setdefault(split_of(example), layout.rows()).append(row, example.reference)
+    if not account.used:
+        raise ConfigurationError(
+            f"no row is left: {account.line()}; raise {layout.limits[0].argument} or change the rows"
+        )
+    return splits, account
+
+
+def _shown(examples: Iterable[Example]) -> Iterator[Example]:
+    with Progress("tokenizing the rows", None, "rows", announce=False) as bar:
+        for example in examples:
+            yield example
+            bar.advance()
+
+
+def _too_long(example: Example, length: int, limit: Limit) -> ConfigurationError:
+    return ConfigurationError(
+        f"{example.where}: {length} {limit.unit}, longer than {limit.argument} {limit.tokens}; raise {limit.argument}, "
+        "remove the row, or set on_too_long to drop or truncate"
+    )

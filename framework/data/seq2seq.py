@@ -1,0 +1,70 @@
+"""Rows for encoder-decoders: the encoder reads the prompt, the decoder writes the response."""
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from orthotrain.data.chat import EncodedExample, check_template
+from orthotrain.data.instruction_rows import Example
+from orthotrain.data.token_rows import TokenRows
+from orthotrain.errors import ConfigurationError
+
+
+class Seq2SeqEncoder:
+    """Tokenizes a prompt and its response apart, each with the special tokens that the tokenizer puts around a text.
+
+    Both end with the end-of-text token; it is added where the tokenizer does not write it. All tokens of the response
+    are to be predicted, also one that begins it (``<s>`` of BART, which its generation forces).
+
+    Args:
+        tokenizer: Turns text into tokens.
+        prompt_template: Text around a prompt, ``{prompt}`` standing for it; by default nothing.
+
+    Raises:
+        ConfigurationError: ``prompt_template`` has no place for the prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt_template: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.prompt_template = check_template("{prompt}" if prompt_template is None else prompt_template)
+
+    def __call__(self, example: Example) -> EncodedExample:
+        """Tokenize an example.
+
+        Raises:
+            ConfigurationError: It is chat messages.
+        """
+        if example.is_chat:
+            raise ConfigurationError(
+                f"{example.where}: has chat messages, but layout 'seq2seq' takes one prompt and one response; give "
+                "rows of these, or set layout to 'causal'"
+            )
+        (_, prompt), (_, response) = example.messages
+        source = self._closed(text=self.prompt_template.replace("{prompt}", prompt))
+        target = self._closed(text_target=response)
+        targets = [False] * len(source) + [True] * len(target)
+        return EncodedExample(source + target, targets, prompt_length=len(source))
+
+    def _closed(self, **text: str) -> list[int]:
+        # not verbose: a text longer than the model's positions is ours to truncate
+        tokens = list(self.tokenizer(**text, verbose=False)["input_ids"])
+        end = self.tokenizer.eos_token_id
+        return tokens if tokens[-1:] == [end] else [*tokens, end]
+
+
+class Seq2SeqRows(TokenRows):
+    """Rows of which the encoder reads the prompt and the decoder predicts the response."""
+
+    prompt_padding = "right"
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, prompt and response, int64."""
+        return super().lengths + 1
+
+    def inputs_and_labels(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """A row's prompt ``(S,)`` and response ``(T,)``, int64.
+
+        The labels are not shifted: the network turns them into the decoder's inputs itself.
+        """
+        tokens, prompt_length = self.tokens(row), self._prompt_lengths[row]
+        return tokens[:prompt_length], tokens[prompt_length:]

@@ -1,0 +1,117 @@
+"""Fully sharded networks (FSDP2): what is gathered together, and how one layer is made whole to be merged."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from orthotrain.errors import ConfigurationError
+from orthotrain.layers.mergeable import Mergeable
+
+
+def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard every parameter of a network over a mesh, in place.
+
+    A group is what one collective gathers: in each block of the network (an element of an outermost ``nn.ModuleList``,
+    a decoder layer) the mergeable layers are one group, what is trained directly another; the rest of the network, the
+    embedding and the head, is the root's. FSDP2 reduces the gradients of trained parameters alone, so a frozen weight
+    costs its shard, and whole it lives as long as its block computes.
+
+    Args:
+        network: Called through its ``forward``.
+        mesh: One-dimensional, over all ranks.
+
+    Raises:
+        ConfigurationError: If the trained parameters of a group have two dtypes, whose gradients cannot be reduced
+            together.
+    """
+    blocks = outermost_blocks(network)
+    inside = {module for block in blocks for module in block.modules()}
+    for block in blocks:
+        layers = _mergeables(block)
+        if layers:
+            _check_one_dtype(layers, network)
+            fully_shard(layers, mesh=mesh)
+        if block not in layers:
+            fully_shard(block, mesh=mesh)
+    for layer in _mergeables(network):
+        if layer not in inside:
+            _check_one_dtype([layer], network)
+            fully_shard(layer, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def outermost_blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the elements of every ``nn.ModuleList`` that does not lie in another one."""
+    blocks: list[nn.Module] = []
+    pending = list(network.children())
+    while pending:
+        module = pending.pop(0)
+        if isinstance(module, nn.ModuleList):
+            blocks += [child for child in module if child not in blocks]
+        else:
+            pending += list(module.children())
+    return blocks
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the full tensor of a sharded one (a collective), any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Tell whether any parameter of a module is sharded."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+@contextmanager
+@torch.no_grad()
+def gathered(module: Any, frozen: bool = True) -> Iterator[None]:
+    """Make the sharded parameters of a module whole for the duration, and store in the shards what they become.
+
+    A collective: every rank enters with the same module and must do the same to it, for each keeps its own part of its
+    own result. Without sharded parameters nothing happens. The parameters inside are others than the sharded ones,
+    which the optimizer knows and which stand in their places again afterwards, also after an error.
+
+    Args:
+        module: The module.
+        frozen: Whether frozen parameters are gathered too, and not the trained ones alone.
+    """
+    places = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if isinstance(parameter, DTensor) and (frozen or parameter.requires_grad)
+    ]
+    for owner, name, parameter in places:
+        owner._parameters[name] = nn.Parameter(parameter.full_tensor(), requires_grad=parameter.requires_grad)
+    full = {}
+    try:
+        yield
+        full = {(owner, name): owner._parameters[name] for owner, name, _ in places}
+    finally:
+        for owner, name, parameter in places:
+            owner._parameters[name] = parameter
+            if (result := full.get((owner, name))) is not None:
+                part = distribute_tensor(result, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                parameter.to_local().copy_(part.to_local())
+
+
+def _mergeables(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.modules() if isinstance(child, Mergeable)]
+
+
+def _check_one_dtype(layers: list[nn.Module], network: nn.Module) -> None:
+    dtypes = {p.dtype: p for layer in layers for p in layer.parameters() if p.requires_grad}
+    if len(dtypes) > 1:
+        names = {id(p): name for name, p in network.named_parameters()}
+        first, second = (f"{names[id(p)]} is {dtype}" for dtype, p in list(dtypes.items())[:2])
+        raise ConfigurationError(
+            f"FSDP2 reduces gradients of one dtype together, but {first} and {second}: "
+            "take precision bf16-mixed, or ddp"
+        )

@@ -1,0 +1,164 @@
+"""The POET layer whose rotations are folded after every step: while a batch is processed it is a plain product."""
+
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from orthotrain.kernels.tangent import tangent, tangent_linear
+from orthotrain.layers.block_rotation import BlockRotation
+from orthotrain.layers.centre import costs_for
+from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight
+from orthotrain.layers.poet_settings import PoetSettings
+from orthotrain.layers.two_sided import Rotations, TwoSided
+from orthotrain.seeding import generator
+
+
+class StepwiseLinear(TwoSided):
+    """``y = x @ W.T + bias`` with trained rotations of W that are known to be the identity in every forward pass.
+
+    ``W_eff = R_out^T W R_in^T`` as in :class:`PoetLinear`, but the optimizer's step is folded at once
+    (``MergeRotations(every_n_steps=1)``), so that R = I between steps and only the gradient at the identity is needed
+    (kernels/tangent/README.md). The frozen weight stays in the natural frame; the permutations say which coordinates
+    share a block and last until a merge draws the next ones.
+
+    Args:
+        weight: The frozen weight ``(out, in)``, natural frame.
+        bias: ``(out,)`` trained bias, or None.
+        rotation_in: Rotation of the input features, or None.
+        rotation_out: Rotation of the output features, or None.
+        centre: ``input`` forms the gradient from activations, ``weight`` from dL/dW (a dense weight only), ``auto``
+            takes the one that the table of costs makes cheaper (:mod:`orthotrain.layers.centre`).
+        seed: Seed of the permutations and of stochastic rounding.
+    """
+
+    resample_count: Tensor
+
+    def __init__(
+        self,
+        weight: FrozenWeight,
+        bias: nn.Parameter | None,
+        rotation_in: BlockRotation | None,
+        rotation_out: BlockRotation | None,
+        *,
+        centre: Literal["auto", "input", "weight"] = "auto",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(weight, bias, rotation_in, rotation_out, seed=seed)
+        self.centre = centre
+        for _, rotation in self.sides():
+            rotation.known_identity = True
+        self.register_buffer("resample_count", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def from_settings(cls, linear: nn.Linear, settings: PoetSettings, seed: int = 0) -> Self:
+        """Wrap a linear layer without changing its function; its bias parameter is taken over.
+
+        Raises:
+            ConfigurationError: If a setting does not fit, naming what would work.
+        """
+        rotations = Rotations.draw(linear, settings, seed)
+        with torch.device(linear.weight.device):
+            weight = settings.freeze(linear.weight.detach().clone())
+            return cls(weight, linear.bias, rotations.into, rotations.out, centre=settings.centre, seed=seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``; under autocast in its dtype, like nn.Linear."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if not (torch.is_grad_enabled() and self.training):
+            y = self.weight.matmul(x)
+        elif self._centre_for(x) == "weight":
+            y = self._through_weight(x)
+        else:
+            y = self._tapped(self.weight.matmul(self._tapped(x, self.rotation_in)), self.rotation_out)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _tapped(self, x: Tensor, rotation: BlockRotation | None) -> Tensor:
+        if rotation is None:
+            return x
+        return tangent(x, rotation.generators, rotation.permutation, rotation.block_size)
+
+    def _through_weight(self, x: Tensor) -> Tensor:
+        out, into = self.rotation_out, self.rotation_in
+        with torch.autocast(x.device.type, enabled=False):
+            return tangent_linear(
+                x,
+                self.weight.dequantize(),
+                None if out is None else out.generators,
+                None if into is None else into.generators,
+                *self.rotations.orders,
+                (0 if out is None else out.block_size, 0 if into is None else into.block_size),
+            )
+
+    def _centre_for(self, x: Tensor) -> Literal["input", "weight"]:
+        if not isinstance(self.weight, DenseWeight):
+            return "input"
+        if self.centre != "auto":
+            return self.centre
+        sides = tuple((r.blocks * r.block_size, r.block_size) for _, r in self.sides())
+        per_token, once = advantage(self.in_features, self.out_features, sides, x.device, x.dtype)
+        return "input" if per_token * (x.numel() // self.in_features) + once >= 0 else "weight"
+
+    @torch.no_grad()
+    def fold_(self) -> None:
+        """Fold the rotations into the frozen weight and reset them; the permutations stay.
+
+        Every rank rounds alike, from (seed, count).
+        """
+        effective = self._effective_weight()
+        self.merge_count += 1
+        self.weight.assign_(effective, generator(self.seed, int(self.merge_count), "rounding"))
+        for _, rotation in self.sides():
+            rotation.reset_()
+
+    @torch.no_grad()
+    def merge_(self) -> None:
+        """Fold as :meth:`fold_` does, and draw the next permutations, from (seed, count)."""
+        self.fold_()
+        self.resample_count += 1
+        self._redraw(int(self.resample_count))
+
+    @torch.no_grad()
+    def _effective_weight(self) -> Tensor:
+        exact, moved = self._exact_weight(), self._moved()
+        if moved == (None, None):
+            return exact
+        with torch.autocast(exact.device.type, enabled=False):
+            return moved.fold(moved.framed(exact), *moved.displacements(exact.dtype))
+
+    def _moved(self) -> Rotations:
+        """Return the rotations that are not the identity: sides that take turns halve the work of a fold.
+
+        On the CPU; elsewhere asking would wait for the device, and both sides are folded.
+        """
+        if self.merge_count.device.type != "cpu":
+            return self.rotations
+        return Rotations(*(r if r is not None and bool(r.generators.any()) else None for r in self.rotations))
+
+    def extra_repr(self) -> str:
+        """Describe the modes in one line."""
+        return f"centre={self.centre}, seed={self.seed}"
+
+
+# torch.compile shall see two constants, not how a table is read
+@torch.compiler.assume_constant_result
+def advantage(
+    d_in: int, d_out: int, sides: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Return by how many nanoseconds the gradient from activations is cheaper: per token, and apart from that.
+
+    It has no product for dL/dW. Its contraction reads what the backward pass of a rotation reads for the displacement,
+    about half of what a rotation costs in all; so does that of dL/dW beside a fold.
+
+    Args:
+        d_in: Width of the input.
+        d_out: Width of the output.
+        sides: Features in blocks and size of a block, of each rotated side.
+        device: Where the layer computes.
+        dtype: What it computes in.
+    """
+    costs = costs_for(device.type, device.index, dtype.itemsize < 4)
+    contracted = sum(costs.rotation(covered, size) - costs.rotate_call for covered, size in sides) / 2
+    folded = costs.fold(d_in * d_out, sum(size for _, size in sides))
+    return costs.multiply_add * d_in * d_out - contracted, (folded - len(sides) * costs.rotate_call) / 2

@@ -1,0 +1,43 @@
+"""What a folder with a model may name: files beside its index, and nothing elsewhere."""
+
+import json
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from orthotrain.errors import ConfigurationError
+
+
+def check_model_folder(folder: str | Path) -> None:
+    """Refuse a model folder whose index of weight files leads out of it.
+
+    A sharded model has ``model.safetensors.index.json``, which maps every tensor to a file; loaders join that name to
+    the folder. Anything else than a folder (a hub name) passes.
+
+    Args:
+        folder: The folder, or the hub name, of a pretrained model.
+
+    Raises:
+        ConfigurationError: If an index is not JSON, has no such map, or names a file outside the folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigurationError(f"{str(index)!r} is no index of weight files: {error!r}") from error
+        for name in names:
+            _check_name(name, index)
+            target = folder / name
+            if target.is_symlink() and not target.exists():
+                raise ConfigurationError(f"{str(index)!r} names {name!r}, a link that leads nowhere")
+
+
+def _check_name(name: object, index: Path) -> None:
+    if (
+        not isinstance(name, str)
+        or name in ("", ".", "..")
+        or "\0" in name
+        or {PurePosixPath(name).name, PureWindowsPath(name).name} != {name}
+    ):
+        raise ConfigurationError(f"{str(index)!r} names {name!r}, which is not a file of its own folder")

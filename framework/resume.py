@@ -1,0 +1,110 @@
+"""Going on from a checkpoint: with another number of ranks, and from the newest file that is whole."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint
+from orthotrain.checkpoint import check_checkpoint
+from orthotrain.checkpoint_io import PARTIAL_SUFFIX, remove_leftovers
+from orthotrain.errors import ConfigurationError
+
+
+def adapt_ranks(checkpoint: dict[str, Any], ranks: int) -> None:
+    """Rewrite, in place, how far a checkpoint's epoch has come for another number of ranks.
+
+    After k batches on each of R ranks the first ``k * R`` batches of the epoch's order have been seen, whoever saw
+    them. With ``accumulate_grad_batches`` changed so that a step has as many samples as before, the run goes on to the
+    same losses (but for the order in which gradients are summed).
+
+    Args:
+        checkpoint: A Lightning checkpoint of a run whose training data says how many ranks read it (``TextData``,
+            ``InstructionData``); any other is left as it is.
+        ranks: World size of this run.
+
+    Raises:
+        ConfigurationError: If the batches seen do not divide over the ranks.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    places = loop.get("state_dict", {}).get("combined_loader", [])
+    for place in places:
+        before = place.get("num_replicas", ranks) if isinstance(place, dict) else ranks
+        if before == ranks:
+            continue
+        seen = place["batches"] * before
+        if seen % ranks:
+            raise ConfigurationError(
+                f"the checkpoint has seen {seen} batches of its epoch on {before} ranks, which do not divide over "
+                f"{ranks}: resume on a number of ranks that divides {seen}"
+            )
+        place["batches"], place["num_replicas"] = seen // ranks, ranks
+        progress = loop["epoch_loop.batch_progress"]["current"]
+        more = progress["processed"] * before // ranks - progress["processed"]
+        for name in progress:  # a checkpoint of the end of a batch counts one less as completed: keep that distance
+            progress[name] += more
+
+
+def newest_good_checkpoint(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
+    """Find the newest checkpoint, by the time it was written, that reads as a whole.
+
+    Args:
+        folders: Searched, with the folders in them, for ``*.ckpt``: files, and the folders of distributed checkpoints.
+
+    Returns:
+        The path, None if there is no checkpoint at all; and a line for every newer one that was skipped, saying why.
+
+    Raises:
+        ConfigurationError: If there are checkpoints but none is good, naming each.
+    """
+    found = {path.resolve(): path for folder in folders if folder.is_dir() for path in folder.rglob("*.ckpt")}
+    finished = [path for path in found.values() if not path.parent.name.endswith(PARTIAL_SUFFIX)]
+    newest_first = sorted(finished, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    skipped: list[str] = []
+    for path in newest_first:
+        try:
+            check_checkpoint(path)
+        except ConfigurationError as error:
+            skipped.append(str(error))
+        else:
+            return path, skipped
+    if skipped:
+        raise ConfigurationError("no checkpoint is whole: " + "; ".join(skipped))
+    return None, []
+
+
+def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
+    """Return where the callbacks of a trainer save their checkpoints."""
+    folders = []
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            # Lightning's own search, which only knows last*.ckpt, resolves it this way
+            folders.append(Path(callback._ModelCheckpoint__resolve_ckpt_dir(trainer)))  # type: ignore[attr-defined]
+        elif isinstance(callback, AdapterCheckpoint):
+            folders.append(Path(callback.dirpath or Path(trainer.log_dir or ".") / "adapters"))
+    return folders
+
+
+def last_checkpoint(trainer: L.Trainer) -> str | None:
+    """Return what ``--ckpt_path last`` means: the newest checkpoint of the run's folder that is whole.
+
+    What is skipped is said, with the reason; without any checkpoint a run begins at its first step, so that a
+    scheduler can start a job and restart it by one command.
+
+    Raises:
+        ConfigurationError: If none of the checkpoints is whole.
+    """
+    folders = checkpoint_folders(trainer)
+    for folder in folders:
+        remove_leftovers(folder)
+    path, skipped = newest_good_checkpoint(folders)
+    for reason in skipped:
+        rank_zero_warn(f"skipped: {reason}")
+    if path is None:
+        rank_zero_info(f"--ckpt_path last: no checkpoint in {', '.join(map(str, folders)) or 'this run'} yet")
+        return None
+    rank_zero_info(f"going on from {path}")
+    return str(path)

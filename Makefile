@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PYTHONUNBUFFERED := 1
 
-.PHONY: fit finetune smollm2 test lint clean
+.PHONY: fit finetune smollm2 test faults lint docs clean
 
 fit: $(VENV)/.installed
 	$(BIN)/orthotrain fit -c pretrain/quickstart.yaml
@@ -26,12 +26,20 @@ test: $(VENV)/.installed-test
 	# not `python -m pytest`: that puts this folder on the path, where kernels/ shadows the Hugging Face package
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests
 
+# every way for a run to die, at each of its steps and at random moments; ends with the README's table
+faults: $(VENV)/.installed-test
+	ORTHOTRAIN_FAULTS=20 OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/faults
+
 lint: $(VENV)/.installed-test typing-tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/typing $(BIN)/mypy -p orthotrain
 
-# mypy does not read setuptools' package-dir: show it the three folders as the one package they install as.
+# the site, from the README, the derivations, the examples and docstrings
+docs: $(VENV)/.installed-test typing-tree
+	$(BIN)/mkdocs build --strict --quiet --config-file tests/docs/mkdocs.yml
+
+# neither mypy nor the site's builder reads setuptools' package-dir: show them the three folders as the one package they install as.
 .PHONY: typing-tree
 typing-tree:
 	@rm -rf build/typing && mkdir -p build/typing/orthotrain

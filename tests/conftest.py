@@ -1,4 +1,7 @@
-"""What all tests share: one thread, no progress bars, small networks."""
+"""What all tests share: one thread, a small real corpus, small networks."""
+
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,16 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder with some sources of the standard library."""
+    folder = tmp_path_factory.mktemp("corpus")
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(stdlib.glob("[a-d]*.py")):
+        (folder / f"{path.stem}.txt").write_text(path.read_text(encoding="utf-8")[:8000], encoding="utf-8")
+    return folder
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import BartConfig, BartForConditionalGeneration
 
 from orthotrain.config_files import shipped_configs
 from orthotrain.lightning_cli import OrthotrainCLI, PlanCLI
@@ -21,9 +22,22 @@ FOLDERS = {"framework": "orthotrain", "plugins": "orthotrain.plugins", "kernels"
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "plugins": {"plugins", "kernels"},
-    "data": {"data", "errors"},
-    "layers": {"layers", "plugins", "kernels", "errors", "seeding"},
-    "callbacks": {"callbacks", "layers.mergeable", "errors"},
+    "data": {"data", "errors", "progress"},
+    "spectrum": set(),
+    "progress": set(),
+    "layers": {"layers", "plugins", "kernels", "errors", "progress", "seeding", "spectrum"},
+    "optimizers": {"optimizers", "kernels.skew", "errors"},
+    "callbacks": {
+        "callbacks",
+        "kernels.backend",
+        "layers.mergeable",
+        "spectrum",
+        "layers.sharding",
+        "generation",
+        "errors",
+        "progress",
+    },
+    "generation": set(),
     "export": {
         "layers.surgery",
         "layers.mergeable",
@@ -37,11 +51,12 @@ MAY_IMPORT = {
     "adapters": {"layers", "plugins", "checkpoint", "errors"},
     "peft_adapter": {"peft_export", "peft_import"},
     "peft_export": {"adapters", "layers", "plugins", "peft_format", "errors"},
-    "peft_import": {"adapters", "layers", "plugins", "peft_format", "errors"},
+    "peft_import": {"adapters", "layers", "plugins", "kernels.skew", "peft_format", "errors"},
     "peft_format": {"errors"},
     "modules": {
-        *("modules", "callbacks", "layers", "plugins", "models"),
-        *("metrics", "generation_metrics", "checkpoint", "errors", "seeding"),
+        *("modules", "callbacks", "layers", "optimizers", "plugins", "models"),
+        *("metrics", "generation", "generation_metrics", "checkpoint", "checkpoint_io"),
+        *("resume", "strategies", "errors", "seeding"),
     },
 }
 
@@ -92,20 +107,32 @@ def test_the_wheel_holds_one_top_level_package_and_the_configs(tmp_path):
 
 
 CONFIGS = sorted([*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "examples").rglob("*.yaml")])
-RUNS = [path for path in CONFIGS if path.parent.name != "trainer"]
+RUNS = [path for path in CONFIGS if path.parent.name not in ("trainer", "options")]
+OPTIONS = [path for path in CONFIGS if path.parent.name == "options"]
 
 
 def test_the_number_of_configs_is_known():
     """A config that is added is added here too, so that none escapes the test below."""
-    assert len(CONFIGS) == 9
+    assert len(CONFIGS) == 34
+
+
+def small_network(path, folder):
+    """Options that put a small network in the place of a config's pretrained one: a Llama, or a BART from a folder."""
+    if path.parent.name != "finetune":
+        return []
+    if yaml.safe_load(path.read_text())["data"]["init_args"].get("layout") != "seq2seq":
+        shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1}
+        return ["--model.model", "CausalLM", "--model.model.config", json.dumps(shape)]
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 128))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    BartForConditionalGeneration(BartConfig(d_model=64, vocab_size=64, **sizes, **heads)).save_pretrained(folder)
+    return ["--model.model.name", str(folder)]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_every_config_builds_its_network(path):
-    """Builds trainer, module and data, and the wrapped network on fake tensors; pretrained ones as a small Llama."""
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1}
-    pretrained = ["--model.model", "CausalLM", "--model.model.config", json.dumps(shape)]
-    overrides = pretrained if path.parent.name == "finetune" else []
+def test_every_config_builds_its_network(path, tmp_path):
+    """Builds trainer, module and data, and the wrapped network on fake tensors; pretrained ones as small networks."""
+    overrides = small_network(path, tmp_path / "pretrained")
     command = ["-c", str(path), *overrides, "--data.batch_size", "1"]
     cli = OrthotrainCLI([*command, "--trainer.accelerator", "cpu", "--trainer.devices", "1"], run=False)
     assert cli.trainer.max_steps > 0 or cli.trainer.max_epochs > 0
@@ -113,3 +140,33 @@ def test_every_config_builds_its_network(path):
     document = yaml.safe_load(path.read_text())
     assert path.read_text().startswith("# "), "say in a first line what the run is"
     assert {"trainer", "model", "data"} <= set(document)
+
+
+def plan_of(*paths):
+    command = [part for path in paths for part in ("-c", str(path))]
+    cli = PlanCLI([*command, "--data.batch_size", "1"], run=False)
+    return cli.plan, cli.config["data"]["init_args"]["source"]
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=lambda path: path.stem)
+def test_every_option_lays_over_a_pretraining_config(path):
+    name = "adamw_quickstart" if path.stem in ("muon", "galore") else "poet_llama_60m"
+    base = ROOT / f"configs/pretrain/{name}.yaml"
+    (before, _), (after, source) = plan_of(base), plan_of(base, path)
+    match path.stem:
+        case "int8" | "nf4":
+            assert after["frozen"].bytes < before["frozen"].bytes / 3
+        case "fs":
+            attention, mlp = 4 * 256 * 255, 3 * (256 * 255 // 2 + 640 * 639 // 2)
+            assert after["trainable, rotations"].count == 8 * (attention + mlp)
+        case "muon":
+            # one moment in place of two, for the matrices of the decoder
+            hidden = 4 * (4 * 256 * 256 + 3 * 256 * 640)
+            assert before["optimizer state"].bytes - after["optimizer state"].bytes == 4 * hidden
+        case "galore":
+            assert after["optimizer state"].bytes < before["optimizer state"].bytes
+        case "c4" | "stdlib":
+            assert source == {"c4": "allenai/c4:en", "stdlib": "python-stdlib"}[path.stem]
+        case _:
+            raise AssertionError(f"say here what {path.stem} does")
+    assert path.read_text().startswith("# "), "say in a first line what the option is"

@@ -33,7 +33,11 @@ def test_from_fit_to_an_exported_model(small_config, tmp_path, capsys):
         assert word in printed
     run = tmp_path / "run"
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((run / "summary.json").read_text())["steps"] == 6
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 6 and summary["merges"] == 3 and 0 <= summary["spectrum_drift"] < 1e-4
+    assert f"{summary['trainable_parameters']:,} trained of {summary['total_parameters']:,}" in printed
+    assert f"tokens per second         {summary['tokens_per_second']:,.0f}\n" in printed
+    assert summary["checkpoint"] == str(run / "checkpoints" / "last.ckpt") and summary["early_merges"] is None
     assert (run / "config.yaml").exists()
     last = run / "checkpoints" / "last.ckpt"
 
@@ -58,7 +62,7 @@ def test_from_fit_to_an_exported_model(small_config, tmp_path, capsys):
     truncated.write_bytes(last.read_bytes()[:1000])
     assert "truncated.ckpt' cannot be read" in refuse(capsys, "export", "--ckpt", str(truncated), "--out", "x")
     message = refuse(capsys, "fit", *command, "--ckpt_path", str(last), "--model.layers.block_size", "4")
-    assert "checkpoint is of another model" in message
+    assert "the checkpoint was trained with block_size=8, this run has 4" in message
     message = refuse(capsys, "validate", *command, "--ckpt_path", str(last), "--data.seed", "1")
     assert "tokenizer of this run" in message and "differs from the checkpoint's" in message
     message = refuse(capsys, "fit", *command, "--ckpt_path", str(truncated))
@@ -103,11 +107,26 @@ BAD = [
     (["--model.optimization.lr_overrides", "{'*nope*': 1.0}"], "'*nope*' matches no trainable parameter"),
     (["--data.source", "/nowhere/at/all.txt"], "/nowhere/at/all.txt"),
     (["--data.sequence_length", "0"], "sequence_length"),
+    (["--data.batch_size", "eight"], "data: batch_size: expected int, got 'eight'"),
+    (["--trainer.precision", "fp16"], "bf16-mixed or 32-true or 64-true or 64 or 32 or 16 or bf16, got 'fp16'"),
+    (["--trainer.max_steps", "-5"], "trainer: `max_steps` must be a non-negative integer or -1"),
+    (["--trainer.accelerator", "gpus"], "trainer: You selected an invalid accelerator name"),
+    (["--trainer.devices", "0"], "trainer: `Trainer(devices='0')` value is not a valid input"),
+    (["--trainer.callbacks", "RunReprt"], "trainer.callbacks: unknown class 'RunReprt'; did you mean RunReport?"),
+    (
+        ["--trainer.callbacks", "{class_path: RunReport, init_args: {promt: x}}"],
+        "'promt' is not accepted; did you mean",
+    ),
+    (["--model.model", "{init_args: {path: x}}"], "'path' is not accepted"),
+    (["--model.optimization.optimizer", "torch.optim.AdamV"], "no attribute 'AdamV'; did you mean Adam"),
+    (["--model.optimization.scheduler.init_args.warmup", "3"], "'warmup' is not accepted; did you mean warmup_"),
+    (["pretrain/quickstart.yaml"], "a config is given as -c pretrain/quickstart.yaml"),
+    (["-c"], "-c needs the name of a config, such as pretrain/quickstart.yaml"),
     (["--data.vocab_size", "330"], "vocabulary"),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "message"), BAD, ids=[b[0][0].removeprefix("--") + "=" + b[0][1] for b in BAD])
+@pytest.mark.parametrize(("overrides", "message"), BAD, ids=["=".join(b[0]).removeprefix("--") for b in BAD])
 def test_bad_input_is_one_clear_line(small_config, capsys, overrides, message):
     assert message in refuse(capsys, "fit", *QUICK, "-c", str(small_config), *overrides)
 
@@ -118,10 +137,20 @@ def test_yaml_keys_and_files_are_checked_too(small_config, tmp_path, capsys):
     assert "'blok_size'" in refuse(capsys, "fit", *QUICK, "-c", str(wrong))
     assert "did you mean block_size" in refuse(capsys, "fit", *QUICK, "-c", str(wrong))
     message = refuse(capsys, "fit", "-c", "pretrain/quickstar.yaml")
-    assert "neither a file nor shipped; shipped are pretrain/quickstart.yaml" in message
+    assert "neither a file nor shipped; did you mean pretrain/quickstart.yaml" in message
+    message = refuse(capsys, "fit", "-c", "quickstart.yaml")
+    assert message.endswith("did you mean finetune/quickstart.yaml, pretrain/quickstart.yaml?")
+    assert "shipped are finetune/oft_bart_xsum.yaml, " in refuse(capsys, "fit", "-c", "zzz")
     wrong.write_text("model: [unclosed")
     assert "wrong.yaml" in refuse(capsys, "fit", "-c", str(wrong))
-    assert "unknown command 'fitt'" in refuse(capsys, "fitt")
+    wrong.write_text("data: {class_path: TextData}")
+    assert "no model given: name a config" in refuse(capsys, "fit", "-c", str(wrong))
+    nameless = {"class_path": "PoetModule", "init_args": {"model": {"init_args": {"config": {"hidden_size": 8}}}}}
+    wrong.write_text(yaml.safe_dump({"data": {"class_path": "TextData"}, "model": nameless}))
+    assert "model: class_path must name a ModelBuilder, such as" in refuse(capsys, "fit", "-c", str(wrong))
+    assert "unknown command 'fitt': did you mean fit?" in refuse(capsys, "fitt")
+    assert "unknown command 'train': did you mean fit?" in refuse(capsys, "train")
+    assert "export: the following arguments are required: --ckpt, --out" in refuse(capsys, "export")
 
 
 def test_a_truncated_token_cache_is_refused(small_config, tmp_path, capsys):
@@ -152,11 +181,54 @@ def test_plan_counts_without_allocating(small_config, capsys):
 def test_plugins_lists_a_line_each(capsys):
     main(["plugins"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["cayley", "cayley_neumann", "exponential"]
+    assert [line.split()[0] for line in lines if "[orthotrain." in line] == ["cayley", "cayley_neumann", "exponential"]
     assert all(len(line) > 40 for line in lines)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_the_run_folder_is_one_option(small_config, tmp_path, capsys, caplog):
+    command = ["fit", *QUICK, "-c", str(small_config), "--run_folder", str(tmp_path / "other"), "--trainer.max_steps"]
+    main([*command, "2"])
+    assert "earlier run" not in caplog.text and not (tmp_path / "run").exists()
+    for name in ("summary.json", "config.yaml", "metrics.csv", "checkpoints/last.ckpt"):
+        assert (tmp_path / "other" / name).exists()
+    summary = (tmp_path / "other" / "summary.json").read_text()
+    main([*command, "2", "--ckpt_path", "last"])
+    assert "no step was taken: the run is at step 2 of 2" in caplog.text
+    assert (tmp_path / "other" / "summary.json").read_text() == summary
+    main([*command, "1"])
+    assert "has checkpoints of an earlier run, which this one begins anew and may replace" in caplog.text
+    file = tmp_path / "file"
+    file.touch()
+    message = refuse(capsys, *command[:-3], "--run_folder", str(file))
+    assert f"'{file}' cannot be read or written: File exists" in message
+
+
+def test_without_a_checkpoint_an_evaluation_says_what_it_evaluates(small_config, caplog):
+    main(["validate", *QUICK, "-c", str(small_config)])
+    assert "no --ckpt_path: validate takes the network as the config builds it" in caplog.text
+
+
+def test_an_interrupt_before_training_is_one_line(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orthotrain.cli.run_trainer", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *QUICK])
+    assert stop.value.code == 130 and capsys.readouterr().err == "orthotrain: error: interrupted\n"
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["help", "export"], ["help", "plan"]])
+def test_version_and_help_of_a_command(arguments, capsys):
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        assert stop.code == 0
+    said = {"--version": "orthotrain 0", "export": "usage: orthotrain export", "plan": "usage: orthotrain plan"}
+    assert capsys.readouterr().out.startswith(said[arguments[-1]])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
 def test_help_names_every_command(arguments, capsys):
     main(arguments)
     printed = capsys.readouterr().out

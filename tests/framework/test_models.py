@@ -29,3 +29,25 @@ def test_bad_input_is_refused_with_the_nearest_name(tmp_path):
         CausalLM({}, "lama")
     with pytest.raises(ConfigurationError, match="cannot be loaded"):
         PretrainedModel(str(tmp_path))()
+
+
+def test_gradient_checkpointing_changes_memory_and_not_the_gradients(tiny_llama):
+    import copy
+
+    from orthotrain.modules import PoetLayers
+    from orthotrain.plan import saved_bytes
+
+    torch.manual_seed(0)
+    plain = CausalLM(tiny_llama)()
+    PoetLayers(block_size=8).apply_(plain)
+    tokens = torch.randint(0, 96, (2, 16))
+    checkpointed = CausalLM(tiny_llama, gradient_checkpointing=True)()
+    PoetLayers(block_size=8).apply_(checkpointed)
+    checkpointed.load_state_dict(copy.deepcopy(plain.state_dict()))
+    for network in (plain, checkpointed):
+        network(input_ids=tokens, labels=tokens).loss.backward()
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6, msg=name)
+    sizes = [saved_bytes(n, lambda n=n: n(input_ids=tokens, labels=tokens)) for n in (plain, checkpointed)]
+    assert sizes[1] < 0.8 * sizes[0]

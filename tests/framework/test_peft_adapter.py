@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from orthotrain.adapters import adapter_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, PoetLinear, mergeable_layers, replace_linears
+from orthotrain.models import PretrainedModel
+from orthotrain.modules import OftLayers
 from orthotrain.peft_adapter import export_peft, import_peft
 from orthotrain.peft_format import nearest_divisor
 
@@ -207,6 +209,49 @@ def test_embeddings_and_1x1_convolutions_go_both_ways(tmp_path, parameterization
         tensors = load_file(folder / "adapter_model.safetensors")
         rewrite(folder, {**tensors, "base_model.model.embed.base_layer.weight": torch.ones(96, 16)})
         import_peft(copy.deepcopy(plain), folder)
+
+
+@pytest.fixture
+def nf4_base(tmp_path):
+    """A network in fp32, and what loads it with its linears in NF4 as transformers quantises them."""
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2
+    )
+    plain = LlamaForCausalLM(config).eval()
+    plain.save_pretrained(tmp_path / "base")
+
+    def load():
+        network = PretrainedModel(str(tmp_path / "base"), dtype="float32", load_in_4bit=True)()
+        for module in network.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # else an eval forward repacks its weight, which is then another one
+                module.support_avx512bf16_for_cpu = False
+        return network.eval()
+
+    return plain, load
+
+
+@pytest.mark.parametrize("quantised_by", ["transformers", "us"])
+def test_an_adapter_trained_over_nf4_loads_in_peft_over_nf4(nf4_base, tmp_path, quantised_by):
+    plain, load = nf4_base
+    network = load() if quantised_by == "transformers" else copy.deepcopy(plain)
+    OftLayers(block_size=16, quantization=None if quantised_by == "transformers" else "nf4").apply_(network)
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(4):
+        losses.append(network(IDS, labels=IDS).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.1
+    folder = export_peft(network.eval(), tmp_path / "out")
+    differs(network, load())
+    # the same packed weights and the same fp32 arithmetic: equal to rounding
+    same(network, PeftModel.from_pretrained(load(), folder).eval())
+    differs(network, PeftModel.from_pretrained(copy.deepcopy(plain), folder).eval())
+    back = load()
+    import_peft(back, folder, check_base=False)
+    same(network, back)
 
 
 def test_a_last_name_that_others_share_becomes_a_pattern(base, tmp_path):

@@ -1,4 +1,4 @@
-"""The cosine schedule."""
+"""The schedules: cosine, and warm-up, stable, decay."""
 
 from itertools import pairwise
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.schedules import CosineWithWarmup
+from orthotrain.schedules import CosineWithWarmup, WarmupStableDecay
 
 
-def rates(total, **kwargs):
+def rates(total, kind=CosineWithWarmup, **kwargs):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    schedule = CosineWithWarmup(optimizer, total_steps=total, **kwargs)
+    schedule = kind(optimizer, total_steps=total, **kwargs)
     seen = []
     for _ in range(total + 5):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -36,3 +36,17 @@ def test_without_warmup_it_starts_at_the_full_rate():
 def test_numbers_out_of_range_are_refused(kwargs):
     with pytest.raises(ConfigurationError, match=next(iter(kwargs))):
         rates(10, **kwargs)
+
+
+def test_warms_up_stays_and_decays():
+    seen = rates(110, WarmupStableDecay, warmup_steps=10, decay_fraction=0.2, final_ratio=0.1)
+    assert seen[0] == pytest.approx(0.2)
+    assert all(rate == pytest.approx(2.0) for rate in seen[9:91])
+    assert seen[100] == pytest.approx(2.0 * (1 - 0.9 * 0.5))
+    assert seen[110] == seen[114] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.5])
+def test_a_decay_fraction_out_of_range_is_refused(fraction):
+    with pytest.raises(ConfigurationError, match=f"decay_fraction={fraction}"):
+        rates(10, WarmupStableDecay, decay_fraction=fraction)

@@ -9,8 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data.chat import ExampleEncoder
+from orthotrain.data.encoding import encode_rows
 from orthotrain.data.instruction_rows import Columns, parse_row
-from orthotrain.data.token_rows import TokenRows, encode_rows
+from orthotrain.data.layouts import CausalLayout
+from orthotrain.data.token_rows import TokenRows
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
 
@@ -49,7 +51,7 @@ def chat(*contents, system=None):
 
 
 def batch_row(encoder, example):
-    rows, _ = encode_rows([example], encoder, lambda _: "train", 10_000, "error")
+    rows, _ = encode_rows([example], encoder, lambda _: "train", CausalLayout(10_000), "error")
     return rows["train"].inputs_and_labels(0)
 
 
@@ -157,19 +159,20 @@ def test_a_template_that_raises_is_one_line():
 def test_text_that_spells_a_special_token_is_dropped_and_counted():
     encoder = ExampleEncoder(TOKENIZERS["plain"])
     examples = [pair("what ends a text?", "<|endoftext|> does"), pair("the fox", "jumps")]
-    rows, account = encode_rows(examples, encoder, lambda _: "train", 100, "error")
+    rows, account = encode_rows(examples, encoder, lambda _: "train", CausalLayout(100), "error")
     assert (len(rows["train"]), account.used, account.dropped, account.special) == (1, 1, 1, 1)
-    assert re.search(r"1 dropped as their text spells a special token \('<\|endoftext\|>' in row\)", account.line(100))
+    assert re.search(r"1 dropped as their text spells a special token \('<\|endoftext\|>' in row\)", account.line())
 
 
 @pytest.mark.parametrize(("policy", "used", "dropped", "truncated"), [("drop", 1, 2, 0), ("truncate", 2, 1, 1)])
 def test_long_rows_are_counted(policy, used, dropped, truncated):
     encoder = ExampleEncoder(TOKENIZERS["plain"])
     examples = [pair("a", "b"), pair("a", "z" * 50), pair("q" * 50, "b")]
-    rows, account = encode_rows(examples, encoder, lambda _: "train", 20, policy)
-    assert (account.used, account.dropped, account.truncated, account.longest) == (used, dropped, truncated, 52)
+    rows, account = encode_rows(examples, encoder, lambda _: "train", CausalLayout(20), policy)
+    assert (account.used, account.dropped, account.truncated["max_length"]) == (used, dropped, truncated)
+    assert account.longest == (52,)
     assert rows["train"].lengths.max() == (20 if policy == "truncate" else 3)
-    assert "the longest has 52 tokens" in account.line(20)
+    assert "the longest has 52 tokens" in account.line()
     for row in range(used):
         inputs, labels = rows["train"].inputs_and_labels(row)
         assert (labels >= 0).any()
@@ -178,19 +181,21 @@ def test_long_rows_are_counted(policy, used, dropped, truncated):
 
 def test_truncation_inside_the_last_prompt_keeps_earlier_turns_but_asks_nothing():
     encoder = ExampleEncoder(TOKENIZERS["chat"])
-    rows, account = encode_rows([chat("a", "b", "q" * 100, "d")], encoder, lambda _: "train", 60, "truncate")
+    rows, account = encode_rows(
+        [chat("a", "b", "q" * 100, "d")], encoder, lambda _: "train", CausalLayout(60), "truncate"
+    )
     _, labels = rows["train"].inputs_and_labels(0)
     assert counted_texts(TOKENIZERS["chat"], labels) == ["b<|endoftext|>"]
     assert rows["train"].prompt(0) == []
-    assert account.truncated == 1
+    assert account.truncated == {"max_length": 1}
 
 
 def test_a_row_exactly_as_long_as_allowed_stays():
     encoder, example = ExampleEncoder(TOKENIZERS["plain"]), pair("ab", "cd")
     length = len(encoder(example).tokens) - 1
-    assert encode_rows([example], encoder, lambda _: "train", length, "error")[1].used == 1
+    assert encode_rows([example], encoder, lambda _: "train", CausalLayout(length), "error")[1].used == 1
     with pytest.raises(ConfigurationError, match=rf"^row: {length} tokens, longer than max_length {length - 1}"):
-        encode_rows([example], encoder, lambda _: "train", length - 1, "error")
+        encode_rows([example], encoder, lambda _: "train", CausalLayout(length - 1), "error")
 
 
 def test_rows_keep_their_references():

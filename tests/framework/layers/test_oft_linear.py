@@ -124,9 +124,11 @@ def test_unwrap_of_a_quantised_layer_does_not_requantise():
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("order", [2, 4])
-def test_outputs_and_gradients_equal_peft(order, share):
+# fewer tokens than outputs, more of them, and more of them close to the identity: the three routes of oft_linear
+@pytest.mark.parametrize(("tokens", "std"), [(7, 0.1), (60, 0.1), (60, 0.01)])
+def test_outputs_and_gradients_equal_peft(order, share, tokens, std):
     linear = nn.Linear(32, 24)
-    layer = turn_(wrap(copy.deepcopy(linear), 8, parameterization=cayley_neumann(order), block_share=share))
+    layer = turn_(wrap(copy.deepcopy(linear), 8, parameterization=cayley_neumann(order), block_share=share), std)
     config = OFTConfig(
         target_modules=["0"],
         oft_block_size=8,
@@ -138,7 +140,7 @@ def test_outputs_and_gradients_equal_peft(order, share):
     (theirs,) = [p for p in peft_model.parameters() if p.requires_grad]
     with torch.no_grad():
         theirs.copy_(layer.rotation_in.generators)
-    x = torch.randn(7, 32)
+    x = torch.randn(tokens, 32)
     x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     ours, expected = layer(x_ours), peft_model(x_theirs)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

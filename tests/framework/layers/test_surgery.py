@@ -55,6 +55,32 @@ def test_tied_weights_are_refused_by_name():
     assert "lm_head" not in select_linears(net, ["*"], ["lm_head"])
 
 
+@pytest.mark.parametrize("include", [["*"], ["layers.0.self_attn.out_proj"]])
+def test_a_layer_whose_weight_is_read_past_it_is_refused_by_name(include):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 1)
+    with pytest.raises(ConfigurationError, match=r"layers.0.self_attn.out_proj is never called: nn.MultiheadAttention"):
+        replace_linears(encoder, include, (), factory)
+    assert not any(isinstance(module, PoetLinear) for module in encoder.modules())
+
+
+def test_the_fast_path_of_an_encoder_layer_is_refused_and_without_it_the_rotations_count(randomize):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 1).eval()
+    with pytest.raises(ConfigurationError, match=r"layers.0.linear1 is not called in evaluation.*set_fastpath_enabled"):
+        replace_linears(encoder, ["*"], ["*out_proj"], factory)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        x = torch.randn(2, 3, 8)
+        with torch.no_grad():
+            expected = encoder(x)
+            assert replace_linears(encoder, ["*"], ["*out_proj"], factory) == ["layers.0.linear1", "layers.0.linear2"]
+            torch.testing.assert_close(encoder(x), expected, rtol=1e-5, atol=1e-5)
+            randomize(encoder)
+            assert (encoder(x) - expected).abs().max() > 1e-3
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def test_an_error_names_the_layer_and_leaves_the_model_as_it_was():
     net = Net()
     with pytest.raises(ConfigurationError, match=r"layer layers.0.0 \(12 x 8\): block_size=9 .*from 2 to 8"):

@@ -33,6 +33,29 @@ PUBLISHED = {
 }
 
 
+# the counts of the fully stochastic rows are those of other feed-forward widths than the paper's table of sizes has
+FS_WIDTHS = {"60m": 1376, "130m": 2048, "350m": 2736, "1.3b": 5464}
+FS_PUBLISHED = {
+    "60m": {1 / 8: 0.53, 1 / 4: 2.13, 1 / 2: 8.54},
+    "130m": {1 / 8: 1.78, 1 / 4: 7.13, 1 / 2: 28.56},
+    "350m": {1 / 8: 6.34, 1 / 4: 25.44, 1 / 2: 101.86},
+    "1.3b": {1 / 8: 25.39, 1 / 4: 101.66, 1 / 2: 406.88},
+}
+
+
+@pytest.mark.parametrize(("size", "fraction"), [(s, f) for s in SIZES for f in FS_PUBLISHED[s]])
+def test_generators_of_fully_stochastic_poet_equal_the_papers(size, fraction):
+    hidden, _, layers, _ = SIZES[size]
+    settings = PoetLayers(fraction=fraction)
+    with torch.device("meta"):
+        net = torch.nn.ModuleDict(
+            {"square": torch.nn.Linear(hidden, hidden), "up": torch.nn.Linear(hidden, FS_WIDTHS[size])}
+        )
+        settings.apply_(net)
+    square, up = (sum(p.numel() for p in net[name].rotation_parameters()) for name in ("square", "up"))
+    assert round(layers * (4 * square + 3 * up) / 1e6, 2) == FS_PUBLISHED[size][fraction]
+
+
 @pytest.mark.parametrize(("size", "block_size"), [(s, b) for s in SIZES for b in (64, 128, 256)])
 def test_trained_generators_equal_the_papers(size, block_size):
     hidden, heads, layers, ffn = SIZES[size]

@@ -1,0 +1,259 @@
+"""Validation bits per byte of POET and its baselines at equal tokens: same network, data, schedule and seeds.
+
+    .venv/bin/python -P tests/benchmarks/quality.py [--group NAME ...] [--seeds 0 1 2] [--steps 200] [--table]
+
+A LLaMA of 5.7M parameters on the Python standard library. Every finished run is a file in runs/quality and is not
+repeated, nor is one that the committed results hold: the grid can be stopped and gone on with. The table and
+tests/benchmarks/results/quality.json hold mean and spread over the seeds that have been run; `--table` only reads.
+A seed draws initial values and permutations; the sequences and their order are the same in all runs.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from orthotrain.data import TextData
+from orthotrain.errors import TrainingDiverged
+from orthotrain.models import CausalLM
+from orthotrain.modules import BaseModule, LoraLayers, LoraModule, Optimization, PoetLayers, PoetModule
+from orthotrain.optimizers import GaLore, LieOptimizer
+from orthotrain.plugins import CayleyNeumann
+from orthotrain.schedules import CosineWithWarmup
+
+CONFIG = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+HIDDEN = "*layers*proj*"
+BATCH, LENGTH = 8, 256
+ADAMW = partial(torch.optim.AdamW, betas=(0.9, 0.95), foreach=True)
+
+
+def optimization(lr: float = 4e-3, **options: Any) -> Optimization:
+    """Return the recipe that all runs share: AdamW, weight decay 0.01, 20 warm-up steps, cosine to 1%."""
+    schedule = partial(CosineWithWarmup, warmup_steps=20)
+    return Optimization(lr=lr, weight_decay=0.01, optimizer=ADAMW, scheduler=schedule, **options)
+
+
+def adamw(hidden: float, lr: float = 4e-3) -> BaseModule:
+    """Return AdamW on everything; hidden matrices have a rate of their own."""
+    return BaseModule(CausalLM(CONFIG), optimization(lr, lr_overrides={HIDDEN: hidden}))
+
+
+def muon(hidden: float) -> BaseModule:
+    """Return Muon on hidden matrices, AdamW on the rest."""
+    build = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw", weight_decay=0.01)
+    options = {"lr_overrides": {HIDDEN: hidden}, "optimizer_overrides": {HIDDEN: build}}
+    return BaseModule(CausalLM(CONFIG), optimization(**options))
+
+
+def galore(hidden: float, rank: int = 64) -> BaseModule:
+    """Return GaLore on hidden matrices, AdamW on the rest."""
+    build = partial(GaLore, rank=rank, update_proj_gap=50, scale=1.0, betas=(0.9, 0.95))
+    options = {"lr_overrides": {HIDDEN: hidden}, "optimizer_overrides": {HIDDEN: build}}
+    return BaseModule(CausalLM(CONFIG), optimization(**options))
+
+
+def lora(lr: float, rank: int = 64, merge_every: int | None = None) -> LoraModule:
+    """Return LoRA pretraining; with merges ReLoRA."""
+    return LoraModule(CausalLM(CONFIG), LoraLayers(rank=rank), merge_every, optimization(rotation_lr=lr))
+
+
+def poet(
+    lr: float = 2e-3, merge_every: int = 100, max_generator_norm: float | None = None, **layers: Any
+) -> PoetModule:
+    """Return POET with exact Cayley and blocks of 64 unless told otherwise."""
+    settings = PoetLayers(**{"block_size": 64, "parameterization": "cayley", **layers})
+    return PoetModule(
+        CausalLM(CONFIG), settings, merge_every, max_generator_norm, optimization=optimization(rotation_lr=lr)
+    )
+
+
+def stepwise(angle: float = 0.015, resample: int = 50, gain: float = 1.0, **options: Any) -> PoetModule:
+    """Return step-wise POET: b=64, orthogonalised momentum, alternating sides, permutations kept for 50 steps."""
+    layers = {
+        name: options.pop(name) for name in ("block_size", "fraction", "init", "sides", "overrides") if name in options
+    }
+    settings = PoetLayers(**{"block_size": 64, "parameterization": "cayley", **layers}, stepwise=True, gain=gain)
+    build = partial(LieOptimizer, **options)
+    recipe = optimization(rotation_lr=angle, rotation_optimizer=build)
+    return PoetModule(CausalLM(CONFIG), settings, 1, resample_every=resample, optimization=recipe)
+
+
+GROUPS: dict[str, dict[str, partial]] = {
+    "baselines": {
+        **{f"AdamW, hidden lr {lr:g}": partial(adamw, lr) for lr in (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)},
+        "AdamW, one lr 2e-3": partial(adamw, 2e-3, 2e-3),
+        **{f"Muon, hidden lr {lr:g}": partial(muon, lr) for lr in (2.5e-3, 5e-3, 1e-2, 2e-2)},
+        **{f"GaLore r=64, hidden lr {lr:g}": partial(galore, lr) for lr in (1e-3, 4e-3)},
+        **{f"LoRA r=64, lr {lr:g}": partial(lora, lr) for lr in (1e-3, 4e-3)},
+        "ReLoRA r=64, lr 4e-3, every 50": partial(lora, 4e-3, merge_every=50),
+    },
+    "poet": {
+        **{f"POET-BS b=64, lr {lr:g}": partial(poet, lr) for lr in (1e-3, 2e-3, 4e-3, 8e-3)},
+        **{f"POET-BS b=128, lr {lr:g}": partial(poet, lr, block_size=128) for lr in (1e-3, 2e-3)},
+        **{f"POET-BS b=256, lr {lr:g}": partial(poet, lr, block_size=256) for lr in (5e-4, 1e-3)},
+        **{f"POET-FS 1/2, lr {lr:g}": partial(poet, lr, fraction=0.5) for lr in (1e-3, 2e-3)},
+    },
+    "period": {f"POET-BS b=64, T_m={t}": partial(poet, merge_every=t) for t in (25, 50, 200)},
+    "order": {
+        f"POET-BS b=64, Cayley-Neumann order {k}": partial(poet, parameterization=CayleyNeumann(k))
+        for k in (1, 2, 3, 4, 5)
+    },
+    "parameterization": {"POET-BS b=64, exponential": partial(poet, parameterization="exponential")},
+    "init": {
+        f"POET-BS b=64, init {scheme}": partial(poet, init=scheme) for scheme in ("uniform", "xavier", "standard")
+    },
+    "guard": {
+        "POET-BS b=64, lr 1.6e-2, T_m=200, order 4": partial(poet, 1.6e-2, 200, parameterization=CayleyNeumann(4)),
+        "the same, max_generator_norm 0.5": partial(poet, 1.6e-2, 200, 0.5, parameterization=CayleyNeumann(4)),
+    },
+    "stepwise": {
+        **{f"step-wise b=64, angle {a:g}": partial(stepwise, a) for a in (0.01, 0.015, 0.024, 0.04)},
+        **{f"step-wise b={b}, angle 0.015": partial(stepwise, block_size=b) for b in (32, 128, 256)},
+        **{
+            f"step-wise b={b}, angle {a:g}": partial(stepwise, a, block_size=b)
+            for b in (128, 256)
+            for a in (0.02, 0.024, 0.04)
+        },
+        **{
+            f"step-wise b=128, angle 0.024, gain {g:g}": partial(stepwise, 0.024, block_size=128, gain=g)
+            for g in (0.5, 0.7, 2.0)
+        },
+        "step-wise b=128, angle 0.024, gain 0.5 into the residual stream": partial(
+            stepwise, 0.024, block_size=128, overrides={"*o_proj": {"gain": 0.5}, "*down_proj": {"gain": 0.5}}
+        ),
+        "step-wise b=128, angle 0.024, resampled every 200": partial(stepwise, 0.024, 200, block_size=128),
+        "step-wise, one block a side, angle 0.024": partial(stepwise, 0.024, fraction=1.0),
+        "step-wise b=64, resampled every 25": partial(stepwise, resample=25),
+        "step-wise b=64, resampled every 200": partial(stepwise, resample=200),
+        "step-wise b=64, both sides each step": partial(stepwise, 0.0075, alternate=False),
+        "step-wise b=64, no Nesterov": partial(stepwise, nesterov=False),
+        "step-wise b=64, direction adam": partial(stepwise, direction="adam"),
+        "step-wise b=64, direction sign": partial(stepwise, direction="sign"),
+        "step-wise b=64, uniform spectrum": partial(stepwise, init="uniform"),
+    },
+}
+RUNS = {name: (group, build) for group, runs in GROUPS.items() for name, build in runs.items()}
+
+
+def train(build: partial, seed: int, steps: int) -> dict[str, Any]:
+    """Train one run and return its numbers."""
+    L.seed_everything(seed, verbose=False)
+    module = build()
+    if isinstance(module, PoetModule | LoraModule):
+        module.seed = seed
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed",
+        max_steps=steps,
+        gradient_clip_val=1.0,
+        val_check_interval=steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        limit_val_batches=32,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = TextData(vocab_size=CONFIG["vocab_size"], sequence_length=LENGTH, batch_size=BATCH)
+    start = time.perf_counter()
+    try:
+        trainer.fit(module, datamodule=data)
+    except TrainingDiverged as error:
+        return {"bits_per_byte": math.inf, "stopped": str(error)}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return {
+        "bits_per_byte": metrics["val_bits_per_byte"],
+        "loss": metrics["val_loss"],
+        "trained": trained,
+        "early_merges": metrics.get("early_merges", 0.0),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def restore(out: Path, folder: Path) -> None:
+    """Write the files of runs that the committed results hold: a fresh clone goes on where the last one stopped."""
+    if not out.exists():
+        return
+    document = json.loads(out.read_text())
+    for row in document["results"]:
+        for result in row["runs"]:
+            path = folder / f"{slug(row['name'])}.s{result['seed']}.n{document['steps']}.json"
+            if not path.exists():
+                path.write_text(json.dumps(result))
+
+
+def summarise(steps: int, folder: Path) -> list[dict[str, Any]]:
+    """Return a row for each run that has a finished seed."""
+    rows = []
+    for name, (group, _) in RUNS.items():
+        paths = sorted(folder.glob(f"{slug(name)}.s*.n{steps}.json"))
+        seeds = [int(path.name.rsplit(".s", 1)[1].split(".")[0]) for path in paths]
+        found = [{"seed": s, **json.loads(p.read_text())} for s, p in zip(seeds, paths, strict=True)]
+        if not found:
+            continue
+        bits = [result["bits_per_byte"] for result in found]
+        spread = statistics.stdev(bits) if len(bits) > 1 and all(map(math.isfinite, bits)) else None
+        row = {"group": group, "name": name, "seeds": len(bits), "bits_per_byte": statistics.mean(bits)}
+        rows.append({**row, "spread": spread, "runs": found})
+    return rows
+
+
+def slug(name: str) -> str:
+    """Return a file name for a run."""
+    return "".join(c if c.isalnum() or c in ".=-" else "_" for c in name)
+
+
+def main() -> None:
+    """Run what is missing, print the table and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--group", nargs="*", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--only", nargs="*", help="names of runs, all of the groups by default")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="read what has been run and stop")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder = Path("runs/quality")
+    folder.mkdir(parents=True, exist_ok=True)
+    out = Path("tests/benchmarks/results/quality.json")
+    restore(out, folder)
+    wanted = options.only or [name for name, (group, _) in RUNS.items() if group in options.group]
+    for seed in options.seeds if not options.table else []:
+        for name in wanted:
+            path = folder / f"{slug(name)}.s{seed}.n{options.steps}.json"
+            if not path.exists():
+                result = train(RUNS[name][1], seed, options.steps)
+                path.write_text(json.dumps(result))
+                print(f"{name:<46} seed {seed}  {result['bits_per_byte']:.4f}", flush=True)
+    rows = summarise(options.steps, folder)
+    print(f"\n{'':<46}{'bits per byte':>14}{'spread':>9}{'seeds':>7}{'trained':>12}")
+    for row in rows:
+        spread = f"{row['spread']:.4f}" if row["spread"] is not None else "-"
+        print(f"{row['name']:<46}{row['bits_per_byte']:>14.4f}{spread:>9}{row['seeds']:>7}"
+              f"{row['runs'][0].get('trained', 0):>12,}")  # fmt: skip
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    tokens = options.steps * BATCH * LENGTH
+    document = {"versions": versions, "steps": options.steps, "tokens": tokens, "results": rows}
+    out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

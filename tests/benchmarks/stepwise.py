@@ -1,0 +1,129 @@
+"""Step-wise POET against plain training: time of a layer, of a whole training step, and the optimizer's state.
+
+    .venv/bin/python -P tests/benchmarks/stepwise.py [--rounds 10] [--widest 4096] [--skip-layers] [--skip-steps]
+
+Layers: forward and backward of StepwiseLinear relative to a trained nn.Linear, fp32 and bf16, shapes of kernels.py.
+Steps: forward, backward, optimizer and fold of the quickstart's network (8 x 256 tokens, bf16-mixed). Medians in one
+process, rounds take turns. Results in tests/benchmarks/results/stepwise.json.
+"""
+
+import argparse
+import json
+import platform
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orthotrain.callbacks.merge_rotations import fold_rotations
+from orthotrain.layers import PoetSettings, StepwiseLinear
+from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.modules import BaseModule
+
+HERE = Path(__file__).parent
+cases = runpy.run_path(str(HERE / "kernel_cases.py"))
+kernels = runpy.run_path(str(HERE / "kernels.py"))
+quality = runpy.run_path(str(HERE / "quality.py"))
+CPU = torch.device("cpu")
+
+
+def layers(rounds: int, widest: int) -> dict[str, Any]:
+    """Return milliseconds and the ratio to nn.Linear by shape and dtype."""
+    results = {}
+    centres = ("input", "weight", "auto")
+    print(f"{'d/N/b, dtype':<26}{'linear ms':>10}" + "".join(f"{centre:>9}" for centre in centres))
+    for width, tokens, block_size in (shape for shape in kernels["CPU_SHAPES"] if shape[0] <= widest):
+        for dtype in (torch.float32, torch.bfloat16):
+            linear = nn.Linear(width, width, bias=False, dtype=dtype)
+            made: dict[str, nn.Module] = {"linear": linear}
+            for centre in centres:
+                described = PoetSettings(block_size=block_size, parameterization="cayley", stepwise=True, centre=centre)
+                made[centre] = StepwiseLinear.from_settings(linear, described)
+            x, grad = torch.randn(tokens, width).to(dtype).requires_grad_(), torch.randn(tokens, width).to(dtype)
+            runs = {name: cases["passes"](module, x, grad, "auto")[1] for name, module in made.items()}
+            ms = cases["interleaved"](runs, CPU, rounds)
+            name = f"{width}/{tokens}/{block_size} {str(dtype).removeprefix('torch.')}"
+            results[name] = {"ms": ms, "ratio": {centre: ms[centre] / ms["linear"] for centre in centres}}
+            cells = "".join(f"{ms[centre] / ms['linear']:>9.2f}" for centre in centres)
+            print(f"{name:<26}{ms['linear']:>10.1f}{cells}", flush=True)
+    return results
+
+
+def step_of(module: BaseModule, ids: Tensor) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """Return one whole training step without a trainer, and its optimizer."""
+    module.configure_model()
+    configured: Any = module.optimization.configure(module.model, 200)
+    optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+    folded = {name: layer for name, layer in mergeable_layers(module) if isinstance(layer, StepwiseLinear)}
+    module.train()
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = module.loss({"input_ids": ids, "labels": ids})
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        fold_rotations(folded)
+
+    return step, optimizer
+
+
+def projections(module: BaseModule) -> set[nn.Parameter]:
+    """Return what is trained of the decoder's projections: matrices, or generators in their place."""
+    return {parameter for name, parameter in module.named_parameters() if "proj" in name}
+
+
+def steps(rounds: int) -> dict[str, dict[str, float]]:
+    """Return milliseconds of a step and MiB of optimizer state of the projections by method."""
+    ids = torch.randint(0, 4096, (8, 256))
+    recipes = {
+        "AdamW": quality["adamw"](2.5e-4),
+        "Muon": quality["muon"](1e-2),
+        "POET b=64": quality["poet"](),
+        "step-wise b=64": quality["stepwise"](),
+        "step-wise b=128": quality["stepwise"](block_size=128),
+        "step-wise b=256": quality["stepwise"](block_size=256),
+    }
+    made = {name: step_of(module, ids) for name, module in recipes.items()}
+    ms = cases["interleaved"]({name: step for name, (step, _) in made.items()}, CPU, rounds)
+    results = {}
+    print(f"\n{'whole step':<26}{'ms':>8}{'of AdamW':>10}{'state MiB':>11}{'of AdamW':>10}")
+    for name, (_, optimizer) in made.items():
+        held = {p: values for p, values in optimizer.state.items() if p in projections(recipes[name])}
+        state = [t for values in held.values() for t in values.values() if isinstance(t, Tensor)]
+        hidden = sum(t.numel() * t.itemsize for t in state) / 2**20
+        results[name] = {"ms": ms[name], "state_mib": hidden}
+        base = results["AdamW"]
+        ratios = (ms[name] / base["ms"], hidden / base["state_mib"])
+        print(f"{name:<26}{ms[name]:>8.1f}{ratios[0]:>10.2f}{hidden:>11.1f}{ratios[1]:>10.2f}")
+    return results
+
+
+def main() -> None:
+    """Measure what is asked for and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--widest", type=int, default=4096, help="leave out layers that are wider")
+    parser.add_argument("--skip-layers", action="store_true")
+    parser.add_argument("--skip-steps", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    out = HERE / "results" / "stepwise.json"
+    document = json.loads(out.read_text()) if out.exists() else {}
+    document["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    document["threads"] = options.threads
+    if not options.skip_layers:
+        document["layers"] = layers(options.rounds, options.widest)
+    if not options.skip_steps:
+        document["steps"] = steps(options.rounds)
+    out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The commands and programs of README, examples and docstrings run, with small networks in the place of big ones.
+
+A page is read from top to bottom in one folder, as a reader would: a command finds what those before it have left.
+"""
+
+import doctest
+import gzip
+import importlib
+import json
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from torch.utils.data import DataLoader, TensorDataset
+
+from orthotrain.cli import main
+from orthotrain.config_files import resolve_config_arguments
+from orthotrain.layers import OftConv2d
+from orthotrain.lightning_cli import OrthotrainCLI
+from orthotrain.modules import Optimization, PoetLayers
+from orthotrain.plugins import create, registry
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("examples/*/README.md")), *sorted(ROOT.glob("kernels/*/README.md"))]
+READ_THROUGH = [ROOT / "README.md", ROOT / "examples/finetune_smollm2/README.md"]
+STARTS = ("orthotrain ", "make ", "torchrun ", "python", ".venv/bin/", "ORTHOTRAIN_", ". ")
+# what a line of a page does that is done elsewhere; the test that does it
+ELSEWHERE = {
+    "python3 -m venv": "the Makefile, in every fresh clone",
+    ".venv/bin/pip install": "the Makefile, and tests/examples/test_parameterization_plugin.py",
+    ".venv/bin/pip uninstall": "tests/examples/test_parameterization_plugin.py",
+    ". .venv/bin/activate": "the shell",
+    "parameterization givens": "tests/examples/test_parameterization_plugin.py",
+    "qoft_llama2_7b": "tests/test_house.py, with a small network",
+    "orthotrain-givens": "tests/examples/test_parameterization_plugin.py",
+}
+
+
+def blocks(page):
+    """Yield ``("python", text)``, or ``("shell", command, what is printed below it)``, in the order of the page."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    pattern = re.compile(r"^```(\w*)\n(.*?)^```$|^((?:    [^\n]*\n)+)", re.DOTALL | re.MULTILINE)
+    for match in pattern.finditer(text):
+        language, fenced, indented = match.groups()
+        if language == "python":
+            yield "python", fenced
+        lines = [line.strip() for line in (indented or "").splitlines()]
+        for place, line in enumerate(lines):
+            command = line.removeprefix("$ ")
+            if command.startswith(STARTS):
+                after = lines[place + 1] if line.startswith("$ ") else None
+                yield "shell", re.sub(r"\s+#.*$", "", command), after
+
+
+def commands():
+    """Yield page and command of all shell lines."""
+    for page in PAGES:
+        yield from ((page, block[1]) for block in blocks(page) if block[0] == "shell")
+
+
+def excerpts():
+    """Yield page and text of the Python of pages that are not read through."""
+    for page in PAGES:
+        if page not in READ_THROUGH:
+            yield from ((page, block[1]) for block in blocks(page) if block[0] == "python")
+
+
+def test_the_snippets_are_found():
+    assert len(list(commands())) >= 35 and len(list(excerpts())) >= 3
+    for key in ELSEWHERE:
+        assert any(key in command for _, command in commands()), f"no page says {key!r} any more"
+
+
+def test_excerpts_of_examples_run_among_their_programs(tmp_path, monkeypatch):
+    """A page shows its program's extension point without the options around it."""
+    monkeypatch.chdir(tmp_path)
+    rows = DataLoader(TensorDataset(torch.rand(64, 1, 8, 8), torch.randint(0, 5, (64,))), batch_size=32)
+    pages = {page.parent.name: excerpt for page, excerpt in excerpts()}
+    assert set(pages) == {"conv_oft", "custom_network", "prior_fitted_network"}
+
+    def after(example, program, **names):
+        monkeypatch.syspath_prepend(str(ROOT / "examples" / example))
+        names = {**runpy.run_path(str(ROOT / "examples" / example / program)), **names}
+        exec(compile(pages[example].replace("max_steps=360", "max_steps=4"), f"{example}/README.md", "exec"), names)
+        return names
+
+    names = after("conv_oft", "adapt.py")
+    module = names["Finetuning"](names["Network"](), Optimization(lr=1e-3))
+    L.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False).fit(module, rows)
+    assert sum(isinstance(layer, OftConv2d) for layer in module.model.body) == 2
+
+    networks = runpy.run_path(str(ROOT / "examples/custom_network/networks.py"))
+    names = after("custom_network", "train.py", network=networks["Perceptron"](), loader=rows)
+    assert names["module"].trainer.global_step == 4
+
+    names = after("prior_fitted_network", "train.py")
+    batch = next(iter(names["CausalPrior"](4, 8, 4, seed=0)))
+    module = names["PoetCausal"](
+        names["CausalNetwork"](width=16, depth=1), PoetLayers(block_size=4, exclude=["head", "embed_*"]), 2
+    )
+    module.configure_model()
+    assert module.loss(batch).isfinite()
+
+
+def test_settings_that_pages_quote_are_those_of_the_example():
+    (page,) = (page for page in PAGES if page.parent.name == "parameterization_plugin")
+    text = page.read_text()
+    (quoted,) = re.findall(r"^```toml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert quoted in (page.parent / "pyproject.toml").read_text()
+    (quoted,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert yaml.safe_load(quoted)["model"]["init_args"]["layers"] == {"parameterization": "givens"}
+
+
+@pytest.mark.parametrize(
+    "command", sorted({c for _, c in commands() if c.startswith(("make", "python", ".venv/bin/py"))})
+)
+def test_a_program_and_its_options_exist(command):
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    if any(key in command for key in ELSEWHERE):
+        return
+    if words[0].endswith("pytest"):
+        assert (ROOT / words[-1]).is_dir()
+        return
+    if "-m" in words:
+        source = Path(importlib.util.find_spec(words[words.index("-m") + 1]).origin).read_text()
+    else:
+        source = (ROOT / next(word for word in words if word.endswith(".py"))).read_text()
+    for option in (word for word in words if word.startswith("--")):
+        assert f'"{option}"' in source, f"{command}: no {option}"
+
+
+@pytest.mark.parametrize("name", ["orthotrain.generation_metrics"])
+def test_examples_in_docstrings(name):
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.attempted and not result.failed
+
+
+def test_no_other_docstring_has_an_example():
+    """One that is added is added to the test above."""
+    found = [path for room in ("framework", "plugins", "kernels") for path in (ROOT / room).rglob("*.py")
+             if re.search(r"^\s+>>> ", path.read_text(), re.MULTILINE)]  # fmt: skip
+    assert [path.stem for path in found] == ["generation_metrics"]
+
+
+@pytest.fixture
+def folder(tmp_path, corpus, monkeypatch):
+    """A folder with what a reader of the pages has: a corpus, and a pretrained model where `make smollm2` puts one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    (tmp_path / "corpus").mkdir()
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    with gzip.open(tmp_path / "corpus" / "a.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    rows = [{"prompt": f"repeat {i}", "response": f"{i} {i}"} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    short = {"accelerator": "cpu", "precision": "32-true", "max_steps": 2, "val_check_interval": 2}
+    short |= {
+        "limit_val_batches": 1,
+        "num_sanity_val_steps": 0,
+        "accumulate_grad_batches": 1,
+        "enable_progress_bar": False,
+    }
+    small_network = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 320, "max_position_embeddings": 64}
+    data = {"source": str(corpus), "vocab_size": 320, "sequence_length": 32, "batch_size": 4, "val_fraction": 0.2}
+    data |= {"cache_dir": str(tmp_path.parent / "cache"), "tokenizer": None, "streaming": False}
+    # the papers' blocks and groups are 256 wide
+    for kind, width in (("pretrain", 64), ("wide", 256)):
+        network = {"init_args": {"config": small_network | {"hidden_size": width, "intermediate_size": width}}}
+        write(kind, {"trainer": short, "model": {"init_args": {"model": network}}, "data": {"init_args": data}})
+    rows_of = {"source": "rows.jsonl", "max_length": 64, "val_fraction": 0.2, "generation_samples": 2}
+    write("finetune", {"trainer": short, "model": {"init_args": {"max_new_tokens": 4}}, "data": {"init_args": rows_of}})
+    return tmp_path
+
+
+def write(name, config):
+    Path(f"small_{name}.yaml").write_text(yaml.safe_dump(config))
+
+
+def shrunk(words):
+    """Return the arguments of a run with a small network and few steps laid over its configs."""
+    last = max(place for place, word in enumerate(words) if word == "-c") + 2
+    name = words[words.index("-c") + 1]
+    kind = "wide" if "poet_llama" in name or "stepwise" in name else name.split("/")[0]
+    return [*words[:last], "-c", f"small_{kind}.yaml", *words[last:]]
+
+
+def run(command, after, capsys):
+    """Run a command of a page."""
+    command = command.replace("-c CONFIG", "-c pretrain/poet_stepwise_quickstart.yaml")
+    if any(key in command for key in ELSEWHERE) or not command.startswith(("orthotrain", "torchrun", "make")):
+        return
+    words = shlex.split(command)
+    if words[0] == "make":
+        if words[1] == "smollm2":
+            prepare_model()
+        return
+    words = words[words.index("orthotrain") + 1 :]
+    if after is not None:
+        with pytest.raises(SystemExit):
+            main(words)
+        assert after in capsys.readouterr().err
+    elif words[0] == "plan":
+        main(words)
+        assert "GiB" in capsys.readouterr().out
+    elif any("trainer/" in word for word in words):
+        # with real processes: tests/framework/test_trainer_configs.py and test_distributed.py
+        words = words[1 : words.index("--ckpt_path")] if "--ckpt_path" in words else words[1:]
+        one = ["--trainer.devices", "1", "--trainer.num_nodes", "1"]
+        OrthotrainCLI([*resolve_config_arguments(shrunk(words)), *one], run=False)
+    else:
+        main(shrunk(words) if "-c" in words else words)
+
+
+def prepare_model():
+    """Put a small pretrained model where the conversion puts SmolLM2."""
+    last = Path("runs/quickstart/checkpoints/last.ckpt")
+    if not last.exists():
+        main(shrunk(["fit", "-c", "pretrain/quickstart.yaml"]))
+    main(["export", "--ckpt", str(last), "--out", "models/smollm2-135m-instruct"])
+
+
+@pytest.mark.parametrize("page", READ_THROUGH, ids=lambda page: page.parent.name)
+def test_a_page_is_read_through(page, folder, capsys):
+    done = []
+    for kind, text, *after in blocks(page):
+        try:
+            if kind == "shell":
+                run(text, after[0], capsys)
+            else:
+                namespace = {}
+                exec(compile(text, str(page), "exec"), namespace)
+                check(namespace)
+        except BaseException as error:
+            error.add_note(f"in {page.relative_to(ROOT)}: {text}\nafter {done}")
+            raise
+        done.append(text)
+    assert len(done) >= 6
+
+
+def check(namespace):
+    """Look closer at what a program of the README has made."""
+    if "Classifier" in namespace:
+        namespace["module"].configure_model()
+        assert namespace["module"].wrapped_names == ["0"]
+    if "SecondOrder" in namespace:
+        assert create("second_order").orthogonality_error(0.1) == pytest.approx(4e-4)

@@ -1,0 +1,200 @@
+"""What a rank of tests/framework/test_distributed.py does; run as ``__main__`` with ``JOB`` among its globals."""
+
+import os
+import sys
+import traceback
+import zlib
+
+os.environ.update(JOB["environment"])  # noqa: F821
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from orthotrain.callbacks import merge_rotations
+from orthotrain.data import TextData
+from orthotrain.layers import mergeable_layers
+from orthotrain.layers.sharding import gathered, whole
+from orthotrain.models import CausalLM
+from orthotrain.modules import Optimization, PoetLayers, PoetModule
+from orthotrain.optimizers import LieOptimizer
+from orthotrain.schedules import CosineWithWarmup
+from orthotrain.strategies import ShardedStrategy
+
+JOB = JOB  # noqa: F821
+NETWORK = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that this process gives to every collective, DDP's C++ reducer included."""
+
+    def __init__(self):
+        super().__init__()
+        self.totals = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d" or function._schema.name == "_c10d_functional::all_gather_into_tensor":
+            # outputs come first; what is sent is the input, which an all-gather and a reduce-scatter have second
+            given = args[1] if function._schema.name in TWO_TENSORS else args[0]
+            tensors = [t for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, torch.Tensor)]
+            name = function._schema.name.split("::")[1].strip("_")
+            self.totals[name] = self.totals.get(name, 0) + sum(t.numel() * t.element_size() for t in tensors)
+        return function(*args, **(kwargs or {}))
+
+
+TWO_TENSORS = {"c10d::_allgather_base_", "c10d::_reduce_scatter_base_", "c10d::allgather_", "c10d::reduce_scatter_"}
+
+
+class Record(L.Callback):
+    """Losses of each optimizer step on this rank, the batches, and the bytes of every collective in each step."""
+
+    def __init__(self):
+        self.losses, self.batches, self.bytes, self.traffic, self.before = {}, [], {}, Traffic(), {}
+
+    def on_train_start(self, trainer, module):
+        self.traffic.__enter__()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.setdefault(trainer.global_step, []).append(outputs["loss"].item())
+        self.batches.append([trainer.global_step, [zlib.crc32(row.numpy().tobytes()) for row in batch["input_ids"]]])
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        # from start to start: what happens after the end of a batch, such as a merge, belongs to its step
+        self._close(trainer.global_step)
+
+    def on_train_epoch_end(self, trainer, module):
+        self._close(trainer.global_step)
+        self.traffic.__exit__(None, None, None)
+
+    def _close(self, step):
+        now = dict(self.traffic.totals)
+        self.bytes[step] = {n: b - self.before.get(n, 0) for n, b in now.items() if b != self.before.get(n, 0)}
+        self.before = now
+
+
+def strategy_of(name, distributed):
+    if name == "fsdp2":
+        return ShardedStrategy(save_distributed_checkpoint=distributed)
+    return {"ddp": "ddp", "ddp-quiet": DDPStrategy(broadcast_buffers=False), "auto": "auto"}[name]
+
+
+def fit(
+    steps,
+    resume=None,
+    save_at=None,
+    strategy=None,
+    accumulate=1,
+    precision="32-true",
+    layers=None,
+    distributed=False,
+    stepwise=False,
+    **module_options,
+):
+    L.seed_everything(0, verbose=False)
+    record = Record()
+    options = {"lr": 1e-2, "rotation_lr": 1e-2, "scheduler": lambda o: CosineWithWarmup(o, warmup_steps=2)}
+    if stepwise:
+        options |= {"rotation_lr": 0.02, "rotation_optimizer": LieOptimizer}
+        module_options["resample_every"] = 3
+    module = PoetModule(
+        CausalLM(NETWORK),
+        PoetLayers(block_size=8, stepwise=stepwise, **(layers or {})),
+        merge_every=1 if stepwise else 2,
+        optimization=Optimization(**options),
+        **module_options,
+    )
+    data = TextData(
+        JOB["corpus"], vocab_size=320, sequence_length=32, batch_size=4, cache_dir=JOB["cache"], val_fraction=0.1,
+        test_fraction=0.0,
+    )  # fmt: skip
+    folder, step = save_at or (None, None)
+    save = [ModelCheckpoint(folder, every_n_train_steps=step, save_top_k=-1, filename="{step}")] if folder else []
+    trainer = L.Trainer(
+        accelerator="cpu", devices=JOB["ranks"], strategy=strategy_of(strategy or "auto", distributed), max_steps=8,
+        precision=precision, accumulate_grad_batches=accumulate, limit_train_batches=steps * accumulate,
+        max_epochs=1, logger=False, enable_checkpointing=bool(save), enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=2, gradient_clip_val=1.0,
+        log_every_n_steps=1, callbacks=[record, *save], default_root_dir=JOB["out"],
+    )  # fmt: skip
+    trainer.fit(module, data, ckpt_path=resume)
+    state = {n: whole(t).clone() for n, t in module.state_dict().items()}
+    if stepwise:
+        held = trainer.optimizers[0].state
+        named = {n: held[p] for n, p in module.named_parameters() if n.endswith("generators")}
+        state |= {f"momentum of {n}": whole(moments["momentum"]).clone() for n, moments in named.items()}
+    return record, state, trainer, module
+
+
+def same_everywhere(state):
+    """Names of the tensors that differ between ranks, by a hash of their bits."""
+    bits = {n: zlib.crc32(t.contiguous().flatten().view(torch.uint8).numpy().tobytes()) for n, t in state.items()}
+    everyone = [None] * JOB["ranks"]
+    dist.all_gather_object(everyone, bits)
+    return [name for name in bits if len({other[name] for other in everyone}) > 1]
+
+
+def merged_otherwise(module, stepwise):
+    """Merge three times with random generators, sharded and in one process: names of tensors whose bits differ."""
+    plain = PoetModule(CausalLM(NETWORK), PoetLayers(block_size=8, stepwise=stepwise), 1 if stepwise else 2)
+    plain.configure_model()
+    plain.load_state_dict({n: whole(t) for n, t in module.state_dict().items()})
+    for merge in range(3):
+        for network in (module, plain):
+            generator = torch.Generator().manual_seed(merge)
+            for _, layer in mergeable_layers(network):
+                with gathered(layer), torch.no_grad():
+                    for parameter in layer.rotation_parameters():
+                        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            merge_rotations(dict(mergeable_layers(network)), [])
+    expected = plain.state_dict()
+    return [n for n, t in module.state_dict().items() if not torch.equal(whole(t), expected[n])]
+
+
+def main():
+    if JOB["log"]:
+        log = os.open(JOB["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+    torch.set_num_threads(1)
+    results = {}
+    for name, given in JOB["runs"].items():
+        record, state, trainer, module = fit(**given)
+        results[name] = {
+            "losses": record.losses,
+            "batches": record.batches,
+            "bytes": dict(record.bytes),
+            "state": state,
+        }
+        results[name]["merges"] = {n: int(layer.merge_count) for n, layer in mergeable_layers(module)}
+        results[name]["metrics"] = {n: float(v) for n, v in trainer.callback_metrics.items()}
+        results[name]["gradients"] = [
+            n for n, p in module.named_parameters() if p.grad is not None and not p.requires_grad
+        ]
+        results[name]["trained_bytes"] = sum(
+            p.numel() * p.element_size() for p in module.parameters() if p.requires_grad
+        )
+        if given.get("strategy") == "fsdp2" and given.get("precision", "32-true") == "32-true":
+            results[name]["merged otherwise"] = merged_otherwise(module, given.get("stepwise", False))
+        if JOB["ranks"] > 1:
+            results[name]["differing"] = same_everywhere(state)
+    torch.save(results, f"{JOB['out']}/{JOB['name']}.{JOB['rank']}.pt")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

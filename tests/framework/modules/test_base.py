@@ -1,0 +1,64 @@
+"""What a module logs depends on its objective: perplexity and bits per byte only where the loss is nats per token."""
+
+import lightning as L
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from orthotrain.modules import BaseModule, OftModule, PoetLayers, PoetModule
+
+
+class Regression(PoetModule):
+    """A network that is no language model."""
+
+    def loss(self, batch):
+        return F.mse_loss(self(batch), batch.flip(-1))
+
+
+class Bytes(Regression):
+    """Says that its own loss is a cross-entropy in nats per token."""
+
+    logs_perplexity = True
+
+
+class Classification(OftModule):
+    def outputs(self, batch):
+        raise NotImplementedError
+
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(torch.randn(16, 8), batch_size=4)
+
+    val_dataloader = train_dataloader
+
+    def bytes_per_token(self, split):
+        return 2.0
+
+
+def logged(cls, tmp_path):
+    network = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+    module = cls(network, PoetLayers(block_size=4, init="keep"), merge_every=10)
+    trainer = L.Trainer(
+        max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, log_every_n_steps=1, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=Data())
+    return set(trainer.callback_metrics)
+
+
+def test_another_objective_logs_its_loss_alone(tmp_path):
+    metrics = logged(Regression, tmp_path)
+    assert {name for name in metrics if name.startswith("val_")} == {"val_loss"}
+    assert "tokens_per_second" not in metrics  # there are none
+
+
+def test_an_objective_of_ones_own_can_be_one_over_tokens(tmp_path):
+    assert {"val_loss", "val_perplexity", "val_bits_per_byte"} <= logged(Bytes, tmp_path)
+
+
+def test_a_classification_head_has_no_perplexity():
+    assert BaseModule(nn.Linear(2, 2)).logs_perplexity and OftModule(nn.Linear(2, 2)).logs_perplexity
+    assert not OftModule(nn.Linear(2, 2), objective="model").logs_perplexity
+    assert not Classification(nn.Linear(2, 2)).logs_perplexity

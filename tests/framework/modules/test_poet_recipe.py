@@ -1,0 +1,274 @@
+"""Recipe parts of PoetModule: clip ramp, frozen parts, overrides; diverged runs and other settings are refused."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
+
+from orthotrain.callbacks import MergeRotations, MovementMonitor
+from orthotrain.errors import ConfigurationError, TrainingDiverged
+from orthotrain.layers import PoetLinear, mergeable_layers
+from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, LoraModule, Optimization, PoetLayers, PoetModule
+from orthotrain.optimizers import LieOptimizer
+from orthotrain.schedules import CosineWithWarmup
+
+
+class Regression(L.LightningDataModule):
+    """Rows of a linear map; ``poison`` makes one batch NaN."""
+
+    def __init__(self, poison=None):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(64, 16, generator=generator)
+        y = x @ torch.randn(16, 8, generator=generator)
+        if poison is not None:
+            x[4 * poison] = torch.nan
+        self.rows = list(zip(x, y, strict=True))
+
+    def train_dataloader(self):
+        return DataLoader(self.rows, batch_size=4)
+
+
+class Squares:
+    """Mean squared error in place of the language model's loss."""
+
+    def loss(self, batch):
+        x, y = batch
+        return (self(x) - y).square().mean()
+
+
+class Poet(Squares, PoetModule):
+    pass
+
+
+class Lora(Squares, LoraModule):
+    pass
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
+
+
+def trainer_for(folder, steps, **kwargs):
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    options = {} if kwargs.get("barebones") else options
+    return L.Trainer(accelerator="cpu", max_steps=steps, default_root_dir=folder, **{**options, **kwargs})
+
+
+LAYERS = PoetLayers(block_size=4, exclude=[])
+
+
+def test_clip_ramp_scales_the_bound_after_merges(tmp_path):
+    bounds = []
+
+    class Spy(Poet):
+        def clip_gradients(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            bounds.append(gradient_clip_val)
+
+    module = Spy(net, LAYERS, merge_every=4, clip_ramp=ClipRamp(steps=2, start=0.5, until_step=9))
+    trainer_for(tmp_path, 14, gradient_clip_val=1.0).fit(module, datamodule=Regression())
+    # merges after step 4, 8 and 12; the last is past until_step
+    assert bounds == pytest.approx([1, 1, 1, 1, 0.5, 0.75, 1, 1, 0.5, 0.75, 1, 1, 1, 1])
+
+
+def test_a_ramp_without_a_bound_is_refused(tmp_path):
+    module = Poet(net, LAYERS, clip_ramp=ClipRamp())
+    with pytest.raises(ConfigurationError, match="clip_ramp scales trainer.gradient_clip_val: set it"):
+        trainer_for(tmp_path, 2).fit(module, datamodule=Regression())
+
+
+def test_frozen_parts_do_not_move(tmp_path):
+    module = Poet(net, PoetLayers(block_size=4, include=["0"]), freeze=["2.*"], optimization=Optimization(lr=0.1))
+    module.configure_model()
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    trainer_for(tmp_path, 3).fit(module, datamodule=Regression())
+    moved = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"model.0.rotation_in.generators", "model.0.rotation_out.generators", "model.0.bias"}
+    with pytest.raises(ConfigurationError, match=r"freeze pattern 'head\*' matches no trained parameter"):
+        Poet(net, LAYERS, freeze=["head*"]).configure_model()
+
+
+def test_overrides_by_pattern():
+    layers = PoetLayers(
+        block_size=4, exclude=[], overrides={"0": {"fraction": 0.5, "sides": "in"}, "*": {"init": "uniform", "gain": 3}}
+    )
+    model = net()
+    layers.apply_(model)
+    assert model[0].rotation_out is None and model[0].rotation_in.blocks == 1
+    assert isinstance(model[2], PoetLinear) and model[2].rotation_in.block_size == 4
+    spectrum = torch.linalg.svdvals(model[2].merged_weight())
+    torch.testing.assert_close(spectrum, torch.full((8,), 3.0))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"0": {"blocks": 3}}, "overrides: 'blocks' is no setting"),
+        ({"0": {"include": ["*"]}}, "cannot be nested"),
+        ({"0": {"sides": "up"}}, "sides='up': choose one of both, in, out"),
+        ({"9": {"block_size": 8}}, "overrides pattern '9' matches none of the rotated layers: 0, 2"),
+    ],
+)
+def test_bad_overrides_are_refused(overrides, message):
+    with pytest.raises(ConfigurationError) as caught:
+        PoetLayers(block_size=4, exclude=[], overrides=overrides).apply_(net())
+    assert message in str(caught.value)
+
+
+def test_a_batch_of_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    module = Poet(net, LAYERS, optimization=Optimization(lr=1e-2))
+    with pytest.raises(TrainingDiverged, match=r"diverged at optimizer step 6 \(batch 5\): .* holds NaN or infinite"):
+        trainer_for(tmp_path, 9, callbacks=[saver]).fit(module, datamodule=Regression(poison=5))
+    saved = sorted(path.name for path in tmp_path.glob("*.ckpt"))
+    assert saved == [f"step={step}.ckpt" for step in range(1, 6)]
+    state = torch.load(tmp_path / "step=5.ckpt", weights_only=True)["state_dict"]
+    assert all(bool(torch.isfinite(value).all()) for value in state.values())
+
+
+def test_an_infinite_loss_is_named(tmp_path):
+    class Infinite(Poet):
+        def loss(self, batch):
+            loss = super().loss(batch)
+            return loss if self.global_step < 3 else loss.detach() * 0 + float("inf") + 0 * loss
+
+    with pytest.raises(TrainingDiverged, match="diverged at optimizer step 4"):
+        trainer_for(tmp_path, 9).fit(Infinite(net, LAYERS), datamodule=Regression())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "trained with seed=0, this run has 1"),
+        ({"layers": {"block_size": 8}}, "trained with block_size=4, this run has 8"),
+        ({"layers": {"parameterization": "cayley"}}, "parameterization="),
+        ({"layers": {"fraction": 0.5}}, "trained with fraction=None, this run has 0.5"),
+        ({"layers": {"storage": "bf16"}}, "storage='dense', this run has 'bf16'"),
+        ({"layers": {"overrides": {"0": {"sides": "in"}}}}, "overrides="),
+    ],
+)
+def test_resuming_as_another_run_is_refused(tmp_path, change, message):
+    def module(layers=None, **options):
+        return Poet(net, PoetLayers(**{"block_size": 4, "exclude": [], **(layers or {})}), **options)
+
+    trainer = trainer_for(tmp_path, 2)
+    trainer.fit(module(), datamodule=Regression())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ConfigurationError) as caught:
+        trainer_for(tmp_path, 4).fit(module(**change), datamodule=Regression(), ckpt_path=tmp_path / "a.ckpt")
+    assert message in str(caught.value)
+    free = module(layers={"centre": "weight", "activation_mode": "mem"}, merge_every=7)
+    trainer_for(tmp_path, 4).fit(free, datamodule=Regression(), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_lora_pretraining_and_relora(tmp_path):
+    module = Lora(net, LoraLayers(rank=2, exclude=[]), merge_every=3, optimization=Optimization(lr=1e-2))
+    assert isinstance(module, BaseModule)
+    module.configure_model()
+    frozen = {name: p.clone() for name, p in module.named_parameters() if not p.requires_grad}
+    trainer = trainer_for(tmp_path, 8)
+    trainer.fit(module, datamodule=Regression())
+    assert float(trainer.callback_metrics["merges"]) == 2
+    assert all(not torch.equal(dict(module.named_parameters())[name], before) for name, before in frozen.items())
+    assert len(list(mergeable_layers(module))) == 2
+
+
+def stepwise(**options):
+    layers = PoetLayers(block_size=4, exclude=[], stepwise=True, parameterization="cayley")
+    recipe = Optimization(lr=1e-2, rotation_lr=0.02, rotation_optimizer=LieOptimizer)
+    return Poet(net, layers, **{"merge_every": 1, "resample_every": 4, "optimization": recipe, **options})
+
+
+def losses_of(module, folder, steps=60):
+    losses = []
+
+    class Losses(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            losses.append(float(outputs["loss"]))
+
+    monitor = MovementMonitor(every_n_steps=10)
+    module.configure_callbacks = lambda: [monitor, module.merging]
+    trainer = trainer_for(folder, steps, callbacks=[Losses()])
+    trainer.fit(module, datamodule=Regression())
+    return losses, trainer
+
+
+def test_stepwise_poet_trains_keeps_the_spectrum_and_logs_its_movement(tmp_path):
+    module = stepwise()
+    module.configure_model()
+    layers = dict(mergeable_layers(module))
+    start = {name: torch.linalg.svdvals(layer.merged_weight()) for name, layer in layers.items()}
+    losses, trainer = losses_of(module, tmp_path)
+    resting = Optimization(lr=1e-2, rotation_lr=1e-9, rotation_optimizer=LieOptimizer)
+    without, _ = losses_of(stepwise(optimization=resting), tmp_path)
+    assert sum(losses[-16:]) < 0.9 * sum(without[-16:])
+    for name, layer in layers.items():
+        assert not any(p.any() for p in layer.rotation_parameters())
+        assert int(layer.merge_count) == 60 and int(layer.resample_count) == 15
+        torch.testing.assert_close(torch.linalg.svdvals(layer.merged_weight()), start[name], rtol=1e-4, atol=1e-4)
+        # 0.02 * X rotates by twice that, X having singular values of 0.7 to 1.2, on one side
+        assert 0.015 < float(trainer.callback_metrics[f"movement/{name}/rms"]) < 0.05
+        assert -1 <= float(trainer.callback_metrics[f"movement/{name}/cosine"]) <= 1
+    assert float(trainer.callback_metrics["angle"]) == pytest.approx(0.02)
+
+
+def test_stepwise_poet_resumes_to_the_same_bits(tmp_path):
+    data = Regression()
+    data.rows = data.rows[:4]  # one batch an epoch: a plain loader does not know its place in one
+    straight = stepwise()
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1, filename="{step}")
+    trainer_for(tmp_path / "a", 12, callbacks=[saver]).fit(straight, datamodule=data)
+    second = stepwise()
+    trainer_for(tmp_path / "b", 12).fit(second, datamodule=data, ckpt_path=tmp_path / "step=7.ckpt")
+    for (name, a), b in zip(straight.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_accumulated_micro_batches_are_one_step(tmp_path):
+    whole, halves = stepwise(), stepwise()
+    data = Regression()
+    data.train_dataloader = lambda: DataLoader(data.rows, batch_size=8)
+    trainer_for(tmp_path, 5).fit(whole, datamodule=data)
+    trainer_for(tmp_path, 5, accumulate_grad_batches=2).fit(halves, datamodule=Regression())
+    for (name, a), b in zip(whole.state_dict().items(), halves.state_dict().values(), strict=True):
+        if a.is_floating_point():
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_what_stepwise_poet_refuses(tmp_path):
+    with pytest.raises(
+        ConfigurationError, match="merge_every=4: layers that are stepwise fold every step, set it to 1"
+    ):
+        stepwise(merge_every=4)
+    with pytest.raises(ConfigurationError, match="resample_every=0: take a multiple of every_n_steps=1"):
+        stepwise(resample_every=0)
+    with pytest.raises(ConfigurationError, match=r"resample_every=4: model.0 \(PoetLinear\) draws new permutations"):
+        trainer_for(tmp_path, 2).fit(Poet(net, LAYERS, merge_every=1, resample_every=4), datamodule=Regression())
+
+    class Another(MergeRotations):
+        pass
+
+    with pytest.raises(ConfigurationError, match="two callbacks merge the rotations of this model"):
+        trainer_for(tmp_path, 2, callbacks=[Another(3)]).fit(stepwise(), datamodule=Regression())
+    with pytest.raises(ConfigurationError, match="stepwise with storage='int8'"):
+        PoetLayers(stepwise=True, storage="int8")
+
+
+def test_a_thousand_merges_of_a_quantised_weight_leave_the_loss_where_it_was(tmp_path):
+    """Training that merges after each of 1,000 steps: the loss against that of an fp32 weight."""
+    losses = {}
+    for storage, group in (("dense", None), ("int8", 8)):
+        layers = PoetLayers(block_size=4, exclude=[], storage=storage, group_size=group)
+        recipe = Optimization(lr=3e-3, scheduler=lambda o: CosineWithWarmup(o, final_ratio=0.01))
+        module = Poet(net, layers, merge_every=1, optimization=recipe)
+        trainer_for(tmp_path / storage, 1000, barebones=True).fit(module, datamodule=Regression())
+        assert all(int(layer.merge_count) == 1000 for _, layer in mergeable_layers(module))
+        rows = Regression().rows
+        batch = [torch.stack(column) for column in zip(*rows, strict=True)]
+        losses[storage] = float(module.loss(batch))
+    untrained = Poet(net, LAYERS)
+    untrained.configure_model()
+    assert losses["int8"] < 1.05 * losses["dense"] < 0.9 * float(untrained.loss(batch))

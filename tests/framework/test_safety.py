@@ -1,0 +1,319 @@
+"""No file makes code run or the program crash: thousands of damaged and hostile ones end in the one clear error.
+
+Mutations are drawn from a fixed seed: bits flipped, bytes overwritten, spans removed, doubled, zeroed or swapped, and
+numbers replaced by extreme ones, of files that are valid to begin with.
+"""
+
+import copy
+import json
+import os
+import pickle
+import random
+import resource
+import struct
+import zipfile
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from orthotrain.checkpoint import check_checkpoint, read_checkpoint
+from orthotrain.data.token_cache import HEADER_BYTES, CorruptCacheError, TokenCache, TokenCacheWriter
+from orthotrain.errors import ConfigurationError
+from orthotrain.model_folder import check_model_folder
+from orthotrain.models import PretrainedModel
+from orthotrain.peft_format import read_folder
+
+EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**63 - 1, 2**63, 2**64 - 1]
+
+
+def mutated(data, generator):
+    """Return a copy with one to eight changes."""
+    data = bytearray(data)
+    for _ in range(generator.choice([1, 1, 1, 2, 4, 8])):
+        if not data:
+            break
+        # headers and directories lie at both ends; the middle is mostly values
+        place = generator.choice([0, max(0, len(data) - 400), generator.randrange(len(data))])
+        at = min(len(data) - 1, place + generator.randrange(400))
+        span = generator.choice([1, 2, 8, 64, 1000])
+        kind = generator.randrange(7)
+        if kind == 0:
+            data[at] ^= 1 << generator.randrange(8)
+        elif kind == 1:
+            data[at] = generator.randrange(256)
+        elif kind == 2:
+            del data[at : at + span]
+        elif kind == 3:
+            data[at:at] = data[at : at + span]
+        elif kind == 4:
+            data[at : at + span] = bytes(len(data[at : at + span]))
+        elif kind == 5:
+            value = struct.pack("<Q", generator.choice(EXTREMES))[: generator.choice([2, 4, 8])]
+            data[at : at + len(value)] = value
+        else:
+            other = generator.randrange(len(data))
+            data[at : at + span] = data[other : other + span]
+    return bytes(data)
+
+
+class Trap:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def refused_or_read(read, path, count, original, seed):
+    """Read ``count`` files that differ from the original; return how many were refused, by the clear error only."""
+    generator, refused = random.Random(seed), 0
+    for _ in range(count):
+        while (data := mutated(original, generator)) == original:
+            pass
+        path.write_bytes(data)
+        try:
+            read(path)
+        except ConfigurationError as error:
+            assert path.name in str(error) or str(path.parent) in str(error)
+            refused += 1
+    return refused
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "good.ckpt"
+    state = {"a.weight": torch.randn(8, 8), "b": torch.arange(5), "half": torch.ones(3, dtype=torch.bfloat16)}
+    torch.save({"state_dict": state, "global_step": 3, "loops": {"fit_loop": {}}, "name": "x"}, path)
+    return path
+
+
+def test_two_thousand_damaged_checkpoints(checkpoint, tmp_path):
+    original, target = checkpoint.read_bytes(), tmp_path / "mutant.ckpt"
+    assert refused_or_read(read_checkpoint, target, 1000, original, "read") > 500
+    # with its checksums almost nothing passes, only changes of bytes that mean nothing (times, padding)
+    assert refused_or_read(check_checkpoint, target, 1000, original, "check") > 800
+
+
+def repack(path, target, change):
+    """Write a checkpoint's archive again, with valid checksums, ``change(name, data)`` being applied to each entry."""
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as out:
+        for entry in source.infolist():
+            out.writestr(entry.filename, change(entry.filename, source.read(entry.filename)))
+
+
+def test_a_thousand_damaged_pickles_in_valid_archives(checkpoint, tmp_path):
+    generator, target, refused = random.Random("pickles"), tmp_path / "mutant.ckpt", 0
+    for _ in range(1000):
+        repack(checkpoint, target, lambda name, data: mutated(data, generator) if name.endswith(".pkl") else data)
+        try:
+            check_checkpoint(target)
+        except ConfigurationError:
+            refused += 1
+    assert refused > 700
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good.ckpt", "mutant.ckpt"], "nothing was made"
+
+
+@pytest.mark.parametrize("form", ["torch", "legacy", "bare", "nested", "system", "meta"])
+def test_hostile_pickles_run_nothing(tmp_path, form):
+    trap, path = Trap(tmp_path / "sprung"), tmp_path / "hostile.ckpt"
+    if form == "torch":
+        torch.save({"state_dict": trap}, path)
+    elif form == "legacy":
+        torch.save({"state_dict": trap}, path, _use_new_zipfile_serialization=False)
+    elif form == "bare":
+        path.write_bytes(pickle.dumps(trap))
+    elif form == "nested":
+        torch.save({"state_dict": {"w": torch.ones(2), "x": [trap]}}, path)
+    elif form == "system":
+        torch.save({"w": torch.ones(2)}, tmp_path / "plain.ckpt")
+        code = b"cposix\nsystem\n(S'mkdir " + str(tmp_path / "sprung").encode() + b"'\ntR."
+        repack(tmp_path / "plain.ckpt", path, lambda name, data: code if name.endswith(".pkl") else data)
+    else:
+        path.mkdir()
+        torch.save({"global_step": 1}, path / "meta.pt")
+        (path / ".metadata").write_bytes(pickle.dumps(trap))
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        check_checkpoint(path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_the_description_of_a_distributed_checkpoint_names_only_its_own_files(tmp_path):
+    from torch.distributed.checkpoint import FileSystemWriter, save
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    folder = tmp_path / "shards.ckpt"
+    save({"w": torch.randn(4, 4)}, storage_writer=FileSystemWriter(folder), no_dist=True)
+    torch.save({"global_step": 1}, folder / "meta.pt")
+    check_checkpoint(folder)
+    description = folder / ".metadata"
+    original = description.read_bytes()
+    assert refused_or_read(lambda _: check_checkpoint(folder), description, 500, original, "metadata") > 300
+    metadata: Metadata = pickle.loads(original)
+    hostile = copy.deepcopy(metadata)
+    for info in hostile.storage_data.values():
+        info.relative_path = "../../etc/passwd"
+    description.write_bytes(pickle.dumps(hostile))
+    with pytest.raises(ConfigurationError, match="names a file outside its folder"):
+        check_checkpoint(folder)
+
+
+def test_a_description_that_asks_for_gigabytes_is_refused(tmp_path):
+    folder = tmp_path / "shards.ckpt"
+    folder.mkdir()
+    torch.save({"global_step": 1}, folder / "meta.pt")
+    (folder / ".metadata").write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b".")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConfigurationError, match="it numbers an object 2147483647 in"):
+        check_checkpoint(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # in KiB
+
+
+@pytest.fixture
+def cache(tmp_path):
+    path = tmp_path / "train.tokens"
+    with TokenCacheWriter(path, 300) as writer:
+        writer.append(list(range(200)), 777)
+        writer.commit("t" * 64, "s" * 64)
+    return path
+
+
+def test_a_thousand_damaged_token_caches(cache):
+    original = cache.read_bytes()
+    assert refused_or_read(TokenCache.open, cache, 1000, original, "cache") == 1000, "every byte counts"
+
+
+@pytest.mark.parametrize("field", ["tokens", "text_bytes", "documents"])
+@pytest.mark.parametrize("value", [-1, 10**6, 2**63, 10**30, 1.5, None, "9", True, [1]])
+def test_lying_counts_in_a_header_with_a_valid_checksum(cache, field, value):
+    import hashlib
+
+    raw = bytearray(cache.read_bytes())
+    length = struct.unpack_from("<I", raw, 12)[0]
+    metadata = json.loads(raw[16 : 16 + length])
+    metadata[field] = value
+    body = json.dumps(metadata).encode()
+    header = raw[:12] + struct.pack("<I", len(body)) + body.ljust(HEADER_BYTES - 48, b"\0")
+    cache.write_bytes(header + hashlib.sha256(header).digest() + raw[HEADER_BYTES:])
+    if field == "tokens" or not (isinstance(value, int) and value is not True and value >= 0):
+        with pytest.raises(CorruptCacheError, match=r"train.tokens"):
+            TokenCache.open(cache)
+
+
+def adapter_folder(folder):
+    folder.mkdir()
+    config = {"peft_type": "OFT", "oft_block_size": 4, "r": 0, "target_modules": ["q"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"base_model.model.q.oft_R.weight": torch.randn(2, 6)}, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_thousand_damaged_adapters(tmp_path, name):
+    folder = adapter_folder(tmp_path / "adapter")
+    read_folder(folder)
+    original = (folder / name).read_bytes()
+    # a changed value of a tensor without a checksum is another adapter: that is read
+    assert refused_or_read(lambda path: read_folder(folder), folder / name, 500, original, name) > 50
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 200_000_000) + b"{" * 1000,
+        struct.pack("<Q", 2) + b"[]",
+        b"",
+        b"\xff" * 7,
+    ],
+)
+def test_oversized_and_missing_headers(tmp_path, header):
+    folder = adapter_folder(tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").write_bytes(header)
+    with pytest.raises(ConfigurationError, match="no complete safetensors file"):
+        read_folder(folder)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shape=st.lists(st.integers(-2, 2**64), max_size=4),
+    offsets=st.lists(st.integers(-1, 2**64), min_size=2, max_size=2),
+    dtype=st.sampled_from(["F32", "BF16", "I64", "U8", "F99", ""]),
+)
+def test_lying_shapes(tmp_path_factory, shape, offsets, dtype):
+    folder = adapter_folder(tmp_path_factory.mktemp("lies") / "adapter")
+    name = "base_model.model.q.oft_R.weight"
+    header = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
+    data = struct.pack("<Q", len(header)) + header + bytes(48)
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    try:
+        tensors = read_folder(folder)[1]
+    except ConfigurationError:
+        return
+    sizes = {"F32": 4, "BF16": 2, "I64": 8, "U8": 1}
+    assert tensors[name].numel() * sizes[dtype] == 48, "what is read has the bytes that the file has"
+
+
+OUTSIDE = [
+    "../secret.safetensors",
+    "/etc/passwd",
+    "a/b.safetensors",
+    "..",
+    "",
+    "a\\..\\b",
+    "C:\\x",
+    3,
+    None,
+    "x\0y",
+    ["a"],
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_index_that_leads_out_of_its_folder(tmp_path, name):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": name}} if not isinstance(name, list) else {"weight_map": name}))
+    with pytest.raises(ConfigurationError, match=r"model.safetensors.index.json"):
+        check_model_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigurationError, match=r"model.safetensors.index.json"):
+        PretrainedModel(str(tmp_path))()
+
+
+def test_a_thousand_damaged_indexes(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    original = json.dumps({"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+    index.write_text(original)
+    check_model_folder(tmp_path)
+    assert refused_or_read(lambda _: check_model_folder(tmp_path), index, 1000, original.encode(), "index") > 300
+
+
+def test_code_in_a_model_folder_is_not_run(tmp_path):
+    trap = tmp_path / "sprung"
+    (tmp_path / "modeling_evil.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
+    config = {
+        "model_type": "evil",
+        "auto_map": {"AutoConfig": "modeling_evil.C", "AutoModelForCausalLM": "modeling_evil.M"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigurationError, match="cannot be loaded"):
+        PretrainedModel(str(tmp_path), options={"trust_remote_code": True})()
+    assert not trap.exists()
+
+
+def test_damaged_pretrained_weights_are_one_clear_error(tmp_path, tiny_llama):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(**tiny_llama)).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    original, generator = weights.read_bytes(), random.Random("weights")
+    for _ in range(15):
+        weights.write_bytes(mutated(original, generator))
+        try:
+            PretrainedModel(str(tmp_path))()
+        except ConfigurationError as error:
+            assert str(tmp_path) in str(error)

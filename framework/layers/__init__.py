@@ -2,6 +2,7 @@
 
 from orthotrain.layers.bf16_weight import Bf16Weight
 from orthotrain.layers.block_rotation import BlockRotation
+from orthotrain.layers.frozen_linear import FrozenLinear
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight
 from orthotrain.layers.initialization import initialize_
 from orthotrain.layers.lora_linear import LoraLinear
@@ -20,6 +21,7 @@ __all__ = [
     "Bf16Weight",
     "BlockRotation",
     "DenseWeight",
+    "FrozenLinear",
     "FrozenWeight",
     "Int8Weight",
     "LoraLinear",

@@ -10,7 +10,7 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.layers.quantized_weight import Int8Weight, Nf4Weight, QuantizedWeight
 
 
-def adopt_bitsandbytes(linear: nn.Linear) -> QuantizedWeight | None:
+def adopt_bitsandbytes(linear: nn.Linear, compute_dtype: torch.dtype | None = None) -> QuantizedWeight | None:
     """Copy the quantised weight of a bitsandbytes layer without requantising it.
 
     A ``Linear4bit`` keeps every value bit for bit. A ``Linear8bitLt`` becomes int8 with one group a row, equal to the
@@ -18,6 +18,8 @@ def adopt_bitsandbytes(linear: nn.Linear) -> QuantizedWeight | None:
 
     Args:
         linear: Any ``nn.Linear``.
+        compute_dtype: Dtype of products for a ``Linear8bitLt`` without bias, which has none of its own: that of the
+            network, see :func:`compute_dtype_of`. None for torch's default dtype.
 
     Returns:
         The weight, with the compute dtype of the layer; None if the layer is not one of bitsandbytes.
@@ -25,19 +27,28 @@ def adopt_bitsandbytes(linear: nn.Linear) -> QuantizedWeight | None:
     Raises:
         ConfigurationError: If the layer holds no quantised weight yet, or one in a format that cannot be taken over.
     """
-    # a bitsandbytes layer cannot exist before bitsandbytes has been imported
-    modules: Any = sys.modules.get("bitsandbytes.nn")
-    if modules is None:
+    if not is_bitsandbytes(linear):
         return None
-    if isinstance(linear, modules.Linear4bit):
+    if isinstance(linear, sys.modules["bitsandbytes.nn"].Linear4bit):
         return _adopt_4bit(linear)
-    if isinstance(linear, modules.Linear8bitLt):
-        return _adopt_8bit(linear)
-    return None
+    return _adopt_8bit(linear, compute_dtype)
+
+
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Tell whether a module is a ``Linear4bit`` or a ``Linear8bitLt``."""
+    # such a layer cannot exist before bitsandbytes has been imported
+    modules: Any = sys.modules.get("bitsandbytes.nn")
+    return modules is not None and isinstance(module, (modules.Linear4bit, modules.Linear8bitLt))
+
+
+def compute_dtype_of(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype of a model's first floating-point parameter, None if it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def _adopt_4bit(linear: Any) -> Nf4Weight:
-    state = linear.weight.quant_state or linear.quant_state
+    # a weight that transformers found in no checkpoint is a plain parameter
+    state = getattr(linear.weight, "quant_state", None) or linear.quant_state
     if state is None:
         raise ConfigurationError("this Linear4bit is not quantised yet: move it to its device first")
     weight = Nf4Weight.from_quant_state(linear.weight.data, state)
@@ -45,7 +56,7 @@ def _adopt_4bit(linear: Any) -> Nf4Weight:
     return weight
 
 
-def _adopt_8bit(linear: Any) -> Int8Weight:
+def _adopt_8bit(linear: Any, compute_dtype: torch.dtype | None) -> Int8Weight:
     if linear.state.has_fp16_weights:
         raise ConfigurationError("this Linear8bitLt keeps floating-point weights: build it with has_fp16_weights=False")
     codes, row_maxima = linear.weight.data, linear.weight.SCB
@@ -53,5 +64,5 @@ def _adopt_8bit(linear: Any) -> Int8Weight:
         row_maxima = linear.state.SCB
     if codes.dtype != torch.int8 or row_maxima is None:
         raise ConfigurationError("this Linear8bitLt is not quantised yet: move it to its device first")
-    compute_dtype = torch.float16 if linear.bias is None else linear.bias.dtype
-    return Int8Weight.from_codes(codes, row_maxima.float().unsqueeze(1) / 127, compute_dtype)
+    own = compute_dtype or torch.get_default_dtype() if linear.bias is None else linear.bias.dtype
+    return Int8Weight.from_codes(codes, row_maxima.float().unsqueeze(1) / 127, own)

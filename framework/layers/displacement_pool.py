@@ -39,7 +39,10 @@ class DisplacementPool:
             if not isinstance(module, BlockRotation) or module.known_identity:
                 continue
             if not isinstance(module.generators, DTensor):
-                groups.setdefault((module.block_size, module.parameterization), []).append(module)
+                generators = module.generators
+                # a network may lie on several devices (device_map), or be cast in part
+                key = (module.block_size, module.parameterization, generators.device, generators.dtype)
+                groups.setdefault(key, []).append(module)
         for group in groups.values():
             if len(group) > 1:
                 pooled = PooledDisplacements(group)

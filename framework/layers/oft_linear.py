@@ -53,6 +53,7 @@ class OftLinear(nn.Module):
         quantization: Quantization | None = None,
         group_size: int | None = None,
         train_bias: bool = False,
+        compute_dtype: torch.dtype | None = None,
     ) -> Self:
         """Wrap a linear layer without changing its function (but for the rounding of a quantisation).
 
@@ -66,8 +67,9 @@ class OftLinear(nn.Module):
             block_dropout: See :class:`OftRotation`.
             rotation_dtype: See :class:`OftRotation`.
             quantization: Storage of the frozen weight: ``nf4``, ``int8``, or None for the one it has.
-            group_size: Values that share a quantisation scale; None for 64 (NF4) or 256 (int8).
+            group_size: Values that share a quantisation scale; None for 64 (NF4) or :class:`Int8Weight`'s default.
             train_bias: Whether the bias is trained; the weight never is.
+            compute_dtype: Dtype of the network, for a ``Linear8bitLt`` without bias; see :func:`adopt_bitsandbytes`.
 
         Raises:
             ConfigurationError: If a size does not fit, naming what would; or the weight cannot be quantised so.
@@ -84,7 +86,7 @@ class OftLinear(nn.Module):
             )
         if linear.bias is not None:
             linear.bias.requires_grad_(train_bias)
-        return cls(freeze_weight(linear, quantization, group_size), linear.bias, rotation)
+        return cls(freeze_weight(linear, quantization, group_size, compute_dtype), linear.bias, rotation)
 
     @property
     def enabled(self) -> bool:
@@ -160,18 +162,24 @@ class OftLinear(nn.Module):
         return self.rotation_in.fold(self.weight.dequantize(torch.promote_types(self.weight.dtype, torch.float32)))
 
 
-def freeze_weight(linear: nn.Linear, quantization: Quantization | None, group_size: int | None) -> FrozenWeight:
+def freeze_weight(
+    linear: nn.Linear,
+    quantization: Quantization | None,
+    group_size: int | None,
+    compute_dtype: torch.dtype | None = None,
+) -> FrozenWeight:
     """Copy the weight of a linear layer into the storage that is asked for.
 
     Args:
         linear: Any ``nn.Linear``; a quantised layer of bitsandbytes keeps its format and its values.
         quantization: ``nf4``, ``int8``, or None for the storage that it has.
-        group_size: Values that share a scale; None for 64 (NF4) or 256 (int8).
+        group_size: Values that share a scale; None for 64 (NF4) or :class:`Int8Weight`'s default.
+        compute_dtype: See :func:`adopt_bitsandbytes`.
 
     Raises:
         ConfigurationError: If the arguments contradict the layer or each other, or a size does not fit.
     """
-    adopted = adopt_bitsandbytes(linear)
+    adopted = adopt_bitsandbytes(linear, compute_dtype)
     if adopted is not None:
         if quantization not in (None, adopted.format) or group_size not in (None, adopted.group_size):
             raise ConfigurationError(

@@ -153,6 +153,8 @@ class Nf4Weight(QuantizedWeight):
 
     def quantize(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return the packed tensors of ``weight (out, in)``; with a generator rounded stochastically."""
+        # a merge in a network of fp64 is folded in fp64, which bitsandbytes does not take
+        weight = weight.float() if weight.dtype == torch.float64 else weight
         return pack_nf4(weight, self.group_size, "nested_absmax" in self._parameters, generator)
 
 
@@ -165,12 +167,13 @@ class Int8Weight(QuantizedWeight):
 
     Args:
         weight: ``(out, in)``, any floating dtype.
-        group_size: Inputs that share a scale; must divide ``in``. None for 256 (arXiv:2603.05500, POET-XQ).
+        group_size: Inputs that share a scale; must divide ``in``. None for 256 (arXiv:2603.05500, POET-XQ), or where
+            256 does not divide ``in`` the largest power of two that does, if that is at least 32.
         compute_dtype: See :class:`QuantizedWeight`; None for the dtype of ``weight``.
 
     Raises:
-        ConfigurationError: If the weight is not floating point, or the group size does not divide ``in``, naming the
-            divisors near it.
+        ConfigurationError: If the weight is not floating point, or the group size does not divide ``in`` or there is no
+            default for it, naming the divisors near it.
     """
 
     format = "int8"
@@ -179,7 +182,7 @@ class Int8Weight(QuantizedWeight):
         self, weight: Tensor, *, group_size: int | None = None, compute_dtype: torch.dtype | None = None
     ) -> None:
         out_features, in_features = weight.shape
-        group_size = 256 if group_size is None else group_size
+        group_size = default_group_size(in_features) if group_size is None else group_size
         check_divides("group_size", group_size, in_features, f"the {in_features} inputs of the weight")
         stored = pack_int8(weight, group_size)
         super().__init__((out_features, in_features), group_size, compute_dtype or weight.dtype, stored)
@@ -196,3 +199,13 @@ class Int8Weight(QuantizedWeight):
     def quantize(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return codes and scales of ``weight (out, in)``; with a generator rounded stochastically, unbiased."""
         return pack_int8(weight, self.group_size, generator)
+
+
+def default_group_size(in_features: int) -> int:
+    """Return int8's group size for rows of ``in_features``: 256, or the largest power of two that divides them.
+
+    Scales of groups below 32 would take more than an eighth of what the codes take: there the answer is 256, which
+    then does not divide, and is refused like any other size.
+    """
+    power = min(256, in_features & -in_features)
+    return power if power >= 32 else 256

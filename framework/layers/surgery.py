@@ -1,13 +1,17 @@
 """Replacing the linear layers of a model by wrapped ones, and back."""
 
 import difflib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.layers.bitsandbytes_linear import is_bitsandbytes
+from orthotrain.layers.frozen_linear import FrozenLinear, frozen_linears
 from orthotrain.layers.mergeable import Mergeable
 from orthotrain.progress import Progress
 
@@ -26,20 +30,21 @@ def select_linears(
         Name -> layer in module order; a module that is used under several names appears under the first.
 
     Raises:
-        ConfigurationError: If an include pattern matches no linear layer, nothing is left, a weight to replace is tied
-            to another parameter, or the module around a layer reads its weight instead of calling it.
+        ConfigurationError: If an include pattern matches no linear layer, nothing is left, a layer is of a class that
+            may compute something else, a weight to replace is tied to another parameter, or the module around a layer
+            reads its weight instead of calling it.
     """
+    _refuse_conv1d(model, include, exclude)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for pattern in include:
         if not any(fnmatchcase(name, pattern) for name in linears):
             raise ConfigurationError(f"include pattern {pattern!r} matches no linear layer; {_near(pattern, linears)}")
     chosen = {
-        name: linear
-        for name, linear in linears.items()
-        if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
+        name: linear for name, linear in linears.items() if _matches(name, include) and not _matches(name, exclude)
     }
     if not chosen:
         raise ConfigurationError(f"exclude={list(exclude)} leaves no linear layer of include={list(include)}")
+    _refuse_subclasses(chosen)
     _refuse_tied(model, chosen)
     _refuse_uncalled(model, chosen)
     return chosen
@@ -80,28 +85,64 @@ def replace_linears(
                 shape = f"{linear.out_features} x {linear.in_features}"
                 raise ConfigurationError(f"layer {name} ({shape}): {error}") from error
             bar.advance()
-    _swap(model, replacements)
+    swap_modules(model, replacements)
     return list(chosen)
 
 
 def unwrap_mergeables(model: nn.Module) -> list[str]:
-    """Replace every :class:`Mergeable` in place by its plain merged layer; return their names."""
+    """Replace every :class:`Mergeable` in place by its plain merged layer; return their names.
+
+    Quantised layers that were left unwrapped, ours or those of bitsandbytes, become plain linears as well.
+
+    Raises:
+        ConfigurationError: If a layer of bitsandbytes has a format that cannot be unpacked, naming it.
+    """
+    quantised = frozen_linears(model)
+    quantised |= {layer: layer for layer in model.modules() if isinstance(layer, FrozenLinear)}
     wrapped = {name: module for name, module in model.named_modules() if isinstance(module, Mergeable)}
     replacements: dict[nn.Module, nn.Module] = {}
     with Progress("merging", len(wrapped), "layers", announce=False) as bar:
         for name, layer in wrapped.items():
             replacements[model.get_submodule(name)] = layer.unwrap()
             bar.advance()
-    _swap(model, replacements)
+    swap_modules(model, replacements | {module: frozen.unwrap() for module, frozen in quantised.items()})
     return list(wrapped)
 
 
-def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+def swap_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put every replacement in the place, or the places, of what it replaces below ``model``."""
     for parent in list(model.modules()):
         # _modules, since named_children lists a module that one parent holds twice only once
         for child_name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
                 setattr(parent, child_name, replacements[child])
+
+
+def _refuse_conv1d(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Refuse to leave out silently the layers of GPT-2 and its kin, linear as they are."""
+    modules: Any = sys.modules.get("transformers.pytorch_utils")
+    for name, module in model.named_modules() if modules is not None else ():
+        if isinstance(module, modules.Conv1D) and _matches(name, include) and not _matches(name, exclude):
+            raise ConfigurationError(
+                f"{name} is a Conv1D of transformers (as in GPT-2), not an nn.Linear: its weight is stored transposed, "
+                "which is not supported; take a model made of nn.Linear, or exclude such layers, for example "
+                f"'*{name.rpartition('.')[2]}'"
+            )
+
+
+def _refuse_subclasses(chosen: dict[str, nn.Linear]) -> None:
+    # the last is the first's class in nn.MultiheadAttention, with the same forward
+    plain = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    for name, linear in chosen.items():
+        if type(linear) not in plain and not is_bitsandbytes(linear):
+            raise ConfigurationError(
+                f"{name} is a {type(linear).__name__}, a subclass of nn.Linear that may compute something else than "
+                f"x @ W.T + bias: make it an nn.Linear, or add {name!r} to exclude"
+            )
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:

@@ -93,6 +93,24 @@ def test_stays_out_of_the_way_of_activation_checkpointing(tiny_llama, randomize)
     torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-4, atol=1e-6)
 
 
+def test_groups_rotations_by_dtype_and_device(randomize):
+    net, x = randomize(network()), torch.randn(5, 16)
+    net[2].double()  # casts its generators too
+    to_double = net[2].register_forward_pre_hook(lambda _, inputs: inputs[0].double())
+    net[3].register_forward_pre_hook(lambda _, inputs: inputs[0].float())
+    expected = net(x)
+    DisplacementPool(net)
+    torch.testing.assert_close(net(x), expected)
+    to_double.remove()
+    # half of a network on another device, as device_map lays it out
+    split = nn.ModuleList([network(), network().to("meta")])
+    split.forward = lambda x: (split[0](x), split[1][0].rotation_in.pooled[0].part(0, None).device.type)
+    DisplacementPool(split)
+    here, device = split(x)
+    torch.testing.assert_close(here, split[0](x))
+    assert device == "meta"
+
+
 def test_compiles_without_graph_breaks(randomize):
     net = randomize(network())
     DisplacementPool(net)

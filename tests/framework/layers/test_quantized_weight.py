@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import Int8Weight, Nf4Weight
+from orthotrain.layers import Int8Weight, Nf4Weight, OftLinear
 from orthotrain.layers.bitsandbytes_linear import adopt_bitsandbytes
 
 FORMATS = {
@@ -241,6 +241,29 @@ def test_refuses_what_it_cannot_take_over():
     linear.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ConfigurationError, match="repacked"):
         adopt_bitsandbytes(linear)
+
+
+@pytest.mark.parametrize(
+    ("width", "group"), [(4096, 256), (640, 128), (576, 64), (96, 32), (32, 32), (256, 256), (11008, 256)]
+)
+def test_int8_groups_by_default_are_the_largest_power_of_two_that_divides(width, group):
+    assert Int8Weight(torch.zeros(2, width)).group_size == group
+
+
+@pytest.mark.parametrize("width", [48, 100, 720])
+def test_int8_has_no_default_where_groups_would_be_below_32(width):
+    with pytest.raises(ConfigurationError, match=f"group_size=256 does not divide the {width} inputs.*near it"):
+        Int8Weight(torch.zeros(2, width))
+    assert Int8Weight(torch.zeros(2, width), group_size=4).group_size == 4
+
+
+def test_a_merge_in_fp64_is_packed_by_nf4():
+    layer = OftLinear.from_linear(torch.nn.Linear(64, 48), 8, quantization="nf4").double()
+    expected = layer.merged_weight()
+    layer.merge_()
+    assert layer.merged_weight().dtype == torch.float64
+    assert layer.last_merge_error < 0.12
+    torch.testing.assert_close(layer.merged_weight(), expected, atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])

@@ -6,6 +6,7 @@ from torch import nn
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import PoetLinear, replace_linears, select_linears, unwrap_mergeables
+from orthotrain.models import CausalLM
 
 
 class Net(nn.Module):
@@ -79,6 +80,33 @@ def test_the_fast_path_of_an_encoder_layer_is_refused_and_without_it_the_rotatio
             assert (encoder(x) - expected).abs().max() > 1e-3
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_subclass_that_may_compute_something_else_is_refused_by_name():
+    net = nn.Sequential(nn.Linear(8, 8), Scaled(8, 8))
+    with pytest.raises(ConfigurationError, match=r"1 is a Scaled, a subclass of nn.Linear.*add '1' to exclude"):
+        replace_linears(net, ["*"], (), factory)
+    assert type(net[0]) is nn.Linear
+    assert replace_linears(net, ["*"], ["1"], factory) == ["0"]
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    with pytest.raises(ConfigurationError, match="0 is a ParametrizedLinear"):
+        replace_linears(net, ["*"], (), factory)
+
+
+def test_the_transposed_linears_of_gpt2_are_refused_with_the_cause():
+    net = CausalLM({"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64}, "gpt2")()
+    with pytest.raises(ConfigurationError, match=r"transformer.h.0.attn.c_attn is a Conv1D of transformers .*GPT-2"):
+        select_linears(net, ["*"], ["lm_head"])
+    with pytest.raises(ConfigurationError, match="mlp.c_fc is a Conv1D"):
+        select_linears(net, ["*c_fc"])
+    others = ["*c_attn", "*c_proj", "*c_fc"]
+    with pytest.raises(ConfigurationError, match="leaves no linear layer"):
+        select_linears(net, ["*"], ["lm_head", *others])
 
 
 def test_an_error_names_the_layer_and_leaves_the_model_as_it_was():

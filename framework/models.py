@@ -100,7 +100,11 @@ class PretrainedModel(ModelBuilder):
         self.gradient_checkpointing = gradient_checkpointing
 
     def __call__(self) -> nn.Module:
-        """Load and return the model in training mode; code that comes with a model is never run."""
+        """Load and return the model in training mode; code that comes with a model is never run.
+
+        Parameters that the checkpoint does not hold have random values (the head of a new task): their names are kept
+        in the model's ``fresh_parameters``, for whoever freezes the rest.
+        """
         import transformers
 
         options = {**self.options, "dtype": self.dtype, "trust_remote_code": False}
@@ -114,10 +118,13 @@ class PretrainedModel(ModelBuilder):
             )
         check_model_folder(self.name)
         try:
-            model = getattr(transformers, AUTO_CLASSES[self.task]).from_pretrained(self.name, **options)
+            load = getattr(transformers, AUTO_CLASSES[self.task]).from_pretrained
+            model, report = load(self.name, **options, output_loading_info=True)
         except Exception as error:  # damaged files raise whatever their bytes lead to
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigurationError(f"model {self.name!r} cannot be loaded: {first}") from error
+        resized = {name for name, *_ in report["mismatched_keys"]}
+        model.fresh_parameters = sorted({*report["missing_keys"], *resized})
         return enable_checkpointing(model, self.gradient_checkpointing).train()
 
 

@@ -14,7 +14,7 @@ from orthotrain.data.encoding import OnTooLong, encode_rows
 from orthotrain.data.instruction_loaders import Loading, eval_loader, train_loader
 from orthotrain.data.instruction_rows import Columns, Example
 from orthotrain.data.instruction_sources import read_examples
-from orthotrain.data.layouts import LayoutName, make_layout
+from orthotrain.data.layouts import LayoutName, Limit, make_layout
 from orthotrain.data.packing import PackedRows
 from orthotrain.data.padding import PaddedRows
 from orthotrain.data.prompts import choose_rows, generation_batch
@@ -39,7 +39,7 @@ class InstructionData(LightningDataModule):
     A batch is ``input_ids``, ``labels`` and ``attention_mask``; ``labels[t]`` is the token after ``input_ids[t]``, or
     -100 where that belongs to no response. The end-of-text token of a response counts. Batches are padded and of rows
     of similar length (see `PaddedRows`, `LengthGroupedSampler`), or with ``packing`` several rows share a sequence of
-    static length and cannot see each other (see `PackedRows`; the model must attend by scaled-dot-product attention).
+    static length and cannot see each other (see `PackedRows`; the model's attention must be ``sdpa`` or ``eager``).
     Rows are tokenized into memory, about 5 bytes a token, once per process.
 
     For encoder-decoders set ``layout`` to ``seq2seq``: ``input_ids`` are then the prompt and ``labels`` the response,
@@ -101,6 +101,7 @@ class InstructionData(LightningDataModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.layout = layout
+        self.packing = packing
         self.max_length = max_length
         self.batch_size = batch_size
         self._check_arguments()
@@ -108,6 +109,11 @@ class InstructionData(LightningDataModule):
         self._tokenizer: PreTrainedTokenizerFast | None = None
         self._rows: dict[str, TokenRows] = {}
         self._restored: dict[str, Any] = {}
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """The most tokens of what a network reads and writes, and the arguments that set them."""
+        return self._layout.limits
 
     @property
     def _given(self) -> Any:

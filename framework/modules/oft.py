@@ -1,8 +1,6 @@
 """OFTv2 and QOFT finetuning (arXiv:2506.19847) as a LightningModule around any network."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -14,96 +12,22 @@ from orthotrain.callbacks.project_generators import ProjectGenerators
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.generation import generated_tokens, is_encoder_decoder
 from orthotrain.generation_metrics import GenerationMetrics, TokenAccuracy
-from orthotrain.layers import OftLinear, replace_linears, select_linears
-from orthotrain.layers.block_rotation import check_parameterization
-from orthotrain.layers.oft_linear import Quantization
-from orthotrain.layers.oft_rotation import RotationDtype
 from orthotrain.metrics import count_targets
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.base import BaseModule
+from orthotrain.modules.network_checks import check_attention, check_positions, shifts_labels, with_usable_mask
+from orthotrain.modules.oft_layers import OftLayers
 from orthotrain.modules.optimization import Optimization
-from orthotrain.plugins import Parameterization
 
 Objective = Literal["next_token", "model"]
-
-
-@dataclass(frozen=True)
-class OftLayers:
-    """Which linear layers get a rotation of their input, and how. Everything else is frozen.
-
-    Args:
-        block_size: Size of the rotated blocks; must divide the input width of every layer.
-        block_sizes: Glob pattern on module names -> block size instead of ``block_size``, the first that matches wins.
-        parameterization: How generators become rotations: a registered name (`orthotrain plugins` lists them) or a
-            class with its arguments, in YAML ``{class_path: CayleyNeumann, init_args: {order: 4}}``.
-        include: Glob patterns on module names; each must match a linear layer.
-        exclude: Glob patterns taken out again.
-        train: Glob patterns on names of parameters that are trained beside the rotations (a fresh head, biases).
-        quantization: Storage of the frozen weights: ``nf4``, ``int8``, or null for the one they have.
-        block_share: Whether all blocks of a layer share one block's generators.
-        coft_eps: COFT: bound of the generators' norm in a layer, kept by projection after each step; null for none.
-        block_dropout: Probability with which a block is the identity for one training forward.
-        rotation_dtype: ``input`` rotates in the dtype of the activations, ``float32`` in fp32.
-    """
-
-    block_size: int = 32
-    block_sizes: dict[str, int] | None = None
-    parameterization: Parameterization | str = "cayley_neumann"
-    include: list[str] = field(default_factory=lambda: ["*"])
-    exclude: list[str] = field(default_factory=lambda: ["*lm_head*", "*score*", "*classifier*"])
-    train: list[str] = field(default_factory=list)
-    quantization: Quantization | None = None
-    block_share: bool = False
-    coft_eps: float | None = None
-    block_dropout: float = 0.0
-    rotation_dtype: RotationDtype = "input"
-
-    def __post_init__(self) -> None:
-        check_parameterization(self.parameterization)
-
-    def apply_(self, model: nn.Module) -> list[str]:
-        """Freeze ``model`` and wrap the chosen layers in place; its outputs stay what they are.
-
-        Returns:
-            The names of the wrapped layers.
-
-        Raises:
-            ConfigurationError: See :func:`orthotrain.layers.replace_linears`; or if a pattern matches nothing.
-        """
-        names = {linear: name for name, linear in select_linears(model, self.include, self.exclude).items()}
-        for pattern in self.block_sizes or {}:
-            if not any(fnmatchcase(name, pattern) for name in names.values()):
-                raise ConfigurationError(f"block_sizes pattern {pattern!r} matches none of the chosen layers")
-        model.requires_grad_(False)
-        wrapped = replace_linears(model, self.include, self.exclude, lambda linear: self._wrap(linear, names[linear]))
-        for pattern in self.train:
-            matches = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
-            if not matches:
-                raise ConfigurationError(f"train pattern {pattern!r} matches no parameter of the model")
-            for parameter in matches:
-                parameter.requires_grad_(True)
-        return wrapped
-
-    def _wrap(self, linear: nn.Linear, name: str) -> OftLinear:
-        sizes = [size for pattern, size in (self.block_sizes or {}).items() if fnmatchcase(name, pattern)]
-        return OftLinear.from_linear(
-            linear,
-            sizes[0] if sizes else self.block_size,
-            self.parameterization,
-            block_share=self.block_share,
-            coft_eps=self.coft_eps,
-            block_dropout=self.block_dropout,
-            rotation_dtype=self.rotation_dtype,
-            quantization=self.quantization,
-        )
 
 
 class OftModule(BaseModule):
     """Finetune any network with OFT: rotations of the inputs of its frozen, possibly quantised linear layers.
 
-    Beside the metrics of :class:`BaseModule` it logs the accuracy of the predicted response tokens, and, where the data
-    module offers ``generation_batches``, exact match and ROUGE-L of answers generated without sampling; a few of these
-    are logged as text. Subclass it and override :meth:`outputs` for another objective.
+    Beside the metrics of :class:`BaseModule` it logs the accuracy of the predicted response tokens (or classes), and,
+    where the data module offers ``generation_batches``, exact match and ROUGE-L of answers generated without sampling;
+    a few of these are logged as text. Subclass it and override :meth:`outputs` for another objective.
 
     Args:
         model: The pretrained network, or what builds it.
@@ -149,7 +73,8 @@ class OftModule(BaseModule):
         self.wrapped_names = self.layers.apply_(model)
 
     def _check_layout(self, model: nn.Module) -> None:
-        layout = getattr(getattr(self._trainer, "datamodule", None), "layout", None)
+        data = getattr(self._trainer, "datamodule", None)
+        layout = getattr(data, "layout", None)
         wanted = "seq2seq" if is_encoder_decoder(model) else "causal"
         if layout not in (None, wanted):
             raise ConfigurationError(
@@ -160,23 +85,34 @@ class OftModule(BaseModule):
                 "objective='model' shifts the labels, and those of the layout 'causal' are shifted already: "
                 "leave objective at next_token"
             )
+        check_positions(getattr(data, "limits", ()), model)
+        if getattr(data, "packing", False):
+            check_attention(model)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach COFT's projection if the layers have a bound."""
         projection = [ProjectGenerators()] if self.layers.coft_eps is not None else []
         return [*super().configure_callbacks(), *projection]
 
-    def outputs(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the mean loss of a batch and its logits, which line up with ``batch["labels"]``."""
+    def outputs(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the mean loss of a batch and its logits, which line up with :meth:`targets`; None without logits."""
         if self.objective == "model":
             output = self(**batch)
-            return output.loss, output.logits
+            logits = getattr(output, "logits", None)
+            return output.loss, logits[:, :-1] if shifts_labels(self.model) and logits is not None else logits
         if is_encoder_decoder(self.model):
             raise ConfigurationError(
                 f"objective='next_token': {type(self.model).__name__} predicts labels that are not its inputs shifted; "
                 "set objective to model"
             )
-        return self.next_token_outputs(batch)
+        return self.next_token_outputs(with_usable_mask(batch, self.model))
+
+    def targets(self, batch: Any) -> Tensor | None:
+        """Return the labels that the loss of a batch counts, or None: a causal LM's own loss leaves out the first."""
+        labels = batch.get("labels") if isinstance(batch, dict) else None
+        if labels is None or self.objective != "model" or not shifts_labels(self.model):
+            return labels
+        return labels[:, 1:]
 
     def split_accuracy(self, split: str) -> TokenAccuracy:
         """Return the metric that accumulates the token accuracy of ``val`` or ``test``."""
@@ -194,8 +130,13 @@ class OftModule(BaseModule):
 
     def _evaluate(self, split: str, batch: Any) -> None:
         loss, logits = self.outputs(batch)
-        self.split_loss(split).update(loss, count_targets(batch))
-        self.split_accuracy(split).update(logits, batch["labels"])
+        labels = self.targets(batch)
+        self.split_loss(split).update(loss, count_targets({"labels": labels}))
+        if logits is None or labels is None:
+            return
+        # classes have an accuracy; numbers to predict (regression, several labels at once) have none
+        if not labels.is_floating_point() and labels.shape == logits.shape[:-1]:
+            self.split_accuracy(split).update(logits, labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics, those of generated samples included."""
@@ -208,11 +149,9 @@ class OftModule(BaseModule):
         self._generate("test")
 
     def evaluation_metrics(self, loss: float, split: str) -> dict[str, float]:
-        """Add the token accuracy."""
-        return {
-            **super().evaluation_metrics(loss, split),
-            "token_accuracy": float(self.split_accuracy(split).compute()),
-        }
+        """Add the token accuracy, where there are classes to count."""
+        metrics, accuracy = super().evaluation_metrics(loss, split), self.split_accuracy(split)
+        return {**metrics, "token_accuracy": float(accuracy.compute())} if accuracy.update_called else metrics
 
     def reset_metrics(self, split: str) -> None:
         """Clear what a split has accumulated."""

@@ -101,10 +101,12 @@ def export_command(arguments: list[str]) -> None:
     parser.add_argument("--format", default="hf", choices=["hf", "peft"], help="merged model, or OFT adapter for PEFT")
     parser.add_argument("--ckpt", required=True, help="checkpoint of a run")
     parser.add_argument("--out", required=True, help="folder to write; must be new or empty")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                        help="dtype of the merged model; by default the network's")  # fmt: skip
     options = parser.parse_args(arguments)
     from orthotrain.export import export_checkpoint  # takes seconds, which a refused command line need not
 
-    print(f"wrote {export_checkpoint(options.ckpt, options.out, options.format)}")
+    print(f"wrote {export_checkpoint(options.ckpt, options.out, options.format, options.dtype)}")
 
 
 def plan_command(arguments: list[str]) -> None:

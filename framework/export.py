@@ -4,16 +4,22 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from orthotrain.checkpoint import read_checkpoint
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import ConfigurationError, check_choice
+from orthotrain.layers.bitsandbytes_linear import compute_dtype_of
 from orthotrain.layers.surgery import unwrap_mergeables
 from orthotrain.models import ModelBuilder
 from orthotrain.peft_adapter import export_peft
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 
-def export_checkpoint(checkpoint: str | Path, out: str | Path, format: Literal["hf", "peft"] = "hf") -> Path:
+
+def export_checkpoint(
+    checkpoint: str | Path, out: str | Path, format: Literal["hf", "peft"] = "hf", dtype: Dtype | None = None
+) -> Path:
     """Write a checkpoint's network where other tools find it.
 
     Args:
@@ -21,32 +27,42 @@ def export_checkpoint(checkpoint: str | Path, out: str | Path, format: Literal["
         out: Folder to write; must not exist or be empty.
         format: ``hf`` for a merged Hugging Face folder (safetensors, config, tokenizer), ``peft`` for the OFT adapter
             alone, as ``PeftModel.from_pretrained`` reads it.
+        dtype: Of the merged model; None for that of the network. An adapter keeps its own.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigurationError: If the checkpoint cannot be read or holds no module, the folder is not empty, or PEFT has no
-            name for something in the adapter.
+        ConfigurationError: If the checkpoint cannot be read or holds no module, the folder is not empty, PEFT has no
+            name for something in the adapter, or the dtype does not fit the format or the values.
     """
+    if format == "peft" and dtype is not None:
+        raise ConfigurationError(
+            f"--dtype {dtype} with --format peft: an adapter keeps the dtype of its generators; leave --dtype out, or "
+            "take --format hf"
+        )
     contents = read_checkpoint(checkpoint)
     network = load_network(contents, str(checkpoint))
     if format == "peft":
         return export_peft(network, out)
-    return export_huggingface(network, out, load_tokenizer(contents))
+    return export_huggingface(network, out, load_tokenizer(contents), dtype)
 
 
-def export_huggingface(network: nn.Module, out: str | Path, tokenizer: Any = None) -> Path:
+def export_huggingface(network: nn.Module, out: str | Path, tokenizer: Any = None, dtype: Dtype | None = None) -> Path:
     """Merge the rotations of a Hugging Face network in place and save it where ``from_pretrained`` finds it.
 
     Args:
         network: A transformers model, wrapped or not; afterwards it is a plain one.
         out: Folder to write; must not exist or be empty.
         tokenizer: Saved beside it if given.
+        dtype: Of what is saved; None for that of the network. Quantised weights are unpacked in any case.
 
     Raises:
-        ConfigurationError: If the network is not a transformers model or the folder is not empty.
+        ConfigurationError: If the network is not a transformers model, the folder is not empty, or ``dtype`` is unknown
+            or cannot hold a value of the network.
     """
+    if dtype is not None:
+        check_choice("dtype", dtype, Dtype)
     folder = Path(out)
     if not hasattr(network, "save_pretrained"):
         raise ConfigurationError(
@@ -54,7 +70,7 @@ def export_huggingface(network: nn.Module, out: str | Path, tokenizer: Any = Non
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigurationError(f"--out {str(folder)!r} exists and is not empty: name a new folder")
-    unwrap_mergeables(network)
+    make_plain_(network, None if dtype is None else getattr(torch, dtype))
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     network.save_pretrained(partial)  # type: ignore[operator]
     if tokenizer is not None:
@@ -63,6 +79,44 @@ def export_huggingface(network: nn.Module, out: str | Path, tokenizer: Any = Non
         folder.rmdir()
     partial.rename(folder)
     return folder
+
+
+def make_plain_(network: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Merge a network in place until nothing in it, nor in its config, is wrapped, quantised or new.
+
+    Args:
+        network: Any network.
+        dtype: What it is cast to; None leaves it. Weights are merged in fp32 and rounded once.
+
+    Raises:
+        ConfigurationError: If a value is finite in the network and not in ``dtype``, naming its parameter.
+    """
+    own = compute_dtype_of(network)
+    if dtype is not None and own is not None:
+        # merging rounds to the dtype of the network: one in between would round twice
+        nn.Module.to(network, torch.promote_types(own, dtype))
+    unwrap_mergeables(network)
+    _forget_bitsandbytes(network)
+    if hasattr(network, "fresh_parameters"):
+        del network.fresh_parameters
+    if dtype is None:
+        return
+    finite = {name for name, p in network.named_parameters() if bool(torch.isfinite(p).all())}
+    network.to(dtype)
+    for name, parameter in network.named_parameters():
+        if name in finite and not bool(torch.isfinite(parameter).all()):
+            raise ConfigurationError(f"{name} exceeds what {dtype} can hold: take bfloat16 or float32")
+
+
+def _forget_bitsandbytes(network: nn.Module) -> None:
+    """Undo what transformers notes of a model that it has quantised: its linears are plain now and would not load."""
+    quantizer: Any = getattr(network, "hf_quantizer", None)
+    if getattr(getattr(network, "quantization_method", None), "value", None) != "bitsandbytes":
+        return
+    quantizer.remove_quantization_config(network)
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(network, flag):
+            delattr(network, flag)
 
 
 def load_network(contents: dict[str, Any], origin: str = "checkpoint") -> nn.Module:
@@ -116,5 +170,5 @@ class CheckpointModel(ModelBuilder):
     def __call__(self) -> nn.Module:
         """Read, merge and return the network in training mode."""
         network = load_network(read_checkpoint(self.path), self.path)
-        unwrap_mergeables(network)
+        make_plain_(network)
         return network.train()

@@ -1,0 +1,73 @@
+"""Merged folders: what transformers loads computes what the run's network did, quantised or not, in any dtype."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from orthotrain.errors import ConfigurationError
+from orthotrain.export import export_checkpoint, export_huggingface, make_plain_
+from orthotrain.models import CausalLM, PretrainedModel
+from orthotrain.modules import OftLayers
+
+IDS = torch.arange(24).view(2, 12)
+SIZES = {"hidden_size": 128, "intermediate_size": 128, "initializer_range": 0.2}
+
+
+@pytest.fixture
+def base(tiny_llama, tmp_path):
+    CausalLM({**tiny_llama, **SIZES})().save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def logits(network):
+    with torch.no_grad():
+        return network.eval()(IDS).logits.float()
+
+
+def off_by(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("include", [["*"], ["*q_proj"]])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_loaded_in_4_bits_reloads_with_equal_logits(base, tmp_path, randomize, include, dtype):
+    network = PretrainedModel(base, dtype=dtype, load_in_4bit=True)()
+    OftLayers(block_size=16, include=include).apply_(network)
+    expected = logits(randomize(network))
+    folder = export_huggingface(network, tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert not hasattr(loaded.config, "quantization_config")
+    assert {type(m) for n, m in loaded.named_modules() if n.endswith("_proj")} == {nn.Linear}
+    assert off_by(logits(loaded), expected) < (1e-5 if dtype == "float32" else 6e-2)
+    network.to(torch.float32)  # transformers refuses that to a model it takes for a quantised one
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_decides_what_is_saved(base, tmp_path, randomize, dtype):
+    network = PretrainedModel(base, dtype="bfloat16")()
+    OftLayers(block_size=16).apply_(network)
+    expected = logits(randomize(network).float())
+    loaded = AutoModelForCausalLM.from_pretrained(export_huggingface(network.bfloat16(), tmp_path / "m", dtype=dtype))
+    assert {p.dtype for p in loaded.parameters()} == {getattr(torch, dtype)}
+    assert off_by(logits(loaded), expected) < {"float32": 1e-5, "bfloat16": 6e-2, "float16": 5e-3}[dtype]
+
+
+def test_refuses_what_a_dtype_cannot_hold_and_unknown_ones(tiny_llama, tmp_path):
+    network = CausalLM(tiny_llama)()
+    with torch.no_grad():
+        network.model.norm.weight[3] = 1e6
+    with pytest.raises(ConfigurationError, match="model.norm.weight exceeds what torch.float16 can hold"):
+        export_huggingface(network, tmp_path / "out", dtype="float16")
+    with pytest.raises(ConfigurationError, match="dtype='int8': choose one of float32, bfloat16, float16"):
+        export_huggingface(network, tmp_path / "out", dtype="int8")
+    with pytest.raises(ConfigurationError, match="--dtype float32 with --format peft"):
+        export_checkpoint("none.ckpt", tmp_path / "out", "peft", "float32")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plain_network_has_no_new_parameters_left(tiny_llama):
+    network = CausalLM(tiny_llama)()
+    network.fresh_parameters = ["lm_head.weight"]
+    make_plain_(network)
+    assert not hasattr(network, "fresh_parameters")

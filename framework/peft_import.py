@@ -13,14 +13,10 @@ from torch import Tensor, nn
 from orthotrain.adapters import OftLayer, rotation_of
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.skew import block_size_of
-from orthotrain.layers import (
-    OftConv2d,
-    OftEmbedding,
-    OftLinear,
-    OftRotation,
-    mergeable_layers,
-    select_linears,
-)
+from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftRotation, mergeable_layers, select_linears
+from orthotrain.layers.bitsandbytes_linear import compute_dtype_of
+from orthotrain.layers.frozen_linear import frozen_linears
+from orthotrain.layers.surgery import swap_modules
 from orthotrain.peft_format import PREFIX, PeftSettings, read_folder
 
 _GENERATORS = re.compile(re.escape(PREFIX) + r"(?P<layer>.+)\.(?P<kind>oft_R|oft_embedding_R)\.weight")
@@ -59,6 +55,7 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
         for key, match in matches.items()
     }
     _refuse_others(network, set(layers))
+    leftover = frozen_linears(network, without={network.get_submodule(name) for name in layers})
     network.requires_grad_(False)
     for name, layer in layers.items():
         layer.train(network.get_submodule(name).training)
@@ -66,6 +63,7 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
         _load(rotation_of(layer).generators, generators[name])
         # PEFT's COFT brings what it loaded back to the bound in its first forward
         layer.project_()
+    swap_modules(network, leftover)
     targets = dict(network.named_parameters()) | dict(network.named_buffers())
     for name, tensor in trained.items():
         _load(targets[name], tensor)
@@ -139,7 +137,7 @@ def _layer_for(network: nn.Module, name: str, kind: str, tensor: Tensor, setting
             return OftConv2d.from_conv(module, **options)
         assert isinstance(module, nn.Linear)
         select_linears(network, [glob.escape(name)])
-        return OftLinear.from_linear(module, **options)
+        return OftLinear.from_linear(module, **options, compute_dtype=compute_dtype_of(network))
     except ConfigurationError as error:
         raise ConfigurationError(f"layer {name}: {error}") from error
 

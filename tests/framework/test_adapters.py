@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from orthotrain.adapters import AdapterSet, adapter_state, load_adapter_state
+from orthotrain.adapters import AdapterSet, adapter_state, load_adapter, load_adapter_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, PoetLinear
 
@@ -141,6 +142,70 @@ def test_after_a_merge_the_others_are_refused_unless_forced(network):
     adapters.switch("new")
     adapters.switch("b", force=True)
     assert not torch.allclose(outputs(network), a, atol=1e-3)
+
+
+def test_what_is_trained_after_a_merge_is_not_lost_on_the_next_switch(network):
+    adapters = AdapterSet(network, "a")
+    load_adapter_state(network, trained(network, 1))
+    adapters.merge("a")
+    adapters.add("b")
+    adapters.switch("b")  # nothing was trained in between
+    adapters.merge("b")
+    adapters.add("c")
+    load_adapter_state(network, trained(network, 2))
+    learned = outputs(network)
+    for call in (lambda: adapters.switch("c"), lambda: adapters.merge("c")):
+        with pytest.raises(ConfigurationError, match=r"trained after 'b' was merged.*keep it with add\(NAME"):
+            call()
+        assert adapters.active is None and torch.equal(outputs(network), learned)
+    adapters.add("kept", adapter_state(network))
+    adapters.switch("c")
+    assert not torch.equal(outputs(network), learned)
+    adapters.switch("kept")
+    assert torch.equal(outputs(network), learned)
+    adapters.merge("kept")
+    load_adapter_state(network, trained(network, 3))
+    adapters.switch("c", force=True)
+    assert adapters.active == "c" and not network.head.rotation_in.generators.any()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", None])
+def test_a_merge_reports_what_requantising_loses(quantization, caplog):
+    net = nn.Sequential(*(OftLinear.from_linear(nn.Linear(64, 64), 8, quantization=quantization) for _ in range(2)))
+    adapters = AdapterSet(net, "a")
+    load_adapter_state(net, trained(net, 1))
+    exact = [layer.merged_weight() for layer in net]
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        errors = adapters.merge("a")
+    if quantization is None:
+        assert errors == {} and "requantising" not in caplog.text
+        return
+    for place, layer in enumerate(net):
+        lost = (layer.weight.dequantize() - exact[place]).norm() / exact[place].norm()
+        assert errors[str(place)] == pytest.approx(float(lost), rel=1e-3) and lost > 1e-3
+    assert f"merged 'a': requantising 2 weights lost {sum(errors.values()) / 2:.2%}" in caplog.text
+    assert f"at most {max(errors.values()):.2%} in" in caplog.text
+
+
+def test_an_adapter_file_is_loaded_or_refused_as_a_whole(network, tmp_path):
+    state = trained(network, 1)
+    save_file(state, tmp_path / "adapter.safetensors")
+    load_adapter(network, tmp_path)
+    assert all(torch.equal(value, state[name]) for name, value in adapter_state(network).items())
+    whole = (tmp_path / "adapter.safetensors").read_bytes()
+    for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "short.safetensors").write_bytes(whole[:length])
+        with pytest.raises(ConfigurationError, match=r"short.safetensors' is truncated or no safetensors file"):
+            load_adapter(network, tmp_path / "short.safetensors")
+    torch.save(state, tmp_path / "pickled.safetensors")
+    with pytest.raises(ConfigurationError, match=r"pickled.safetensors' is truncated or no safetensors file"):
+        load_adapter(network, tmp_path / "pickled.safetensors")
+    with pytest.raises(ConfigurationError, match=r"gone.safetensors' is not a file"):
+        load_adapter(network, tmp_path / "gone.safetensors")
+    save_file({**state, "head.rotation_in.generators": torch.ones(2, 28)}, tmp_path / "other.safetensors")
+    with pytest.raises(ConfigurationError, match=r"other.safetensors': .*head.rotation_in.generators is \(2, 28\)"):
+        load_adapter(network, tmp_path / "other.safetensors")
+    assert all(torch.equal(value, state[name]) for name, value in adapter_state(network).items())
 
 
 def test_names_and_states_are_checked(network):

@@ -1,0 +1,122 @@
+"""What finetuning has learned, as plain tensors by name, out of a network, into one, and from a file.
+
+An adapter is a dictionary from parameter names to tensors: the generators of every OFT layer, and whatever else is
+trained (biases, norms, a head). It does not say how its generators are to be read: block sizes and parameterizations
+are those of the network it is loaded into.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from orthotrain.checkpoint import compare_state
+from orthotrain.errors import ConfigurationError
+from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftRotation, mergeable_layers
+
+OftLayer = OftLinear | OftConv2d | OftEmbedding
+
+
+def oft_layers(network: nn.Module) -> dict[str, OftLayer]:
+    """Return the OFT layers by name, shared ones once, in module order.
+
+    Raises:
+        ConfigurationError: If there is none, or a layer of another method, whose rotations are no adapter.
+    """
+    layers: dict[str, OftLayer] = {}
+    for name, layer in mergeable_layers(network):
+        if not isinstance(layer, OftLayer):
+            raise ConfigurationError(
+                f"{name} is a {type(layer).__name__}, not an OFT layer: its rotations are merged as training goes on "
+                "and leave no adapter; merge it and export the network instead"
+            )
+        layers[name] = layer
+    if not layers:
+        raise ConfigurationError("the network has no OFT layer: wrap it with replace_linears and OftLinear.from_linear")
+    return layers
+
+
+def rotation_of(layer: OftLayer) -> OftRotation:
+    """Return the one rotation of an OFT layer, whichever side it turns."""
+    return layer.rotation_out if isinstance(layer, OftEmbedding) else layer.rotation_in
+
+
+def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that make up an adapter of this network: all generators, and all else that is trained.
+
+    Raises:
+        ConfigurationError: As :func:`oft_layers`.
+    """
+    generators = {id(rotation_of(layer).generators) for layer in oft_layers(network).values()}
+    return {name: p for name, p in network.named_parameters() if p.requires_grad or id(p) in generators}
+
+
+def adapter_state(network: nn.Module) -> dict[str, Tensor]:
+    """Copy the adapter that a network holds now.
+
+    Args:
+        network: A network with OFT layers.
+
+    Returns:
+        Parameter name -> detached copy, on the device and in the dtype of the parameter.
+
+    Raises:
+        ConfigurationError: As :func:`oft_layers`.
+    """
+    return {name: parameter.detach().clone() for name, parameter in adapter_parameters(network).items()}
+
+
+def load_adapter(network: nn.Module, path: str | Path) -> None:
+    """Copy an adapter file into a network; nothing is written unless all of it fits.
+
+    Args:
+        network: A network with OFT layers.
+        path: The ``adapter.safetensors`` of an ``AdapterCheckpoint``, or the folder that it lies in.
+
+    Raises:
+        ConfigurationError: If the file is missing or damaged, or was written for another base or other layers: their
+            names or shapes differ. Which, and in which file, is named.
+    """
+    path = Path(path)
+    path = path / "adapter.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigurationError(f"adapter {str(path)!r} is not a file: give an adapter.safetensors or its folder")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ConfigurationError(f"adapter {str(path)!r} is truncated or no safetensors file: {error}") from error
+    try:
+        load_adapter_state(network, state)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{str(path)!r}: {error}") from error
+
+
+@torch.no_grad()
+def load_adapter_state(network: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
+    """Copy an adapter into a network; nothing is written unless all of it fits.
+
+    Args:
+        network: A network with OFT layers.
+        state: What :func:`adapter_state` returned for this network or an equal one.
+        strict: Whether both must name the same parameters; else those that only one of them names are left alone.
+
+    Raises:
+        ConfigurationError: If names or shapes differ, or the two have no name in common.
+    """
+    expected = adapter_parameters(network)
+    common = [name for name in expected if name in state]
+    if not common:
+        raise ConfigurationError(
+            f"the adapter has none of the network's {len(expected)} trained parameters, such as {next(iter(expected))}"
+        )
+    if strict:
+        difference = compare_state(dict(state), dict(expected))
+    else:
+        difference = compare_state({name: state[name] for name in common}, {name: expected[name] for name in common})
+    if difference:
+        raise ConfigurationError(f"the adapter does not fit the network: {difference}")
+    for name in common:
+        expected[name].copy_(state[name])

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     },
     "generation": set(),
     "export": {
+        "layers.bitsandbytes_linear",
         "layers.surgery",
         "layers.mergeable",
         "modules",
@@ -48,7 +49,9 @@ MAY_IMPORT = {
         "errors",
         "peft_adapter",
     },
-    "adapters": {"layers", "plugins", "checkpoint", "errors"},
+    "adapters": {"adapter_set", "adapter_values"},
+    "adapter_set": {"adapter_values", "layers", "plugins", "checkpoint", "errors"},
+    "adapter_values": {"layers", "plugins", "checkpoint", "errors"},
     "peft_adapter": {"peft_export", "peft_import"},
     "peft_export": {"adapters", "layers", "plugins", "peft_format", "errors"},
     "peft_import": {"adapters", "layers", "plugins", "kernels.skew", "peft_format", "errors"},

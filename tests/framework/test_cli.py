@@ -57,7 +57,13 @@ def test_from_fit_to_an_exported_model(small_config, tmp_path, capsys):
         torch.testing.assert_close(merged(ids).logits, wrapped(ids).logits, rtol=1e-5, atol=1e-5)
     assert tokenizer.decode(ids[0]) == "def main(argv):\n    return"
 
+    main(["export", "--ckpt", str(last), "--out", str(tmp_path / "narrow"), "--dtype", "bfloat16"])
+    assert {tensor.dtype for tensor in load_file(tmp_path / "narrow" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
     assert "is not empty" in refuse(capsys, "export", "--ckpt", str(last), "--out", str(out))
+    adapter = ["export", "--ckpt", str(last), "--out", "x", "--format", "peft"]
+    assert "--dtype float16 with --format peft" in refuse(capsys, *adapter, "--dtype", "float16")
     truncated = tmp_path / "truncated.ckpt"
     truncated.write_bytes(last.read_bytes()[:1000])
     assert "truncated.ckpt' cannot be read" in refuse(capsys, "export", "--ckpt", str(truncated), "--out", "x")
@@ -151,6 +157,8 @@ def test_yaml_keys_and_files_are_checked_too(small_config, tmp_path, capsys):
     assert "unknown command 'fitt': did you mean fit?" in refuse(capsys, "fitt")
     assert "unknown command 'train': did you mean fit?" in refuse(capsys, "train")
     assert "export: the following arguments are required: --ckpt, --out" in refuse(capsys, "export")
+    message = refuse(capsys, "export", "--ckpt", "x", "--out", "y", "--dtype", "int8")
+    assert "--dtype: invalid choice: 'int8' (choose from" in message
 
 
 def test_a_truncated_token_cache_is_refused(small_config, tmp_path, capsys):

@@ -4,11 +4,14 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthotrain.checkpoint import read_checkpoint
 from orthotrain.cli import main
 from orthotrain.export import load_network
+from orthotrain.models import PretrainedModel
+from orthotrain.peft_adapter import import_peft
 
 QUICK = ["-c", "finetune/quickstart.yaml"]
 
@@ -90,3 +93,41 @@ def test_finetunes_the_checkpoint_of_a_pretraining_run(small_config, overrides, 
     source = ["--model.model", "CheckpointModel", "--model.model.path", last, "--data.tokenizer", last]
     main(["fit", *QUICK, "-c", str(overrides), *source, "--trainer.max_steps", "2"])
     assert (tmp_path / "finetune" / "adapters" / "step-000002").is_dir()
+
+
+def test_a_model_in_4_bits_of_which_some_layers_are_rotated_resumes_and_leaves(base, overrides, tmp_path):
+    model = ["--model.model", "PretrainedModel", "--model.model.name", str(base), "--data.tokenizer", str(base)]
+    some = [
+        "--model.model.load_in_4bit",
+        "true",
+        "--model.model.dtype",
+        "float32",
+        "--model.layers.include",
+        "['*q_proj']",
+    ]
+    command = ["fit", *QUICK, "-c", str(overrides), *model, *some]
+    main(command)
+    folder = tmp_path / "finetune" / "adapters"
+    checkpoint = folder / "step-000004" / "resume.ckpt"  # after validations, which bitsandbytes would have repacked for
+    whole = load_file(folder / "step-000006" / "adapter.safetensors")
+    main([*command, "--ckpt_path", str(checkpoint)])
+    resumed = load_file(folder / "step-000006" / "adapter.safetensors")
+    assert whole.keys() == resumed.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert all(tensor.any() for tensor in whole.values())
+    last = folder / "step-000006" / "resume.ckpt"
+    main(["export", "--ckpt", str(last), "--out", str(tmp_path / "merged")])
+    main(["export", "--ckpt", str(last), "--out", str(tmp_path / "half"), "--dtype", "float16"])
+    main(["export", "--ckpt", str(last), "--out", str(tmp_path / "adapter"), "--format", "peft"])
+    ids = torch.arange(20)[None]
+    network = load_network(read_checkpoint(last))
+    with torch.no_grad():
+        expected = network(ids).logits
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits, expected,
+                                   rtol=1e-5, atol=1e-5)  # fmt: skip
+        half = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+        assert {p.dtype for p in half.parameters()} == {torch.float16}
+        torch.testing.assert_close(half(ids).logits.float(), expected, rtol=2e-2, atol=2e-2)
+    fresh = PretrainedModel(str(base), dtype="float32", load_in_4bit=True)().eval()
+    import_peft(fresh, tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(ids).logits, expected, rtol=1e-5, atol=1e-5)

@@ -32,8 +32,8 @@ STEP_TILES = {
     128: {"K_TILE": 32, "num_warps": 8, "num_stages": 3},
 }
 
-PRECISIONS = {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}
-"""How fp32 factors are multiplied, by ``torch.get_float32_matmul_precision()``; tf32x3 keeps 21 bits or more."""
+EXACT = "tf32x3"
+"""How fp32 factors are multiplied unless torch is told to round them to TF32: 21 bits or more are kept."""
 
 
 def run_chain(chain: Chain, first: Tensor, second: Tensor | None = None, *, transposed: bool = False) -> Tensor:
@@ -80,8 +80,12 @@ def run_chain_on_generators(chain: Chain, generators: Tensor, size: int, grad: T
 
 
 def precision() -> str:
-    """Return the precision of products that the global matmul setting of torch asks for."""
-    return PRECISIONS[torch.get_float32_matmul_precision()]
+    """Return the precision of products that the global matmul setting of torch asks for.
+
+    It is read where both ``torch.set_float32_matmul_precision`` and ``torch.backends.fp32_precision`` leave it;
+    ``torch.get_float32_matmul_precision`` raises once the latter was used.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else EXACT
 
 
 def fused_tiling(size: int) -> dict[str, int]:
@@ -192,7 +196,7 @@ def fused_variant(size: int, dtype: str, generators: bool = False) -> Variant:
         f"{'generators' if generators else 'fused'}-b{size}-{dtype}",
         fused_chain_kernel,
         pointers | {"steps": "i32", "slots": "i32", "scale": "fp32", "blocks": "i32"},
-        {"INPUTS": 2, "TRANSPOSED": True, "GENERATORS": generators, "PRECISION": PRECISIONS["highest"]},
+        {"INPUTS": 2, "TRANSPOSED": True, "GENERATORS": generators, "PRECISION": EXACT},
         fused_tiling(size),
     )
 
@@ -205,7 +209,7 @@ def step_variant(size: int, dtype: str, terms: int) -> Variant:
         f"step-b{size}-{dtype}-{terms}",
         chain_step_kernel,
         {"out": f"*{dtype}"} | dict.fromkeys(operands, "*fp32") | dict.fromkeys(numbers, "fp32"),
-        {"PRODUCTS": 2, "TERMS": terms, "PRECISION": PRECISIONS["highest"]},
+        {"PRODUCTS": 2, "TERMS": terms, "PRECISION": EXACT},
         step_tiling(size),
     )
 

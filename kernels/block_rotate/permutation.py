@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orthotrain.kernels.block_rotate.tiling import LARGEST_OFFSET
 from orthotrain.kernels.variant import Variant
 
 LARGEST_ROW = 64 * 1024
@@ -46,8 +47,14 @@ def _invert_kernel(index, inverse, width, SIZE: tl.constexpr):
 
 def worthwhile(x: Tensor) -> bool:
     """Return whether permuting ``x (N, d)`` by rows pays and is possible; elsewhere programs gather from memory."""
-    fits = x.shape[1] * x.element_size() <= LARGEST_ROW
-    return fits and x.shape[0] >= FEWEST_ROWS and x.stride(1) == 1 and x.stride(0) < 2**24
+    (rows, width), (row, column) = x.shape, x.stride()
+    fits = 0 < width * x.element_size() <= LARGEST_ROW and rows_at_once(width) * row <= LARGEST_OFFSET
+    return fits and rows >= FEWEST_ROWS and column == 1
+
+
+def rows_at_once(width: int) -> int:
+    """Return how many rows of ``width`` columns a program holds; its offsets within them are of 32 bits."""
+    return max(1, TILE // triton.next_power_of_2(width))
 
 
 def gather_columns(x: Tensor, index: Tensor) -> Tensor:
@@ -65,8 +72,7 @@ def scatter_columns_(x: Tensor, index: Tensor) -> Tensor:
 
 def _permute(x: Tensor, index: Tensor, y: Tensor) -> Tensor:
     rows, width = x.shape
-    padded = triton.next_power_of_2(width)
-    at_once = max(1, TILE // padded)
+    padded, at_once = triton.next_power_of_2(width), rows_at_once(width)
     chunk = triton.cdiv(triton.cdiv(rows, PROGRAMS), at_once) * at_once
     _permute_kernel[(triton.cdiv(rows, chunk),)](
         *(x, index, y, rows, width, chunk, x.stride(0), y.stride(0)),
@@ -85,7 +91,7 @@ def aot_variants() -> list[Variant]:
             f"permute-{width}-bf16",
             _permute_kernel,
             {"x": "*bf16", "index": "*i64", "y": "*bf16", **integers},
-            {"ROWS": max(1, TILE // width), "WIDTH": width},
+            {"ROWS": rows_at_once(width), "WIDTH": width},
             num_warps=max(4, width // 1024),
             aligned=("width", "x_row", "y_row"),
         )

@@ -37,7 +37,7 @@ def _nf4_kernel(packed, absmax, nested, offset, code, levels, out, size, GROUP: 
     high = tl.load(levels + (byte >> 4)) * scale
     low = tl.load(levels + (byte & 15)) * scale
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    tl.store(out + place, tl.interleave(high, low).to(out.dtype.element_ty), mask=place < 2 * size)
+    tl.store(out + place, tl.interleave(high, low).to(out.dtype.element_ty), mask=place // 2 < size)
 
 
 def dequant_int8_forward(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,7 +64,8 @@ def dequant_nf4_forward(
     if out.numel():
         # Without fused multiply-adds, which would round the nested scales otherwise than bitsandbytes does.
         _nf4_kernel[(triton.cdiv(out.numel(), SIZE),)](
-            *(packed.contiguous(), absmax, nested, offset, code, _levels(packed.device), out, packed.numel()),
+            *(packed.contiguous(), absmax.contiguous(), nested, offset, code),
+            *(_levels(packed.device), out, packed.numel()),
             GROUP=group_size,
             SIZE=SIZE,
             enable_fp_fusion=False,

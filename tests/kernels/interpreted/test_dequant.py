@@ -34,6 +34,16 @@ def test_nf4(shape, group_size, dtype, double):
     assert torch.equal(found, reference.dequant_nf4_forward(packed, *statistics, group_size, dtype))
 
 
+def test_the_places_of_a_large_weight():
+    """The size is given in bytes, and twice it does not fit in 32 bits: one program of such a launch."""
+    packed = torch.randint(0, 256, (1, triton.SIZE // 2), dtype=torch.uint8)
+    scales, out = torch.rand(triton.SIZE // 64), torch.full((1, triton.SIZE), torch.nan)
+    levels = torch.tensor(reference.NF4_LEVELS)
+    arguments = (packed, scales, None, None, None, levels, out, 2**30)
+    triton._nf4_kernel[(1,)](*arguments, GROUP=64, SIZE=triton.SIZE)
+    assert torch.equal(out, reference.dequant_nf4_forward(packed, scales, None, None, None, 64, torch.float32))
+
+
 def test_several_programs():
     codes = torch.randint(-127, 128, (5, 1000), dtype=torch.int8)
     assert codes.numel() > triton.SIZE

@@ -9,10 +9,68 @@ from torch._subclasses.fake_tensor import FakeTensor
 DEBUG = "ORTHOTRAIN_DEBUG"
 """Environment variable; ``1`` also checks the values of permutations, which waits for the device."""
 
+COMPUTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes that operations take: triton serves all but the last."""
+
 
 def traced(x: Tensor) -> bool:
-    """Return whether somebody traces, who should see one opaque custom op and not what is inside it."""
-    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+    """Return whether somebody traces or asks for shapes alone, who should see a custom op and not what is inside it."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.is_meta
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    """Check that a tensor has a dtype that one can compute in.
+
+    Raises:
+        ValueError: Naming tensor and dtype.
+    """
+    check_dtype(op, name, tensor.dtype)
+
+
+def check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
+    """Check that a dtype is one that operations compute in.
+
+    Raises:
+        ValueError: Naming what it is the dtype of.
+    """
+    if dtype not in COMPUTABLE:
+        known = ", ".join(str(known).removeprefix("torch.") for known in COMPUTABLE)
+        raise ValueError(f"{op}: {name} is {dtype}; takes {known}")
+
+
+def check_square(op: str, name: str, blocks: Tensor) -> None:
+    """Check that a tensor holds square blocks, ``(n, b, b)``, of a floating dtype.
+
+    Raises:
+        ValueError: Naming dtype or shape.
+    """
+    check_floating(op, name, blocks)
+    if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2]:
+        raise ValueError(f"{op}: {name} {tuple(blocks.shape)} does not fit: it takes square blocks, (n, b, b)")
+
+
+def check_tensor(
+    op: str, name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Check shape, dtype and device of a tensor that has to be exactly so.
+
+    Args:
+        op: Operation, for the message.
+        name: What the tensor is called there.
+        tensor: To check.
+        shape: Expected, None where any size will do.
+        dtype: Expected.
+        device: Expected.
+
+    Raises:
+        ValueError: Naming what it is and what it should be.
+    """
+    sizes = tensor.ndim == len(shape) and all(e in (None, s) for e, s in zip(shape, tensor.shape, strict=True))
+    if sizes and tensor.dtype == dtype and tensor.device == device:
+        return
+    expected = ", ".join("any" if size is None else str(size) for size in shape) + "," * (len(shape) == 1)
+    found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+    raise ValueError(f"{op}: {name} is {found}; takes {dtype} ({expected}) on {device}")
 
 
 def check_blocks(op: str, name: str, displacement: Tensor, like: Tensor, like_name: str, width: int) -> None:
@@ -33,9 +91,7 @@ def check_blocks(op: str, name: str, displacement: Tensor, like: Tensor, like_na
         raise ValueError(f"{op}: {name} is {displacement.dtype} and {like_name} is {like.dtype}; cast one of them")
     if displacement.device != like.device:
         raise ValueError(f"{op}: {name} is on {displacement.device} and {like_name} on {like.device}; move one of them")
-    if displacement.ndim != 3 or displacement.shape[1] != displacement.shape[2]:
-        shape = tuple(displacement.shape)
-        raise ValueError(f"{op}: {name} {shape} does not fit: it takes square blocks, (n, b, b)")
+    check_square(op, name, displacement)
     if displacement.shape[0] * displacement.shape[1] > width:
         raise ValueError(f"{op}: {name} {tuple(displacement.shape)} does not fit in width {width}")
 

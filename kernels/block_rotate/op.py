@@ -8,20 +8,28 @@ from torch.autograd.function import once_differentiable
 
 from orthotrain.kernels.backend import implementation
 from orthotrain.kernels.checks import check_blocks, check_permutation, debug_permutation, traced
+from orthotrain.kernels.guard import guarded, returned
 
 
 def _rotated(x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None) -> Tensor:
     debug_permutation("block_rotate", "load", load)
     debug_permutation("block_rotate", "store", store)
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+    with guarded(x):
         return implementation(x, "block_rotate").block_rotate_forward(x, displacement, load, store)
 
 
 def _gradients(
-    grad: Tensor, x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        return implementation(x, "block_rotate").block_rotate_backward(grad, x, displacement, load, store)
+    grad: Tensor,
+    x: Tensor,
+    displacement: Tensor,
+    load: Tensor | None,
+    store: Tensor | None,
+    need_x: bool,
+    need_displacement: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    with guarded(x):
+        backward = implementation(x, "block_rotate").block_rotate_backward
+        return backward(grad, x, displacement, load, store, need_x, need_displacement)
 
 
 @torch.library.custom_op("orthotrain::block_rotate", mutates_args=())
@@ -36,24 +44,40 @@ def _(x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None
 
 @torch.library.custom_op("orthotrain::block_rotate_backward", mutates_args=())
 def _block_rotate_backward(
-    grad: Tensor, x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    displacement: Tensor,
+    load: Tensor | None,
+    store: Tensor | None,
+    need_x: bool,
+    need_displacement: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _gradients(grad, x, displacement, load, store)
+    grads = _gradients(grad, x, displacement, load, store, need_x, need_displacement)
+    return returned(grads[0], x), returned(grads[1], displacement)
 
 
 @_block_rotate_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    displacement: Tensor,
+    load: Tensor | None,
+    store: Tensor | None,
+    need_x: bool,
+    need_displacement: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), displacement.new_empty(displacement.shape)
+    grad_x = x.new_empty(x.shape if need_x else 0)
+    return grad_x, displacement.new_empty(displacement.shape if need_displacement else 0)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _traced_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    return *_block_rotate_backward(grad, *ctx.saved_tensors), None, None
+def _traced_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    need_x, need_displacement, *_ = ctx.needs_input_grad
+    grad_x, grad_displacement = _block_rotate_backward(grad, *ctx.saved_tensors, need_x, need_displacement)
+    return (grad_x if need_x else None), (grad_displacement if need_displacement else None), None, None
 
 
 _block_rotate.register_autograd(_traced_backward, setup_context=_setup_context)
@@ -70,9 +94,10 @@ class BlockRotateFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Return the gradients for ``x`` and the displacement."""
-        return *_gradients(grad, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Return the gradients for ``x`` and the displacement that are needed."""
+        need_x, need_displacement, *_ = ctx.needs_input_grad
+        return *_gradients(grad, *ctx.saved_tensors, need_x, need_displacement), None, None
 
 
 def block_rotate(x: Tensor, displacement: Tensor, load: Tensor | None = None, store: Tensor | None = None) -> Tensor:

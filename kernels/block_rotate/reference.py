@@ -35,17 +35,25 @@ def block_rotate_forward(x: Tensor, displacement: Tensor, load: Tensor | None, s
 
 
 def block_rotate_backward(
-    grad: Tensor, x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`block_rotate_forward` for ``x`` ``(..., d)`` and ``displacement`` ``(n, b, b)``."""
+    grad: Tensor,
+    x: Tensor,
+    displacement: Tensor,
+    load: Tensor | None,
+    store: Tensor | None,
+    need_x: bool = True,
+    need_displacement: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of :func:`block_rotate_forward` for ``x (..., d)`` and ``displacement (n, b, b)``, None if not needed."""
+    if not need_displacement:
+        return (block_rotate_forward(grad, displacement.mT.contiguous(), store, load) if need_x else None), None
     source, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
     blocks, block_size = displacement.shape[:2]
     transposed = displacement.mT.contiguous()
     if load is None and store is None:
         source, grad = source.contiguous(), grad.contiguous()
-        grad_x = add_block_products(grad, transposed)
-        return grad_x.view(x.shape), block_products(source, grad, blocks, block_size)
-    grad_x = torch.empty(source.shape, dtype=x.dtype, device=x.device)
+        grad_x = add_block_products(grad, transposed).view(x.shape) if need_x else None
+        return grad_x, block_products(source, grad, blocks, block_size)
+    grad_x = torch.empty(source.shape if need_x else 0, dtype=x.dtype, device=x.device)
     total = BlockSum(displacement)
     step = chunk_rows(source)
     read, read_grad, written = (_buffer(source, step, index) for index in (load, store, load))
@@ -54,11 +62,13 @@ def block_rotate_backward(
         gathered = gather_into(read[:size], source[rows], load)
         grad_rotated = gather_into(read_grad[:size], grad[rows], store)
         total.add(gathered, grad_rotated)
+        if not need_x:
+            continue
         if load is None:
             add_block_products(grad_rotated, transposed, grad_x[rows])
         else:
             scatter_into(grad_x[rows], add_block_products(grad_rotated, transposed, written[:size]), load)
-    return grad_x.view(x.shape), total.result()
+    return (grad_x.view(x.shape) if need_x else None), total.result()
 
 
 class BlockSum:

@@ -133,14 +133,23 @@ def block_rotate_forward(x: Tensor, displacement: Tensor, load: Tensor | None, s
 
 
 def block_rotate_backward(
-    grad: Tensor, x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    x: Tensor,
+    displacement: Tensor,
+    load: Tensor | None,
+    store: Tensor | None,
+    need_x: bool = True,
+    need_displacement: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients for ``x`` and ``displacement``: the same rotation the other way round, and a contraction over rows."""
-    width, (blocks, block_size, _) = x.shape[-1], displacement.shape
-    source, source_index = gathered(x.reshape(-1, width), load)
+    width, (blocks, block_size, _), grad_displacement = x.shape[-1], displacement.shape, None
     grad, grad_index = gathered(grad.reshape(-1, width), store)
-    grad_displacement = contraction.contract_blocks(source, grad, source_index, grad_index, blocks, block_size)
-    del source
+    if need_displacement:
+        source, source_index = gathered(x.reshape(-1, width), load)
+        grad_displacement = contraction.contract_blocks(source, grad, source_index, grad_index, blocks, block_size)
+        del source
+    if not need_x:
+        return None, grad_displacement
     grad_x = rotate_scattered(grad, displacement.contiguous(), grad_index, load, transposed=True)
     return grad_x.view(x.shape), grad_displacement
 

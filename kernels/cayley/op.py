@@ -5,11 +5,13 @@ from torch import Tensor
 
 from orthotrain.kernels.backend import implementation
 from orthotrain.kernels.chain import FUSED
+from orthotrain.kernels.checks import check_square
+from orthotrain.kernels.guard import guarded
 
 
 @torch.library.custom_op("orthotrain::cayley", mutates_args=())
 def _cayley(skew: Tensor) -> Tensor:
-    with torch.autocast(skew.device.type, enabled=False):
+    with guarded(skew):
         size = skew.shape[-1]
         unsupported = f"its kernel takes blocks of up to {FUSED} rows, not {size}" if size > FUSED else None
         return implementation(skew, "cayley", unsupported).cayley_forward(skew)
@@ -17,7 +19,7 @@ def _cayley(skew: Tensor) -> Tensor:
 
 @torch.library.custom_op("orthotrain::cayley_backward", mutates_args=())
 def _cayley_backward(displacement: Tensor, grad: Tensor) -> Tensor:
-    with torch.autocast(displacement.device.type, enabled=False):
+    with guarded(displacement):
         return implementation(displacement, "cayley").cayley_backward(displacement, grad)
 
 
@@ -55,5 +57,9 @@ def cayley(skew: Tensor) -> Tensor:
 
     Returns:
         D of shape ``(n, b, b)`` in the dtype of ``skew``.
+
+    Raises:
+        ValueError: Q is not a batch of square blocks, or not of a floating dtype.
     """
+    check_square("cayley", "skew", skew)
     return _cayley(skew)

@@ -5,19 +5,20 @@ from torch import Tensor
 
 from orthotrain.kernels.backend import implementation
 from orthotrain.kernels.cayley_neumann.op import check_order
+from orthotrain.kernels.guard import guarded
 from orthotrain.kernels.skew.op import check_generators
 
 
 @torch.library.custom_op("orthotrain::cayley_neumann_generators", mutates_args=())
 def _cayley_neumann_generators(generators: Tensor, block_size: int, order: int) -> Tensor:
-    with torch.autocast(generators.device.type, enabled=False):
+    with guarded(generators):
         kernels = implementation(generators, "cayley_neumann")
         return kernels.cayley_neumann_generators_forward(generators, block_size, order)
 
 
 @torch.library.custom_op("orthotrain::cayley_neumann_generators_backward", mutates_args=())
 def _cayley_neumann_generators_backward(generators: Tensor, grad: Tensor, order: int) -> Tensor:
-    with torch.autocast(generators.device.type, enabled=False):
+    with guarded(generators):
         kernels = implementation(generators, "cayley_neumann")
         return kernels.cayley_neumann_generators_backward(generators, grad, order)
 

@@ -4,17 +4,19 @@ import torch
 from torch import Tensor
 
 from orthotrain.kernels.backend import implementation
+from orthotrain.kernels.checks import check_square
+from orthotrain.kernels.guard import guarded
 
 
 @torch.library.custom_op("orthotrain::cayley_neumann", mutates_args=())
 def _cayley_neumann(skew: Tensor, order: int) -> Tensor:
-    with torch.autocast(skew.device.type, enabled=False):
+    with guarded(skew):
         return implementation(skew, "cayley_neumann").cayley_neumann_forward(skew, order)
 
 
 @torch.library.custom_op("orthotrain::cayley_neumann_backward", mutates_args=())
 def _cayley_neumann_backward(skew: Tensor, grad: Tensor, order: int) -> Tensor:
-    with torch.autocast(skew.device.type, enabled=False):
+    with guarded(skew):
         return implementation(skew, "cayley_neumann").cayley_neumann_backward(skew, grad, order)
 
 
@@ -55,8 +57,9 @@ def cayley_neumann(skew: Tensor, order: int) -> Tensor:
         D of shape ``(n, b, b)`` in the dtype of ``skew``.
 
     Raises:
-        ValueError: The order is below 1.
+        ValueError: Q is not a batch of square blocks, or not of a floating dtype, or the order is below 1.
     """
+    check_square("cayley_neumann", "skew", skew)
     check_order(order)
     return _cayley_neumann(skew, order)
 

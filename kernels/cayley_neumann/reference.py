@@ -18,7 +18,8 @@ def cayley_neumann_forward(skew: Tensor, order: int) -> Tensor:
     value = 2 * q + square if order % 2 else q
     for _ in range(order // 2):
         value = torch.baddbmm(base, square, value)
-    return value.to(skew.dtype)
+    # order 1 is a sum, which would keep the strides of a transposed Q
+    return value.to(skew.dtype).contiguous()
 
 
 def cayley_neumann_backward(skew: Tensor, grad: Tensor, order: int) -> Tensor:
@@ -38,7 +39,7 @@ def cayley_neumann_backward(skew: Tensor, grad: Tensor, order: int) -> Tensor:
         value_tangent = torch.baddbmm(base_tangent, square, value_tangent).baddbmm_(square_tangent, value)
         if step < steps - 1:
             value = torch.baddbmm(base, square, value)
-    return value_tangent.to(skew.dtype)
+    return value_tangent.to(skew.dtype).contiguous()
 
 
 def cayley_neumann_generators_forward(generators: Tensor, block_size: int, order: int) -> Tensor:

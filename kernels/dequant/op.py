@@ -4,12 +4,15 @@ import torch
 from torch import Tensor
 
 from orthotrain.kernels.backend import implementation
+from orthotrain.kernels.checks import check_dtype, check_tensor
+from orthotrain.kernels.dequant.reference import NESTED_GROUP
+from orthotrain.kernels.guard import guarded
 
 
 @torch.library.custom_op("orthotrain::dequant_int8", mutates_args=())
 def _dequant_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     chosen = implementation(codes.new_empty(0, dtype=dtype), "dequant")
-    with torch.cuda.device_of(codes):
+    with guarded(codes):
         return chosen.dequant_int8_forward(codes, scales, dtype)
 
 
@@ -29,7 +32,7 @@ def _dequant_nf4(
     dtype: torch.dtype,
 ) -> Tensor:
     chosen = implementation(packed.new_empty(0, dtype=dtype), "dequant")
-    with torch.cuda.device_of(packed):
+    with guarded(packed):
         return chosen.dequant_nf4_forward(packed, absmax, nested, offset, code, group_size, dtype)
 
 
@@ -60,12 +63,13 @@ def dequant_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: If dtypes, shapes or devices do not go together.
     """
-    if codes.dtype != torch.int8 or scales.dtype != torch.float32:
-        raise ValueError(f"dequant_int8: takes int8 codes and float32 scales, not {codes.dtype} and {scales.dtype}")
-    if codes.shape[0] != scales.shape[0] or codes.shape[1] % max(scales.shape[1], 1) or codes.device != scales.device:
+    check_dtype("dequant_int8", "dtype", dtype)
+    check_tensor("dequant_int8", "codes", codes, (None, None), torch.int8, codes.device)
+    check_tensor("dequant_int8", "scales", scales, (codes.shape[0], None), torch.float32, codes.device)
+    if codes.shape[1] % max(scales.shape[1], 1) or (codes.numel() and not scales.numel()):
         raise ValueError(
-            f"dequant_int8: codes {tuple(codes.shape)} on {codes.device} and scales {tuple(scales.shape)} on "
-            f"{scales.device} do not go together: takes (out, in) and (out, groups), groups a divisor of in"
+            f"dequant_int8: codes {tuple(codes.shape)} and scales {tuple(scales.shape)} do not go together: "
+            "takes (out, in) and (out, groups), groups a divisor of in"
         )
     return _dequant_int8(codes, scales, dtype)
 
@@ -99,14 +103,23 @@ def dequant_nf4(
     Raises:
         ValueError: If dtypes or shapes do not go together.
     """
-    expected = torch.float32 if nested is None else torch.uint8
-    if packed.dtype != torch.uint8 or absmax.dtype != expected:
-        raise ValueError(
-            f"dequant_nf4: takes uint8 packed and {expected} absmax, not {packed.dtype} and {absmax.dtype}"
-        )
+    check_dtype("dequant_nf4", "dtype", dtype)
+    check_tensor("dequant_nf4", "packed", packed, (None, None), torch.uint8, packed.device)
+    if group_size < 2 or group_size % 2:
+        raise ValueError(f"dequant_nf4: group_size={group_size}: two values share a byte, take an even number")
+    groups = -(-2 * packed.numel() // group_size)
+    scales = torch.float32 if nested is None else torch.uint8
+    check_tensor("dequant_nf4", "absmax", absmax, (groups,), scales, packed.device)
+    _check_nested(packed.device, groups, nested, offset, code)
+    return _dequant_nf4(packed, absmax, nested, offset, code, group_size, dtype)
+
+
+def _check_nested(
+    device: torch.device, groups: int, nested: Tensor | None, offset: Tensor | None, code: Tensor | None
+) -> None:
     if (nested is None, offset is None, code is None) not in ((True,) * 3, (False,) * 3):
         raise ValueError("dequant_nf4: double quantisation takes nested, offset and code, or none of the three")
-    groups = -(-2 * packed.numel() // group_size)
-    if group_size < 2 or group_size % 2 or absmax.shape != (groups,):
-        raise ValueError(f"dequant_nf4: absmax {tuple(absmax.shape)} does not fit {groups} groups of {group_size}")
-    return _dequant_nf4(packed, absmax, nested, offset, code, group_size, dtype)
+    expected = {"nested": (nested, -(-groups // NESTED_GROUP)), "offset": (offset, 1), "code": (code, 256)}
+    for name, (tensor, size) in expected.items():
+        if tensor is not None:
+            check_tensor("dequant_nf4", name, tensor, (size,), torch.float32, device)

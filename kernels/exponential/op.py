@@ -4,17 +4,19 @@ import torch
 from torch import Tensor
 
 from orthotrain.kernels.backend import implementation
+from orthotrain.kernels.checks import check_square
+from orthotrain.kernels.guard import guarded
 
 
 @torch.library.custom_op("orthotrain::exponential", mutates_args=())
 def _exponential(skew: Tensor) -> Tensor:
-    with torch.autocast(skew.device.type, enabled=False):
+    with guarded(skew):
         return implementation(skew, "exponential").exponential_forward(skew)
 
 
 @torch.library.custom_op("orthotrain::exponential_backward", mutates_args=())
 def _exponential_backward(skew: Tensor, grad: Tensor) -> Tensor:
-    with torch.autocast(skew.device.type, enabled=False):
+    with guarded(skew):
         return implementation(skew, "exponential").exponential_backward(skew, grad)
 
 
@@ -52,5 +54,9 @@ def exponential(skew: Tensor) -> Tensor:
 
     Returns:
         D of shape ``(n, b, b)`` in the dtype of ``skew``.
+
+    Raises:
+        ValueError: Q is not a batch of square blocks, or not of a floating dtype.
     """
+    check_square("exponential", "skew", skew)
     return _exponential(skew)

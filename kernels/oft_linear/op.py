@@ -1,20 +1,32 @@
 """``orthotrain::oft_linear``: a torch custom op where torch.compile traces, a plain autograd function in eager mode."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from orthotrain.kernels.backend import implementation
 from orthotrain.kernels.checks import check_blocks, traced
-from orthotrain.kernels.oft_linear import reference
+from orthotrain.kernels.guard import guarded, returned
+
+
+def _product(x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | None) -> Tensor:
+    with guarded(x):
+        return implementation(x, "oft_linear").oft_linear_forward(x, weight, displacement, bias)
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, displacement: Tensor, need_x: bool, need_displacement: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    with guarded(x):
+        backward = implementation(x, "oft_linear").oft_linear_backward
+        return backward(grad, x, weight, displacement, need_x, need_displacement)
 
 
 @torch.library.custom_op("orthotrain::oft_linear", mutates_args=())
 def _oft_linear(x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | None) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        return reference.oft_linear_forward(x, weight, displacement, bias)
+    return _product(x, weight, displacement, bias)
 
 
 @_oft_linear.register_fake
@@ -22,15 +34,12 @@ def _(x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | None) -> T
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-# an op returns tensors, never None: a gradient that is not needed is empty
 @torch.library.custom_op("orthotrain::oft_linear_backward", mutates_args=())
 def _oft_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, displacement: Tensor, need_x: bool, need_displacement: bool
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
-        gradients = reference.oft_linear_backward(grad, x, weight, displacement, need_x, need_displacement)
-    grad_x, grad_displacement = (x.new_empty(0) if g is None else g for g in gradients)
-    return grad_x, grad_displacement
+    grad_x, grad_displacement = _gradients(grad, x, weight, displacement, need_x, need_displacement)
+    return returned(grad_x, x), returned(grad_displacement, displacement)
 
 
 @_oft_linear_backward.register_fake
@@ -67,12 +76,6 @@ def _traced_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tenso
 _oft_linear.register_autograd(_traced_backward, setup_context=_setup_context)
 
 
-def _outside_autocast(x: Tensor) -> AbstractContextManager:
-    # entering and leaving costs 10 us, in each direction of every layer
-    enabled = torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
-
-
 class OftLinearFunction(torch.autograd.Function):
     """The same in eager mode, where a custom op with a gradient costs more than a small layer's rotation."""
 
@@ -80,8 +83,7 @@ class OftLinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | None) -> Tensor:
         """See :func:`oft_linear`."""
         _setup_context(ctx, (x, weight, displacement, bias), x)
-        with _outside_autocast(x):
-            return reference.oft_linear_forward(x, weight, displacement, bias)
+        return _product(x, weight, displacement, bias)
 
     @staticmethod
     @once_differentiable
@@ -89,11 +91,8 @@ class OftLinearFunction(torch.autograd.Function):
         """Form the gradients that are needed."""
         need_x, _, need_displacement, _ = ctx.needs_input_grad
         x, weight, displacement = ctx.saved_tensors
-        with _outside_autocast(x):
-            grad_x, grad_displacement = reference.oft_linear_backward(
-                grad, x, weight, displacement, need_x, need_displacement
-            )
-            return grad_x, None, grad_displacement, _bias_gradient(ctx, grad)
+        grad_x, grad_displacement = _gradients(grad, x, weight, displacement, need_x, need_displacement)
+        return grad_x, None, grad_displacement, _bias_gradient(ctx, grad)
 
 
 def oft_linear(x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -103,7 +102,7 @@ def oft_linear(x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | N
 
     Args:
         x: Activations ``(..., in)``.
-        weight: Frozen weight ``(out, in)``; of another dtype it is cast to that of ``x`` for the product.
+        weight: Frozen weight ``(out, in)`` on the device of ``x``; of another dtype it is cast for the product.
         displacement: ``D = R - I`` of ``n`` blocks, ``(n, b, b)``, ``n * b <= in``, dtype and device of ``x``.
         bias: ``(out,)``, cast likewise, or None.
 
@@ -112,7 +111,7 @@ def oft_linear(x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | N
 
     Raises:
         ValueError: If the displacement has another dtype, the blocks are not square or they do not fit, or the width of
-            ``x`` is not that of the weight.
+            ``x`` is not that of the weight, or ``triton`` was asked for and cannot serve ``x``.
     """
     check_blocks("oft_linear", "displacement", displacement, x, "x", x.shape[-1])
     if x.shape[-1] != weight.shape[1]:

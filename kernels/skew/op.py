@@ -4,16 +4,20 @@ import torch
 from torch import Tensor
 
 from orthotrain.kernels.backend import implementation
+from orthotrain.kernels.checks import check_floating
+from orthotrain.kernels.guard import guarded
 
 
 @torch.library.custom_op("orthotrain::skew", mutates_args=())
 def _skew(generators: Tensor, block_size: int) -> Tensor:
-    return implementation(generators, "skew").skew_forward(generators, block_size)
+    with guarded(generators):
+        return implementation(generators, "skew").skew_forward(generators, block_size)
 
 
 @torch.library.custom_op("orthotrain::skew_backward", mutates_args=())
 def _skew_backward(grad: Tensor) -> Tensor:
-    return implementation(grad, "skew").skew_backward(grad)
+    with guarded(grad):
+        return implementation(grad, "skew").skew_backward(grad)
 
 
 @_skew.register_fake
@@ -46,18 +50,19 @@ def skew(generators: Tensor, block_size: int) -> Tensor:
         Q of shape ``(n, block_size, block_size)`` in the dtype of the generators, with Q^T = -Q exactly.
 
     Raises:
-        ValueError: The generators are not a matrix of that width.
+        ValueError: The generators are not a matrix of that width, or not of a floating dtype.
     """
     check_generators(generators, block_size)
     return _skew(generators, block_size)
 
 
 def check_generators(generators: Tensor, block_size: int) -> None:
-    """Refuse generators that are not a matrix of ``b(b-1)/2`` columns.
+    """Refuse generators that are not a floating-point matrix of ``b(b-1)/2`` columns.
 
     Raises:
-        ValueError: Naming both sizes.
+        ValueError: Naming both sizes, or the dtype.
     """
+    check_floating("skew", "generators", generators)
     width = block_size * (block_size - 1) // 2
     if generators.ndim != 2 or generators.shape[1] != width:
         raise ValueError(

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from orthotrain.kernels.block_rotate import block_rotate
+from orthotrain.kernels.cayley import cayley
+from orthotrain.kernels.cayley_neumann import cayley_neumann, cayley_neumann_generators
+from orthotrain.kernels.exponential import exponential
 from orthotrain.kernels.fold import fold
+from orthotrain.kernels.skew import skew
 
 BLOCKS = torch.zeros(2, 3, 3)
 
@@ -41,3 +45,27 @@ def test_with_debug_a_repeated_index_is_found(monkeypatch, compiled):
     with pytest.raises(ValueError, match="rows is no permutation"):
         fold(torch.zeros(7, 6), BLOCKS, BLOCKS, rows=index)
     rotate(torch.zeros(4, 7), BLOCKS, torch.randperm(7), torch.randperm(7))
+
+
+@pytest.mark.parametrize("op", [cayley, exponential, lambda q: cayley_neumann(q, 4)], ids=["cayley", "exp", "neumann"])
+@pytest.mark.parametrize(
+    ("skew_blocks", "message"),
+    [
+        (torch.zeros(2, 3, 4), r"skew \(2, 3, 4\) does not fit: it takes square blocks, \(n, b, b\)"),
+        (torch.zeros(3, 3), r"skew \(3, 3\) does not fit"),
+        (torch.zeros(2, 3, 3, dtype=torch.int64), "skew is torch.int64; takes float16, bfloat16, float32, float64"),
+        (torch.zeros(2, 3, 3, dtype=torch.complex64), "skew is torch.complex64; takes"),
+    ],
+)
+def test_blocks_of_a_parameterization(op, skew_blocks, message):
+    with pytest.raises(ValueError, match=message):
+        op(skew_blocks)
+
+
+def test_dtypes_that_nothing_computes_in():
+    for op in (skew, lambda g, b: cayley_neumann_generators(g, b, 4)):
+        with pytest.raises(ValueError, match="generators is torch.int32; takes float16"):
+            op(torch.zeros(2, 3, dtype=torch.int32), 3)
+    fp8 = torch.float8_e4m3fn
+    with pytest.raises(ValueError, match="block_rotate: displacement is torch.float8_e4m3fn; takes"):
+        block_rotate(torch.zeros(4, 7).to(fp8), BLOCKS.to(fp8))

@@ -37,12 +37,32 @@ def test_bad_input_names_what_is_wrong():
     codes, scales = torch.zeros(2, 6, dtype=torch.int8), torch.zeros(2, 4)
     with pytest.raises(ValueError, match=r"codes \(2, 6\).*scales \(2, 4\)"):
         dequant_int8(codes, scales, torch.float32)
-    with pytest.raises(ValueError, match="int8 codes.*not torch.float32"):
+    with pytest.raises(ValueError, match=r"codes is torch.float32 \(2, 6\) .*; takes torch.int8 \(any, any\)"):
         dequant_int8(codes.float(), scales, torch.float32)
-    packed = torch.zeros(2, 32, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="2 groups of 64"):
-        dequant_nf4(packed, torch.zeros(3), None, None, None, 64, torch.float32)
-    with pytest.raises(ValueError, match="or none of the three"):
-        dequant_nf4(packed, torch.zeros(2), None, torch.zeros(1), None, 64, torch.float32)
-    with pytest.raises(ValueError, match="uint8 absmax, not"):
-        dequant_nf4(packed, torch.zeros(2), torch.zeros(1), torch.zeros(1), torch.zeros(256), 64, torch.float32)
+    with pytest.raises(ValueError, match="scales is .* on meta; takes .* on cpu"):
+        dequant_int8(codes, torch.zeros(2, 3, device="meta"), torch.float32)
+    with pytest.raises(ValueError, match="dtype is torch.int32; takes float16, bfloat16, float32, float64"):
+        dequant_int8(codes, torch.zeros(2, 3), torch.int32)
+
+
+PACKED, CODE = torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(256)
+BYTES = torch.zeros(2, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "group_size", "message"),
+    [
+        ((torch.zeros(3), None, None, None), 64, r"absmax is torch.float32 \(3,\) .*; takes torch.float32 \(2,\)"),
+        ((torch.zeros(2), None, None, None), 63, "group_size=63: .* take an even number"),
+        ((torch.zeros(2), None, torch.zeros(1), None), 64, "double quantisation takes .* or none of the three"),
+        ((torch.zeros(2), torch.zeros(1), torch.zeros(1), CODE), 64, r"absmax .*; takes torch.uint8 \(2,\)"),
+        ((BYTES, torch.zeros(2), torch.zeros(1), CODE), 64, r"nested is torch.float32 \(2,\) .*\(1,\)"),
+        ((BYTES, torch.zeros(1), torch.zeros(()), CODE), 64, r"offset is torch.float32 \(\) .*\(1,\)"),
+        ((BYTES, torch.zeros(1), torch.zeros(1), CODE[1:]), 64, r"code is torch.float32 \(255,\) .*\(256,\)"),
+        ((BYTES, torch.zeros(1), torch.zeros(1), CODE.to("meta")), 64, "code is .* on meta; takes .* on cpu"),
+        ((torch.zeros(2, device="meta"), None, None, None), 64, "absmax is .* on meta; takes .* on cpu"),
+    ],
+)
+def test_nf4_names_the_statistic_that_does_not_fit(statistics, group_size, message):
+    with pytest.raises(ValueError, match=f"dequant_nf4: {message}"):
+        dequant_nf4(PACKED, *statistics, group_size=group_size, dtype=torch.float32)

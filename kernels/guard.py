@@ -1,0 +1,25 @@
+"""What surrounds every operation: its device is the current one, autocast stays outside, results are as declared."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def guarded(tensor: Tensor) -> Iterator[None]:
+    """Make the device of a tensor current, where Triton launches its kernels, and turn autocast off for it."""
+    device = tensor.device.type
+    with torch.cuda.device_of(tensor):
+        # autocast is entered only to turn it off: that costs 10 us in every pass of every layer
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                yield
+        else:
+            yield
+
+
+def returned(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """Return a gradient as an op declares it, which returns tensors, never None: contiguous, empty if not needed."""
+    return like.new_empty(0) if gradient is None else gradient.contiguous()

@@ -1,0 +1,37 @@
+"""The OFT layer on the GPU: the rotation by its own kernels, the products by cuBLAS; see the reference for shapes.
+
+Tokens are rotated in both directions: the gradient through rotated rows of W would read a norm back to the host first.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from orthotrain.kernels.block_rotate.contraction import contract_blocks
+from orthotrain.kernels.block_rotate.triton import block_rotate_forward, rotate_scattered, rotation_variant
+from orthotrain.kernels.variant import Variant
+
+
+def oft_linear_forward(x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``(x R) W^T + bias``."""
+    rotated = block_rotate_forward(x, displacement, None, None)
+    return F.linear(rotated, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def oft_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, displacement: Tensor, need_x: bool, need_displacement: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients for ``x`` and ``displacement``, None if not needed."""
+    rows, grad_y = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    grad_rotated = torch.mm(grad_y, weight.to(grad.dtype))
+    grad_x = grad_displacement = None
+    if need_displacement:
+        grad_displacement = contract_blocks(rows, grad_rotated, None, None, *displacement.shape[:2])
+    if need_x:
+        grad_x = rotate_scattered(grad_rotated, displacement.contiguous(), None, None, transposed=True).view(x.shape)
+    return grad_x, grad_displacement
+
+
+def aot_variants() -> list[Variant]:
+    """Return the launch of an OFT layer beyond those of ``block_rotate``: small blocks in the natural order."""
+    return [rotation_variant(torch.bfloat16, 32)]

@@ -93,7 +93,13 @@ def _add_splits_kernel(partial, out, size, splits, SIZE: tl.constexpr):
 
 
 def contract_blocks(
-    left: Tensor, right: Tensor, left_index: Tensor | None, right_index: Tensor | None, blocks: int, block_size: int
+    left: Tensor,
+    right: Tensor,
+    left_index: Tensor | None,
+    right_index: Tensor | None,
+    blocks: int,
+    block_size: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the diagonal blocks of ``left[:, left_index].T @ right[:, right_index]``.
 
@@ -104,12 +110,13 @@ def contract_blocks(
         right_index: Permutation ``(d,)`` int64, or None.
         blocks: Number of blocks ``n``.
         block_size: Size of a block ``b``, ``n * b <= d``.
+        dtype: Of the result, None for that of ``left``.
 
     Returns:
-        ``(n, b, b)`` in the dtype of ``left``, summed in fp32.
+        ``(n, b, b)``, summed in fp32.
     """
     rows = left.shape[0]
-    out = torch.empty((blocks, block_size, block_size), dtype=left.dtype, device=left.device)
+    out = torch.empty((blocks, block_size, block_size), dtype=dtype or left.dtype, device=left.device)
     if rows == 0 or out.numel() == 0:
         return out.zero_()
     sizes = contraction_tiles(left.dtype, block_size)
@@ -135,19 +142,24 @@ def contract_blocks(
 
 def aot_variants() -> list[Variant]:
     """Return the launches to compile ahead of time."""
-    add = Variant(
-        "add-splits",
-        _add_splits_kernel,
-        {"partial": "*fp32", "out": "*bf16", "size": "i32", "splits": "i32"},
-        {"SIZE": 1024},
-        aligned=("size",),
-    )
     return [
         contraction_variant(torch.bfloat16, 32, permuted=True),
         contraction_variant(torch.bfloat16, 256),
         contraction_variant(torch.float32, 256),
-        add,
+        add_splits_variant(torch.bfloat16),
     ]
+
+
+def add_splits_variant(dtype: torch.dtype) -> Variant:
+    """Return the launch that adds partial sums up to a result of a dtype."""
+    pointer = POINTERS[dtype]
+    return Variant(
+        f"add-splits-{pointer[1:]}",
+        _add_splits_kernel,
+        {"partial": "*fp32", "out": pointer, "size": "i32", "splits": "i32"},
+        {"SIZE": 1024},
+        aligned=("size",),
+    )
 
 
 def contraction_variant(

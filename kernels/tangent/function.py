@@ -1,11 +1,40 @@
-"""The public ``tangent`` and ``tangent_linear``: plain autograd functions that torch.compile traces through."""
+"""The public ``tangent`` and ``tangent_linear``: autograd functions whose gradients of generators are one custom op.
 
-from typing import Any
+The op is called where somebody traces, who should see neither how rows are taken in chunks nor which implementation is
+chosen; in eager mode the implementation is called without it.
+"""
+
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.tangent import reference
+from orthotrain.kernels.backend import implementation
+from orthotrain.kernels.checks import traced
+
+Kind = Literal["activation", "row", "column"]
+
+
+def _computed(kind: str, left: Tensor, right: Tensor, order: Tensor | None, blocks: int, block_size: int) -> Tensor:
+    with torch.cuda.device_of(left), torch.autocast(left.device.type, enabled=False):
+        return getattr(implementation(left, "tangent"), f"{kind}_gradient")(left, right, order, blocks, block_size)
+
+
+@torch.library.custom_op("orthotrain::tangent_gradient", mutates_args=())
+def _traced(kind: str, left: Tensor, right: Tensor, order: Tensor | None, blocks: int, block_size: int) -> Tensor:
+    return _computed(kind, left, right, order, blocks, block_size)
+
+
+@_traced.register_fake
+def _(kind: str, left: Tensor, right: Tensor, order: Tensor | None, blocks: int, block_size: int) -> Tensor:
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    return left.new_empty(blocks, block_size * (block_size - 1) // 2, dtype=dtype)
+
+
+def _gradient(kind: Kind, left: Tensor, right: Tensor, order: Tensor | None, blocks: int, block_size: int) -> Tensor:
+    """Return dL/dgenerators ``(n, b(b-1)/2)``, in fp32 or wider; see ``KIND_gradient`` of the reference."""
+    compute = _traced if traced(left) else _computed
+    return compute(kind, left, right, order, blocks, block_size)
 
 
 class _Tangent(torch.autograd.Function):
@@ -19,7 +48,7 @@ class _Tangent(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         x, order = ctx.saved_tensors
         (grad,) = grads
-        gradient = reference.activation_gradient(x, grad, order, ctx.blocks, ctx.block_size)
+        gradient = _gradient("activation", x, grad, order, ctx.blocks, ctx.block_size)
         return grad, gradient, None, None
 
 
@@ -50,8 +79,8 @@ class _TangentLinear(torch.autograd.Function):
         grad_weight = rows.mT @ x.reshape(-1, x.shape[-1])
         grad_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
         (n_out, n_in), (b_out, b_in) = ctx.blocks, ctx.sizes
-        out = reference.row_gradient(weight, grad_weight, order_out, n_out, b_out) if n_out else None
-        into = reference.column_gradient(weight, grad_weight, order_in, n_in, b_in) if n_in else None
+        out = _gradient("row", weight, grad_weight, order_out, n_out, b_out) if n_out else None
+        into = _gradient("column", weight, grad_weight, order_in, n_in, b_in) if n_in else None
         return grad_x, None, out, into, None, None, None
 
 

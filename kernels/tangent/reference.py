@@ -23,9 +23,6 @@ def activation_gradient(x: Tensor, grad: Tensor, order: Tensor | None, blocks: i
     if order is None:
         return _generators_gradient(block_products(x.contiguous(), grad.contiguous(), blocks, block_size))
     covered = order[: blocks * block_size]
-    # torch.compile would unroll the chunks, and has its own ways of not materialising what is gathered
-    if torch.compiler.is_compiling():
-        return _generators_gradient(block_products(x[:, covered], grad[:, covered], blocks, block_size))
     like = x.new_empty(blocks, block_size, block_size, dtype=torch.promote_types(x.dtype, torch.float32))
     return _generators_gradient(contract(x, grad, like, covered))
 
@@ -35,8 +32,10 @@ def row_gradient(weight: Tensor, grad: Tensor, order: Tensor | None, blocks: int
 
     ``dL/dD_k = W_k dW_k^T`` on the permuted rows of block k.
     """
-    covered = slice(blocks * block_size) if order is None else order[: blocks * block_size]
-    left, right = (t[covered].view(blocks, block_size, -1) for t in (weight, grad))
+    covered = blocks * block_size
+    # index_select copies whole rows; indexing by a tensor was 15 times slower on a CPU
+    rows = (t[:covered] if order is None else t.index_select(0, order[:covered]) for t in (weight, grad))
+    left, right = (t.view(blocks, block_size, -1) for t in rows)
     return _generators_gradient(torch.bmm(left, right.mT))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from orthotrain.kernels.backend import use_backend
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.tangent import tangent, tangent_linear
 from orthotrain.kernels.tangent.reference import activation_gradient
@@ -58,10 +59,39 @@ def test_compiles_without_graph_breaks():
     def run(x, out, into):
         return tangent(tangent(x, into, order_in, 4) @ weight.T, out, order_out, 4)
 
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for g, e in zip(gradients(compiled(x, out, into), (x, out, into)), gradients(run(x, out, into), (x, out, into)),
-                    strict=True):  # fmt: skip
-        torch.testing.assert_close(g, e)
+    def through_weight(x, out, into):
+        return tangent_linear(x, weight, out, into, order_out, order_in, (4, 4))
+
+    for function in (run, through_weight):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        found, expected = (gradients(f(x, out, into), (x, out, into)) for f in (compiled, function))
+        for g, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize("kind", ["activation", "row", "column"])
+def test_opcheck(kind):
+    order = torch.randperm(16)
+    torch.library.opcheck(
+        torch.ops.orthotrain.tangent_gradient.default, (kind, torch.randn(16, 16), torch.randn(16, 16), order, 3, 5)
+    )
+
+
+def test_autocast_around_backward_does_not_reach_inside():
+    x, weight, out, into, order_out, order_in = draw(24, 16, 4, 4)
+    y = tangent(tangent(x, into, order_in, 4) @ weight.T, out, order_out, 4)
+    plain = gradients(y, (x, out, into))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = tangent(tangent(x, into, order_in, 4) @ weight.T, out, order_out, 4)
+        assert all(g.dtype == torch.float64 for g in gradients(y, (out, into)))
+    assert plain[1].dtype == torch.float64
+
+
+def test_triton_that_cannot_be_had_is_an_error():
+    x, weight, out, into, order_out, order_in = draw(24, 16, 4, 4)
+    y = tangent(x.float(), into.float(), order_in, 4)
+    with use_backend("triton"), pytest.raises(ValueError, match="tangent: kernels=triton, but"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])

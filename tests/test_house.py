@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "spectrum": set(),
     "progress": set(),
     "layers": {"layers", "plugins", "kernels", "errors", "progress", "seeding", "spectrum"},
-    "optimizers": {"optimizers", "kernels.skew", "errors"},
+    "optimizers": {"optimizers", "kernels.skew", "layers.generators", "errors"},
     "callbacks": {
         "callbacks",
         "kernels.backend",

@@ -5,9 +5,11 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.block_rotate import block_rotate
+from orthotrain.layers.generators import mark_generators
 from orthotrain.plugins import Parameterization, create
 
 
@@ -66,6 +68,7 @@ class BlockRotation(nn.Module):
         self.parameterization = create(parameterization)
         width = block_size * (block_size - 1) // 2
         self.generators = nn.Parameter(torch.zeros(1 if shared else self.blocks, width, dtype=torch.float32))
+        self._mark()
         self.register_buffer("permutation", permutation)
         self.pooled: tuple[Pooled, int] | None = None
         self.known_identity = False
@@ -85,6 +88,11 @@ class BlockRotation(nn.Module):
         """Return ``x @ R`` for ``x (..., d)``, in the dtype of ``x``."""
         return block_rotate(x, self.displacement(x.dtype), self.permutation, self.permutation)
 
+    def moved(self) -> bool:
+        """Tell whether the generators are not all zero; True unasked where that waits for a device or for ranks."""
+        local = self.generators.device.type == "cpu" and not isinstance(self.generators, DTensor)
+        return not local or bool(self.generators.any())
+
     @torch.no_grad()
     def reset_(self, permutation: Tensor | None = None) -> Self:
         """Set the generators to zero and, if one is given, take the next permutation."""
@@ -100,9 +108,21 @@ class BlockRotation(nn.Module):
         shared = ", shared" if self.generators.shape[0] < self.blocks else ""
         return f"{self.features}, blocks={self.blocks} x {self.block_size}{shared}, {self.parameterization!r}, {order}"
 
+    def _mark(self) -> None:
+        mark_generators(self.generators, self.blocks * self.block_size / self.features)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._mark()  # assign=True has taken another parameter
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.generators.detach()
         super()._apply(fn, recurse)
+        self._mark()
         if self.generators.dtype in (torch.bfloat16, torch.float16):
             self.generators.data = before.to(self.generators.device, torch.float32)
         return self

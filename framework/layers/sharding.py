@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.layers.generators import mark_generators, rotated_share
 from orthotrain.layers.mergeable import Mergeable
 
 
@@ -30,6 +31,7 @@ def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:
         ConfigurationError: If the trained parameters of a group have two dtypes, whose gradients cannot be reduced
             together.
     """
+    shares = {name: rotated_share(parameter) for name, parameter in network.named_parameters()}
     blocks = outermost_blocks(network)
     inside = {module for block in blocks for module in block.modules()}
     for block in blocks:
@@ -44,6 +46,9 @@ def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:
             _check_one_dtype([layer], network)
             fully_shard(layer, mesh=mesh)
     fully_shard(network, mesh=mesh)
+    for name, parameter in network.named_parameters():  # FSDP2 has made new ones
+        if (share := shares.get(name)) is not None:
+            mark_generators(parameter, share)
 
 
 def outermost_blocks(network: nn.Module) -> list[nn.Module]:

@@ -69,18 +69,21 @@ class Optimization:
 
         Returns:
             Groups with ``name``, ``params``, ``lr``, ``weight_decay`` and ``build``, the optimizer's factory; those of
-            generators with their ``side`` too, ``in`` or ``out``.
+            generators with their ``side`` too, ``in`` or ``out``, ``only`` where a layer is rotated on one side alone.
 
         Raises:
             ConfigurationError: If nothing in the model is trainable, or an override matches no trainable parameter.
         """
-        rotations = {id(p) for _, layer in mergeable_layers(model) for p in layer.rotation_parameters()}
+        rotations: dict[int, int] = {}
+        for _, layer in mergeable_layers(model):
+            own = layer.rotation_parameters()
+            rotations |= {id(p): len(own) for p in own}
         used: set[tuple[str, str]] = set()
         groups: dict[Any, dict[str, Any]] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            settings = self._settings(name, parameter, id(parameter) in rotations, used)
+            settings = self._settings(name, parameter, rotations.get(id(parameter)), used)
             group = groups.setdefault(tuple(settings.values()), {**settings, "params": []})
             group["params"].append(parameter)
         if not groups:
@@ -112,12 +115,13 @@ class Optimization:
         parts = [factory(own) for factory, own in by_factory.items()]
         return parts[0] if len(parts) == 1 else CompositeOptimizer(parts)
 
-    def _settings(self, name: str, parameter: nn.Parameter, rotation: bool, used: set[tuple[str, str]]) -> dict:
+    def _settings(self, name: str, parameter: nn.Parameter, rotations: int | None, used: set[tuple[str, str]]) -> dict:
         build = self.optimizer or torch.optim.AdamW
-        if rotation:
+        if rotations:
             lr = (self.lr if self.rotation_lr is None else self.rotation_lr) * self.rotation_lr_scale
             decay = self.rotation_weight_decay
             side = "out" if ".rotation_out." in f".{name}" else "in"
+            side = side if rotations > 1 else "only"
             build = self.rotation_optimizer or build
             return {"name": "rotations", "lr": lr, "weight_decay": decay, "build": build, "side": side}
         matrix = parameter.ndim >= 2

@@ -11,14 +11,20 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from orthotrain.errors import ConfigurationError, check_choice
-from orthotrain.kernels.skew import block_size_of
-from orthotrain.kernels.skew.reference import skew_backward, skew_forward
+from orthotrain.optimizers.generator_groups import (
+    SIDES,
+    WARN_ANGLE,
+    angle_of_unit_rate,
+    check_angle,
+    check_group,
+    checked_block_size,
+)
+from orthotrain.optimizers.orthogonalize import orthogonalize
 
 Direction = Literal["orthogonal", "adam", "sign"]
 
-WARN_ANGLE, LARGEST_ANGLE = 0.024, 0.1
-# Quintic of Muon (Jordan et al., 2024): it takes singular values of (0, 1] to about [0.7, 1.2] in five steps.
-QUINTIC = (3.4445, -4.7750, 2.0315)
+SETTINGS = ("direction", "nesterov", "alternate", "movement")
+"""Settings of a group that a resumed run cannot change: its moments would mean something else."""
 
 
 class LieOptimizer(Optimizer):
@@ -35,21 +41,31 @@ class LieOptimizer(Optimizer):
     - ``sign``: the sign of the first moment, these two divided by ``sqrt(b - 1)``, so that entries of size 1 have the
       Frobenius norm of an orthogonal block, ``sqrt(b)``.
 
+    Kept are moments of the generators, in fp32: of a square weight of width d rotated on both sides they are ``b / 2d``
+    of AdamW's two moments of the weight, with ``adam``, which has a second one, ``b / d``: at b = d/2 a quarter and a
+    half of them.
+
     Args:
-        params: Generators ``(n, b(b-1)/2)``, or groups of them. A group may name its ``side``, ``in`` or ``out``.
-        lr: The angle of a step in radians: scheduled like any learning rate, above 0 and up to 0.1.
+        params: Generators ``(n, b(b-1)/2)``, or groups of them. A group may name its ``side``: ``in`` or ``out`` where
+            the other side of the layer is rotated too, else ``only``, which is what it is without a name. Every other
+            argument below is a default that a group may replace.
+        lr: The angle of a step in radians: scheduled like any learning rate, above 0 and below 0.1.
         direction: ``orthogonal``, ``adam`` or ``sign``.
         momentum: Decay of the first moment.
         beta2: Decay of the second moment (``adam``).
         nesterov: Whether the direction looks one step ahead.
         alternate: Whether output sides move on even steps and input sides on odd ones. Both moments advance every step.
-        movement: If given, the angle is scaled block by block, so that a weight moves by ``lr * movement`` of its own
-            size in root mean square: ``||X||_F`` is brought to ``sqrt(b) * movement / 2``.
+            A side that is alone moves every step.
+        movement: If given, the angle is matched layer by layer, so that the root mean square of the weight's change in
+            a step is ``lr * movement`` of the weight's (:func:`angle_of_unit_rate`); the bound is that of the angle.
         weight_decay: Must be 0: the generators are zero when a step begins.
 
     Raises:
-        ConfigurationError: For an angle or option out of its range, or parameters that are not generators.
+        ConfigurationError: For an angle or option out of its range, or parameters that are not generators; in ``step``
+            if a schedule has taken the angle out of its range.
     """
+
+    _warned = False
 
     def __init__(
         self,
@@ -63,22 +79,41 @@ class LieOptimizer(Optimizer):
         movement: float | None = None,
         weight_decay: float = 0.0,
     ) -> None:
-        check_choice("direction", direction, Direction)
-        for name, value in (("momentum", momentum), ("beta2", beta2)):
-            if not 0 <= value < 1:
-                raise ConfigurationError(f"LieOptimizer: {name}={value}: take at least 0 and below 1")
-        if movement is not None and not movement > 0:
-            raise ConfigurationError(f"LieOptimizer: movement={movement}: take a positive fraction, or null")
-        self.direction: Direction = direction
-        self.nesterov, self.alternate, self.movement = nesterov, alternate, movement
+        options = {"direction": direction, "nesterov": nesterov, "alternate": alternate, "movement": movement}
         defaults = {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay, "steps": 0}
-        super().__init__(params, defaults)
-        for group in self.param_groups:
-            check_angle(group["lr"])
-            if group["weight_decay"]:
-                raise ConfigurationError("LieOptimizer: weight_decay must be 0: generators are zero between steps")
-            for parameter in group["params"]:
-                check_generators(parameter, group.get("name"))
+        super().__init__(params, {**defaults, **options})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of generators; arguments and errors are those of the class."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_choice("direction", group["direction"], Direction)
+            check_group(group)
+            self._warn(check_angle(group))
+        except ConfigurationError:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore moments and counts.
+
+        Raises:
+            ConfigurationError: If they were made with another setting, naming it.
+        """
+        for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for name in SETTINGS:
+                if name not in theirs:
+                    raise ConfigurationError(
+                        f"LieOptimizer: the checkpoint's optimizer state names no {name}: another optimizer has made "
+                        "it; use the config it was made with"
+                    )
+                if theirs[name] != ours[name]:
+                    raise ConfigurationError(
+                        f"LieOptimizer: the checkpoint was trained with {name}={theirs[name]!r}, this run has "
+                        f"{ours[name]!r}: use the config it was made with"
+                    )
+        super().load_state_dict(state_dict)
 
     # torch.compile takes the directions; the counting around them would be compiled anew for every count
     @torch.compiler.disable(recursive=False)
@@ -90,127 +125,82 @@ class LieOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            self._warn(check_angle(group, resting=True))
             turn = ("out", "in")[group["steps"] % 2]
             group["steps"] += 1
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
             moments = self._advance(group, parameters)
-            parameters = [local(p) for p in parameters]
-            if self.alternate and group.get("side", turn) != turn:
-                continue
-            # one batch for all layers of a block size
-            by_width: dict[int, list[int]] = {}
-            for place, parameter in enumerate(parameters):
-                by_width.setdefault(parameter.shape[1], []).append(place)
-            for width, places in by_width.items():
-                chosen = [parameters[place] for place in places]
-                directions = self._directions(torch.cat([moments[place] for place in places]), width)
-                parts = directions.split([p.shape[0] for p in chosen])
-                torch._foreach_add_(chosen, [part.to(p.dtype) for part, p in zip(parts, chosen, strict=True)],
-                                    alpha=-float(group["lr"]))  # fmt: skip
+            if not (group["alternate"] and group.get("side") in SIDES and group["side"] != turn):
+                self._move(group, parameters, moments)
         return loss
+
+    @torch.compiler.disable(recursive=False)
+    def _move(self, group: dict[str, Any], parameters: list[Tensor], moments: list[Tensor]) -> None:
+        """Take the step along the directions of the moments: one batch for all layers of a block size."""
+        by_width: dict[int, list[int]] = {}
+        for place, parameter in enumerate(parameters):
+            by_width.setdefault(parameter.shape[1], []).append(place)
+        for width, places in by_width.items():
+            chosen = [local(parameters[place]) for place in places]
+            directions = self._directions(torch.cat([moments[place] for place in places]), width, group["direction"])
+            if group["movement"] is not None:
+                directions = of_unit_angle(directions, width)
+            parts = list(directions.split([p.shape[0] for p in chosen]))
+            rate = -float(group["lr"])
+            torch._foreach_mul_(parts, [rate * angle_of_unit_rate(group, parameters[place]) for place in places])
+            torch._foreach_add_(chosen, [part.to(p.dtype) for part, p in zip(parts, chosen, strict=True)])
 
     @torch.compiler.disable(recursive=False)
     def _advance(self, group: dict[str, Any], parameters: list[Tensor]) -> list[Tensor]:
         """Update the moments and return what the direction is made of, one tensor a parameter."""
+        names = ("momentum", "square") if group["direction"] == "adam" else ("momentum",)
         for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter] = {"step": 0, "momentum": torch.zeros_like(parameter, dtype=torch.float32)}
-                if self.direction == "adam":
-                    self.state[parameter]["square"] = torch.zeros_like(parameter, dtype=torch.float32)
+            # of a parameter whose state was dropped, a sharded checkpoint keeps placeholders of every other optimizer
+            if not self.state[parameter].keys() >= {"step", *names}:
+                zeros = {name: torch.zeros_like(parameter, dtype=torch.float32) for name in names}
+                self.state[parameter] = {"step": 0, **zeros}
             self.state[parameter]["step"] += 1
         gradients = [local(p.grad).float() for p in parameters]  # type: ignore[arg-type]
         moments = [local(self.state[p]["momentum"]) for p in parameters]
         beta, steps = group["momentum"], [self.state[p]["step"] for p in parameters]
         torch._foreach_lerp_(moments, gradients, 1 - beta)
-        ahead = torch._foreach_lerp(moments, gradients, 1 - beta) if self.nesterov else moments
-        if self.direction != "adam":
+        ahead = torch._foreach_lerp(moments, gradients, 1 - beta) if group["nesterov"] else moments
+        if group["direction"] != "adam":
             return list(ahead)
         squares = [local(self.state[p]["square"]) for p in parameters]
         torch._foreach_mul_(squares, group["beta2"])
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - group["beta2"])
         # Nesterov's moment has weight beta on the past of `step` gradients and the rest on the last one
-        first = [1 - beta ** (step + int(self.nesterov)) for step in steps]
-        second = [1 - group["beta2"] ** step for step in steps]
-        return [m / c / ((s / d).sqrt() + 1e-12) for m, c, s, d in zip(ahead, first, squares, second, strict=True)]
+        first = torch._foreach_div(ahead, [1 - beta ** (step + int(group["nesterov"])) for step in steps])
+        second = torch._foreach_div(squares, [1 - group["beta2"] ** step for step in steps])
+        torch._foreach_sqrt_(second)
+        torch._foreach_add_(second, 1e-12)
+        return list(torch._foreach_div(first, second))
 
-    def _directions(self, moments: Tensor, width: int) -> Tensor:
+    def _warn(self, angle: float) -> None:
+        if angle >= WARN_ANGLE and not self._warned:
+            self._warned = True
+            warnings.warn(f"LieOptimizer: {angle:g} rad a step is a large angle; 0.015 is usual", stacklevel=2)
+
+    def _directions(self, moments: Tensor, width: int, direction: Direction) -> Tensor:
         """Return the directions of blocks, ``(n, b(b-1)/2)``, from their moments."""
         size = checked_block_size(width)
-        if self.direction == "orthogonal":
+        if direction == "orthogonal":
             result = orthogonalize(moments, size)
         else:
-            result = (moments.sign() if self.direction == "sign" else moments) / math.sqrt(max(1, size - 1))
-        if self.movement is not None:
-            # every generator stands in Q twice
-            norms = math.sqrt(2) * result.norm(dim=1, keepdim=True)
-            result = result * (math.sqrt(size) * self.movement / 2 / norms.clamp_min(1e-30))
+            result = (moments.sign() if direction == "sign" else moments) / math.sqrt(max(1, size - 1))
         return result
+
+
+def of_unit_angle(directions: Tensor, width: int) -> Tensor:
+    """Bring every block of directions ``(n, b(b-1)/2)`` to singular values of 1 in root mean square."""
+    # every generator stands in Q twice
+    norms = math.sqrt(2) * directions.norm(dim=1, keepdim=True)
+    return directions * (math.sqrt(checked_block_size(width)) / norms.clamp_min(1e-30))
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's rows of a sharded tensor, which share its memory: blocks are whole rows and move alone."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def orthogonalize(generators: Tensor, block_size: int, steps: int = 5) -> Tensor:
-    """Bring the singular values of skew blocks to about 1, those that are not negligible beside the largest.
-
-    Args:
-        generators: ``(n, b(b-1)/2)``, fp32.
-        block_size: Size b.
-        steps: Iterations of the quintic ``X <- a X + b (X X^T) X + c (X X^T)^2 X``; for skew X it is
-            ``X (a - b X^2 + c X^4)``.
-
-    Returns:
-        Generators of the same shape. Zero blocks stay zero.
-    """
-    x = skew_forward(generators, block_size)
-    # the Frobenius norm bounds the largest singular value; those of a skew matrix come in pairs, hence the root of 2
-    x = x / (x.flatten(1).norm(dim=1)[:, None, None] / math.sqrt(2)).clamp_min(1e-30)
-    a, b, c = QUINTIC
-    for _ in range(steps):
-        square = x @ x
-        x = torch.baddbmm(x, x, torch.baddbmm(square, square, square, beta=-b, alpha=c), beta=a)
-    return skew_backward(x) / 2
-
-
-def checked_block_size(width: int) -> int:
-    """Return b with ``b(b-1)/2 = width``.
-
-    Raises:
-        ConfigurationError: If there is none.
-    """
-    size = block_size_of(width)
-    if size is None:
-        raise ConfigurationError(f"LieOptimizer: a width of {width} is that of no skew block: b(b-1)/2 for a size b")
-    return size
-
-
-def check_angle(angle: float) -> None:
-    """Refuse an angle that is not positive or beyond 0.1; warn from 0.024.
-
-    Raises:
-        ConfigurationError: Naming it.
-    """
-    if not 0 < angle <= LARGEST_ANGLE:
-        raise ConfigurationError(
-            f"LieOptimizer: an angle of {angle} rad a step: take one above 0 and up to {LARGEST_ANGLE}; 0.015 is usual"
-        )
-    if angle >= WARN_ANGLE:
-        warnings.warn(f"LieOptimizer: {angle} rad a step is a large angle; 0.015 is usual", stacklevel=3)
-
-
-def check_generators(parameter: Tensor, role: str | None) -> None:
-    """Refuse a parameter that cannot be the generators of a block rotation.
-
-    Raises:
-        ConfigurationError: Naming its shape.
-    """
-    if role not in (None, "rotations") or parameter.ndim != 2:
-        raise ConfigurationError(
-            f"LieOptimizer takes generators alone, not a parameter of shape {tuple(parameter.shape)}: give it as "
-            "rotation_optimizer"
-        )
-    checked_block_size(parameter.shape[1])

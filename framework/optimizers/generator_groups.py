@@ -1,0 +1,106 @@
+"""What a group of generators may be: the angle that it moves by, its side, its parameters."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from orthotrain.errors import ConfigurationError
+from orthotrain.kernels.skew import block_size_of
+from orthotrain.layers.generators import rotated_share
+
+SIDES = ("in", "out")
+"""Sides that take turns; a layer that is rotated on one side alone has ``only``."""
+
+WARN_ANGLE, LARGEST_ANGLE = 0.024, 0.1
+
+
+def angle_of_unit_rate(group: dict[str, Any], parameter: Tensor) -> float:
+    """Return the angle that ``lr = 1`` would be: 1, or what matches the movement of the weight.
+
+    A rotation of one side changes the weight by ``D^T W``, ``D = 2Q`` to first order. For blocks of coordinates drawn
+    at random, ``E ||D^T W||^2 = ||W||^2 sum_k ||D_k||^2 / d``. With ``||Q_k||^2 = b angle^2`` in each of n blocks, that
+    is ``4 angle^2 s ||W||^2``, where ``s = n b / d`` is the share of the coordinates that lie in a block. Changes of
+    two sides in one step are taken as orthogonal, so that their squares add. The RMS of the change over that of the
+    weight is ``2 angle sqrt(s * sides)``, and ``lr * movement`` for the angle ``lr * movement / (2 sqrt(s * sides))``.
+
+    The expectation is over blocks that know nothing of W. Gradients do: where a block is as wide as the weight, no
+    permutation comes between, and both sides push W the same way; then the change is greater, by up to ``sqrt(2)``.
+    ``MovementMonitor`` logs what it is.
+
+    Args:
+        group: The parameter group.
+        parameter: Generators of one side of a layer.
+    """
+    if group["movement"] is None:
+        return 1.0
+    share = rotated_share(parameter)
+    assert share is not None
+    sides = 2 if group.get("side") in SIDES and not group["alternate"] else 1
+    return group["movement"] / (2 * math.sqrt(share * sides))
+
+
+def check_angle(group: dict[str, Any], *, resting: bool = False) -> float:
+    """Return the largest angle of a group's step.
+
+    Args:
+        group: The parameter group.
+        resting: Whether an angle of 0 will do, with which a schedule may begin or end.
+
+    Raises:
+        ConfigurationError: If it is not positive, or 0.1 and more.
+    """
+    lr = float(group["lr"])
+    angle = lr * max((angle_of_unit_rate(group, parameter) for parameter in group["params"]), default=1.0)
+    if not (0 < angle < LARGEST_ANGLE or (resting and angle == 0)):
+        of = "" if group["movement"] is None else f" (lr={lr:g} with movement={group['movement']:g})"
+        raise ConfigurationError(
+            f"LieOptimizer: an angle of {angle:g} rad a step{of}: take one above 0 and below {LARGEST_ANGLE}; 0.015 is "
+            "usual"
+        )
+    return angle
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse a group that holds other things than generators, or an option out of its range.
+
+    Raises:
+        ConfigurationError: Naming it.
+    """
+    for name in ("momentum", "beta2"):
+        if not 0 <= group[name] < 1:
+            raise ConfigurationError(f"LieOptimizer: {name}={group[name]}: take at least 0 and below 1")
+    if group["movement"] is not None and not group["movement"] > 0:
+        raise ConfigurationError(f"LieOptimizer: movement={group['movement']}: take a positive fraction, or null")
+    if group["weight_decay"]:
+        raise ConfigurationError("LieOptimizer: weight_decay must be 0: generators are zero between steps")
+    if group.get("side", "only") not in (*SIDES, "only"):
+        raise ConfigurationError(f"LieOptimizer: side={group['side']!r}: choose one of in, out, only")
+    for parameter in group["params"]:
+        check_generators(parameter, group.get("name"))
+
+
+def check_generators(parameter: Tensor, role: str | None) -> None:
+    """Refuse a parameter that is not the generators of a rotation.
+
+    Raises:
+        ConfigurationError: Naming its shape.
+    """
+    if role not in (None, "rotations") or rotated_share(parameter) is None:
+        raise ConfigurationError(
+            f"LieOptimizer takes generators alone, not a parameter of shape {tuple(parameter.shape)}: give it as "
+            "rotation_optimizer, or the rotation_parameters() of layers"
+        )
+    checked_block_size(parameter.shape[1])
+
+
+def checked_block_size(width: int) -> int:
+    """Return b with ``b(b-1)/2 = width``.
+
+    Raises:
+        ConfigurationError: If there is none.
+    """
+    size = block_size_of(width)
+    if size is None:
+        raise ConfigurationError(f"LieOptimizer: a width of {width} is that of no skew block: b(b-1)/2 for a size b")
+    return size

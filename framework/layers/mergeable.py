@@ -34,6 +34,16 @@ class Foldable(Mergeable, Protocol):
     def fold_(self) -> None:
         """Fold the rotations into the frozen weight and reset them; the permutations stay as they are."""
 
+    def movement(self) -> Tensor:
+        """Return the root mean square of what a fold would change over that of the weight, a scalar."""
+
+    def check_storage(self, name: str) -> None:
+        """Refuse a weight that is stored too coarsely to be folded every step.
+
+        Raises:
+            ConfigurationError: With the ``name`` of the layer and what would work.
+        """
+
 
 @dataclass(frozen=True)
 class SideCoverage:

@@ -18,6 +18,11 @@ Sides = Literal["both", "in", "out"]
 Aligned = Literal["none", "in", "out", "both"]
 Storage = Literal["dense", "bf16", "residual", "int8", "nf4"]
 
+TOO_COARSE = (
+    "rounding it at each of thousands of folds moves its singular values; take storage: residual, or dense and fp32"
+)
+"""Why a weight that folds every step is not stored in 16 bits."""
+
 # a fraction takes the place of a block size
 FRACTION_OF = {"block_size": "fraction", "block_size_out": "fraction_out"}
 
@@ -45,7 +50,7 @@ class PoetSettings:
         anchor_every: Merges between restorations of the singular values of the start, 0 for never; None for every merge
             of an ``int8`` or ``nf4`` weight, whose rounding would pile up, and never for others.
         stepwise: Whether rotations are folded every step (:class:`StepwiseLinear`): the forward pass is a plain
-            product. Needs ``merge_every: 1``.
+            product. Needs ``merge_every: 1``, and a weight in fp32 or with a ``residual``: rounding to 16 bits adds up.
         centre: ``input``, ``weight``, or ``auto`` for the cheaper one in each layer.
         activation_mode: ``fast`` keeps one activation more in each layer, ``mem`` recomputes it in backward.
 
@@ -87,10 +92,12 @@ class PoetSettings:
             raise ConfigurationError(f"group_size={self.group_size}: storage={self.storage!r} has no groups")
         if self.anchor_every is not None and (isinstance(self.anchor_every, bool) or self.anchor_every < 0):
             raise ConfigurationError(f"anchor_every={self.anchor_every!r}: take a number of merges, or 0 for never")
+        if self.stepwise and self.storage == "bf16":
+            raise ConfigurationError(f"stepwise with storage='bf16': {TOO_COARSE}")
         if self.stepwise and (self.anchor_every or self.storage in ("int8", "nf4")):
             raise ConfigurationError(
                 f"stepwise with storage={self.storage!r}, anchor_every={self.anchor_every}: one step is below the "
-                "steps of int8 and NF4; take dense, bf16 or residual, and no anchor"
+                "steps of int8 and NF4; take dense or residual, and no anchor"
             )
         check_parameterization(self.parameterization)
 

@@ -5,11 +5,13 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.tangent import tangent, tangent_linear
+from orthotrain.layers.bf16_weight import Bf16Weight
 from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.centre import costs_for
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight
-from orthotrain.layers.poet_settings import PoetSettings
+from orthotrain.layers.poet_settings import TOO_COARSE, PoetSettings
 from orthotrain.layers.two_sided import Rotations, TwoSided
 from orthotrain.seeding import generator
 
@@ -27,8 +29,9 @@ class StepwiseLinear(TwoSided):
         bias: ``(out,)`` trained bias, or None.
         rotation_in: Rotation of the input features, or None.
         rotation_out: Rotation of the output features, or None.
-        centre: ``input`` forms the gradient from activations, ``weight`` from dL/dW (a dense weight only), ``auto``
-            takes the one that the table of costs makes cheaper (:mod:`orthotrain.layers.centre`).
+        centre: ``input`` forms the gradient from activations, ``weight`` from dL/dW, ``auto`` takes the one that the
+            table of costs makes cheaper (:mod:`orthotrain.layers.centre`). From dL/dW, a weight that is not dense is
+            unpacked once, and what is unpacked is kept until backward; in 16 bits a bf16 weight is what it stores.
         seed: Seed of the permutations and of stochastic rounding.
     """
 
@@ -81,10 +84,12 @@ class StepwiseLinear(TwoSided):
 
     def _through_weight(self, x: Tensor) -> Tensor:
         out, into = self.rotation_out, self.rotation_in
+        # a dense weight is cast for each product, so that what is kept for backward is the parameter itself
+        dtype = None if isinstance(self.weight, DenseWeight) else x.dtype
         with torch.autocast(x.device.type, enabled=False):
             return tangent_linear(
                 x,
-                self.weight.dequantize(),
+                self.weight.dequantize(dtype),
                 None if out is None else out.generators,
                 None if into is None else into.generators,
                 *self.rotations.orders,
@@ -92,8 +97,6 @@ class StepwiseLinear(TwoSided):
             )
 
     def _centre_for(self, x: Tensor) -> Literal["input", "weight"]:
-        if not isinstance(self.weight, DenseWeight):
-            return "input"
         if self.centre != "auto":
             return self.centre
         sides = tuple((r.blocks * r.block_size, r.block_size) for _, r in self.sides())
@@ -128,13 +131,24 @@ class StepwiseLinear(TwoSided):
             return moved.fold(moved.framed(exact), *moved.displacements(exact.dtype))
 
     def _moved(self) -> Rotations:
-        """Return the rotations that are not the identity: sides that take turns halve the work of a fold.
+        """Return the rotations that are not the identity: sides that take turns halve the work of a fold."""
+        return Rotations(*(r if r is not None and r.moved() else None for r in self.rotations))
 
-        On the CPU; elsewhere asking would wait for the device, and both sides are folded.
+    @torch.no_grad()
+    def movement(self) -> Tensor:
+        """Return the root mean square of what a fold would change over that of the weight, a scalar in fp32."""
+        exact = self._exact_weight()
+        return (self._effective_weight() - exact).norm() / exact.norm().clamp_min(1e-30)
+
+    def check_storage(self, name: str) -> None:
+        """Refuse a weight in 16 bits without a residual: a network may have been cast since its layers were made.
+
+        Raises:
+            ConfigurationError: With the ``name`` of the layer and what would work.
         """
-        if self.merge_count.device.type != "cpu":
-            return self.rotations
-        return Rotations(*(r if r is not None and bool(r.generators.any()) else None for r in self.rotations))
+        rounded = isinstance(self.weight, Bf16Weight) and not self.weight.carries_residual
+        if rounded or (isinstance(self.weight, DenseWeight) and self.weight.dtype.itemsize < 4):
+            raise ConfigurationError(f"{name}: stepwise with a weight in {self.weight.dtype}: {TOO_COARSE}")
 
     def extra_repr(self) -> str:
         """Describe the modes in one line."""

@@ -1,16 +1,21 @@
 """Merge-then-reinitialise: fold the rotations into the frozen weights every N optimizer steps."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
+from orthotrain.callbacks.attached import given_callbacks, marked
 from orthotrain.errors import ConfigurationError
+from orthotrain.layers.block_rotation import BlockRotation
+from orthotrain.layers.displacement_pool import pooled
 from orthotrain.layers.mergeable import Foldable, Mergeable, mergeable_layers
 from orthotrain.layers.sharding import gathered, whole
+
+POOLED_GENERATORS = 2**23
+"""Generators whose displacements are computed at once when layers fold: 64 MiB of displacements in fp32."""
 
 
 class MergeRotations(L.Callback):
@@ -24,8 +29,8 @@ class MergeRotations(L.Callback):
     soon as one of its blocks goes farther, alone and without waiting for the period. Logged are ``merges`` of the whole
     model and ``early_merges`` of single layers.
 
-    Layers that fold every step (:class:`Foldable`) keep their permutations, and the optimizer its state, until
-    ``resample_every`` steps have passed.
+    Layers that fold every step (:class:`Foldable`) take an ``every_n_steps`` of 1; they keep their permutations, and
+    the optimizer its state, until ``resample_every`` steps have passed.
 
     Args:
         every_n_steps: Optimizer steps between merges, T_m; at least 1.
@@ -40,7 +45,8 @@ class MergeRotations(L.Callback):
     Raises:
         ConfigurationError: If ``every_n_steps`` is below 1, ``max_generator_norm`` not positive or ``resample_every``
             no multiple; when fitting starts, if the model has no layer to merge, one that cannot keep its permutations,
-            or another callback merges too.
+            one that folds every step with another period or a weight that is too coarse for it, or another callback
+            merges too.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class MergeRotations(L.Callback):
         self.merges = self.early_merges = 0
         self.last_merge: int | None = None
         self._last_step = 0
+        self._layers: dict[str, Mergeable] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Count from zero; a resumed run restores its counters after this."""
@@ -67,20 +74,36 @@ class MergeRotations(L.Callback):
         self.last_merge = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse a model without a layer to merge, or with one that another callback merges too."""
-        layers = dict(mergeable_layers(pl_module))
+        """Find the layers to merge; refuse a model without any, or with some that this callback would spoil."""
+        layers = self._layers = dict(mergeable_layers(pl_module))
         if not layers:
             raise ConfigurationError(
                 "MergeRotations found no layer to merge: wrap the model with replace_linears first"
             )
         if sum(isinstance(callback, MergeRotations) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise ConfigurationError("two callbacks merge the rotations of this model: keep one MergeRotations")
+            raise ConfigurationError(
+                "two callbacks that both fold the rotations of this model: keep one MergeRotations"
+            )
+        self._check_stepwise({name: layer for name, layer in layers.items() if isinstance(layer, Foldable)})
         fixed = [name for name, layer in layers.items() if not isinstance(layer, Foldable)]
         if fixed and self.resample_every != self.every_n_steps:
             raise ConfigurationError(
                 f"resample_every={self.resample_every}: {fixed[0]} ({type(layers[fixed[0]]).__name__}) draws new "
                 "permutations at each merge; only layers that fold every step keep theirs"
             )
+
+    def _check_stepwise(self, layers: dict[str, Foldable]) -> None:
+        for name, layer in layers.items():
+            if self.every_n_steps != 1:
+                raise ConfigurationError(
+                    f"every_n_steps={self.every_n_steps}: {name} ({type(layer).__name__}) computes without its "
+                    "rotations and must fold every step: set every_n_steps, or merge_every of the module, to 1"
+                )
+            layer.check_storage(name)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let go of the layers."""
+        self._layers = {}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -91,16 +114,15 @@ class MergeRotations(L.Callback):
             return
         self._last_step = step
         if self.should_merge(step):
-            layers = dict(mergeable_layers(pl_module))
             if step % self.resample_every == 0:
-                merge_rotations(layers, trainer.optimizers)
+                merge_rotations(self._layers, trainer.optimizers)
             else:
-                fold_rotations(layers)  # type: ignore[arg-type]
+                fold_rotations(self._layers)  # type: ignore[arg-type]
             self.merges += 1
             self.last_merge = step
             pl_module.log("merges", float(self.merges), rank_zero_only=True)
         elif self.max_generator_norm is not None:
-            far = layers_beyond(pl_module, self.max_generator_norm)
+            far = layers_beyond(self._layers, self.max_generator_norm)
             merge_rotations(far, trainer.optimizers)
             self.early_merges += len(far)
             pl_module.log("early_merges", float(self.early_merges), rank_zero_only=True)
@@ -140,17 +162,50 @@ def merge_rotations(layers: Mapping[str, Mergeable], optimizers: list[Optimizer]
                 optimizer.state.pop(parameter, None)
 
 
+@torch.no_grad()
 def fold_rotations(layers: Mapping[str, Foldable]) -> None:
     """Fold layers, keeping their permutations and the optimizers' state of their generators."""
-    for layer in layers.values():
-        with gathered(layer):
-            layer.fold_()
+    for batch in _batches(list(layers.values())):
+        rotations = (m for layer in batch for m in layer.modules() if isinstance(m, BlockRotation) and m.moved())  # type: ignore[attr-defined]
+        with pooled(rotations):
+            for layer in batch:
+                with gathered(layer):
+                    layer.fold_()
+
+
+def _batches(layers: list[Foldable]) -> Iterator[list[Foldable]]:
+    """Yield layers whose displacements are computed together: enough to be fast, few enough to be small."""
+    batch: list[Foldable] = []
+    size = 0
+    for layer in layers:
+        batch.append(layer)
+        size += sum(generators.numel() for generators in layer.rotation_parameters())
+        if size >= POOLED_GENERATORS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def sole_merging(trainer: L.Trainer | None, own: MergeRotations) -> list[L.Callback]:
+    """Return the callback with which a module merges, for the trainer to attach.
+
+    Raises:
+        ConfigurationError: If the user has given the trainer one too.
+    """
+    for other in given_callbacks(trainer):
+        if isinstance(other, MergeRotations) and other is not own:
+            raise ConfigurationError(
+                f"trainer.callbacks has {type(other).__name__}(every_n_steps={other.every_n_steps}) beside the "
+                f"module's MergeRotations(every_n_steps={own.every_n_steps}), two callbacks that both fold: leave it "
+                "out and set merge_every and resample_every of the module"
+            )
+    return marked([own])
 
 
 @torch.no_grad()
-def layers_beyond(model: nn.Module, norm: float) -> dict[str, Mergeable]:
+def layers_beyond(layers: Mapping[str, Mergeable], norm: float) -> dict[str, Mergeable]:
     """Return the layers in which some block's generators are longer than ``norm``; one device synchronisation."""
-    layers = dict(mergeable_layers(model))
     if not layers:
         return {}
     lengths = [

@@ -1,5 +1,7 @@
 """What every module of the framework does: build late, shard if asked to, log honestly, optimize by groups."""
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orthotrain.callbacks.adapter_checkpoint import restore_frozen
+from orthotrain.callbacks.attached import unless_given
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.throughput import Throughput, logs_at
 from orthotrain.checkpoint import compare_state
@@ -106,8 +109,8 @@ class BaseModule(L.LightningModule):
             )
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Attach the callbacks that every run wants; a subclass adds its own to them."""
-        return [Throughput(), FinalCheckpoint()]
+        """Attach the callbacks that every run wants, unless the trainer has some; a subclass adds its own to them."""
+        return unless_given(self._trainer, [Throughput(), FinalCheckpoint()])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fit the checkpoint to this run: the number of ranks, and the frozen weights that an adapter leaves out.
@@ -135,8 +138,10 @@ class BaseModule(L.LightningModule):
         self.trainer.fit_loop._load_combined_loader_states()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the network."""
+        """Call the network; one of transformers without the cache of generation, which copies all keys and values."""
         assert self.model is not None, "call configure_model() first"
+        if takes_cache(type(self.model)):
+            kwargs.setdefault("use_cache", False)
         return self.model(*args, **kwargs)
 
     def loss(self, batch: Any) -> Tensor:
@@ -247,3 +252,9 @@ def constant_buffers(module: nn.Module) -> list[str]:
     inside = tuple(f"{name}." for name, _ in mergeable_layers(module))
     saved = module.state_dict().keys()
     return [name for name, _ in module.named_buffers() if name.startswith(inside) or name not in saved]
+
+
+@functools.cache
+def takes_cache(network: type[nn.Module]) -> bool:
+    """Tell whether the forward pass of a network can fill a cache for generation."""
+    return "use_cache" in inspect.signature(network.forward).parameters

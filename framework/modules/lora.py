@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import lightning as L
 from torch import nn
 
-from orthotrain.callbacks.merge_rotations import MergeRotations
+from orthotrain.callbacks.merge_rotations import MergeRotations, sole_merging
 from orthotrain.layers import LoraLinear, replace_linears, select_linears
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.base import BaseModule
@@ -67,7 +67,7 @@ class LoraModule(BaseModule):
         self.save_hyperparameters("merge_every", "seed")
         self.layers = layers
         self.seed = seed
-        self._merging = [] if merge_every is None else [MergeRotations(merge_every)]
+        self._merging = None if merge_every is None else MergeRotations(merge_every)
 
     def wrap(self, model: nn.Module) -> None:
         """Replace the chosen linear layers."""
@@ -75,4 +75,5 @@ class LoraModule(BaseModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach the merging, if there is any."""
-        return [*super().configure_callbacks(), *self._merging]
+        merging = [] if self._merging is None else sole_merging(self._trainer, self._merging)
+        return [*super().configure_callbacks(), *merging]

@@ -9,8 +9,9 @@ import lightning as L
 from torch import nn
 from torch.optim import Optimizer
 
+from orthotrain.callbacks.attached import unless_given
 from orthotrain.callbacks.finite_guard import FiniteGuard
-from orthotrain.callbacks.merge_rotations import MergeRotations
+from orthotrain.callbacks.merge_rotations import MergeRotations, sole_merging
 from orthotrain.callbacks.movement_monitor import MovementMonitor
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
 from orthotrain.errors import ConfigurationError, check_choice
@@ -75,6 +76,10 @@ class PoetLayers(PoetSettings):
                     raise ConfigurationError(f"overrides {pattern!r}: include, exclude and overrides cannot be nested")
                 return self.override({**values, "overrides": None})
         return self
+
+    def variants(self) -> dict[str, "PoetLayers"]:
+        """Return the settings that layers have: these under an empty name, and those of each override's pattern."""
+        return {"": self, **{pattern: self.for_name(pattern) for pattern in self.overrides or {}}}
 
     def apply_(self, model: nn.Module, seed: int = 0) -> list[str]:
         """Replace the chosen layers of ``model`` in place.
@@ -176,10 +181,10 @@ class PoetModule(BaseModule):
         self.wrapped_names: list[str] = []
         # built here, so that a bad value is refused now and not when the trainer starts
         self.merging = MergeRotations(merge_every, max_generator_norm, resample_every)
-        if layers.stepwise and merge_every != 1:
-            raise ConfigurationError(
-                f"merge_every={merge_every}: layers that are stepwise fold every step, set it to 1"
-            )
+        for pattern, settings in layers.variants().items():
+            if settings.stepwise and merge_every != 1:
+                what = f"overrides {pattern!r} that" if pattern else "layers that"
+                raise ConfigurationError(f"merge_every={merge_every}: {what} are stepwise fold every step, set it to 1")
 
     def wrap(self, model: nn.Module) -> None:
         """Replace the chosen linear layers by POET layers, and freeze what is not to be trained."""
@@ -196,9 +201,17 @@ class PoetModule(BaseModule):
                 parameter.requires_grad_(False)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Attach the merging: a POET run cannot forget it."""
-        watching = [MovementMonitor()] if self.layers.stepwise else [OrthogonalityMonitor()]
-        return [*super().configure_callbacks(), *watching, self.merging, FiniteGuard()]
+        """Attach the merging: a POET run cannot forget it.
+
+        What looks at a step comes before it, and is left out if the trainer has one.
+
+        Raises:
+            ConfigurationError: If the trainer has a callback that merges too.
+        """
+        kinds = {settings.stepwise for settings in self.layers.variants().values()}
+        watching = [MovementMonitor()] * (True in kinds) + [OrthogonalityMonitor()] * (False in kinds)
+        own = unless_given(self._trainer, [FiniteGuard(), *watching])
+        return [*super().configure_callbacks(), *own, *sole_merging(self._trainer, self.merging)]
 
     def configure_gradient_clipping(
         self,

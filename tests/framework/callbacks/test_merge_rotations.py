@@ -115,12 +115,12 @@ def test_merges_a_layer_early_when_its_generators_go_too_far():
     with torch.no_grad():
         model[2].rotation_in.generators[0, 0] = 0.5
         model[0].rotation_in.generators[0, 0] = 0.2
-    assert list(layers_beyond(model, 0.3)) == ["2"]
+    assert list(layers_beyond(dict(mergeable_layers(model)), 0.3)) == ["2"]
     module, trainer = fit(merge_every=1000, steps=8, max_generator_norm=0.03)
     callback = next(c for c in trainer.callbacks if isinstance(c, MergeRotations))
     counts = [int(layer.merge_count) for _, layer in mergeable_layers(module)]
     assert callback.merges == 0 and callback.early_merges == sum(counts) > 0
-    assert not layers_beyond(module, 0.03)
+    assert not layers_beyond(dict(mergeable_layers(module)), 0.03)
 
 
 def test_the_bound_keeps_a_series_orthogonal_where_it_would_diverge():

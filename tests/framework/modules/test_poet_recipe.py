@@ -7,11 +7,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from orthotrain.callbacks import MergeRotations, MovementMonitor
 from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.layers import PoetLinear, mergeable_layers
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, LoraModule, Optimization, PoetLayers, PoetModule
-from orthotrain.optimizers import LieOptimizer
 from orthotrain.schedules import CosineWithWarmup
 
 
@@ -174,87 +172,6 @@ def test_lora_pretraining_and_relora(tmp_path):
     assert float(trainer.callback_metrics["merges"]) == 2
     assert all(not torch.equal(dict(module.named_parameters())[name], before) for name, before in frozen.items())
     assert len(list(mergeable_layers(module))) == 2
-
-
-def stepwise(**options):
-    layers = PoetLayers(block_size=4, exclude=[], stepwise=True, parameterization="cayley")
-    recipe = Optimization(lr=1e-2, rotation_lr=0.02, rotation_optimizer=LieOptimizer)
-    return Poet(net, layers, **{"merge_every": 1, "resample_every": 4, "optimization": recipe, **options})
-
-
-def losses_of(module, folder, steps=60):
-    losses = []
-
-    class Losses(L.Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            losses.append(float(outputs["loss"]))
-
-    monitor = MovementMonitor(every_n_steps=10)
-    module.configure_callbacks = lambda: [monitor, module.merging]
-    trainer = trainer_for(folder, steps, callbacks=[Losses()])
-    trainer.fit(module, datamodule=Regression())
-    return losses, trainer
-
-
-def test_stepwise_poet_trains_keeps_the_spectrum_and_logs_its_movement(tmp_path):
-    module = stepwise()
-    module.configure_model()
-    layers = dict(mergeable_layers(module))
-    start = {name: torch.linalg.svdvals(layer.merged_weight()) for name, layer in layers.items()}
-    losses, trainer = losses_of(module, tmp_path)
-    resting = Optimization(lr=1e-2, rotation_lr=1e-9, rotation_optimizer=LieOptimizer)
-    without, _ = losses_of(stepwise(optimization=resting), tmp_path)
-    assert sum(losses[-16:]) < 0.9 * sum(without[-16:])
-    for name, layer in layers.items():
-        assert not any(p.any() for p in layer.rotation_parameters())
-        assert int(layer.merge_count) == 60 and int(layer.resample_count) == 15
-        torch.testing.assert_close(torch.linalg.svdvals(layer.merged_weight()), start[name], rtol=1e-4, atol=1e-4)
-        # 0.02 * X rotates by twice that, X having singular values of 0.7 to 1.2, on one side
-        assert 0.015 < float(trainer.callback_metrics[f"movement/{name}/rms"]) < 0.05
-        assert -1 <= float(trainer.callback_metrics[f"movement/{name}/cosine"]) <= 1
-    assert float(trainer.callback_metrics["angle"]) == pytest.approx(0.02)
-
-
-def test_stepwise_poet_resumes_to_the_same_bits(tmp_path):
-    data = Regression()
-    data.rows = data.rows[:4]  # one batch an epoch: a plain loader does not know its place in one
-    straight = stepwise()
-    saver = ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1, filename="{step}")
-    trainer_for(tmp_path / "a", 12, callbacks=[saver]).fit(straight, datamodule=data)
-    second = stepwise()
-    trainer_for(tmp_path / "b", 12).fit(second, datamodule=data, ckpt_path=tmp_path / "step=7.ckpt")
-    for (name, a), b in zip(straight.state_dict().items(), second.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-
-
-def test_accumulated_micro_batches_are_one_step(tmp_path):
-    whole, halves = stepwise(), stepwise()
-    data = Regression()
-    data.train_dataloader = lambda: DataLoader(data.rows, batch_size=8)
-    trainer_for(tmp_path, 5).fit(whole, datamodule=data)
-    trainer_for(tmp_path, 5, accumulate_grad_batches=2).fit(halves, datamodule=Regression())
-    for (name, a), b in zip(whole.state_dict().items(), halves.state_dict().values(), strict=True):
-        if a.is_floating_point():
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
-
-
-def test_what_stepwise_poet_refuses(tmp_path):
-    with pytest.raises(
-        ConfigurationError, match="merge_every=4: layers that are stepwise fold every step, set it to 1"
-    ):
-        stepwise(merge_every=4)
-    with pytest.raises(ConfigurationError, match="resample_every=0: take a multiple of every_n_steps=1"):
-        stepwise(resample_every=0)
-    with pytest.raises(ConfigurationError, match=r"resample_every=4: model.0 \(PoetLinear\) draws new permutations"):
-        trainer_for(tmp_path, 2).fit(Poet(net, LAYERS, merge_every=1, resample_every=4), datamodule=Regression())
-
-    class Another(MergeRotations):
-        pass
-
-    with pytest.raises(ConfigurationError, match="two callbacks merge the rotations of this model"):
-        trainer_for(tmp_path, 2, callbacks=[Another(3)]).fit(stepwise(), datamodule=Regression())
-    with pytest.raises(ConfigurationError, match="stepwise with storage='int8'"):
-        PoetLayers(stepwise=True, storage="int8")
 
 
 def test_a_thousand_merges_of_a_quantised_weight_leave_the_loss_where_it_was(tmp_path):

@@ -1,5 +1,7 @@
 """All displacements of a network in one call: rotations of one block size together, once per forward pass."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,28 +34,46 @@ class DisplacementPool:
     def _fill(self, network: nn.Module, arguments: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        groups: dict[Any, list[BlockRotation]] = {}
+        rotations = []
         for module in network.modules():
             if getattr(module, "gradient_checkpointing", False):  # transformers sets it where it recomputes
                 return
-            if not isinstance(module, BlockRotation) or module.known_identity:
-                continue
-            if not isinstance(module.generators, DTensor):
-                generators = module.generators
-                # a network may lie on several devices (device_map), or be cast in part
-                key = (module.block_size, module.parameterization, generators.device, generators.dtype)
-                groups.setdefault(key, []).append(module)
-        for group in groups.values():
-            if len(group) > 1:
-                pooled = PooledDisplacements(group)
-                for place, rotation in enumerate(group):
-                    rotation.pooled = (pooled, place)
-                self._filled += group
+            if isinstance(module, BlockRotation) and not module.known_identity:
+                rotations.append(module)
+        self._filled += pool(rotations)
 
     def _drain(self, network: nn.Module, arguments: Any, output: Any) -> None:
         for rotation in self._filled:
             rotation.pooled = None
         self._filled.clear()
+
+
+@contextmanager
+def pooled(rotations: Iterable[BlockRotation]) -> Iterator[None]:
+    """Compute the displacements of rotations together, for as long as the ``with`` block lasts."""
+    filled = pool(rotations)
+    try:
+        yield
+    finally:
+        for rotation in filled:
+            rotation.pooled = None
+
+
+def pool(rotations: Iterable[BlockRotation]) -> list[BlockRotation]:
+    """Hand rotations that share block size and parameterization their displacements; return those that have got one."""
+    groups: dict[Any, list[BlockRotation]] = {}
+    for rotation in rotations:
+        generators = rotation.generators
+        if not isinstance(generators, DTensor):
+            # a network may lie on several devices (device_map), or be cast in part
+            key = (rotation.block_size, rotation.parameterization, generators.device, generators.dtype)
+            groups.setdefault(key, []).append(rotation)
+    shared = [group for group in groups.values() if len(group) > 1]
+    for group in shared:
+        displacements = PooledDisplacements(group)
+        for place, rotation in enumerate(group):
+            rotation.pooled = (displacements, place)
+    return [rotation for group in shared for rotation in group]
 
 
 class PooledDisplacements:

@@ -1,6 +1,7 @@
 """Skew-symmetric blocks in plain PyTorch: the strict upper triangle, row by row, and its negative below.
 
-The two index vectors depend only on the block size, so they are built once per block size and device.
+The index vectors depend only on the block size, so they are built once per block size and device. Both directions
+gather: reading scattered places is two to five times faster on a CPU than writing them (README.md beside this file).
 """
 
 import functools
@@ -17,13 +18,25 @@ def _triangles(block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return rows * block_size + columns, columns * block_size + rows
 
 
+@functools.lru_cache(maxsize=64)
+def _sources(block_size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return which generator each entry of a block is, and its factor: 1 above the diagonal, -1 below, 0 on it."""
+    upper, lower = _triangles(block_size, device)
+    order = torch.arange(upper.numel(), device=device)
+    source = torch.zeros(block_size * block_size, dtype=torch.int64, device=device)
+    factor = torch.zeros(block_size * block_size, dtype=dtype, device=device)
+    for places, sign in ((upper, 1), (lower, -1)):
+        source[places], factor[places] = order, sign
+    return source, factor
+
+
 def skew_forward(generators: Tensor, block_size: int) -> Tensor:
     """Return Q, shape ``(n, block_size, block_size)``, from generators of shape ``(n, b(b-1)/2)``; Q^T = -Q exactly."""
-    blocks = generators.shape[0]
-    upper, lower = _triangles(block_size, generators.device)
-    flat = generators.new_zeros(blocks, block_size * block_size)
-    flat.index_copy_(1, upper, generators).index_copy_(1, lower, -generators)
-    return flat.view(blocks, block_size, block_size)
+    shape = (generators.shape[0], block_size, block_size)
+    if block_size < 2:  # a block of one has no generator to read
+        return generators.new_zeros(shape)
+    source, factor = _sources(block_size, generators.device, generators.dtype)
+    return generators.index_select(1, source).mul_(factor).view(shape)
 
 
 def skew_backward(grad: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.layers import PoetLinear, PoetSettings, StepwiseLinear, initialize_
+from orthotrain.layers.bf16_weight import Bf16Weight
+from orthotrain.plugins import CayleyNeumann
 from orthotrain.spectrum import singular_values
 
 STORAGES: dict[str, dict[str, Any]] = {
@@ -62,8 +64,12 @@ def stepwise(
     width: int, block_size: int, options: dict[str, Any]
 ) -> tuple[Callable[[], None], Callable[[], Tensor], float]:
     """Return one fold with new angles, the weight, and bytes a value."""
-    settings = PoetSettings(block_size=block_size, parameterization="cayley", stepwise=True, **options)
+    rounded = options.get("storage") == "bf16"  # which settings refuse, for what is measured here
+    own = {} if rounded else options
+    settings = PoetSettings(block_size=block_size, parameterization=CayleyNeumann(2), stepwise=True, **own)
     layer = StepwiseLinear.from_settings(fresh(width), settings, seed=1)
+    if rounded:
+        layer.weight = Bf16Weight(layer.weight.dequantize())
     stored = sum(p.numel() * p.element_size() for p in layer.weight.parameters())
 
     def fold() -> None:

@@ -87,7 +87,9 @@ def stepwise(angle: float = 0.015, resample: int = 50, gain: float = 1.0, **opti
     layers = {
         name: options.pop(name) for name in ("block_size", "fraction", "init", "sides", "overrides") if name in options
     }
-    settings = PoetLayers(**{"block_size": 64, "parameterization": "cayley", **layers}, stepwise=True, gain=gain)
+    settings = PoetLayers(
+        **{"block_size": 64, "parameterization": CayleyNeumann(2), **layers}, stepwise=True, gain=gain
+    )
     build = partial(LieOptimizer, **options)
     recipe = optimization(rotation_lr=angle, rotation_optimizer=build)
     return PoetModule(CausalLM(CONFIG), settings, 1, resample_every=resample, optimization=recipe)

@@ -1,6 +1,6 @@
 """Step-wise POET against plain training: time of a layer, of a whole training step, and the optimizer's state.
 
-    .venv/bin/python -P tests/benchmarks/stepwise.py [--rounds 10] [--widest 4096] [--skip-layers] [--skip-steps]
+    .venv/bin/python -P tests/benchmarks/stepwise.py [--rounds 10] [--widest 4096] [--storage residual] [--skip-steps]
 
 Layers: forward and backward of StepwiseLinear relative to a trained nn.Linear, fp32 and bf16, shapes of kernels.py.
 Steps: forward, backward, optimizer and fold of the quickstart's network (8 x 256 tokens, bf16-mixed). Medians in one
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from orthotrain.callbacks.merge_rotations import fold_rotations
 from orthotrain.layers import PoetSettings, StepwiseLinear
 from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.layers.poet_settings import Storage
 from orthotrain.modules import BaseModule
+from orthotrain.plugins import CayleyNeumann
 
 HERE = Path(__file__).parent
 cases = runpy.run_path(str(HERE / "kernel_cases.py"))
@@ -30,7 +32,7 @@ quality = runpy.run_path(str(HERE / "quality.py"))
 CPU = torch.device("cpu")
 
 
-def layers(rounds: int, widest: int) -> dict[str, Any]:
+def layers(rounds: int, widest: int, storage: Storage) -> dict[str, Any]:
     """Return milliseconds and the ratio to nn.Linear by shape and dtype."""
     results = {}
     centres = ("input", "weight", "auto")
@@ -40,7 +42,9 @@ def layers(rounds: int, widest: int) -> dict[str, Any]:
             linear = nn.Linear(width, width, bias=False, dtype=dtype)
             made: dict[str, nn.Module] = {"linear": linear}
             for centre in centres:
-                described = PoetSettings(block_size=block_size, parameterization="cayley", stepwise=True, centre=centre)
+                described = PoetSettings(
+                    block_size, parameterization=CayleyNeumann(2), storage=storage, stepwise=True, centre=centre
+                )
                 made[centre] = StepwiseLinear.from_settings(linear, described)
             x, grad = torch.randn(tokens, width).to(dtype).requires_grad_(), torch.randn(tokens, width).to(dtype)
             runs = {name: cases["passes"](module, x, grad, "auto")[1] for name, module in made.items()}
@@ -109,6 +113,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--widest", type=int, default=4096, help="leave out layers that are wider")
+    parser.add_argument("--storage", choices=("dense", "residual"), default="dense", help="of the layers' weights")
     parser.add_argument("--skip-layers", action="store_true")
     parser.add_argument("--skip-steps", action="store_true")
     options = parser.parse_args()
@@ -119,7 +124,8 @@ def main() -> None:
     document["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     document["threads"] = options.threads
     if not options.skip_layers:
-        document["layers"] = layers(options.rounds, options.widest)
+        part = "layers" if options.storage == "dense" else f"layers, {options.storage}"
+        document[part] = layers(options.rounds, options.widest, options.storage)
     if not options.skip_steps:
         document["steps"] = steps(options.rounds)
     out.write_text(json.dumps(document, indent=1) + "\n")

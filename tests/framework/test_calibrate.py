@@ -20,7 +20,7 @@ from orthotrain.calibrate import (
 )
 from orthotrain.cli import main
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.centre import ROUTES, VARIABLE, Costs, choose_route, costs_for, route_costs
+from orthotrain.layers.centre import ROUTES, VARIABLE, Costs, choose_route, costs_for, device_name, route_costs
 
 CPU = torch.device("cpu")
 SMALL = [(64, 32, 8), (16, 64, 16), (128, 48, 4), (32, 64, 32), (8, 96, 8)]
@@ -66,7 +66,7 @@ def test_routes_are_foretold_as_the_choice_between_them_is_made(tokens, width, s
 
 def test_every_part_runs_forward_and_backward_and_is_timed():
     entry, parts = calibrate(CPU, shapes=SMALL[:4], rounds=1)
-    assert entry["type"] == entry["name"] == "cpu" and "CPU threads: " in entry["source"]
+    assert entry["type"] == "cpu" and entry["name"] == device_name("cpu") and "CPU threads: " in entry["source"]
     for key, dtype in module.DTYPES.items():
         assert [part.kind for part in parts[key]] == ["linear", *ROUTES] * 4
         assert all(part.nanoseconds > 0 for part in parts[key])

@@ -191,3 +191,12 @@ def test_a_compiled_layer_chooses_by_the_number_of_tokens_at_hand(given_table):
         x = torch.randn(tokens, 16)
         torch.testing.assert_close(compiled(x), layer(x))
     assert sorted(seen) == ["block_rotate", "fold"]
+
+
+def test_a_cpu_of_its_own_kind_has_its_own_costs_and_plain_ones_serve_the_rest(monkeypatch, tmp_path):
+    def named(name):
+        monkeypatch.setattr("orthotrain.layers.centre.device_name", lambda kind, index=None: name)
+        return costs_for("cpu", None, half=True)
+
+    monkeypatch.setenv("ORTHOTRAIN_CACHE", str(tmp_path))
+    assert named("cpu, AMX") != named("cpu") == named("cpu, of tomorrow")

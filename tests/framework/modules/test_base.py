@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from orthotrain.models import CausalLM
 from orthotrain.modules import BaseModule, OftModule, PoetLayers, PoetModule
 
 
@@ -62,3 +63,13 @@ def test_a_classification_head_has_no_perplexity():
     assert BaseModule(nn.Linear(2, 2)).logs_perplexity and OftModule(nn.Linear(2, 2)).logs_perplexity
     assert not OftModule(nn.Linear(2, 2), objective="model").logs_perplexity
     assert not Classification(nn.Linear(2, 2)).logs_perplexity
+
+
+def test_training_fills_no_cache_of_keys_and_values():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    module = BaseModule(CausalLM({"vocab_size": 32, **sizes}))
+    module.configure_model()
+    ids = torch.randint(0, 32, (1, 8))
+    assert module.model(input_ids=ids).past_key_values is not None
+    assert module(input_ids=ids).past_key_values is None
+    assert module(input_ids=ids, use_cache=True).past_key_values is not None

@@ -1,26 +1,38 @@
 """The public ``cayley_neumann_generators``: skew and series in one operator, which saves only the generators."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from orthotrain.kernels.backend import implementation
 from orthotrain.kernels.cayley_neumann.op import check_order
+from orthotrain.kernels.checks import traced
 from orthotrain.kernels.guard import guarded
 from orthotrain.kernels.skew.op import check_generators
 
 
-@torch.library.custom_op("orthotrain::cayley_neumann_generators", mutates_args=())
-def _cayley_neumann_generators(generators: Tensor, block_size: int, order: int) -> Tensor:
+def _displacement(generators: Tensor, block_size: int, order: int) -> Tensor:
     with guarded(generators):
         kernels = implementation(generators, "cayley_neumann")
         return kernels.cayley_neumann_generators_forward(generators, block_size, order)
 
 
-@torch.library.custom_op("orthotrain::cayley_neumann_generators_backward", mutates_args=())
-def _cayley_neumann_generators_backward(generators: Tensor, grad: Tensor, order: int) -> Tensor:
+def _generators_gradient(generators: Tensor, grad: Tensor, order: int) -> Tensor:
     with guarded(generators):
         kernels = implementation(generators, "cayley_neumann")
         return kernels.cayley_neumann_generators_backward(generators, grad, order)
+
+
+@torch.library.custom_op("orthotrain::cayley_neumann_generators", mutates_args=())
+def _cayley_neumann_generators(generators: Tensor, block_size: int, order: int) -> Tensor:
+    return _displacement(generators, block_size, order)
+
+
+@torch.library.custom_op("orthotrain::cayley_neumann_generators_backward", mutates_args=())
+def _cayley_neumann_generators_backward(generators: Tensor, grad: Tensor, order: int) -> Tensor:
+    return _generators_gradient(generators, grad, order)
 
 
 @_cayley_neumann_generators.register_fake
@@ -46,6 +58,22 @@ def _gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
 _cayley_neumann_generators.register_autograd(_gradient, setup_context=_save)
 
 
+class CayleyNeumannFunction(torch.autograd.Function):
+    """The same in eager mode, where a custom op with a gradient costs more than a few blocks' products."""
+
+    @staticmethod
+    def forward(ctx: Any, generators: Tensor, block_size: int, order: int) -> Tensor:
+        """See :func:`cayley_neumann_generators`."""
+        _save(ctx, (generators, block_size, order), generators)
+        return _displacement(generators, block_size, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient for the generators."""
+        return _generators_gradient(*ctx.saved_tensors, grad, ctx.order), None, None
+
+
 def cayley_neumann_generators(generators: Tensor, block_size: int, order: int) -> Tensor:
     """Displacement of the Cayley-Neumann rotation from the generators: ``cayley_neumann(skew(generators, b), order)``.
 
@@ -64,4 +92,5 @@ def cayley_neumann_generators(generators: Tensor, block_size: int, order: int) -
     """
     check_generators(generators, block_size)
     check_order(order)
-    return _cayley_neumann_generators(generators, block_size, order)
+    displacement = _cayley_neumann_generators if traced(generators) else CayleyNeumannFunction.apply
+    return displacement(generators, block_size, order)

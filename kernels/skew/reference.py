@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from orthotrain.kernels.checks import traced
+
 
 @functools.lru_cache(maxsize=64)
 def _triangles(block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -21,7 +23,7 @@ def _triangles(block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 @functools.lru_cache(maxsize=64)
 def _sources(block_size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return which generator each entry of a block is, and its factor: 1 above the diagonal, -1 below, 0 on it."""
-    upper, lower = _triangles(block_size, device)
+    upper, lower = _triangles.__wrapped__(block_size, device)
     order = torch.arange(upper.numel(), device=device)
     source = torch.zeros(block_size * block_size, dtype=torch.int64, device=device)
     factor = torch.zeros(block_size * block_size, dtype=dtype, device=device)
@@ -35,14 +37,17 @@ def skew_forward(generators: Tensor, block_size: int) -> Tensor:
     shape = (generators.shape[0], block_size, block_size)
     if block_size < 2:  # a block of one has no generator to read
         return generators.new_zeros(shape)
-    source, factor = _sources(block_size, generators.device, generators.dtype)
+    # the vectors of a trace hold no values: they are not for the next caller
+    sources = _sources.__wrapped__ if traced(generators) else _sources
+    source, factor = sources(block_size, generators.device, generators.dtype)
     return generators.index_select(1, source).mul_(factor).view(shape)
 
 
 def skew_backward(grad: Tensor) -> Tensor:
     """Return dL/dgenerators, shape ``(n, b(b-1)/2)``, from dL/dQ, shape ``(n, b, b)``: upper minus mirrored lower."""
     blocks, block_size, _ = grad.shape
-    upper, lower = _triangles(block_size, grad.device)
+    triangles = _triangles.__wrapped__ if traced(grad) else _triangles
+    upper, lower = triangles(block_size, grad.device)
     flat = grad.reshape(blocks, block_size * block_size)
     return flat.index_select(1, upper) - flat.index_select(1, lower)
 

@@ -43,7 +43,7 @@ def block_rotate_backward(
     need_x: bool = True,
     need_displacement: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`block_rotate_forward` for ``x (..., d)`` and ``displacement (n, b, b)``, None if not needed."""
+    """Gradients of :func:`block_rotate_forward` for ``x (..., d)`` and ``displacement (n, b, b)``, if needed."""
     if not need_displacement:
         return (block_rotate_forward(grad, displacement.mT.contiguous(), store, load) if need_x else None), None
     source, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])

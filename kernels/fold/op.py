@@ -11,20 +11,29 @@ from torch.autograd.function import once_differentiable
 
 from orthotrain.kernels.backend import implementation
 from orthotrain.kernels.checks import check_blocks, check_permutation, debug_permutation, traced
+from orthotrain.kernels.guard import guarded, returned
 
 
 def _folded(weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     debug_permutation("fold", "rows", rows)
     debug_permutation("fold", "columns", columns)
-    with torch.cuda.device_of(weight), torch.autocast(weight.device.type, enabled=False):
+    with guarded(weight):
         return implementation(weight, "fold").fold_forward(weight.contiguous(), d_out, d_in, rows, columns)
 
 
 def _gradients(
-    grad: Tensor, weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    with torch.cuda.device_of(weight), torch.autocast(weight.device.type, enabled=False):
-        return implementation(weight, "fold").fold_backward(grad, weight.contiguous(), d_out, d_in, rows, columns)
+    grad: Tensor,
+    weight: Tensor,
+    d_out: Tensor,
+    d_in: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    need_out: bool,
+    need_in: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    with guarded(weight):
+        backward = implementation(weight, "fold").fold_backward
+        return backward(grad, weight.contiguous(), d_out, d_in, rows, columns, need_out, need_in)
 
 
 @torch.library.custom_op("orthotrain::fold", mutates_args=())
@@ -39,24 +48,41 @@ def _(weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns:
 
 @torch.library.custom_op("orthotrain::fold_backward", mutates_args=())
 def _fold_backward(
-    grad: Tensor, weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None
+    grad: Tensor,
+    weight: Tensor,
+    d_out: Tensor,
+    d_in: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    need_out: bool,
+    need_in: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _gradients(grad, weight, d_out, d_in, rows, columns)
+    grads = _gradients(grad, weight, d_out, d_in, rows, columns, need_out, need_in)
+    return returned(grads[0], d_out), returned(grads[1], d_in)
 
 
 @_fold_backward.register_fake
 def _(
-    grad: Tensor, weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None
+    grad: Tensor,
+    weight: Tensor,
+    d_out: Tensor,
+    d_in: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    need_out: bool,
+    need_in: bool,
 ) -> tuple[Tensor, Tensor]:
-    return d_out.new_empty(d_out.shape), d_in.new_empty(d_in.shape)
+    return d_out.new_empty(d_out.shape if need_out else 0), d_in.new_empty(d_in.shape if need_in else 0)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _traced_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
-    return None, *_fold_backward(grad, *ctx.saved_tensors), None, None
+def _traced_backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None]:
+    _, need_out, need_in, *_ = ctx.needs_input_grad
+    grad_out, grad_in = _fold_backward(grad, *ctx.saved_tensors, need_out, need_in)
+    return None, (grad_out if need_out else None), (grad_in if need_in else None), None, None
 
 
 _fold.register_autograd(_traced_backward, setup_context=_setup_context)
@@ -75,9 +101,10 @@ class FoldFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
-        """Return the gradients for both displacements."""
-        return None, *_gradients(grad, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None]:
+        """Return the gradients for the displacements that need them."""
+        _, need_out, need_in, *_ = ctx.needs_input_grad
+        return None, *_gradients(grad, *ctx.saved_tensors, need_out, need_in), None, None
 
 
 def fold(

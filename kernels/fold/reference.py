@@ -25,13 +25,19 @@ def fold_forward(
         A new tensor ``(out, in)``.
     """
     out, transposed = torch.empty_like(weight), d_in.mT.contiguous()
+    turns_out, turns_in = d_out.shape[0] > 0, d_in.shape[0] > 0
+    direct = rows is None and columns is None
+    if direct and not (turns_out or turns_in):
+        return out.copy_(weight)
     for part, blocks in block_chunks(weight, d_out):
-        half_folded = add_block_products(weight[part], transposed)
-        direct = rows is None and columns is None
-        folded = rotate_rows(half_folded, d_out[blocks], out[part] if direct else None)
+        # a side that is not rotated costs no pass, and the last pass writes into place
+        folded, last = weight[part], out[part] if direct else None
+        if turns_in:
+            folded = add_block_products(folded, transposed, None if turns_out else last)
+        if turns_out:
+            folded = rotate_rows(folded, d_out[blocks], last)
         if columns is not None:
-            # what is half folded has been used up: its memory takes the permuted columns
-            target = out[part] if rows is None else half_folded
+            target = out[part] if rows is None else torch.empty_like(folded)
             scatter_into(target, folded, columns)
             folded = target
         if rows is not None:
@@ -40,20 +46,30 @@ def fold_forward(
 
 
 def fold_backward(
-    grad: Tensor, weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`fold_forward` for ``d_out`` and ``d_in``; only their diagonal blocks are formed."""
+    grad: Tensor,
+    weight: Tensor,
+    d_out: Tensor,
+    d_in: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    need_out: bool = True,
+    need_in: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of :func:`fold_forward` for ``d_out`` and ``d_in`` if needed; only their diagonal blocks are formed."""
     grad_out, total, transposed = torch.empty_like(d_out), BlockSum(d_in), d_in.mT.contiguous()
     for part, blocks in block_chunks(weight, d_out):
         grad_part = grad[part] if rows is None else grad.index_select(0, rows[part])
         folded = torch.empty_like(weight[part])
         grad_part = gather_into(folded, grad_part, columns) if columns is not None else grad_part.contiguous()
-        half_folded = add_block_products(weight[part], transposed)
-        grad_out[blocks] = torch.bmm(
-            _row_blocks(half_folded, d_out[blocks]), _row_blocks(grad_part, d_out[blocks]).transpose(1, 2)
-        )
-        total.add(grad_part, rotate_rows(weight[part], d_out[blocks], half_folded))
-    return grad_out, total.result()
+        half_folded = None
+        if need_out:
+            half_folded = add_block_products(weight[part], transposed)
+            grad_out[blocks] = torch.bmm(
+                _row_blocks(half_folded, d_out[blocks]), _row_blocks(grad_part, d_out[blocks]).transpose(1, 2)
+            )
+        if need_in:
+            total.add(grad_part, rotate_rows(weight[part], d_out[blocks], half_folded))
+    return (grad_out if need_out else None), (total.result() if need_in else None)
 
 
 def rotate_rows(weight: Tensor, d_out: Tensor, out: Tensor | None = None) -> Tensor:

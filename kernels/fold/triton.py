@@ -21,16 +21,26 @@ def fold_forward(
 
 
 def fold_backward(
-    grad: Tensor, weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    weight: Tensor,
+    d_out: Tensor,
+    d_in: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    need_out: bool = True,
+    need_in: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients for ``d_out`` and ``d_in``; at any time one half-folded weight lives, beside the permuted gradient."""
     grad, column_index = gathered(grad, columns)
-    # A column order common to both sides drops out of the contraction over columns.
-    half_folded = rotate_scattered(weight, d_in.contiguous(), None, column_index, transposed=True)
-    grad_out = contract_blocks(half_folded.mT, grad.mT, None, rows, d_out.shape[0], d_out.shape[-1])
-    del half_folded
-    half_folded = rotate_rows(weight, d_out, rows)
-    grad_in = contract_blocks(grad, half_folded, column_index, None, d_in.shape[0], d_in.shape[-1])
+    grad_out = grad_in = None
+    if need_out:
+        # A column order common to both sides drops out of the contraction over columns.
+        half_folded = rotate_scattered(weight, d_in.contiguous(), None, column_index, transposed=True)
+        grad_out = contract_blocks(half_folded.mT, grad.mT, None, rows, d_out.shape[0], d_out.shape[-1])
+        del half_folded
+    if need_in:
+        half_folded = rotate_rows(weight, d_out, rows)
+        grad_in = contract_blocks(grad, half_folded, column_index, None, d_in.shape[0], d_in.shape[-1])
     return grad_out, grad_in
 
 

@@ -13,12 +13,13 @@ class Variant(NamedTuple):
         name: Unique in its operation, such as ``forward-b64-fp32``.
         kernel: The ``triton.jit`` function.
         signature: Type of every runtime argument by name, in Triton's spelling: ``*fp32``, ``*bf16``, ``i32``.
-            Pointers are taken to be divisible by 16, as those of tensors are.
         constexprs: Value of every ``tl.constexpr`` argument by name.
         num_warps: Warps of a program.
         num_stages: Stages of software pipelining.
         tensor_cores: Whether the kernel has a product that must run on the tensor cores.
         aligned: Integer arguments that are divisible by 16 in a usual launch. Triton specialises on that.
+        views: Pointers that need not be divisible by 16, as those of fresh tensors are: they are of views.
+        options: What the launch sets beside warps and stages, such as ``enable_fp_fusion``.
     """
 
     name: str
@@ -29,3 +30,9 @@ class Variant(NamedTuple):
     num_stages: int = 3
     tensor_cores: bool = False
     aligned: tuple[str, ...] = ()
+    views: tuple[str, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def unaligned(self, *views: str) -> "Variant":
+        """Return the variant of views that begin anywhere, and of matrices whose rows do."""
+        return self._replace(name=f"{self.name}-unaligned", aligned=(), views=views)

@@ -143,8 +143,11 @@ def contract_blocks(
 def aot_variants() -> list[Variant]:
     """Return the launches to compile ahead of time."""
     return [
+        contraction_variant(torch.bfloat16, 16, permuted=True),
         contraction_variant(torch.bfloat16, 32, permuted=True),
         contraction_variant(torch.bfloat16, 256),
+        contraction_variant(torch.bfloat16, 256).unaligned("left", "right"),
+        contraction_variant(torch.float16, 256, permuted=True, wide=True),
         contraction_variant(torch.float32, 256),
         add_splits_variant(torch.bfloat16),
     ]
@@ -163,14 +166,19 @@ def add_splits_variant(dtype: torch.dtype) -> Variant:
 
 
 def contraction_variant(
-    dtype: torch.dtype, block_size: int, *, permuted: bool = False, columns_first: bool = False
+    dtype: torch.dtype,
+    block_size: int,
+    *,
+    permuted: bool = False,
+    columns_first: bool = False,
+    wide: bool = False,
 ) -> Variant:
     """Return one launch of the contraction, of matrices in rows or in columns."""
     tiles, pointer = contraction_tiles(dtype, block_size), POINTERS[dtype]
     unit, strided = ("row", "column") if columns_first else ("column", "row")
     permutations = ("left_index", "right_index")
     return Variant(
-        f"contract-b{block_size}-{pointer[1:]}{'-permuted' * permuted}{'-transposed' * columns_first}",
+        f"contract-b{block_size}-{pointer[1:]}{'-permuted' * permuted}{'-transposed' * columns_first}{'-wide' * wide}",
         _contract_kernel,
         {
             **{"left": pointer, "right": pointer, "out": "*fp32"},
@@ -179,7 +187,7 @@ def contraction_variant(
         },
         {
             **({} if permuted else dict.fromkeys(permutations)),
-            **{f"left_{unit}": 1, f"right_{unit}": 1, "BLOCK": block_size, "WIDE": False},
+            **{f"left_{unit}": 1, f"right_{unit}": 1, "BLOCK": block_size, "WIDE": wide},
             **{"ROWS": tiles.rows, "COLUMNS": tiles.columns},
         },
         num_warps=tiles.warps,

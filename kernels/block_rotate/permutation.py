@@ -85,15 +85,21 @@ def _permute(x: Tensor, index: Tensor, y: Tensor) -> Tensor:
 
 def aot_variants() -> list[Variant]:
     """Return the launches to compile ahead of time."""
+    small = permutation_variant(1024, "bf16")
+    return [small, small.unaligned("x"), *(permutation_variant(*case) for case in LARGE_ROWS)]
+
+
+LARGE_ROWS = ((4096, "bf16"), (32768, "bf16"), (16384, "fp32"))
+
+
+def permutation_variant(width: int, dtype: str) -> Variant:
+    """Return the launch that permutes rows of ``width`` columns, a power of two."""
     integers = dict.fromkeys(("rows", "width", "chunk", "x_row", "y_row"), "i32")
-    return [
-        Variant(
-            f"permute-{width}-bf16",
-            _permute_kernel,
-            {"x": "*bf16", "index": "*i64", "y": "*bf16", **integers},
-            {"ROWS": rows_at_once(width), "WIDTH": width},
-            num_warps=max(4, width // 1024),
-            aligned=("width", "x_row", "y_row"),
-        )
-        for width in (4096, 32768)
-    ]
+    return Variant(
+        f"permute-{width}-{dtype}",
+        _permute_kernel,
+        {"x": f"*{dtype}", "index": "*i64", "y": f"*{dtype}", **integers},
+        {"ROWS": rows_at_once(width), "WIDTH": width},
+        num_warps=max(4, width // 1024),
+        aligned=("width", "x_row", "y_row"),
+    )

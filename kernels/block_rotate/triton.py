@@ -174,23 +174,36 @@ def rotate_scattered(
 def aot_variants() -> list[Variant]:
     """Return the launches to compile ahead of time."""
     own = [
+        rotation_variant(torch.bfloat16, 16, permuted=True),
         rotation_variant(torch.bfloat16, 32, permuted=True),
         rotation_variant(torch.bfloat16, 256, permuted=True),
+        rotation_variant(torch.bfloat16, 256, permuted=True).unaligned("x"),
+        rotation_variant(torch.bfloat16, 256, permuted=True, wide=True),
         rotation_variant(torch.bfloat16, 256),
+        rotation_variant(torch.bfloat16, 256, backward=True),
+        rotation_variant(torch.float16, 256, permuted=True, backward=True),
         rotation_variant(torch.float32, 32, permuted=True),
+        rotation_variant(torch.float32, 256, permuted=True, backward=True, wide=True),
     ]
     return [*own, *contraction.aot_variants(), *permutation.aot_variants()]
 
 
 def rotation_variant(
-    dtype: torch.dtype, block_size: int, *, permuted: bool = False, columns_first: bool = False
+    dtype: torch.dtype,
+    block_size: int,
+    *,
+    permuted: bool = False,
+    columns_first: bool = False,
+    backward: bool = False,
+    wide: bool = False,
 ) -> Variant:
-    """Return one launch of the rotation, of matrices in rows or in columns."""
+    """Return one launch of the rotation, of matrices in rows or in columns; backward it is the one by ``D^T``."""
     tiles, pointer = rotation_tiles(dtype, block_size), POINTERS[dtype]
     unit, strided = ("row", "column") if columns_first else ("column", "row")
     permutations = ("load", "store")
     return Variant(
-        f"rotate-b{block_size}-{pointer[1:]}{'-permuted' * permuted}{'-transposed' * columns_first}",
+        f"rotate-b{block_size}-{pointer[1:]}{'-permuted' * permuted}{'-transposed' * columns_first}"
+        f"{'-backward' * backward}{'-wide' * wide}",
         _rotate_kernel,
         {
             **dict.fromkeys(("x", "displacement", "y"), pointer),
@@ -199,7 +212,7 @@ def rotation_variant(
         },
         {
             **({} if permuted else dict.fromkeys(permutations)),
-            **{f"x_{unit}": 1, f"y_{unit}": 1, "BLOCK": block_size, "TRANSPOSED": False, "WIDE": False},
+            **{f"x_{unit}": 1, f"y_{unit}": 1, "BLOCK": block_size, "TRANSPOSED": backward, "WIDE": wide},
             **{"ROWS": tiles.rows, "COLUMNS": tiles.columns},
         },
         num_warps=tiles.warps,

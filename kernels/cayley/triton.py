@@ -95,6 +95,11 @@ def cayley_backward(displacement: Tensor, grad: Tensor) -> Tensor:
 
 def aot_variants() -> list[Variant]:
     """Return the launches that are compiled ahead of time in the tests."""
-    signature = {"skew": "*fp32", "out": "*fp32", "scratch": "*fp32", "blocks": "i32"}
-    constants = {"PRECISION": PRECISION}
-    return [tiled_variant("forward-b64-fp32", _cayley_forward_kernel, signature, constants, fused_tiling(64))]
+    return [forward_variant(64, "fp32"), forward_variant(12, "fp16")]
+
+
+def forward_variant(size: int, dtype: str) -> Variant:
+    """Return the launch of the forward kernel on blocks of ``size`` rows."""
+    signature = {"skew": f"*{dtype}", "out": f"*{dtype}", "scratch": "*fp32", "blocks": "i32"}
+    name, constants = f"forward-b{size}-{dtype}", {"PRECISION": PRECISION}
+    return tiled_variant(name, _cayley_forward_kernel, signature, constants, fused_tiling(size))

@@ -79,7 +79,8 @@ def cayley_neumann_generators_backward(generators: Tensor, grad: Tensor, order: 
 def aot_variants() -> list[Variant]:
     """Return the launches that are compiled ahead of time in the tests."""
     return [
-        *(fused_variant(size, "fp32") for size in (8, 32, 64)),
+        *(fused_variant(size, "fp32") for size in (8, 16, 32, 64)),
+        *(fused_variant(size, "fp16") for size in (12, 64)),
         fused_variant(64, "fp32", generators=True),
         *(step_variant(size, "fp32", terms=2) for size in (256, 192)),
     ]

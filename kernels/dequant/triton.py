@@ -13,6 +13,9 @@ from orthotrain.kernels.variant import Variant
 SIZE = 2048
 """Values that a program unpacks."""
 
+EXACT = (("enable_fp_fusion", False),)
+"""Fused multiply-adds would round the nested scales otherwise than bitsandbytes does."""
+
 
 @triton.jit
 def _int8_kernel(codes, scales, out, size, GROUP: tl.constexpr, SIZE: tl.constexpr):
@@ -62,13 +65,12 @@ def dequant_nf4_forward(
     """Return ``W (out, in)`` from NF4 bytes; see the reference for shapes."""
     out = torch.empty((packed.shape[0], 2 * packed.shape[1]), dtype=dtype, device=packed.device)
     if out.numel():
-        # Without fused multiply-adds, which would round the nested scales otherwise than bitsandbytes does.
         _nf4_kernel[(triton.cdiv(out.numel(), SIZE),)](
             *(packed.contiguous(), absmax.contiguous(), nested, offset, code),
             *(_levels(packed.device), out, packed.numel()),
             GROUP=group_size,
             SIZE=SIZE,
-            enable_fp_fusion=False,
+            **dict(EXACT),
         )
     return out
 
@@ -80,7 +82,8 @@ def _levels(device: torch.device) -> Tensor:
 
 def aot_variants() -> list[Variant]:
     """Return the launches to compile ahead of time."""
-    fp32 = dict.fromkeys(("nested", "offset", "code", "levels"), "*fp32")
+    nested = ("nested", "offset", "code")
+    pointers = {"packed": "*u8", "levels": "*fp32", "out": "*bf16", "size": "i32"}
     return [
         Variant(
             "int8-bf16",
@@ -92,8 +95,16 @@ def aot_variants() -> list[Variant]:
         Variant(
             "nf4-nested-bf16",
             _nf4_kernel,
-            {"packed": "*u8", "absmax": "*u8", **fp32, "out": "*bf16", "size": "i32"},
+            {"absmax": "*u8", **dict.fromkeys(nested, "*fp32"), **pointers},
             {"GROUP": 64, "SIZE": SIZE},
             aligned=("size",),
+            options=EXACT,
+        ),
+        Variant(
+            "nf4-bf16",
+            _nf4_kernel,
+            {"absmax": "*fp32", **pointers},
+            {"GROUP": 64, "SIZE": SIZE, **dict.fromkeys(nested)},
+            options=EXACT,
         ),
     ]

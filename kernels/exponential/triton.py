@@ -68,4 +68,4 @@ def exponential_backward(skew: Tensor, grad: Tensor) -> Tensor:
 
 def aot_variants() -> list[Variant]:
     """Return what is compiled ahead of time beyond the launches of ``cayley_neumann``: steps of three terms."""
-    return [step_variant(256, "bf16", terms=3)]
+    return [step_variant(256, "bf16", terms=3), step_variant(200, "fp32", terms=3)]

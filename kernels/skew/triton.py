@@ -102,6 +102,8 @@ def aot_variants() -> list[Variant]:
         )
         for kernel, first, second, block_size, dtype in (
             (_skew_forward_kernel, "generators", "q", 256, "fp32"),
+            (_skew_forward_kernel, "generators", "q", 12, "fp16"),
             (_skew_backward_kernel, "grad", "out", 256, "bf16"),
+            (_skew_backward_kernel, "grad", "out", 12, "fp32"),
         )
     ]

@@ -19,8 +19,10 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_name("aot_table.json")
 CAPABILITIES = (80, 90, 100)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that one program may take, by compute capability (CUDA C++ Programming Guide, table 27)."""
+SHARED_LIMIT = 99 * 1024
+"""Bytes of shared memory that a program may take on every device that the kernels admit: 99 KiB on those of sm_86,
+sm_89 and sm_120, which run what is compiled here for sm_80 but for its memory; more on the others (CUDA C++ Programming
+Guide, table 27)."""
 
 SPILL = re.compile(r"\bSTL\b")
 TENSOR_CORE = re.compile(r"\b([HIQ]MMA|HGMMA|UTC[A-Z]*MMA)\b")
@@ -64,12 +66,16 @@ def compile_variant(variant, capability: int) -> dict[str, int | bool]:
     unknown = set(variant.signature) ^ set(names) ^ set(variant.constexprs)
     assert not unknown, f"{variant.name}: arguments that are not given, not known, or given twice: {unknown}"
     signature = {name: variant.signature.get(name, "constexpr") for name in names}
-    aligned = [index for index, name in enumerate(names) if signature[name].startswith("*") or name in variant.aligned]
+    aligned = [
+        index
+        for index, name in enumerate(names)
+        if (signature[name].startswith("*") and name not in variant.views) or name in variant.aligned
+    ]
     attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
     kernel = triton.compile(
         ASTSource(variant.kernel, signature, variant.constexprs, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages, **dict(variant.options)},
     )
     resources, code = _read(kernel.asm["cubin"])
     return {

@@ -68,6 +68,10 @@ def test_blocks_in_parts(n, b, rest, dtype):
     check(40, n * b + rest, n, b, dtype)
 
 
+def test_a_block_of_512():
+    check(70, 520, 1, 512, torch.float16)
+
+
 def test_offsets_of_64_bits(monkeypatch):
     monkeypatch.setattr(tiling, "LARGEST_OFFSET", 0)
     check(40, 50, 2, 20, torch.float32)

@@ -23,6 +23,7 @@ from orthotrain.callbacks.run_progress import RunProgress
 from orthotrain.callbacks.sample_writer import SampleWriter
 from orthotrain.config_errors import one_line
 from orthotrain.errors import ConfigurationError
+from orthotrain.layers.kernel_choice import check_kernels
 from orthotrain.models import ModelBuilder
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
 from orthotrain.plugins import Parameterization
@@ -153,7 +154,8 @@ class OrthotrainCLI(LightningCLI):
             raise ConfigurationError(one_line(str(error), CONFIGURABLE)) from error
 
     def after_instantiate_classes(self) -> None:
-        """Store the model's part of the config as its hyper-parameters."""
+        """Store the model's part of the config as its hyper-parameters; refuse kernels that cannot run."""
+        check_kernels(self.trainer.strategy.root_device)
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         if self.subcommand is not None:
             config = config[self.subcommand]

@@ -90,6 +90,26 @@ def implementation(tensor: Tensor, op: str, unsupported: str | None = None) -> M
     return importlib.import_module(f"orthotrain.kernels.{op}.{backend_for(tensor, op, unsupported)}")
 
 
+def check_possible(device: torch.device | None = None) -> None:
+    """Refuse an explicit ``triton`` that cannot be met, before anything is computed.
+
+    Args:
+        device: Where operations will run; None for what this machine could run them on.
+
+    Raises:
+        ValueError: It cannot: the message says why and what would run. Or the choice is no known word.
+    """
+    if chosen() != "triton":
+        return
+    obstacle = _missing()
+    if obstacle is None and device is None and not torch.cuda.is_available():
+        obstacle = None if _interpreted() else "torch finds no GPU here"
+    elif obstacle is None:
+        obstacle = _place_obstacle(device or torch.device("cuda", torch.cuda.current_device()))
+    if obstacle is not None:
+        raise ValueError(f"kernels=triton, but {obstacle}; {VARIABLE}=auto or {VARIABLE}=reference would run")
+
+
 def describe() -> str:
     """Return the choice and what it means on this machine, in one line for the summary of a run."""
     choice = chosen()
@@ -115,14 +135,16 @@ def _obstacle(tensor: Tensor) -> str | None:
     """Return why no Triton kernel can take the tensor, or None."""
     if tensor.dtype not in DTYPES:
         return f"Triton kernels compute in fp16, bf16 and fp32, not in {tensor.dtype}"
-    missing = _missing()
-    if missing is not None:
-        return missing
-    if tensor.device.type == "cuda":
-        return _device_obstacle(tensor.device)
-    if tensor.device.type == "cpu":
-        return None if _interpreted() else "the tensor is on the CPU and TRITON_INTERPRET=1 was not set at the start"
-    return f"Triton kernels run on CUDA devices, not on {tensor.device.type}"
+    return _missing() or _place_obstacle(tensor.device)
+
+
+def _place_obstacle(device: torch.device) -> str | None:
+    """Return why no Triton kernel can run on a device, or None."""
+    if device.type == "cuda":
+        return _device_obstacle(device)
+    if device.type == "cpu":
+        return None if _interpreted() else "this runs on the CPU and TRITON_INTERPRET=1 was not set at the start"
+    return f"Triton kernels run on CUDA devices, not on {device.type}"
 
 
 @functools.cache

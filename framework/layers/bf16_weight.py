@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from orthotrain.layers.frozen_weight import stochastic_round
+from orthotrain.layers.frozen_weight import check_storable, stochastic_round
 from orthotrain.layers.quantized_product import storage_format
 from orthotrain.layers.quantized_weight import QuantizedWeight
 
@@ -29,6 +29,7 @@ class Bf16Weight(QuantizedWeight):
     values: nn.Parameter
 
     def __init__(self, weight: Tensor, *, residual: bool = False, compute_dtype: torch.dtype | None = None) -> None:
+        check_storable(weight)
         self.carries_residual = residual
         stored = pack_bf16(weight, residual)
         super().__init__((weight.shape[0], weight.shape[1]), 1, compute_dtype or weight.dtype, stored)

@@ -9,7 +9,9 @@ from torch.distributed.tensor import DTensor
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.block_rotate import block_rotate
+from orthotrain.kernels.checks import check_permutation, debug_permutation, traced
 from orthotrain.layers.generators import mark_generators
+from orthotrain.layers.kernel_choice import check_kernels
 from orthotrain.plugins import Parameterization, create
 
 
@@ -41,7 +43,8 @@ class BlockRotation(nn.Module):
         known_identity: Whether the layer folds every step, so that no forward pass needs the displacement.
 
     Raises:
-        ConfigurationError: If no block of this size fits, naming the sizes that do.
+        ConfigurationError: If no block of this size fits, naming the sizes that do; the permutation has another length
+            or dtype, or with ``ORTHOTRAIN_DEBUG=1`` is none; or the kernels that were asked for cannot run here.
     """
 
     permutation: Tensor | None
@@ -69,6 +72,9 @@ class BlockRotation(nn.Module):
         width = block_size * (block_size - 1) // 2
         self.generators = nn.Parameter(torch.zeros(1 if shared else self.blocks, width, dtype=torch.float32))
         self._mark()
+        if not traced(self.generators):  # a plan is made on any machine, of fake tensors
+            check_kernels()
+        check_order(permutation, features)
         self.register_buffer("permutation", permutation)
         self.pooled: tuple[Pooled, int] | None = None
         self.known_identity = False
@@ -138,6 +144,22 @@ def check_block_size(features: int, block_size: int) -> None:
         raise ConfigurationError(
             f"block_size={block_size!r} does not fit {features} features: take an integer from 2 to {features}"
         )
+
+
+def check_order(permutation: Tensor | None, features: int) -> None:
+    """Refuse what is no permutation of ``features`` coordinates; its values are looked at with ``ORTHOTRAIN_DEBUG=1``.
+
+    Raises:
+        ConfigurationError: Naming what it is.
+    """
+    if permutation is None:
+        return
+    try:
+        check_permutation("BlockRotation", "permutation", permutation, features, permutation)
+        if not traced(permutation):
+            debug_permutation("BlockRotation", "permutation", permutation)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def check_parameterization(spec: Parameterization | str) -> None:

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from orthotrain.errors import ConfigurationError
+from orthotrain.kernels.checks import COMPUTABLE
+
 
 class FrozenWeight(nn.Module, ABC):
     """A matrix ``W (out, in)`` without gradient that owns its state: what it saves is what it reloads.
@@ -53,10 +56,14 @@ class DenseWeight(FrozenWeight):
         weight: ``(out, in)``; held itself and not copied where dtype and layout allow, so that wrapping a large model
             takes no second copy of it. A merge stores a new tensor and leaves this one as it is.
         dtype: Storage dtype, None for that of ``weight``.
+
+    Raises:
+        ConfigurationError: If the weight has a dtype that products are not computed in.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
         super().__init__(*weight.shape)
+        check_storable(weight)
         self.values = nn.Parameter(weight.detach().to(dtype or weight.dtype).contiguous(), requires_grad=False)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -78,6 +85,18 @@ class DenseWeight(FrozenWeight):
         if self.values.dtype == torch.bfloat16 and generator is not None:
             weight = stochastic_round(weight, generator)
         self.values.data = weight.to(self.values.device, self.values.dtype).contiguous()
+
+
+def check_storable(weight: Tensor) -> None:
+    """Refuse a weight of integers, complex or 8-bit numbers, which no product is computed in.
+
+    Raises:
+        ConfigurationError: Naming shape, dtype and what would work.
+    """
+    if weight.dtype not in COMPUTABLE:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTABLE)
+        shape = tuple(weight.shape)
+        raise ConfigurationError(f"a weight {shape} in {weight.dtype}: takes {known}; cast it, or leave its layer out")
 
 
 def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:

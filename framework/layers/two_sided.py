@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from orthotrain.kernels.fold import fold
 from orthotrain.layers.block_rotation import BlockRotation
-from orthotrain.layers.frozen_weight import FrozenWeight, plain_linear
+from orthotrain.layers.frozen_weight import FrozenWeight, check_storable, plain_linear
 from orthotrain.layers.poet_settings import PoetSettings, Side
 from orthotrain.plugins import create
 from orthotrain.seeding import draw_permutation
@@ -25,8 +25,9 @@ class Rotations(NamedTuple):
         """Return identity rotations for a linear layer on its device, with the permutations of the start.
 
         Raises:
-            ConfigurationError: If no block of the size that is asked for fits.
+            ConfigurationError: If no block of the size that is asked for fits, or the weight has no dtype of products.
         """
+        check_storable(linear.weight)
         parameterization, device = create(settings.parameterization), linear.weight.device
 
         def one(side: Side, width: int) -> BlockRotation | None:

@@ -36,3 +36,17 @@ def test_reset_takes_the_next_permutation(randomize):
 def test_a_number_of_blocks_that_does_not_fit_is_refused(blocks):
     with pytest.raises(ConfigurationError, match=f"blocks={blocks}: a width of 24 takes 1 to 3 blocks of 8"):
         BlockRotation(24, 8, blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (torch.arange(23), r"permutation is torch.int64 \(23,\); a permutation here is int64 \(24,\)"),
+        (torch.arange(24, dtype=torch.int32), r"permutation is torch.int32 \(24,\)"),
+        (torch.zeros(24, dtype=torch.int64), "permutation is no permutation: it repeats or leaves out coordinates"),
+    ],
+)
+def test_what_is_no_permutation_is_refused(order, message, monkeypatch):
+    monkeypatch.setenv("ORTHOTRAIN_DEBUG", "1")
+    with pytest.raises(ConfigurationError, match=f"BlockRotation: {message}"):
+        BlockRotation(24, 8, permutation=order)

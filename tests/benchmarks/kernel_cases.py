@@ -1,6 +1,7 @@
-"""What kernels.py measures: the layers that are compared, the clock, the floors, and the check that comes first."""
+"""What kernels.py measures: the layers that are compared, and the clock."""
 
 import contextlib
+import copy
 import statistics
 import time
 from collections import OrderedDict
@@ -11,19 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.kernels.backend import use_backend
-from orthotrain.kernels.block_rotate import block_rotate
-from orthotrain.kernels.dequant import dequant_int8
-from orthotrain.kernels.fold import fold
 from orthotrain.layers import OftLinear, PoetLinear
 from orthotrain.layers.displacement_pool import DisplacementPool
 
 Run = Callable[[], Any]
-
-LIMITS = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
-"""Relative error (Frobenius) that rounding explains: 2 to 4 roundings of a sum."""
-
-CHECKED = [(300, 1000, 4), (1000, 700, 32), (513, 640, 64), (257, 1000, 100), (300, 1100, 256), (260, 2100, 1024)]
-"""(N, d, b); in most of them the blocks leave a rest."""
 
 
 def turned(module: nn.Module, scale: float = 0.01) -> nn.Module:
@@ -34,9 +26,14 @@ def turned(module: nn.Module, scale: float = 0.01) -> nn.Module:
     return module
 
 
-def poet(linear: nn.Linear, block_size: int, centre: str) -> nn.Module:
+def poet(linear: nn.Linear, block_size: int, centre: str, activation_mode: str = "fast") -> nn.Module:
     """Wrap a copy of ``linear``."""
-    return turned(PoetLinear.from_linear(linear, block_size, centre=centre))
+    return turned(PoetLinear.from_linear(linear, block_size, centre=centre, activation_mode=activation_mode))
+
+
+def frozen_copy(linear: nn.Linear) -> nn.Linear:
+    """Return a layer of its own with the values of ``linear``, not trained."""
+    return copy.deepcopy(linear).requires_grad_(False)
 
 
 def cpu_contenders(linear: nn.Linear, block_size: int) -> dict[str, nn.Module]:
@@ -44,26 +41,23 @@ def cpu_contenders(linear: nn.Linear, block_size: int) -> dict[str, nn.Module]:
 
     ``pooled`` is ``auto`` as a trained network runs it: with the displacements of all its rotations in one batch.
     """
-    frozen = nn.Linear(linear.in_features, linear.out_features, bias=False, dtype=linear.weight.dtype)
     pooled = poet(linear, block_size, "auto")
     DisplacementPool(pooled)
     centres = {centre: poet(linear, block_size, centre) for centre in ("input", "weight", "auto")}
-    return {"linear": linear, "frozen": frozen.requires_grad_(False), **centres, "pooled": pooled}
+    return {"linear": linear, "frozen": frozen_copy(linear), **centres, "pooled": pooled}
 
 
 def peft_layer(linear: nn.Linear, config: Any) -> nn.Module:
     """Wrap a copy of ``linear`` by PEFT."""
     import peft
 
-    copy = nn.Linear(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
-    copy.weight = nn.Parameter(linear.weight.detach().clone())
-    network = nn.Sequential(OrderedDict(linear=copy))
+    network = nn.Sequential(OrderedDict(linear=frozen_copy(linear)))
     return turned(peft.get_peft_model(network, config).to(linear.weight.device, linear.weight.dtype))
 
 
 def plain_layers(linear: nn.Linear) -> dict[str, tuple[nn.Module, str]]:
     """Return the contenders without blocks: layer and choice of kernels by name."""
-    layers: dict[str, tuple[nn.Module, str]] = {"nn.Linear": (linear, "auto")}
+    layers: dict[str, tuple[nn.Module, str]] = {"nn.Linear": (linear, "auto"), "frozen": (frozen_copy(linear), "auto")}
     try:
         import peft
     except ImportError:
@@ -73,15 +67,15 @@ def plain_layers(linear: nn.Linear) -> dict[str, tuple[nn.Module, str]]:
 
 def block_layers(linear: nn.Linear, block_size: int) -> dict[str, tuple[nn.Module, str]]:
     """Return the contenders with blocks."""
-    frozen = nn.Linear(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
-    frozen.weight = nn.Parameter(linear.weight.detach().clone())
     layers = {
+        "POET auto": (poet(linear, block_size, "auto"), "auto"),
+        "POET mem": (poet(linear, block_size, "auto", "mem"), "auto"),
         "POET input": (poet(linear, block_size, "input"), "auto"),
         "POET weight": (poet(linear, block_size, "weight"), "auto"),
         "POET plain": (poet(linear, block_size, "auto"), "reference"),
     }
     if linear.in_features % block_size == 0:
-        layers["OFT"] = (turned(OftLinear.from_linear(frozen, block_size)), "auto")
+        layers["OFT"] = (turned(OftLinear.from_linear(frozen_copy(linear), block_size)), "auto")
         try:
             import peft
         except ImportError:
@@ -167,63 +161,3 @@ def permutation_route(route: str) -> Iterator[None]:
         yield
     finally:
         permutation.FEWEST_ROWS = before
-
-
-def ceilings(device: torch.device) -> tuple[float, float]:
-    """Return measured bytes a second of a large copy and bf16 FLOPs a second of a large product."""
-    source, size = torch.empty(2**29, dtype=torch.bfloat16, device=device), 8192
-    target = torch.empty_like(source)
-    left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-    runs = {"copy": lambda: target.copy_(source), "product": lambda: left @ right}
-    ms = interleaved(runs, device, rounds=10)
-    return 2 * source.numel() * 2 / (1e-3 * ms["copy"]), 2 * size**3 / (1e-3 * ms["product"])
-
-
-def floors(rows: int, width: int, block_size: int) -> dict[str, tuple[int, int]]:
-    """Return least bytes and FLOPs in 16 bits of a rotation and of its backward pass."""
-    elements, flops = 2 * rows * width, 2 * rows * width * block_size
-    blocks = 2 * width * block_size
-    return {"forward": (2 * elements + blocks, flops), "backward": (3 * elements + 2 * blocks, 2 * flops)}
-
-
-def errors(shape: tuple[int, int, int], dtype: torch.dtype, permuted: bool, device: torch.device) -> dict[str, float]:
-    """Return the error of every result against fp64, relative to its norm; a repeated run must give the same bits."""
-    rows, width, size = shape
-    n, m = width // size, rows // size
-    generator = torch.Generator(device).manual_seed(rows)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
-    x, grad = draw(rows, width), draw(rows, width)
-    d_in, d_out = draw(n, size, size) / size**0.5, draw(m, size, size) / size**0.5
-    orders = [torch.randperm(k, generator=generator, device=device) if permuted else None for k in (rows, width)]
-
-    def results(choice: str, kind: torch.dtype) -> list[Tensor]:
-        x_, d_in_, d_out_ = (t.to(kind).requires_grad_() for t in (x, d_in, d_out))
-        with use_backend(choice):
-            y = block_rotate(x_, d_in_, orders[1], orders[1])
-            rotated = torch.autograd.grad(y, (x_, d_in_), grad.to(kind))
-            w = fold(x_.detach(), d_out_, d_in_, *orders)
-            return [y.detach(), *rotated, w.detach(), *torch.autograd.grad(w, (d_out_, d_in_), grad.to(kind))]
-
-    names = ("y", "dx", "dD", "fold", "fold dD_out", "fold dD_in")
-    found, again, exact = results("triton", dtype), results("triton", dtype), results("reference", torch.float64)
-    error = {k: relative(f, e) for k, f, e in zip(names, found, exact, strict=True)}
-    error["repeat"] = 0.0 if all(map(torch.equal, found, again)) else float("inf")
-    return error | {"int8": int8_error(dtype, device)}
-
-
-def int8_error(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the error of unpacking int8, likewise."""
-    codes = torch.randint(-127, 128, (300, 512), dtype=torch.int8, device=device)
-    scales = torch.rand(300, 2, device=device)
-    with use_backend("triton"):
-        found = dequant_int8(codes, scales, dtype)
-    return relative(found, codes.double() * scales.double().repeat_interleave(256, dim=1))
-
-
-def relative(found: Tensor, exact: Tensor) -> float:
-    """Return ``||found - exact|| / ||exact||``; infinite where anything is not a number."""
-    value = float((found.double() - exact).norm() / exact.norm().clamp_min(1e-30))
-    return value if value == value else float("inf")

@@ -1,7 +1,9 @@
 """Writing checkpoints so that a file of that name is always a whole one, and reading them without running code."""
 
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,7 +12,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from orthotrain.errors import ConfigurationError
 
-PARTIAL_SUFFIX = ".partial"
+PARTIAL_SUFFIX, OLD_SUFFIX = ".partial", ".old"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -46,10 +48,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint.
 
         Raises:
-            ConfigurationError: If code in the file is to be run.
+            ConfigurationError: If code in the file is to be run, or it is the folder of a distributed checkpoint.
         """
         if weights_only is False:
             raise ConfigurationError(f"weights_only=False would run code from {str(path)!r}: leave it out")
+        if Path(path).is_dir():
+            raise needs_consolidating(path)
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
@@ -72,13 +76,48 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    _sync(path.parent)
+
+
+def needs_consolidating(path: str | Path) -> ConfigurationError:
+    """Return the error of who needs a file and is given the folder of a distributed checkpoint."""
+    return ConfigurationError(
+        f"checkpoint {str(path)!r} is a folder, as FSDP2 writes it with save_distributed_checkpoint: resume it with "
+        f"trainer/fsdp2.yaml, or make it a file by python -m orthotrain.consolidate {path} FILE.ckpt"
+    )
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Give a finished folder its name in one step, once all of it is on the disk; an older one of that name goes.
+
+    A run that dies between the two renames leaves the older one under another name: :func:`remove_leftovers` gives it
+    its own back.
+    """
+    for path in [*partial.iterdir(), partial]:
+        _sync(path)
+    old = target.with_name(f".{target.name}{OLD_SUFFIX}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(partial, target)
+    _sync(target.parent)
+    if old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run was writing; only one run may write to a folder."""
-    for leftover in folder.glob(f".*{PARTIAL_SUFFIX}"):
-        if leftover.is_file():
+    """Remove what a killed run was writing, or had not yet removed; only one run may write to a folder."""
+    for old in folder.glob(f".*{OLD_SUFFIX}"):
+        target = old.with_name(old.name[1 : -len(OLD_SUFFIX)])
+        with suppress(OSError):  # another rank has been faster
+            if not target.exists():
+                os.replace(old, target)
+    for leftover in [*folder.glob(f".*{PARTIAL_SUFFIX}"), *folder.glob(f".*{OLD_SUFFIX}")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
             leftover.unlink(missing_ok=True)
 
 
@@ -92,10 +131,10 @@ def reason_of(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

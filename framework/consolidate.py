@@ -1,13 +1,14 @@
 """``python -m orthotrain.consolidate FOLDER FILE``: a distributed checkpoint as one file that any strategy resumes."""
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from orthotrain.checkpoint import check_checkpoint, read_checkpoint
 from orthotrain.checkpoint_io import AtomicCheckpointIO
 from orthotrain.errors import ConfigurationError
+from orthotrain.sharded_checkpoint import REST, load_shards
+from orthotrain.sharded_optimizer import joined_state, optimizer_key
 
 
 def consolidate(folder: str | Path, file: str | Path) -> Path:
@@ -23,31 +24,23 @@ def consolidate(folder: str | Path, file: str | Path) -> Path:
         The path of the file.
 
     Raises:
-        ConfigurationError: If the folder is no whole distributed checkpoint, or the file exists.
+        ConfigurationError: If the folder is no whole distributed checkpoint, or the file exists or has no folder.
     """
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
     folder, file = Path(folder), Path(file)
     if not folder.is_dir():
         raise ConfigurationError(f"{str(folder)!r} is not the folder of a distributed checkpoint")
     if file.exists():
         raise ConfigurationError(f"{str(file)!r} exists; give another name")
+    if not file.parent.is_dir():
+        raise ConfigurationError(f"{str(file)!r} cannot be written: there is no folder {str(file.parent)!r}; make it")
     check_checkpoint(folder)
-    with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
-        dcp_to_torch_save(folder, Path(temporary, "shards.pt"))
-        shards = read_checkpoint(Path(temporary, "shards.pt"))
-    checkpoint = {"state_dict": shards.pop("state_dict"), **read_checkpoint(folder / "meta.pt")}
-    checkpoint["optimizer_states"] = [number_parameters(shards[name]) for name in sorted(shards)]
-    AtomicCheckpointIO().save_checkpoint(checkpoint, file)
+    shards: dict[str, Any] = {}
+    load_shards(shards, folder)
+    rest = read_checkpoint(folder / REST)
+    parts = [shards.get(optimizer_key(number), {}) for number in range(len(rest["optimizer_states"]))]
+    rest["optimizer_states"] = [joined_state(*pair) for pair in zip(parts, rest["optimizer_states"], strict=True)]
+    AtomicCheckpointIO().save_checkpoint({"state_dict": shards["state_dict"], **rest}, file)
     return file
-
-
-def number_parameters(named: dict[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's state dict with its parameters numbered by their order in the groups, as torch does it."""
-    names = [name for group in named["param_groups"] for name in group["params"]]
-    numbers = {name: number for number, name in enumerate(names)}
-    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in named["param_groups"]]
-    return {"state": {numbers[name]: entry for name, entry in named["state"].items()}, "param_groups": groups}
 
 
 if __name__ == "__main__":

@@ -6,16 +6,27 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
+import lightning as L
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.optim import Optimizer
 
-from orthotrain.checkpoint import check_checkpoint, read_checkpoint
-from orthotrain.layers.sharding import whole
+from orthotrain.callbacks.agreement import on_any_rank
+from orthotrain.checkpoint import read_checkpoint
+from orthotrain.errors import ConfigurationError
+from orthotrain.optimizers.sharded_8bit import step_locally
+from orthotrain.sharded_checkpoint import REST, check_shards, load_shards, save_shards
+from orthotrain.sharded_optimizer import (
+    empty_tensors,
+    joined_state,
+    like_parameter,
+    optimizer_key,
+    sharded_state,
+    split_state,
+    whole_state,
+)
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -53,16 +64,44 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    def setup_optimizers(self, trainer: L.Trainer) -> None:
+        """Build the optimizers, and let those of bitsandbytes step the shards.
+
+        Raises:
+            ConfigurationError: If their blocks of 8 bits would have to be written shard by shard.
+        """
+        super().setup_optimizers(trainer)
+        if any([step_locally(optimizer) for optimizer in self.optimizers]) and self._save_distributed_checkpoint:
+            raise ConfigurationError(
+                "save_distributed_checkpoint: true with an optimizer of bitsandbytes, whose blocks of 8 bits lie "
+                "across shards: set it to false"
+            )
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Collect the state of an optimizer; a full one is returned on rank 0 only."""
+        """Collect the state of an optimizer: whole and on rank 0 only, or of a distributed checkpoint each rank's."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         if self._save_distributed_checkpoint:
-            fill_missing_state(optimizer)
-            return super().optimizer_state(optimizer)
-        state = optimizer.state_dict()
-        full = {key: {n: _to_cpu(value) for n, value in entry.items()} for key, entry in state["state"].items()}
-        return {**state, "state": full} if self.is_global_zero else {}
+            return optimizer.state_dict()
+        state = whole_state(optimizer)
+        return state if self.is_global_zero else {}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | os.PathLike, storage_options: Any = None
+    ) -> None:
+        """Write one file, or the folder of a distributed checkpoint.
+
+        Raises:
+            ConfigurationError: If it cannot be written, naming why.
+        """
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        shards = {"state_dict": checkpoint.pop("state_dict")}
+        states = [split_state(state) for state in checkpoint.pop("optimizer_states", [])]
+        shards |= {optimizer_key(number): tensors for number, (tensors, _) in enumerate(states)}
+        rest = {**checkpoint, "optimizer_states": [rest for _, rest in states]}
+        save_shards(shards, rest, Path(self.broadcast(filepath)), lambda failed: on_any_rank(failed, self.root_device))
 
     def load_checkpoint(self, checkpoint_path: str | os.PathLike, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint without running code from it; the shards of a distributed one are loaded at once.
@@ -72,60 +111,28 @@ class ShardedStrategy(ModelParallelStrategy):
         """
         path = Path(self.broadcast(checkpoint_path))
         self._loaded_distributed = path.is_dir()
-        if self._loaded_distributed:
-            check_checkpoint(path)
-            return super().load_checkpoint(path, weights_only=True)
-        return read_checkpoint(path)
+        return self._load_shards(path) if self._loaded_distributed else read_checkpoint(path)
+
+    def _load_shards(self, path: Path) -> dict[str, Any]:
+        assert self.model is not None and self.lightning_module is not None
+        metadata, rest = check_shards(path), read_checkpoint(path / REST)
+        shards: dict[str, Any] = {"state_dict": get_model_state_dict(self.model)}
+        shards |= {optimizer_key(n): empty_tensors(metadata, n, o) for n, o in enumerate(self.optimizers)}
+        load_shards(shards, path)
+        self.model.load_state_dict(shards["state_dict"], strict=self.lightning_module.strict_loading)
+        for number, optimizer in enumerate(self.optimizers):
+            optimizer.load_state_dict(joined_state(shards[optimizer_key(number)], rest["optimizer_states"][number]))
+        return rest
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Give every rank its part of the network."""
         if not self._loaded_distributed:
             assert self.model is not None
             own = self.model.state_dict(keep_vars=True)
-            parts = {n: _like(t, own[n]) if n in own else t for n, t in checkpoint["state_dict"].items()}
+            parts = {n: like_parameter(t, own[n]) if n in own else t for n, t in checkpoint["state_dict"].items()}
             self.model.load_state_dict(parts, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give every rank its part of the optimizers' state."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(shard_optimizer_state(saved, optimizer))
-
-
-def shard_optimizer_state(saved: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """Return an optimizer's full state dict with every tensor that is shaped like its parameter sharded like it."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    sharded: dict[Any, dict[str, Any]] = {}
-    for number, parameter in zip(numbers, parameters, strict=True):
-        if number in saved["state"]:
-            sharded[number] = {n: _like(value, parameter) for n, value in saved["state"][number].items()}
-    return {**saved, "state": sharded}
-
-
-@torch.no_grad()
-def fill_missing_state(optimizer: Optimizer) -> None:
-    """Give parameters without state, whose generators a merge has reset, zeros like those that have some.
-
-    A distributed checkpoint must hold the same entries at every step. For torch's optimizers zeros, and a step count of
-    zero, are what they would begin with.
-    """
-    example = next((entry for entry in optimizer.state.values() if entry), None)
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if example else []:
-            if not optimizer.state.get(parameter):
-                optimizer.state[parameter] = {
-                    name: torch.zeros_like(parameter if isinstance(value, DTensor) else value)
-                    for name, value in example.items()  # type: ignore[union-attr]
-                    if isinstance(value, Tensor)
-                }
-
-
-def _to_cpu(value: Any) -> Any:
-    return whole(value).cpu() if isinstance(value, Tensor) else value
-
-
-def _like(value: Any, parameter: Tensor) -> Any:
-    if isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        value = value.to(parameter.device)
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return value
+            optimizer.load_state_dict(sharded_state(saved, optimizer))

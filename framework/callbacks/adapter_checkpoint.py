@@ -1,7 +1,6 @@
 """Checkpoints of what is trained, a few megabytes each, from which training resumes."""
 
 import json
-import os
 import shutil
 import zlib
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from orthotrain.callbacks.merge_rotations import MergeRotations
+from orthotrain.checkpoint_io import PARTIAL_SUFFIX, publish
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.mergeable import mergeable_layers
 
@@ -116,7 +116,7 @@ class AdapterCheckpoint(Checkpoint):
             return
         folder = Path(trainer.strategy.broadcast(self.dirpath or Path(trainer.log_dir or ".") / "adapters"))
         target = folder / _folder_name(trainer.global_step)
-        partial = folder / f".{target.name}.partial"
+        partial = folder / f".{target.name}{PARTIAL_SUFFIX}"
         self._saved = [name for name in self._saved if name != target.name] + [target.name]
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
@@ -199,29 +199,6 @@ def fingerprint(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
     flat = tensor.detach().flatten()
     sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu", dtype or tensor.dtype).contiguous()
     return zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), zlib.crc32(str(tuple(tensor.shape)).encode()))
-
-
-def publish(partial: Path, target: Path) -> None:
-    """Give a finished folder its name in one step, once all of it is on the disk; an older one of that name goes."""
-    for path in [*partial.iterdir(), partial]:
-        _sync(path)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(partial, target)
-    _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _folder_name(step: int) -> str:

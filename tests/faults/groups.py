@@ -4,20 +4,21 @@ import os
 import sys
 import traceback
 import zlib
+from functools import partial
 
 os.environ.update(JOB["environment"])  # noqa: F821
 
+import bitsandbytes as bnb
 import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthotrain.callbacks import merge_rotations
 from orthotrain.data import TextData
 from orthotrain.layers import mergeable_layers
-from orthotrain.layers.sharding import gathered, whole
+from orthotrain.layers.sharding import gathered, is_sharded, whole
 from orthotrain.models import CausalLM
 from orthotrain.modules import Optimization, PoetLayers, PoetModule
 from orthotrain.optimizers import LieOptimizer
@@ -85,7 +86,7 @@ class Record(L.Callback):
 def strategy_of(name, distributed):
     if name == "fsdp2":
         return ShardedStrategy(save_distributed_checkpoint=distributed)
-    return {"ddp": "ddp", "ddp-quiet": DDPStrategy(broadcast_buffers=False), "auto": "auto"}[name]
+    return name
 
 
 def fit(
@@ -98,6 +99,7 @@ def fit(
     layers=None,
     distributed=False,
     stepwise=False,
+    eight_bit=False,
     **module_options,
 ):
     L.seed_everything(0, verbose=False)
@@ -106,6 +108,8 @@ def fit(
     if stepwise:
         options |= {"rotation_lr": 0.02, "rotation_optimizer": LieOptimizer}
         module_options["resample_every"] = 3
+    if eight_bit:  # the network's largest matrices have 8 bits, smaller ones and what is left of them on two ranks 32
+        options["optimizer"] = partial(bnb.optim.AdamW8bit, min_8bit_size=1024)
     module = PoetModule(
         CausalLM(NETWORK),
         PoetLayers(block_size=8, stepwise=stepwise, **(layers or {})),
@@ -160,6 +164,26 @@ def merged_otherwise(module, stepwise):
     return [n for n, t in module.state_dict().items() if not torch.equal(whole(t), expected[n])]
 
 
+def most_gathered(module):
+    """The largest number of layers whose shards are whole at once while all of them are merged."""
+    layers = dict(mergeable_layers(module))
+    most = 0
+
+    def count(layer, merge):
+        nonlocal most
+        merge()
+        held = [other for other in layers.values() if not is_sharded(other)]
+        assert held == [layer]
+        most = max(most, len(held))
+
+    for layer in layers.values():
+        layer.merge_ = partial(count, layer, layer.merge_)
+    merge_rotations(layers, [])
+    for layer in layers.values():
+        del layer.merge_
+    return most
+
+
 def main():
     if JOB["log"]:
         log = os.open(JOB["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -184,6 +208,7 @@ def main():
         )
         if given.get("strategy") == "fsdp2" and given.get("precision", "32-true") == "32-true":
             results[name]["merged otherwise"] = merged_otherwise(module, given.get("stepwise", False))
+            results[name]["gathered at once"] = most_gathered(module)
         if JOB["ranks"] > 1:
             results[name]["differing"] = same_everywhere(state)
     torch.save(results, f"{JOB['out']}/{JOB['name']}.{JOB['rank']}.pt")

@@ -21,6 +21,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 # Relative difference of a step's loss and of the largest weight: another order of summing gradients, six steps long.
 # bf16 rounds each rank's gradients (bf16-true) or products (bf16-mixed) to 8 bits of mantissa before they are summed.
 LOSS_TOLERANCE = {"32-true": 1e-5, "bf16-mixed": 2e-3, "bf16-true": 5e-3}
+EIGHT_BIT_TOLERANCE = 1e-3
 
 
 class Groups:
@@ -72,11 +73,21 @@ def all_runs(folder, start):
     two["distributed"] = at("distributed", strategy="fsdp2", distributed=True)
     two["stepwise"] = {"steps": 4, "strategy": "ddp", "stepwise": True}
     two["stepwise fsdp2"] = at("stepwise", steps=4, strategy="fsdp2", stepwise=True)
+    # saved where the permutations have just been drawn anew, and the generators have no state
+    two["stepwise distributed"] = at("shards", steps=4, strategy="fsdp2", stepwise=True, distributed=True)
+    two["stepwise shards resumed"] = {"steps": 4, "strategy": "fsdp2", "stepwise": True, "distributed": True}
+    two["stepwise shards resumed"]["resume"] = saved("shards")
+    two["distributed resumed"] = {"steps": STEPS, "strategy": "fsdp2", "distributed": True}
+    two["distributed resumed"]["resume"] = saved("distributed")
+    two["8 bit"] = at("8bit", strategy="fsdp2", eight_bit=True)
+    two["8 bit resumed"] = {"steps": STEPS, "strategy": "fsdp2", "eight_bit": True, "resume": saved("8bit")}
+    two["8 bit ddp"] = {"steps": STEPS, "strategy": "ddp", "eight_bit": True}
     two["stepwise resumed"] = {"steps": 4, "strategy": "fsdp2", "stepwise": True, "resume": saved("stepwise")}
     pair = start("b", 2, two)
     if not (folder / "consolidated.ckpt").exists():
         consolidate(saved("distributed"), folder / "consolidated.ckpt")
     back = {f"{s} to one": {"steps": STEPS, "accumulate": 2, "resume": saved(s)} for s in ("ddp", "fsdp2")}
+    back["8 bit to one"] = {"steps": STEPS, "accumulate": 2, "eight_bit": True, "resume": saved("8bit")}
     back["one to one"] = {"steps": STEPS, "accumulate": 2, "resume": saved("one")}
     back["consolidated to one"] = {"steps": STEPS, "accumulate": 2, "resume": str(folder / "consolidated.ckpt")}
     returned = start("c", 1, back)
@@ -154,6 +165,37 @@ def test_stepwise_poet_shards_and_resumes(runs):
 def test_sharded_merges_are_those_of_one_process_bit_for_bit(runs, ranks):
     for result in runs[ranks]:
         assert result["fsdp2"]["merged otherwise"] == []
+
+
+def test_distributed_checkpoints_resume(runs):
+    """Also at a step where the generators have no optimizer state: the moments of the others are theirs."""
+    for name, resumed in (
+        ("fsdp2", "distributed resumed"),
+        ("stepwise fsdp2", "stepwise distributed"),
+        ("stepwise fsdp2", "stepwise shards resumed"),
+    ):
+        whole, again = losses(runs["two"], name), losses(runs["two"], resumed)
+        close(again, {step: whole[step] for step in again}, LOSS_TOLERANCE["32-true"])
+        if "resumed" in resumed:
+            assert min(again) == MIDDLE + 1
+
+
+def test_eight_bit_moments_are_sharded(runs):
+    """Blocks of 256 values begin elsewhere in a shard: moments are rounded otherwise, and once more when resumed."""
+    expected = losses(runs["two"], "8 bit ddp")
+    close(losses(runs["two"], "8 bit"), expected, EIGHT_BIT_TOLERANCE)
+    resumed = losses(runs["two"], "8 bit resumed"), step_losses(runs["one"], "8 bit to one")
+    for again in resumed:
+        close(again, {step: expected[step] for step in range(MIDDLE + 1, STEPS + 1)}, EIGHT_BIT_TOLERANCE)
+    (state,) = read_checkpoint(runs["folder"] / "8bit" / f"step={MIDDLE}.ckpt")["optimizer_states"]
+    kinds = {e["__bnb_optimizer_quant_state__"]["state1"].dtype for e in state["state"].values()}
+    assert kinds == {torch.uint8, torch.float32}
+
+
+@pytest.mark.parametrize("ranks", ["two", "four"])
+def test_merging_gathers_one_layer_at_a_time(runs, ranks):
+    for result in runs[ranks]:
+        assert result["fsdp2"]["gathered at once"] == 1
 
 
 @pytest.mark.parametrize("ranks", ["two", "four"])

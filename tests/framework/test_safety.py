@@ -4,7 +4,6 @@ Mutations are drawn from a fixed seed: bits flipped, bytes overwritten, spans re
 numbers replaced by extreme ones, of files that are valid to begin with.
 """
 
-import copy
 import json
 import os
 import pickle
@@ -12,6 +11,7 @@ import random
 import resource
 import struct
 import zipfile
+import zlib
 
 import pytest
 import torch
@@ -20,11 +20,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from orthotrain.checkpoint import check_checkpoint, read_checkpoint
+from orthotrain.checkpoint_io import remove_leftovers
+from orthotrain.consolidate import consolidate
 from orthotrain.data.token_cache import HEADER_BYTES, CorruptCacheError, TokenCache, TokenCacheWriter
 from orthotrain.errors import ConfigurationError
 from orthotrain.model_folder import check_model_folder
 from orthotrain.models import PretrainedModel
 from orthotrain.peft_format import read_folder
+from orthotrain.resume import newest_good_checkpoint
+from orthotrain.sharded_checkpoint import load_shards, save_shards
 
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**63 - 1, 2**63, 2**64 - 1]
 
@@ -118,7 +122,7 @@ def test_a_thousand_damaged_pickles_in_valid_archives(checkpoint, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.ckpt", "mutant.ckpt"], "nothing was made"
 
 
-@pytest.mark.parametrize("form", ["torch", "legacy", "bare", "nested", "system", "meta"])
+@pytest.mark.parametrize("form", ["torch", "legacy", "bare", "nested", "system", "meta", "rest"])
 def test_hostile_pickles_run_nothing(tmp_path, form):
     trap, path = Trap(tmp_path / "sprung"), tmp_path / "hostile.ckpt"
     if form == "torch":
@@ -133,40 +137,108 @@ def test_hostile_pickles_run_nothing(tmp_path, form):
         torch.save({"w": torch.ones(2)}, tmp_path / "plain.ckpt")
         code = b"cposix\nsystem\n(S'mkdir " + str(tmp_path / "sprung").encode() + b"'\ntR."
         repack(tmp_path / "plain.ckpt", path, lambda name, data: code if name.endswith(".pkl") else data)
-    else:
-        path.mkdir()
-        torch.save({"global_step": 1}, path / "meta.pt")
+    elif form == "meta":
+        shard_folder(path)
         (path / ".metadata").write_bytes(pickle.dumps(trap))
+        sum_again(path)
+    else:
+        shard_folder(path)
+        torch.save({"global_step": trap}, path / "meta.pt")
+        sum_again(path)
     with pytest.raises(ConfigurationError, match="cannot be read"):
         check_checkpoint(path)
     assert not (tmp_path / "sprung").exists()
 
 
-def test_the_description_of_a_distributed_checkpoint_names_only_its_own_files(tmp_path):
-    from torch.distributed.checkpoint import FileSystemWriter, save
-    from torch.distributed.checkpoint.metadata import Metadata
+def shard_folder(path, **more):
+    """Write a distributed checkpoint of one process; what is no tensor becomes an entry of bytes in its shard."""
+    save_shards({"state_dict": {"w": torch.arange(16.0), **more}}, {"optimizer_states": []}, path, bool)
+    return path
 
-    folder = tmp_path / "shards.ckpt"
-    save({"w": torch.randn(4, 4)}, storage_writer=FileSystemWriter(folder), no_dist=True)
-    torch.save({"global_step": 1}, folder / "meta.pt")
+
+def sum_again(path):
+    """Make the checksums of a folder right again, as whoever makes a hostile one would."""
+    names = [file.name for file in path.iterdir() if file.name != "checksums.json"]
+    index = {name: [(path / name).stat().st_size, zlib.crc32((path / name).read_bytes())] for name in names}
+    (path / "checksums.json").write_text(json.dumps(index))
+
+
+def test_a_hostile_entry_in_a_shard_runs_nothing(tmp_path):
+    """Not when its folder is made one file, and not when a run goes on from it."""
+    folder = shard_folder(tmp_path / "hostile.ckpt", evil=Trap(tmp_path / "sprung"))
     check_checkpoint(folder)
+    with pytest.raises(ConfigurationError, match="hostile.ckpt' cannot be read: Weights only load failed"):
+        consolidate(folder, tmp_path / "one.ckpt")
+    with pytest.raises(ConfigurationError, match="hostile.ckpt' cannot be read: Weights only load failed"):
+        load_shards({"state_dict": {"w": torch.zeros(16), "evil": 0}}, folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hostile.ckpt"]
+
+
+def test_every_file_of_a_distributed_checkpoint_is_summed(tmp_path):
+    folder = shard_folder(tmp_path / "shards.ckpt", step=3)
+    assert read_checkpoint(consolidate(folder, tmp_path / "one.ckpt"))["state_dict"]["step"] == 3
+    for file in sorted(folder.iterdir()):
+        original = file.read_bytes()
+        refused = refused_or_read(lambda _: check_checkpoint(folder), file, 50, original, file.name)
+        # a changed index may still be the same index (spaces)
+        assert refused > 40 if file.name == "checksums.json" else refused == 50
+        file.write_bytes(original)
+        file.unlink()
+        with pytest.raises(ConfigurationError, match="shards.ckpt"):
+            check_checkpoint(folder)
+        file.write_bytes(original)
+    check_checkpoint(folder)
+
+
+def test_a_distributed_checkpoint_is_written_beside_the_older_one(tmp_path, monkeypatch):
+    """Killed while it writes, or between the two renames, a run leaves the older one, and the next save or resume
+    nothing else."""
+    folder = shard_folder(tmp_path / "last.ckpt")
+
+    def dies(*given):
+        raise KeyboardInterrupt
+
+    for place in ("_write_sums", "publish"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"orthotrain.sharded_checkpoint.{place}", dies)
+            shard_folder(folder, new=torch.ones(1))
+        check_checkpoint(folder)
+        assert newest_good_checkpoint([tmp_path]) == (folder, [])
+    folder.rename(tmp_path / ".last.ckpt.old")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    shard_folder(folder, new=torch.ones(1))
+    assert "new" in read_checkpoint(consolidate(folder, tmp_path / "one.ckpt"))["state_dict"]
+
+
+def test_the_description_of_a_distributed_checkpoint_names_only_its_own_files(tmp_path):
+    folder = shard_folder(tmp_path / "shards.ckpt")
     description = folder / ".metadata"
     original = description.read_bytes()
-    assert refused_or_read(lambda _: check_checkpoint(folder), description, 500, original, "metadata") > 300
-    metadata: Metadata = pickle.loads(original)
-    hostile = copy.deepcopy(metadata)
-    for info in hostile.storage_data.values():
-        info.relative_path = "../../etc/passwd"
-    description.write_bytes(pickle.dumps(hostile))
-    with pytest.raises(ConfigurationError, match="names a file outside its folder"):
+
+    def check(_):
+        sum_again(folder)
         check_checkpoint(folder)
+
+    assert refused_or_read(check, description, 500, original, "metadata") > 300
+    for name, message in (("../../etc/passwd", "names a file outside its folder"), ("other", "not a file of its fold")):
+        hostile = pickle.loads(original)
+        for info in hostile.storage_data.values():
+            info.relative_path = name
+        description.write_bytes(pickle.dumps(hostile))
+        with pytest.raises(ConfigurationError, match=message):
+            check(folder)
+    hostile = pickle.loads(original)
+    hostile.planner_data = {"state_dict.w": ("state_dict", 2**40)}
+    description.write_bytes(pickle.dumps(hostile))
+    with pytest.raises(ConfigurationError, match="names a place"):
+        check(folder)
 
 
 def test_a_description_that_asks_for_gigabytes_is_refused(tmp_path):
-    folder = tmp_path / "shards.ckpt"
-    folder.mkdir()
-    torch.save({"global_step": 1}, folder / "meta.pt")
+    folder = shard_folder(tmp_path / "shards.ckpt")
     (folder / ".metadata").write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b".")
+    sum_again(folder)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ConfigurationError, match="it numbers an object 2147483647 in"):
         check_checkpoint(folder)

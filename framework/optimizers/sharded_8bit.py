@@ -1,0 +1,123 @@
+"""bitsandbytes' optimizers on sharded parameters: every rank steps its own part, a checkpoint holds the whole.
+
+Their kernels know nothing of sharded tensors, and their 8-bit moments come in blocks of 256 values, each with a scale,
+that a shard may cut. A checkpoint is made by way of fp32, in the blocks of the whole: where shards end between blocks
+this changes no bit, elsewhere it rounds once more.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+WRAPPED = "__bnb_optimizer_quant_state__"
+"""Where the state dict of bitsandbytes' optimizers keeps what torch's loading must not cast."""
+
+BLOCK = 256
+
+
+class LocalSteps:
+    """Mixed into an optimizer of bitsandbytes: steps the local parts of sharded parameters."""
+
+    state: Any
+
+    def init_state(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        """Make the moments of this rank's part."""
+        with self._local(p) as part:
+            super().init_state(group, part, gindex, pindex)  # type: ignore[misc]
+
+    def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        """Step this rank's part."""
+        with self._local(p) as part:
+            if part.numel():
+                super().update_step(group, part, gindex, pindex)  # type: ignore[misc]
+
+    @contextmanager
+    def _local(self, p: Tensor) -> Iterator[Tensor]:
+        if not isinstance(p, DTensor):
+            yield p
+            return
+        part, gradient = p.to_local(), p.grad
+        part.grad = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        self.state[part] = self.state[p]  # one dictionary under two keys
+        try:
+            yield part
+        finally:
+            del self.state[part]
+
+
+def step_locally(optimizer: Optimizer) -> bool:
+    """Let an optimizer, or the parts of one, step sharded parameters; tell whether one is of bitsandbytes."""
+    found = False
+    for part in getattr(optimizer, "parts", [optimizer]):
+        if is_bitsandbytes(part):
+            found = True
+            if not isinstance(part, LocalSteps):
+                part.__class__ = type(type(part).__name__, (LocalSteps, type(part)), {})
+    return found
+
+
+def is_bitsandbytes(optimizer: Optimizer) -> bool:
+    """Tell whether an optimizer is one of bitsandbytes, without importing it."""
+    return any(base.__module__.startswith("bitsandbytes.optim") for base in type(optimizer).__mro__)
+
+
+def whole_entry(entry: dict[str, Any], parameter: DTensor, optimizer: Any) -> dict[str, Any]:
+    """Return the state of a parameter as one device would hold it; a collective.
+
+    Args:
+        entry: This rank's, of the optimizer's state dict.
+        parameter: The sharded parameter.
+        optimizer: The optimizer of bitsandbytes.
+    """
+    mesh, placements = parameter.device_mesh, parameter.placements
+    moments = {}
+    for number, part in _moments(entry[WRAPPED]).items():
+        sharded = DTensor.from_local(
+            part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
+        moments[number] = sharded.full_tensor().cpu()
+    return {**entry, WRAPPED: _packed(moments, optimizer)}
+
+
+def local_entry(entry: dict[str, Any], parameter: DTensor, optimizer: Any) -> dict[str, Any]:
+    """Return this rank's part of the state of a parameter; arguments as those of :func:`whole_entry`."""
+    moments = {}
+    for number, full in _moments(entry[WRAPPED]).items():
+        full = full.to(parameter.device)
+        part = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        moments[number] = part.to_local()
+    return {**entry, WRAPPED: _packed(moments, optimizer)}
+
+
+def _moments(packed: dict[str, Tensor]) -> dict[int, Tensor]:
+    """Return the moments in fp32 by their number, 1 and 2."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    moments = {}
+    for number in (1, 2):
+        values = packed.get(f"state{number}")
+        if values is not None and values.dtype == torch.uint8:
+            scale, code = packed[f"absmax{number}"], packed[f"qmap{number}"]
+            values = dequantize_blockwise(values, absmax=scale, code=code.to(values.device), blocksize=BLOCK)
+        if values is not None:
+            moments[number] = values
+    return moments
+
+
+def _packed(moments: dict[int, Tensor], optimizer: Any) -> dict[str, Tensor]:
+    """Return moments as the optimizer keeps those of a parameter of this size: in 8 bits, or, if small, in fp32."""
+    from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
+
+    packed: dict[str, Tensor] = {}
+    for number, values in moments.items():
+        if optimizer.args.optim_bits == 8 and values.numel() >= optimizer.args.min_8bit_size:
+            code = create_dynamic_map(signed=number == 1).to(values.device)
+            values, scales = quantize_blockwise(values.contiguous(), code=code, blocksize=BLOCK)
+            packed |= {f"qmap{number}": code, f"absmax{number}": scales.absmax}
+        packed[f"state{number}"] = values
+    return packed

@@ -128,6 +128,9 @@ def optimizer_bytes(optimization: Optimization, groups: list[dict[str, Any]]) ->
             width = group["params"][0].shape[-1] if group["name"] == "rotations" else 256
             probe = nn.Parameter(torch.zeros(-(-65536 // width), width, dtype=dtype))
             probe.grad = torch.zeros_like(probe)
+            share = rotated_share(group["params"][0])
+            if share is not None:  # an optimizer of generators takes nothing else
+                mark_generators(probe, share)
             optimizer = optimization.build([{**group, "params": [probe]}])
             optimizer.step()
             tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]

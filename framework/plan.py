@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthotrain.layers import mergeable_layers
+from orthotrain.layers.generators import mark_generators, rotated_share
 from orthotrain.modules import BaseModule, Optimization
 
 GIB = 1024**3

@@ -71,7 +71,8 @@ class CayleyNeumannFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient for the generators."""
-        return _generators_gradient(*ctx.saved_tensors, grad, ctx.order), None, None
+        (generators,) = ctx.saved_tensors
+        return _generators_gradient(generators, grad, ctx.order), None, None
 
 
 def cayley_neumann_generators(generators: Tensor, block_size: int, order: int) -> Tensor:

@@ -104,7 +104,8 @@ class FoldFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None]:
         """Return the gradients for the displacements that need them."""
         _, need_out, need_in, *_ = ctx.needs_input_grad
-        return None, *_gradients(grad, *ctx.saved_tensors, need_out, need_in), None, None
+        gradients = _gradients(grad, *ctx.saved_tensors, need_out=need_out, need_in=need_in)
+        return None, *gradients, None, None
 
 
 def fold(

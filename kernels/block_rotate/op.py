@@ -97,7 +97,8 @@ class BlockRotateFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Return the gradients for ``x`` and the displacement that are needed."""
         need_x, need_displacement, *_ = ctx.needs_input_grad
-        gradients = _gradients(grad, *ctx.saved_tensors, need_x=need_x, need_displacement=need_displacement)
+        x, displacement, load, store = ctx.saved_tensors
+        gradients = _gradients(grad, x, displacement, load, store, need_x, need_displacement)
         return *gradients, None, None
 
 

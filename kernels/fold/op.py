@@ -104,7 +104,8 @@ class FoldFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None]:
         """Return the gradients for the displacements that need them."""
         _, need_out, need_in, *_ = ctx.needs_input_grad
-        gradients = _gradients(grad, *ctx.saved_tensors, need_out=need_out, need_in=need_in)
+        weight, d_out, d_in, rows, columns = ctx.saved_tensors
+        gradients = _gradients(grad, weight, d_out, d_in, rows, columns, need_out, need_in)
         return None, *gradients, None, None
 
 

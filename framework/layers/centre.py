@@ -216,10 +216,12 @@ def cached_costs(path: str, required: bool, device_type: str, name: str, half: b
     key = "half" if half else "float32"
     own = read_table(Path(path)) if required or Path(path).exists() else []
     shipped = read_table(SHIPPED)
-    for entry in own + shipped:
-        # an entry that is named cpu serves every CPU that no entry before it names more closely
-        if entry["type"] == device_type and (fnmatchcase(name, entry["name"]) or entry["name"] == device_type):
-            return entry[key]
+    for table in (own, shipped):
+        named = [entry for entry in table if entry["type"] == device_type]
+        # an entry called cpu serves every CPU that no other names more closely
+        fitting = [e for e in named if fnmatchcase(name, e["name"])] + [e for e in named if e["name"] == device_type]
+        if fitting:
+            return fitting[0][key]
     kind = "cpu" if device_type == "cpu" else "cuda"
     return next(entry[key] for entry in shipped if entry["type"] == kind)
 

@@ -82,7 +82,9 @@ def poet(
     )
 
 
-def stepwise(angle: float = 0.015, resample: int = 50, gain: float = 1.0, **options: Any) -> PoetModule:
+def stepwise(
+    angle: float = 0.015, resample: int = 50, gain: float = 1.0, rest: float = 4e-3, **options: Any
+) -> PoetModule:
     """Return step-wise POET: b=64, orthogonalised momentum, alternating sides, permutations kept for 50 steps."""
     layers = {
         name: options.pop(name) for name in ("block_size", "fraction", "init", "sides", "overrides") if name in options
@@ -91,7 +93,7 @@ def stepwise(angle: float = 0.015, resample: int = 50, gain: float = 1.0, **opti
         **{"block_size": 64, "parameterization": CayleyNeumann(2), **layers}, stepwise=True, gain=gain
     )
     build = partial(LieOptimizer, **options)
-    recipe = optimization(rotation_lr=angle, rotation_optimizer=build)
+    recipe = optimization(rest, rotation_lr=angle, rotation_optimizer=build)
     return PoetModule(CausalLM(CONFIG), settings, 1, resample_every=resample, optimization=recipe)
 
 
@@ -100,8 +102,8 @@ GROUPS: dict[str, dict[str, partial]] = {
         **{f"AdamW, hidden lr {lr:g}": partial(adamw, lr) for lr in (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)},
         "AdamW, one lr 2e-3": partial(adamw, 2e-3, 2e-3),
         **{f"Muon, hidden lr {lr:g}": partial(muon, lr) for lr in (2.5e-3, 5e-3, 1e-2, 2e-2)},
-        **{f"GaLore r=64, hidden lr {lr:g}": partial(galore, lr) for lr in (1e-3, 4e-3)},
-        **{f"LoRA r=64, lr {lr:g}": partial(lora, lr) for lr in (1e-3, 4e-3)},
+        **{f"GaLore r=64, hidden lr {lr:g}": partial(galore, lr) for lr in (2.5e-4, 5e-4, 1e-3, 4e-3)},
+        **{f"LoRA r=64, lr {lr:g}": partial(lora, lr) for lr in (2.5e-4, 5e-4, 1e-3, 4e-3)},
         "ReLoRA r=64, lr 4e-3, every 50": partial(lora, 4e-3, merge_every=50),
     },
     "poet": {
@@ -147,6 +149,20 @@ GROUPS: dict[str, dict[str, partial]] = {
         "step-wise b=64, direction adam": partial(stepwise, direction="adam"),
         "step-wise b=64, direction sign": partial(stepwise, direction="sign"),
         "step-wise b=64, uniform spectrum": partial(stepwise, init="uniform"),
+        "step-wise b=128, angle 0.024, uniform spectrum": partial(stepwise, 0.024, block_size=128, init="uniform"),
+        "step-wise b=256, angle 0.02, uniform spectrum": partial(stepwise, 0.02, block_size=256, init="uniform"),
+        **{
+            f"step-wise b=256, angle 0.02, uniform spectrum, gain {g:g}": partial(
+                stepwise, 0.02, block_size=256, init="uniform", gain=g
+            )
+            for g in (0.7, 1.4)
+        },
+        **{
+            f"step-wise b=256, angle 0.02, uniform spectrum, the rest {lr:g}": partial(
+                stepwise, 0.02, block_size=256, init="uniform", rest=lr
+            )
+            for lr in (2e-3, 8e-3)
+        },
     },
 }
 RUNS = {name: (group, build) for group, runs in GROUPS.items() for name, build in runs.items()}

@@ -95,7 +95,7 @@ class ShardedStrategy(ModelParallelStrategy):
             ConfigurationError: If it cannot be written, naming why.
         """
         if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            super().save_checkpoint(checkpoint, Path(filepath), storage_options)
             return
         shards = {"state_dict": checkpoint.pop("state_dict")}
         states = [split_state(state) for state in checkpoint.pop("optimizer_states", [])]

@@ -1,6 +1,5 @@
 """What every module of the framework does: build late, shard if asked to, log honestly, optimize by groups."""
 
-import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -254,7 +253,6 @@ def constant_buffers(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_buffers() if name.startswith(inside) or name not in saved]
 
 
-@functools.cache
 def takes_cache(network: type[nn.Module]) -> bool:
     """Tell whether the forward pass of a network can fill a cache for generation."""
     return "use_cache" in inspect.signature(network.forward).parameters

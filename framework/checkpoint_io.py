@@ -14,6 +14,9 @@ from orthotrain.errors import ConfigurationError
 
 PARTIAL_SUFFIX, OLD_SUFFIX = ".partial", ".old"
 
+FROZEN = "frozen_fingerprints"
+"""The entry of a checkpoint that leaves out what is frozen."""
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the final place, flushes to the disk and renames; reads plain values and tensors only.

@@ -103,10 +103,15 @@ def export_command(arguments: list[str]) -> None:
     parser.add_argument("--out", required=True, help="folder to write; must be new or empty")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="dtype of the merged model; by default the network's")  # fmt: skip
+    parser.add_argument("--allow", nargs="*", default=[], metavar="MODULE.CLASS",
+                        help="classes of your own that the checkpoint may name")  # fmt: skip
+    parser.add_argument("--trust_remote_code", action="store_true",
+                        help="run code that comes with the pretrained model, as the run did")  # fmt: skip
     options = parser.parse_args(arguments)
     from orthotrain.export import export_checkpoint  # takes seconds, which a refused command line need not
 
-    print(f"wrote {export_checkpoint(options.ckpt, options.out, options.format, options.dtype)}")
+    allowed = {"allow": options.allow, "trust_remote_code": options.trust_remote_code}
+    print(f"wrote {export_checkpoint(options.ckpt, options.out, options.format, options.dtype, **allowed)}")
 
 
 def plan_command(arguments: list[str]) -> None:

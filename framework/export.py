@@ -1,6 +1,7 @@
 """Leaving the framework: a merged model that other tools load."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,17 +9,25 @@ import torch
 from torch import nn
 
 from orthotrain.checkpoint import read_checkpoint
+from orthotrain.checkpoint_classes import check_classes
+from orthotrain.checkpoint_io import FROZEN
+from orthotrain.config_errors import one_line
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.layers.bitsandbytes_linear import compute_dtype_of
 from orthotrain.layers.surgery import unwrap_mergeables
-from orthotrain.models import ModelBuilder
+from orthotrain.models import CausalLM, ModelBuilder
 from orthotrain.peft_adapter import export_peft
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def export_checkpoint(
-    checkpoint: str | Path, out: str | Path, format: Literal["hf", "peft"] = "hf", dtype: Dtype | None = None
+    checkpoint: str | Path,
+    out: str | Path,
+    format: Literal["hf", "peft"] = "hf",
+    dtype: Dtype | None = None,
+    allow: Iterable[str | type] = (),
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write a checkpoint's network where other tools find it.
 
@@ -28,6 +37,8 @@ def export_checkpoint(
         format: ``hf`` for a merged Hugging Face folder (safetensors, config, tokenizer), ``peft`` for the OFT adapter
             alone, as ``PeftModel.from_pretrained`` reads it.
         dtype: Of the merged model; None for that of the network. An adapter keeps its own.
+        allow: As for :func:`load_network`.
+        trust_remote_code: As for :func:`load_network`.
 
     Returns:
         The folder.
@@ -42,7 +53,7 @@ def export_checkpoint(
             "take --format hf"
         )
     contents = read_checkpoint(checkpoint)
-    network = load_network(contents, str(checkpoint))
+    network = load_network(contents, str(checkpoint), allow, trust_remote_code)
     if format == "peft":
         return export_peft(network, out)
     return export_huggingface(network, out, load_tokenizer(contents), dtype)
@@ -119,33 +130,56 @@ def _forget_bitsandbytes(network: nn.Module) -> None:
             delattr(network, flag)
 
 
-def load_network(contents: dict[str, Any], origin: str = "checkpoint") -> nn.Module:
+def load_network(
+    contents: dict[str, Any],
+    origin: str = "checkpoint",
+    allow: Iterable[str | type] = (),
+    trust_remote_code: bool = False,
+) -> nn.Module:
     """Rebuild the network that a checkpoint was written from, with its weights.
 
     Args:
         contents: What :func:`read_checkpoint` returned.
         origin: Name of the file, for messages.
+        allow: Classes of your own, or their dotted names, that the checkpoint may name; those that are imported already
+            it may name in any case.
+        trust_remote_code: Whether code that comes with a pretrained model is run where the run has done so.
 
     Raises:
-        ConfigurationError: If the checkpoint does not describe its module, or does not fit its own description.
+        ConfigurationError: If the checkpoint does not describe its module, names code that is not known, or does not
+            fit its own description.
     """
-    from jsonargparse import ArgumentParser
-
-    from orthotrain.modules import BaseModule
-
-    description = contents.get("hyper_parameters", {})
-    if "class_path" not in description:
+    description = contents.get("hyper_parameters") or {}
+    if not isinstance(description, dict) or "class_path" not in description:
         raise ConfigurationError(
             f"{origin} does not say which module wrote it (it was not written by `orthotrain fit`): load it with your "
             "module's load_from_checkpoint and call export_huggingface on its network"
         )
+    try:
+        check_classes(description, origin, allow, trust_remote_code)
+        return _rebuilt(contents, description)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{origin}: {error}" if origin not in str(error) else str(error)) from error
+    except Exception as error:  # a damaged description leads anywhere
+        reason = one_line(str(error) or type(error).__name__, ())
+        raise ConfigurationError(f"{origin} does not fit its own description: {reason}; take an earlier one") from error
+
+
+def _rebuilt(contents: dict[str, Any], description: dict[str, Any]) -> nn.Module:
+    from jsonargparse import ArgumentParser
+
+    from orthotrain.modules import BaseModule
+
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(BaseModule, "model")
     wanted = {key: description[key] for key in ("class_path", "init_args") if key in description}
     module = parser.instantiate(parser.parse_object({"model": wanted})).model
+    state = contents["state_dict"]
+    if isinstance(module._builder, CausalLM) and FROZEN not in contents:
+        module._builder.check_size(len(state), sum(tensor.numel() for tensor in state.values()))
     module.configure_model()
     module.on_load_checkpoint(contents)
-    module.load_state_dict(contents["state_dict"])
+    module.load_state_dict(state)
     return module.model.eval()
 
 
@@ -162,13 +196,15 @@ class CheckpointModel(ModelBuilder):
 
     Args:
         path: The ``.ckpt`` file.
+        allow: Dotted names of classes of your own that the file may name.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, allow: list[str] | None = None) -> None:
         self.path = path
+        self.allow = list(allow or [])
 
     def __call__(self) -> nn.Module:
         """Read, merge and return the network in training mode."""
-        network = load_network(read_checkpoint(self.path), self.path)
+        network = load_network(read_checkpoint(self.path), self.path, self.allow)
         make_plain_(network)
         return network.train()

@@ -17,6 +17,28 @@ AUTO_CLASSES = {
     "sequence_classification": "AutoModelForSequenceClassification",
 }
 
+LOADING_OPTIONS = frozenset({
+    "attn_implementation", "cache_dir", "device_map", "disable_mmap", "force_download", "id2label",
+    "ignore_mismatched_sizes", "label2id", "local_files_only", "max_memory", "num_labels", "offload_folder",
+    "problem_type", "proxies", "revision", "subfolder", "token", "use_safetensors", "variant",
+})  # fmt: skip
+"""Arguments of ``from_pretrained`` that run nothing, whatever the files hold."""
+
+_PICKLES = "it would run pickles; weights are read as plain tensors, leave it out"
+_KERNELS = "it would fetch code and run it; leave it out"
+REFUSED_OPTIONS = {
+    "trust_remote_code": "it is an argument of PretrainedModel beside options",
+    "weights_only": _PICKLES,
+    "use_kernels": _KERNELS,
+    "allow_all_kernels": _KERNELS,
+    "kernel_config": _KERNELS,
+    "auto_map": _KERNELS,
+    "dtype": "it is an argument of PretrainedModel beside options",
+    "torch_dtype": "dtype is an argument of PretrainedModel beside options",
+    "quantization_config": "load_in_4bit of PretrainedModel, or quantization of the layers, says it",
+}
+"""What is said of the options that a user may think of."""
+
 
 class ModelBuilder(ABC):
     """Builds a network late, on the device and in the precision that the strategy has set up."""
@@ -58,11 +80,36 @@ class CausalLM(ModelBuilder):
 
     def __call__(self) -> nn.Module:
         """Return the model in training mode, weights drawn from torch's global generator."""
-        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        configuration = CONFIG_MAPPING[self.model_type](**self.config)
-        model = AutoModelForCausalLM.from_config(configuration)
+        model = AutoModelForCausalLM.from_config(self._configuration())
         return enable_checkpointing(model, self.gradient_checkpointing).train()
+
+    def check_size(self, tensors: int, values: int) -> None:
+        """Refuse a network much larger than what is to be loaded into it, before anything is allocated.
+
+        Args:
+            tensors: How many tensors there are.
+            values: How many values they have, those of quantised weights packed.
+
+        Raises:
+            ConfigurationError: Naming both sizes.
+        """
+        from transformers import AutoModelForCausalLM
+
+        configuration = self._configuration()
+        layers = getattr(configuration, "num_hidden_layers", 0)
+        if layers > tensors:
+            raise ConfigurationError(f"a network of {layers} layers is described, there are {tensors} tensors")
+        with torch.device("meta"):
+            described = sum(p.numel() for p in AutoModelForCausalLM.from_config(configuration).parameters())
+        if described > 8 * values:
+            raise ConfigurationError(f"a network of {described:,} values is described, there are {values:,}")
+
+    def _configuration(self) -> Any:
+        from transformers import CONFIG_MAPPING
+
+        return CONFIG_MAPPING[self.model_type](**self.config)
 
 
 class PretrainedModel(ModelBuilder):
@@ -73,11 +120,14 @@ class PretrainedModel(ModelBuilder):
         task: ``causal_lm``, ``seq2seq_lm`` or ``sequence_classification``.
         dtype: ``auto`` for the stored one, or a torch dtype's name such as ``bfloat16``.
         load_in_4bit: Whether transformers quantises the weights to NF4 with double quantisation while loading.
-        options: More arguments of ``from_pretrained``, such as ``num_labels``.
+        options: More arguments of ``from_pretrained``, such as ``num_labels`` and ``revision``, and keys of the model's
+            configuration; none that would run what a file says.
         gradient_checkpointing: Whether layers are computed again in backward: their activations are not kept.
+        trust_remote_code: Whether Python code that comes with the model is run. It can do whatever you can.
 
     Raises:
-        ConfigurationError: An unknown task or dtype; when it is built, a model that cannot be loaded.
+        ConfigurationError: An unknown task or dtype, or an option that is not safe; when it is built, a model that
+            cannot be loaded or has no such option.
     """
 
     def __init__(
@@ -88,6 +138,7 @@ class PretrainedModel(ModelBuilder):
         load_in_4bit: bool = False,
         options: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         check_choice("task", task, Task)
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -97,17 +148,19 @@ class PretrainedModel(ModelBuilder):
         self.dtype = dtype
         self.load_in_4bit = load_in_4bit
         self.options = dict(options or {})
+        check_options(self.options)
         self.gradient_checkpointing = gradient_checkpointing
+        self.trust_remote_code = trust_remote_code
 
     def __call__(self) -> nn.Module:
-        """Load and return the model in training mode; code that comes with a model is never run.
+        """Load and return the model in training mode.
 
         Parameters that the checkpoint does not hold have random values (the head of a new task): their names are kept
         in the model's ``fresh_parameters``, for whoever freezes the rest.
         """
         import transformers
 
-        options = {**self.options, "dtype": self.dtype, "trust_remote_code": False}
+        options = {**self.options, "dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
         if self.load_in_4bit:
             compute = torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype)
             options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -118,14 +171,55 @@ class PretrainedModel(ModelBuilder):
             )
         check_model_folder(self.name)
         try:
+            self._check_configuration(transformers.AutoConfig)
             load = getattr(transformers, AUTO_CLASSES[self.task]).from_pretrained
             model, report = load(self.name, **options, output_loading_info=True)
+        except ConfigurationError:
+            raise
         except Exception as error:  # damaged files raise whatever their bytes lead to
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if "trust_remote_code" in str(error) and not self.trust_remote_code:
+                first = "it comes with code of its own; read that, and set trust_remote_code: true if you trust it"
             raise ConfigurationError(f"model {self.name!r} cannot be loaded: {first}") from error
         resized = {name for name, *_ in report["mismatched_keys"]}
         model.fresh_parameters = sorted({*report["missing_keys"], *resized})
         return enable_checkpointing(model, self.gradient_checkpointing).train()
+
+    def _check_configuration(self, auto_config: Any) -> None:
+        """Refuse options that neither load safely nor are keys of the model's configuration."""
+        loading = {name: value for name, value in self.options.items() if name in LOADING_OPTIONS}
+        asked = {name: value for name, value in self.options.items() if name not in LOADING_OPTIONS}
+        if not asked:
+            return
+        where = {
+            name: value for name, value in loading.items() if name in ("cache_dir", "revision", "subfolder", "token")
+        }
+        config = auto_config.from_pretrained(self.name, trust_remote_code=self.trust_remote_code, **where)
+        known = {*config.to_dict(), *config.attribute_map}
+        for name in asked:
+            if name not in known:
+                near = difflib.get_close_matches(name, [*known, *LOADING_OPTIONS]) or sorted(LOADING_OPTIONS)
+                raise ConfigurationError(
+                    f"options: {name!r} is no key of the configuration of {self.name!r}, and no option of loading that "
+                    f"is safe with any file; try {', '.join(near)}"
+                )
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options that would run what a file says.
+
+    Raises:
+        ConfigurationError: Naming the option and what to do instead.
+    """
+    for name, advice in REFUSED_OPTIONS.items():
+        if name in options:
+            raise ConfigurationError(f"options: {name}={options[name]!r} is not taken: {advice}")
+    attention = options.get("attn_implementation")
+    if isinstance(attention, dict) or "/" in str(attention):
+        raise ConfigurationError(
+            f"options: attn_implementation={attention!r} would fetch code and run it: take eager, sdpa or "
+            "flash_attention_2"
+        )
 
 
 def enable_checkpointing(model: Any, wanted: bool) -> Any:

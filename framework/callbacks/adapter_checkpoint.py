@@ -14,12 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from orthotrain.callbacks.merge_rotations import MergeRotations
-from orthotrain.checkpoint_io import PARTIAL_SUFFIX, publish
+from orthotrain.checkpoint_io import FROZEN, PARTIAL_SUFFIX, publish
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.mergeable import mergeable_layers
 
 WEIGHTS_FILE, DESCRIPTION_FILE, RESUME_FILE = "adapter.safetensors", "adapter.json", "resume.ckpt"
-_FROZEN = "frozen_fingerprints"
 _SAMPLES = 4096
 
 
@@ -96,7 +95,7 @@ class AdapterCheckpoint(Checkpoint):
             return
         frozen = self._fingerprints
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-        checkpoint[_FROZEN] = {name: list(values) for name, values in frozen.items()}
+        checkpoint[FROZEN] = {name: list(values) for name, values in frozen.items()}
         prefix = "model." if isinstance(getattr(pl_module, "model", None), nn.Module) else ""
         for name, _ in pl_module.named_parameters():
             if name not in frozen:
@@ -164,7 +163,7 @@ def restore_frozen(checkpoint: dict[str, Any], module: nn.Module) -> None:
     Raises:
         ConfigurationError: If a frozen tensor is missing in the module or is another one.
     """
-    frozen = checkpoint.get(_FROZEN)
+    frozen = checkpoint.get(FROZEN)
     if frozen is None:
         return
     own = module.state_dict()

@@ -4,12 +4,14 @@ Mutations are drawn from a fixed seed: bits flipped, bytes overwritten, spans re
 numbers replaced by extreme ones, of files that are valid to begin with.
 """
 
+import copy
 import json
 import os
 import pickle
 import random
 import resource
 import struct
+import sys
 import zipfile
 import zlib
 
@@ -18,14 +20,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthotrain.checkpoint import check_checkpoint, read_checkpoint
 from orthotrain.checkpoint_io import remove_leftovers
+from orthotrain.cli import main
 from orthotrain.consolidate import consolidate
 from orthotrain.data.token_cache import HEADER_BYTES, CorruptCacheError, TokenCache, TokenCacheWriter
 from orthotrain.errors import ConfigurationError
+from orthotrain.export import load_network
 from orthotrain.model_folder import check_model_folder
-from orthotrain.models import PretrainedModel
+from orthotrain.models import CausalLM, PretrainedModel
+from orthotrain.modules import PoetLayers, PoetModule
 from orthotrain.peft_format import read_folder
 from orthotrain.resume import newest_good_checkpoint
 from orthotrain.sharded_checkpoint import load_shards, save_shards
@@ -120,6 +126,130 @@ def test_a_thousand_damaged_pickles_in_valid_archives(checkpoint, tmp_path):
             refused += 1
     assert refused > 700
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.ckpt", "mutant.ckpt"], "nothing was made"
+
+
+def described(tiny_llama, **more):
+    """A checkpoint as ``orthotrain fit`` writes it, in memory."""
+    network = {"class_path": "orthotrain.models.CausalLM", "init_args": {"config": tiny_llama, **more}}
+    layers = {"block_size": 8, "parameterization": "cayley", "overrides": {"*mlp*": {"sides": "in"}}}
+    optimization = {"lr": 0.01, "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"betas": [0.9, 0.95]}}}
+    arguments = {"model": network, "layers": layers, "merge_every": 2, "optimization": optimization}
+    module = PoetModule(CausalLM(tiny_llama), PoetLayers(**layers), 2)
+    module.configure_model()
+    names = {"class_path": "orthotrain.modules.PoetModule", "init_args": arguments}
+    return {"state_dict": module.state_dict(), "hyper_parameters": names}
+
+
+def places(value, path=()):
+    """Every place in nested dictionaries and lists."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in inner:
+        yield (*path, key)
+        yield from places(child, (*path, key))
+
+
+def test_damaged_descriptions_are_one_clear_error(tiny_llama):
+    """Every value of a description, each in turn, replaced by others or taken out."""
+    contents = described(tiny_llama)
+    load_network(contents, "good.ckpt")
+    refused, generator = 0, random.Random("descriptions")
+    all_places = list(places({"state_dict": {}, "hyper_parameters": contents["hyper_parameters"]}))
+    for place in all_places:
+        mutant = {**contents, "hyper_parameters": copy.deepcopy(contents["hyper_parameters"])}
+        holder = mutant
+        for key in place[:-1]:
+            holder = holder[key]
+        if generator.randrange(4):
+            holder[place[-1]] = generator.choice(
+                [None, -1, 0, 0.5, 10**30, "x", "a.b", [], {}, [[]], {"class_path": 3}]
+            )
+        else:
+            del holder[place[-1]]
+        try:
+            load_network(mutant, "mutant.ckpt")
+        except ConfigurationError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > len(all_places) / 3
+
+
+@pytest.mark.parametrize("size", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"])
+def test_a_description_of_a_huge_network_allocates_nothing(tiny_llama, size):
+    contents = described({**tiny_llama})
+    contents["hyper_parameters"]["init_args"]["model"]["init_args"]["config"][size] = 2**24
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConfigurationError, match=r"huge.ckpt: a network of [\d,]+ (values|layers) is described, there"):
+        load_network(contents, "huge.ckpt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # in KiB
+
+
+def test_damaged_checkpoints_that_can_be_read_load_or_are_refused(tiny_llama, tmp_path):
+    original, target, generator = tmp_path / "good.ckpt", tmp_path / "mutant.ckpt", random.Random("networks")
+    torch.save(described(tiny_llama), original)
+    read = 0
+    for _ in range(300):
+        repack(original, target, lambda name, data: mutated(data, generator) if name.endswith("data.pkl") else data)
+        try:
+            contents = read_checkpoint(target)
+            read += 1
+            load_network(contents, str(target))
+        except ConfigurationError as error:
+            assert "mutant.ckpt" in str(error)
+    assert read > 20
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        "os.abort",
+        "this.d",
+        {"class_path": "no_such_package.Network"},
+        "orthotrain.consolidate.consolidate",
+        {"class_path": "this.d"},
+        {"class_path": "functools.partial", "init_args": {"func": "os.mkdir", "args": ["TRAP"]}},
+        {"class_path": "torch.nn.Sequential", "init_args": {"x": ["posix.system"]}},
+        {"class_path": "torch.hub.load", "init_args": {"repo_or_dir": "x"}},
+        {"class_path": "orthotrain.export.CheckpointModel", "init_args": {"path": "x", "allow": ["os.abort"]}},
+        {"class_path": "orthotrain.models.PretrainedModel", "init_args": {"name": "x", "trust_remote_code": True}},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_does_not_choose_what_code_runs(tiny_llama, network):
+    contents = described(tiny_llama)
+    contents["hyper_parameters"]["init_args"]["model"] = network
+    with pytest.raises(ConfigurationError, match=r"bad.ckpt (names \S+, which is no network|asks to run code)"):
+        load_network(contents, "bad.ckpt")
+    assert "this" not in sys.modules
+
+
+def test_a_checkpoint_does_not_choose_another_file_as_its_description(tiny_llama, tmp_path):
+    contents = described(tiny_llama)
+    (tmp_path / "evil.yaml").write_text("class_path: this.d")
+    contents["hyper_parameters"]["init_args"]["model"] = str(tmp_path / "evil.yaml")
+    with pytest.raises(ConfigurationError, match=r"names a file '.*evil.yaml'"):
+        load_network(contents, "bad.ckpt")
+
+
+def test_classes_of_ones_own_are_allowed_by_name_or_by_import(tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "their_package.py").write_text(
+        "from orthotrain.models import CausalLM\nfrom orthotrain.modules import PoetModule\n\n"
+        "class Own(PoetModule):\n    pass\n\n\nclass Network(CausalLM):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    contents = described(tiny_llama)
+    contents["hyper_parameters"]["class_path"] = "their_package.Own"
+    contents["hyper_parameters"]["init_args"]["model"]["class_path"] = "their_package.Network"
+    with pytest.raises(ConfigurationError, match=r"names their_package.Own, .* export --allow their_package.Own"):
+        load_network(contents)
+    with pytest.raises(ConfigurationError, match=r"names their_package.Network"):
+        load_network(contents, allow=["their_package.Own"])
+    assert "their_package" not in sys.modules
+    names = ["their_package.Own", "their_package.Network"]
+    torch.save(contents, tmp_path / "own.ckpt")
+    main(["export", "--ckpt", str(tmp_path / "own.ckpt"), "--out", str(tmp_path / "out"), "--allow", *names])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    load_network(contents)  # imported by now
+    monkeypatch.delitem(sys.modules, "their_package")
 
 
 @pytest.mark.parametrize("form", ["torch", "legacy", "bare", "nested", "system", "meta", "rest"])
@@ -364,22 +494,66 @@ def test_a_thousand_damaged_indexes(tmp_path):
     assert refused_or_read(lambda _: check_model_folder(tmp_path), index, 1000, original.encode(), "index") > 300
 
 
-def test_code_in_a_model_folder_is_not_run(tmp_path):
+def folder_with_code(folder, trap):
+    folder.mkdir()
+    (folder / "modeling_own.py").write_text(
+        f"import os\nos.mkdir({str(trap)!r})\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
+        "class OwnConfig(C):\n    model_type = 'own'\n\nclass Own(M):\n    config_class = OwnConfig\n"
+    )
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+    config = {**sizes, "num_attention_heads": 2, "model_type": "own", "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(config))
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).save_pretrained(folder / "weights")
+    (folder / "weights" / "model.safetensors").rename(folder / "model.safetensors")
+    return str(folder)
+
+
+def test_code_in_a_model_folder_runs_only_if_the_user_says_so(tmp_path, monkeypatch):
     trap = tmp_path / "sprung"
-    (tmp_path / "modeling_evil.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
-    config = {
-        "model_type": "evil",
-        "auto_map": {"AutoConfig": "modeling_evil.C", "AutoModelForCausalLM": "modeling_evil.M"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigurationError, match="cannot be loaded"):
-        PretrainedModel(str(tmp_path), options={"trust_remote_code": True})()
+    name = folder_with_code(tmp_path / "model", trap)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(ConfigurationError, match=r"comes with code of its own; .* trust_remote_code: true"):
+        PretrainedModel(name)()
     assert not trap.exists()
+    assert type(PretrainedModel(name, trust_remote_code=True)()).__name__ == "Own"
+    assert trap.exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"trust_remote_code": True},
+        {"weights_only": False},
+        {"use_safetensors": False, "weights_only": False},
+        {"use_kernels": True},
+        {"attn_implementation": "someone/kernels"},
+    ],
+)
+def test_options_that_run_what_a_file_says_are_refused(tmp_path, option):
+    with pytest.raises(ConfigurationError, match=f"options: {list(option)[-1]}=.*"):
+        PretrainedModel(str(tmp_path), options=option)
+
+
+def test_options_are_those_of_loading_and_of_the_configuration(tmp_path, tiny_llama):
+    name = str(tmp_path / "model")
+    LlamaForCausalLM(LlamaConfig(**tiny_llama)).save_pretrained(name)
+    assert PretrainedModel(name, options={"attention_dropout": 0.25})().config.attention_dropout == 0.25
+    with pytest.raises(ConfigurationError, match="'fusion_config' is no key of the configuration"):
+        PretrainedModel(name, options={"fusion_config": {}})()
+    with pytest.raises(ConfigurationError, match="'attention_drop' is no key .*; try attention_dropout"):
+        PretrainedModel(name, options={"attention_drop": 0.1})()
+
+
+def test_a_pickle_in_place_of_weights_runs_nothing(tmp_path, tiny_llama):
+    LlamaConfig(**tiny_llama).save_pretrained(tmp_path)
+    torch.save({"x": Trap(tmp_path / "sprung")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigurationError, match="cannot be loaded"):
+        PretrainedModel(str(tmp_path))()
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_damaged_pretrained_weights_are_one_clear_error(tmp_path, tiny_llama):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     LlamaForCausalLM(LlamaConfig(**tiny_llama)).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     original, generator = weights.read_bytes(), random.Random("weights")

@@ -1,7 +1,9 @@
 """Seeds derived from names, so that every rank draws the same numbers and nothing is broadcast."""
 
 import hashlib
+import random
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,3 +22,11 @@ def generator(*parts: str | int) -> torch.Generator:
 def draw_permutation(features: int, *parts: str | int) -> Tensor:
     """Draw a permutation ``(features,)``, int64, on the CPU, from the hash of the parts."""
     return torch.randperm(features, generator=generator(*parts))
+
+
+def seed_draws(*parts: str | int) -> None:
+    """Seed the global generators of torch (all devices), numpy and Python from the hash of the parts."""
+    seed = derive_seed("draws", *parts)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the global one is what others draw from
+    random.seed(seed)

@@ -1,6 +1,7 @@
 """Callbacks: what happens around a training step."""
 
 from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint, restore_frozen
+from orthotrain.callbacks.batch_seeds import BatchSeeds
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
 from orthotrain.callbacks.merge_rotations import MergeRotations, merge_rotations
@@ -14,6 +15,7 @@ from orthotrain.callbacks.throughput import Throughput
 
 __all__ = [
     "AdapterCheckpoint",
+    "BatchSeeds",
     "FinalCheckpoint",
     "FiniteGuard",
     "MergeRotations",

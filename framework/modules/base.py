@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from orthotrain.callbacks.adapter_checkpoint import restore_frozen
 from orthotrain.callbacks.attached import unless_given
+from orthotrain.callbacks.batch_seeds import BatchSeeds
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
+from orthotrain.callbacks.finite_guard import FiniteGuard
 from orthotrain.callbacks.throughput import Throughput, logs_at
 from orthotrain.checkpoint import compare_state
 from orthotrain.checkpoint_io import AtomicCheckpointIO
@@ -109,7 +111,7 @@ class BaseModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach the callbacks that every run wants, unless the trainer has some; a subclass adds its own to them."""
-        return unless_given(self._trainer, [Throughput(), FinalCheckpoint()])
+        return unless_given(self._trainer, [Throughput(), BatchSeeds(), FinalCheckpoint(), FiniteGuard()])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fit the checkpoint to this run: the number of ranks, and the frozen weights that an adapter leaves out.

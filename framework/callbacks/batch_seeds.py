@@ -1,0 +1,42 @@
+"""Random numbers that depend on the batch alone, so that a resumed run draws those of the uninterrupted one."""
+
+from typing import Any
+
+import lightning as L
+import torch
+
+from orthotrain.seeding import seed_draws
+
+
+class BatchSeeds(L.Callback):
+    """Seed torch, numpy and Python before each training batch, from (seed, epoch, place of the batch in the epoch).
+
+    No generator's state has to be saved, of no rank and no device, and dropout is the same after a resume at any step.
+    The place counts the batches of all ranks: one rank that accumulates two batches, and two ranks, draw the same for
+    the same samples, and a run that goes on with another number of ranks does too. The seed is the one that the global
+    generator of rank 0 has been given (``seed_everything``) and stays with the checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.seed: int | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Agree on a seed, unless a checkpoint has brought one."""
+        if self.seed is None:
+            self.seed = trainer.strategy.broadcast(torch.initial_seed())
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Seed what this batch draws."""
+        assert self.seed is not None
+        place = batch_idx * trainer.world_size + trainer.global_rank
+        seed_draws(self.seed, trainer.current_epoch, place)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Save the seed."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the seed that the run began with."""
+        self.seed = state_dict["seed"]

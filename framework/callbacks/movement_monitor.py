@@ -9,7 +9,7 @@ from torch import Tensor
 
 from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.mergeable import Foldable, mergeable_layers
+from orthotrain.layers.mergeable import Stepwise, mergeable_layers
 from orthotrain.layers.sharding import gathered
 
 
@@ -52,7 +52,7 @@ class MovementMonitor(L.Callback):
             return
         metrics: dict[str, float] = {}
         for name, layer in mergeable_layers(pl_module):
-            if isinstance(layer, Foldable):
+            if isinstance(layer, Stepwise):
                 with gathered(layer):
                     if ahead == 0:
                         measured = self._measure(name, layer)
@@ -72,13 +72,13 @@ class MovementMonitor(L.Callback):
             self._before.clear()
         self._period = period
 
-    def _remember(self, name: str, layer: Foldable) -> None:
+    def _remember(self, name: str, layer: Stepwise) -> None:
         """Keep what moved; of a side that rested, what it did when it moved last."""
         moved = [p.detach().clone() for p in layer.rotation_parameters()]
         old = self._before.get(name, moved)
         self._before[name] = [new if bool(new.any()) else before for new, before in zip(moved, old, strict=True)]
 
-    def _measure(self, name: str, layer: Foldable) -> dict[str, float]:
+    def _measure(self, name: str, layer: Stepwise) -> dict[str, float]:
         now = [p.detach() for p in layer.rotation_parameters()]
         measured = {"rms": float(layer.movement()), "angle": angle_of([p for p in now if bool(p.any())])}
         pairs = [(a, b) for a, b in zip(now, self._before.get(name, []), strict=False) if a.any() and b.any()]

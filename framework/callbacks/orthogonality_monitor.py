@@ -4,33 +4,48 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from orthotrain.callbacks.pictures import draw_lines, panels, run_folder, save
+from orthotrain.errors import ConfigurationError
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import gathered
+from orthotrain.layers.spectral_bound import spectral_bound
 
 
 class OrthogonalityMonitor(L.Callback):
     """Log ``generator_norm`` and ``orthogonality_error`` at a cadence; ``orthogonality.png`` shows both.
 
+    The first is what ``max_generator_norm`` is compared with. Between measurements nothing is computed.
+
     Args:
         every_n_steps: Optimizer steps between measurements; None for the trainer's ``log_every_n_steps``.
+        per_layer: Whether both are logged for each layer too, as ``generator_norm/NAME`` and
+            ``orthogonality_error/NAME``.
+
+    Raises:
+        ConfigurationError: If ``every_n_steps`` is below 1.
     """
 
-    def __init__(self, every_n_steps: int | None = None) -> None:
+    def __init__(self, every_n_steps: int | None = None, per_layer: bool = False) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ConfigurationError(f"OrthogonalityMonitor: every_n_steps={every_n_steps!r}: take 1 or more, or null")
         self.every_n_steps = every_n_steps
+        self.per_layer = per_layer
         self.curves: dict[str, list[tuple[int, float]]] = {"generator_norm": [], "orthogonality_error": []}
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Measure what the step before this one has left."""
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (trainer.global_step + 1) % every == 0:
-            measured = dict(zip(self.curves, rotation_state(pl_module), strict=True))
-            pl_module.log_dict(measured)
-            for name, value in measured.items():
-                self.curves[name].append((trainer.global_step, float(value)))
+            states = rotation_states(pl_module)
+            for place, (name, curve) in enumerate(self.curves.items()):
+                largest = max((state[place] for state in states.values()), default=0.0)
+                pl_module.log(name, largest)
+                curve.append((trainer.global_step, largest))
+                if self.per_layer:
+                    pl_module.log_dict({f"{name}/{layer}": state[place] for layer, state in states.items()})
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw what was measured, on the first rank of a run that writes a folder."""
@@ -39,7 +54,7 @@ class OrthogonalityMonitor(L.Callback):
         folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return
-        titles = ["largest norm of a block's generators", "largest entry of |R^T R - I|"]
+        titles = ["bound of the largest ||Q|| of a block", "largest entry of |R^T R - I|"]
         figure, axes = panels(titles)
         for axis, (name, points) in zip(axes, self.curves.items(), strict=True):
             draw_lines(axis, {name.replace("_", " "): points}, xlabel="optimizer step", yscale="log")
@@ -55,16 +70,23 @@ class OrthogonalityMonitor(L.Callback):
 
 
 @torch.no_grad()
-def rotation_state(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Measure all rotations of a model.
+def rotation_states(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Measure the rotations of every layer that has some.
 
     Returns:
-        The largest Euclidean norm of one block's generators, an upper bound of its ``||Q||_2``; and the largest entry
-        of ``|R^T R - I| = |D + D^T + D^T D|`` over all blocks, in fp32, so its floor is about 1e-7.
+        Name -> the largest :func:`spectral_bound` of one of its blocks, and the largest entry of
+        ``|R^T R - I| = |D + D^T + D^T D|`` over all of them, in fp32, so its floor is about 1e-7.
     """
-    norms, errors = [torch.zeros(())], [torch.zeros(())]
-    for _, layer in mergeable_layers(model):
+    found: dict[str, torch.Tensor] = {}
+    for name, layer in mergeable_layers(model):
         with gathered(layer, frozen=False):
-            norms += [generators.norm(dim=-1).max().cpu() for generators in layer.rotation_parameters()]
-            errors += [(d + d.mT + d.mT @ d).abs().max().cpu() for d in layer.displacements()]
-    return torch.stack(norms).max(), torch.stack(errors).max()
+            displacements = layer.displacements()
+            if displacements:
+                bounds = [spectral_bound(generators).max() for generators in layer.rotation_parameters()]
+                errors = [(d + d.mT + d.mT @ d).abs().max().float() for d in displacements]
+                found[name] = torch.stack([torch.stack(bounds).max(), torch.stack(errors).max()])
+    if not found:
+        return {}
+    # one wait for the device, not two for each layer
+    values = torch.stack([state.to(next(iter(found.values())).device) for state in found.values()]).tolist()
+    return {name: (bound, error) for name, (bound, error) in zip(found, values, strict=True)}

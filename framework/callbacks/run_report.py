@@ -115,10 +115,11 @@ class RunReport(L.Callback):
             rows.append(("tokens per second", f"{values['tokens_per_second']:,.0f}"))
         rows.append(("kernels", values["kernels"]))
         rows.append(("parameters", f"{values['trainable_parameters']:,} trained of {values['total_parameters']:,}"))
-        if values["merges"] is not None:
-            early = values["early_merges"]
+        early = values["early_merges"]
+        if values["merges"] is not None or early is not None:
+            # a run shorter than a period may have merged early only
             ahead = "" if early is None else f", {early} of single layers ahead of time"
-            rows.append(("merges", f"{values['merges']}{ahead}"))
+            rows.append(("merges", f"{values['merges'] or 0}{ahead}"))
         if values["spectrum_drift"] is not None:
             rows.append(("spectrum drift", f"{values['spectrum_drift']:.1e} (largest, relative)"))
         rows.append(("curves", str(draw_curves(self.curves, folder / "curves.png"))))

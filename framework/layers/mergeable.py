@@ -12,7 +12,7 @@ class Mergeable(Protocol):
     """A layer whose rotations can be folded into its frozen weight without changing its function."""
 
     def merge_(self) -> None:
-        """Fold the rotations into the frozen weight and reset them to the identity."""
+        """Fold the rotations into the frozen weight, reset them to the identity and draw the next permutations."""
 
     def merged_weight(self) -> Tensor:
         """Return the effective weight of the plain layer that computes the same."""
@@ -33,6 +33,11 @@ class Foldable(Mergeable, Protocol):
 
     def fold_(self) -> None:
         """Fold the rotations into the frozen weight and reset them; the permutations stay as they are."""
+
+
+@runtime_checkable
+class Stepwise(Foldable, Protocol):
+    """A layer that computes without its rotations, and so must be folded after every step."""
 
     def movement(self) -> Tensor:
         """Return the root mean square of what a fold would change over that of the weight, a scalar."""

@@ -1,5 +1,6 @@
 """The POET layer: a frozen weight between two learned block rotations."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -35,12 +36,13 @@ class PoetLinear(TwoSided):
             cheaper one for the number of tokens at hand (:func:`choose_route`). How the gradients of a rotated weight
             are formed follows from the costs alone.
         activation_mode: ``fast`` saves the activation before the output rotation, ``mem`` recomputes it in backward.
-        anchor_every: Merges between restorations of the singular values of the start, 0 for never. It takes a singular
-            value decomposition and undoes what requantising adds up to.
+        anchor_every: Merges and folds between restorations of the singular values of the start, 0 for never. One takes
+            a decomposition of the weight and undoes what requantising adds up to.
         seed: Seed of the permutations; merge k draws them from (seed, k, side).
     """
 
     spectrum: Tensor | None
+    fold_count: Tensor
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class PoetLinear(TwoSided):
         self.centre = centre
         self.activation_mode = activation_mode
         self.anchor_every = anchor_every
+        self.register_buffer("fold_count", torch.zeros((), dtype=torch.int64))
         # filled by the first merge: a decomposition of every layer would slow down the start
         spectrum = torch.zeros(min(weight.out_features, weight.in_features), dtype=torch.float32)
         self.register_buffer("spectrum", spectrum if anchor_every else None)
@@ -151,15 +154,43 @@ class PoetLinear(TwoSided):
 
         The function of the layer changes by no more than the rounding of the stored weight, and where the spectrum is
         anchored by what earlier roundings have moved it. Every rank draws the same permutations and the same rounding
-        bits, from (seed, merge count).
+        bits, from (seed, count).
+
+        Raises:
+            TrainingDiverged: If the merged weight would not be finite; the layer stays as it is.
         """
-        effective = self._effective_weight()
+        effective = self._finite_weight()
         self.merge_count += 1
-        count = int(self.merge_count)
+        self._redraw(int(self.merge_count))
+        self._store(effective)
+
+    @torch.no_grad()
+    def fold_(self) -> None:
+        """Fold the rotations into the frozen weight and reset them; the permutations stay.
+
+        Raises:
+            TrainingDiverged: If the folded weight would not be finite; the layer stays as it is.
+        """
+        effective = self._finite_weight()
+        self.fold_count += 1
+        for _, rotation in self.sides():
+            rotation.reset_()
+        self._store(effective)
+
+    def _store(self, effective: Tensor) -> None:
+        """Store the weight ``(out, in)``, natural frame, as the next of this layer's roundings."""
+        count = int(self.merge_count + self.fold_count)
         if self.spectrum is not None:
             effective = self._anchored(effective, count)
-        self._redraw(count)
         self.weight.assign_(self.rotations.framed(effective), generator(self.seed, count, "rounding"))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.spectrum
+        super()._apply(fn, recurse)
+        if before is not None and self.spectrum is not None and self.spectrum.dtype != before.dtype:
+            # in 16 bits the anchor itself would be off by what it is to mend
+            self.spectrum = before.to(self.spectrum.device)
+        return self
 
     @torch.no_grad()
     def _effective_weight(self) -> Tensor:

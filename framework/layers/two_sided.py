@@ -6,6 +6,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from orthotrain.errors import TrainingDiverged
 from orthotrain.kernels.fold import fold
 from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.frozen_weight import FrozenWeight, check_storable, plain_linear
@@ -128,6 +129,20 @@ class TwoSided(nn.Module):
     def _effective_weight(self) -> Tensor:
         """Return ``R_out^T W R_in^T (out, in)`` in the natural order, in fp32 or wider, without a gradient."""
         raise NotImplementedError
+
+    def _finite_weight(self) -> Tensor:
+        """Return :meth:`_effective_weight`, looked at before anything is stored.
+
+        Raises:
+            TrainingDiverged: If it holds NaN or infinite values.
+        """
+        effective = self._effective_weight()
+        if not bool(torch.isfinite(effective).all()):
+            raise TrainingDiverged(
+                f"the merged weight ({self.out_features} x {self.in_features}) holds NaN or infinite values, and was "
+                "not stored; lower the learning rate of the generators, or set max_generator_norm"
+            )
+        return effective
 
     def _exact_weight(self) -> Tensor:
         """Return the frozen weight in fp32 or wider: a fold in 16 bits would move the singular values every time."""

@@ -8,10 +8,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from orthotrain.callbacks import MergeRotations, merge_rotations
-from orthotrain.callbacks.merge_rotations import layers_beyond
-from orthotrain.errors import ConfigurationError
+from orthotrain.callbacks.merge_rotations import fold_rotations, layers_beyond
+from orthotrain.callbacks.run_report import singular_values, spectrum_drift
+from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.layers import mergeable_layers
-from orthotrain.modules import Optimization, PoetLayers, PoetModule
+from orthotrain.modules import LoraLayers, Optimization, PoetLayers, PoetModule
 from orthotrain.plugins import CayleyNeumann
 
 
@@ -105,7 +106,7 @@ def test_a_model_without_rotations_is_refused():
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, True])
 def test_a_period_below_one_is_refused(value):
-    with pytest.raises(ConfigurationError, match=f"every_n_steps={value}"):
+    with pytest.raises(ConfigurationError, match=f"merge_every={value}"):
         PoetModule(network(), merge_every=value)
 
 
@@ -118,8 +119,9 @@ def test_merges_a_layer_early_when_its_generators_go_too_far():
     assert list(layers_beyond(dict(mergeable_layers(model)), 0.3)) == ["2"]
     module, trainer = fit(merge_every=1000, steps=8, max_generator_norm=0.03)
     callback = next(c for c in trainer.callbacks if isinstance(c, MergeRotations))
-    counts = [int(layer.merge_count) for _, layer in mergeable_layers(module)]
-    assert callback.merges == 0 and callback.early_merges == sum(counts) > 0
+    layers = [layer for _, layer in mergeable_layers(module)]
+    assert callback.merges == 0 and not any(layer.merge_count for layer in layers)
+    assert callback.early_merges == sum(int(layer.fold_count) for layer in layers) > 0
     assert not layers_beyond(dict(mergeable_layers(module)), 0.03)
 
 
@@ -133,6 +135,73 @@ def test_the_bound_keeps_a_series_orthogonal_where_it_would_diverge():
 
     assert worst(None) > 0.01
     assert worst(0.06) < 1e-3
+
+
+def test_an_early_merge_keeps_permutation_and_optimizer_state():
+    module, trainer = fit(merge_every=1000, steps=8, max_generator_norm=0.03)
+    fresh, _ = fit(merge_every=1000, steps=8)
+    for (_, layer), (_, other) in zip(mergeable_layers(module), mergeable_layers(fresh), strict=True):
+        assert int(layer.fold_count) > 0
+        for (_, mine), (_, theirs) in zip(layer.sides(), other.sides(), strict=True):
+            assert torch.equal(mine.permutation, theirs.permutation)
+        for parameter in layer.rotation_parameters():
+            assert float(trainer.optimizers[0].state[parameter]["step"]) == 8
+
+
+class Student(PoetModule):
+    """Fits a teacher and notes its losses."""
+
+    def loss(self, batch):
+        loss = (self(batch[0]) - batch[1]).square().mean()
+        self.losses.append(float(loss))
+        return loss
+
+
+def learn(bound, rotation_lr):
+    """Return the last losses and the spectrum drift of a run with long periods and a series of order 4."""
+    torch.manual_seed(0)
+    hidden = [layer for _ in range(3) for layer in (nn.Linear(24, 24), nn.ReLU())]
+    student, teacher = nn.Sequential(*hidden, nn.Linear(24, 8)), nn.Sequential(nn.Linear(24, 32), nn.Tanh())
+    x = torch.randn(512, 24)
+    y = 3 * nn.Linear(32, 8)(teacher(x)).detach()
+    rates = Optimization(lr=1e-3, rotation_lr=rotation_lr)
+    module = Student(student, PoetLayers(block_size=8), 1000, bound, optimization=rates)
+    module.losses = []
+    module.configure_model()
+    start = singular_values(module, 8)
+    rows = DataLoader(list(zip(x, y, strict=True)), batch_size=32, shuffle=True)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    L.Trainer(max_steps=400, accelerator="cpu", enable_model_summary=False, **quiet).fit(module, rows)
+    return sum(module.losses[-30:]) / 30, spectrum_drift(module, start)
+
+
+def test_the_bound_makes_a_run_with_too_large_a_rate_train():
+    (unguarded, unguarded_drift), (guarded, drift) = learn(None, 0.025), learn(0.3, 0.025)
+    assert unguarded_drift > 0.05 > 1e-3 > drift
+    assert guarded < 0.9 * unguarded
+
+
+def test_a_layer_that_cannot_fold_between_merges_refuses_the_bound():
+    model = network()
+    LoraLayers(rank=2).apply_(model)
+    module = Regression(model, PoetLayers(include=["9"]))
+    trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    with pytest.raises(ConfigurationError, match=r"max_generator_norm=0.3: model.0 \(LoraLinear\) cannot be folded"):
+        MergeRotations(10, max_generator_norm=0.3).on_fit_start(trainer, module)
+
+
+@pytest.mark.parametrize("storage", ["dense", "int8", "nf4"])
+@pytest.mark.parametrize("how", [merge_rotations, lambda layers, _: fold_rotations(layers)])
+def test_a_weight_that_is_not_finite_is_not_stored(how, storage):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 64))
+    PoetLayers(block_size=4, exclude=[], storage=storage).apply_(model)
+    with torch.no_grad():
+        model[1].rotation_in.generators[0, 0] = torch.nan
+    before = {name: tensor.clone() for name, tensor in model[1].state_dict().items()}
+    with pytest.raises(TrainingDiverged, match=r"^1: the merged weight \(64 x 32\) holds NaN or infinite values"):
+        how(dict(mergeable_layers(model)), [])
+    for name, tensor in model[1].state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
 
 
 def network_weight(index):

@@ -1,14 +1,18 @@
 """Orthogonality, throughput and the run report against values computed by hand."""
 
+import types
+
 import lightning as L
 import pytest
 import torch
 from torch import nn
 
 from orthotrain.callbacks import Throughput
-from orthotrain.callbacks.orthogonality_monitor import rotation_state
+from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor, rotation_states
 from orthotrain.callbacks.run_report import RunReport, draw_curves, singular_values, spectrum_drift
-from orthotrain.layers import PoetLinear, mergeable_layers, replace_linears
+from orthotrain.errors import ConfigurationError
+from orthotrain.layers import LoraLinear, PoetLinear, mergeable_layers, replace_linears
+from orthotrain.layers.spectral_bound import spectral_bound
 
 
 @pytest.fixture
@@ -18,13 +22,48 @@ def network(randomize):
     return randomize(net, 0.1)
 
 
-def test_rotation_state_is_the_worst_block(network):
-    norm, error = rotation_state(network)
-    layers = [layer for _, layer in mergeable_layers(network)]
-    assert norm == max(p.norm(dim=1).max() for layer in layers for p in layer.rotation_parameters())
-    rotations = [d.double() + torch.eye(8) for layer in layers for d in layer.displacements()]
-    expected = max((r.mT @ r - torch.eye(8)).abs().max() for r in rotations)
-    assert abs(error - expected) < 1e-6
+def test_rotation_states_are_those_of_each_layers_worst_block(network):
+    states = rotation_states(network)
+    assert set(states) == {"0", "1"}
+    for name, layer in mergeable_layers(network):
+        bounds = torch.cat([spectral_bound(p) for p in layer.rotation_parameters()])
+        rotations = [d.double() + torch.eye(8) for d in layer.displacements()]
+        expected = max((r.mT @ r - torch.eye(8)).abs().max() for r in rotations)
+        assert states[name][0] == float(bounds.max()) and abs(states[name][1] - expected) < 1e-6
+
+
+def test_layers_without_rotations_have_no_state():
+    net = nn.Sequential(nn.Linear(8, 8))
+    replace_linears(net, ["*"], (), lambda linear: LoraLinear.from_linear(linear, 2))
+    assert rotation_states(net) == {} and rotation_states(nn.Linear(2, 2)) == {}
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_orthogonality_is_logged_for_the_model_and_if_asked_for_by_layer(network, per_layer):
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.logged = network, {}
+
+        def log(self, name, value, **_):
+            self.logged[name] = value
+
+        def log_dict(self, values, **_):
+            self.logged |= values
+
+    module, trainer = Module(), types.SimpleNamespace(log_every_n_steps=2, global_step=0)
+    monitor = OrthogonalityMonitor(per_layer=per_layer)
+    monitor.on_before_optimizer_step(trainer, module, None)
+    assert not module.logged
+    trainer.global_step = 1
+    monitor.on_before_optimizer_step(trainer, module, None)
+    states = rotation_states(module)
+    assert module.logged["generator_norm"] == max(state[0] for state in states.values()) > 0
+    names = {name for name in module.logged if "/" in name}
+    expected = {f"{kind}/{layer}" for kind in ("generator_norm", "orthogonality_error") for layer in states}
+    assert names == (expected if per_layer else set())
+    with pytest.raises(ConfigurationError, match="OrthogonalityMonitor: every_n_steps=0: take 1 or more"):
+        OrthogonalityMonitor(0)
 
 
 def test_spectrum_drift_sees_a_scaled_weight_and_no_merge(network):
@@ -50,6 +89,20 @@ def test_the_report_goes_on_after_a_resume():
     resumed = RunReport()
     resumed.load_state_dict(report.state_dict())
     assert resumed.before == {"val_loss": 4.0} and resumed.curves["val_loss"] == [(1, 4.0)]
+
+
+def test_early_merges_are_told_also_where_no_period_has_ended(tmp_path):
+    base = {"steps": 5, "after": {}, "tokens_per_second": None, "kernels": "reference", "trainable_parameters": 1,
+            "total_parameters": 2, "spectrum_drift": None, "checkpoint": None}  # fmt: skip
+    for merges, early, line in (
+        (None, 7, "0, 7 of single"),
+        (2, 7, "2, 7 of single"),
+        (2, None, "2"),
+        (None, None, None),
+    ):
+        rows = RunReport()._lines({**base, "merges": merges, "early_merges": early}, tmp_path)
+        (found,) = [row.split(None, 1)[1] for row in rows if row.startswith("merges")] or [None]
+        assert found == line or found.startswith(line)
 
 
 def test_throughput_counts_tokens_of_training_steps_only():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import lightning as L
 from torch import nn
 
-from orthotrain.callbacks.merge_rotations import MergeRotations, sole_merging
+from orthotrain.callbacks.merge_rotations import MergeRotations, check_period, sole_merging
 from orthotrain.layers import LoraLinear, replace_linears, select_linears
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.base import BaseModule
@@ -64,6 +64,8 @@ class LoraModule(BaseModule):
         seed: int = 0,
     ) -> None:
         super().__init__(model, optimization)
+        if merge_every is not None:
+            check_period("merge_every", merge_every)
         self.save_hyperparameters("merge_every", "seed")
         self.layers = layers
         self.seed = seed

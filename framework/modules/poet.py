@@ -6,20 +6,22 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import nn
 from torch.optim import Optimizer
 
 from orthotrain.callbacks.attached import unless_given
-from orthotrain.callbacks.finite_guard import FiniteGuard
-from orthotrain.callbacks.merge_rotations import MergeRotations, sole_merging
+from orthotrain.callbacks.merge_rotations import MergeRotations, check_period, sole_merging
 from orthotrain.callbacks.movement_monitor import MovementMonitor
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.layers import PoetLinear, StepwiseLinear, initialize_, mergeable_layers, replace_linears, select_linears
+from orthotrain.layers.bitsandbytes_linear import is_bitsandbytes
 from orthotrain.layers.initialization import Initialization
 from orthotrain.layers.poet_settings import PoetSettings
-from orthotrain.models import ModelBuilder
+from orthotrain.models import ModelBuilder, PretrainedModel
 from orthotrain.modules.base import BaseModule
+from orthotrain.modules.clip_ramp import ClipRamp
 from orthotrain.modules.optimization import Optimization
 from orthotrain.plugins import create
 from orthotrain.seeding import derive_seed, generator
@@ -81,6 +83,23 @@ class PoetLayers(PoetSettings):
         """Return the settings that layers have: these under an empty name, and those of each override's pattern."""
         return {"": self, **{pattern: self.for_name(pattern) for pattern in self.overrides or {}}}
 
+    def check_keeps(self, model: Any) -> None:
+        """Refuse to draw new values over those of a pretrained model.
+
+        Args:
+            model: What builds the network, or the network.
+
+        Raises:
+            ConfigurationError: Naming the model and the initialisation.
+        """
+        for pattern, settings in self.variants().items():
+            if isinstance(model, PretrainedModel) and settings.init != "keep":
+                where = f" of overrides {pattern!r}" if pattern else ""
+                raise ConfigurationError(
+                    f"layers.init={settings.init!r}{where} would replace the weights of the pretrained {model.name!r}: "
+                    "set init: keep, or take CausalLM for a new network"
+                )
+
     def apply_(self, model: nn.Module, seed: int = 0) -> list[str]:
         """Replace the chosen layers of ``model`` in place.
 
@@ -102,41 +121,16 @@ class PoetLayers(PoetSettings):
         def factory(linear: nn.Linear) -> PoetLinear | StepwiseLinear:
             name = names[linear]
             settings = self.for_name(name)
+            if is_bitsandbytes(linear):
+                raise ConfigurationError(
+                    f"its weight is quantised ({type(linear).__name__}) and POET folds rotations into full values: "
+                    "load the model without quantisation and set storage: nf4 or int8"
+                )
             initialize_(linear.weight, settings.init, generator(seed, name, "frozen weight"), settings.gain)
             kind = StepwiseLinear if settings.stepwise else PoetLinear
             return kind.from_settings(linear, settings, derive_seed(seed, name))
 
         return replace_linears(model, self.include, self.exclude, factory)
-
-
-@dataclass(frozen=True)
-class ClipRamp:
-    """Clip gradients harder just after a merge, when the generators' optimizer state is empty.
-
-    The bound rises linearly from ``start`` times the trainer's ``gradient_clip_val`` to all of it (the official POET
-    code ramps from 0.1 in 10 steps during early training).
-
-    Args:
-        steps: Optimizer steps of the ramp.
-        start: Factor of the bound in the first step after a merge.
-        until_step: Optimizer step after which merges are no longer followed by a ramp; None for the whole run.
-    """
-
-    steps: int = 10
-    start: float = 0.1
-    until_step: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.start <= 1:
-            raise ConfigurationError(
-                f"clip_ramp steps={self.steps}, start={self.start}: take 1 or more steps, and a start in (0, 1]"
-            )
-
-    def factor(self, step: int, last_merge: int | None) -> float:
-        """Return the factor of the bound at optimizer step ``step`` when the last merge came after ``last_merge``."""
-        if last_merge is None or (self.until_step is not None and step > self.until_step):
-            return 1.0
-        return min(1.0, self.start + (1 - self.start) * (step - last_merge) / self.steps)
 
 
 class PoetModule(BaseModule):
@@ -148,7 +142,8 @@ class PoetModule(BaseModule):
         model: The network, or what builds it.
         layers: Which linear layers are rotated, and how.
         merge_every: Optimizer steps between merges, T_m. The callback that merges is attached by the module.
-        max_generator_norm: Merge a layer early when a block's generators are longer than this; None for never. See
+        max_generator_norm: Fold a layer early, keeping permutations and optimizer state, when ``||Q||_2`` of a block
+            may be larger than this; None for never. 0.3 for Cayley-Neumann; exact parameterizations need none. See
             :class:`MergeRotations`.
         resample_every: Steps between new permutations of layers that fold every step; None for at each merge.
         clip_ramp: Harder clipping after merges, None for none; it scales the trainer's ``gradient_clip_val``.
@@ -157,7 +152,8 @@ class PoetModule(BaseModule):
         seed: Seed of frozen values and permutations.
 
     Raises:
-        ConfigurationError: If ``merge_every`` is below 1; when the network is built, if a layer cannot be wrapped.
+        ConfigurationError: If ``merge_every`` is below 1, or new values would be drawn over pretrained ones; when the
+            network is built, if a layer cannot be wrapped.
     """
 
     def __init__(
@@ -173,6 +169,8 @@ class PoetModule(BaseModule):
         seed: int = 0,
     ) -> None:
         super().__init__(model, optimization)
+        check_period("merge_every", merge_every)
+        layers.check_keeps(model)
         self.save_hyperparameters("merge_every", "max_generator_norm", "resample_every", "seed")
         self.layers = layers
         self.clip_ramp = clip_ramp
@@ -210,7 +208,7 @@ class PoetModule(BaseModule):
         """
         kinds = {settings.stepwise for settings in self.layers.variants().values()}
         watching = [MovementMonitor()] * (True in kinds) + [OrthogonalityMonitor()] * (False in kinds)
-        own = unless_given(self._trainer, [FiniteGuard(), *watching])
+        own = unless_given(self._trainer, watching)
         return [*super().configure_callbacks(), *own, *sole_merging(self._trainer, self.merging)]
 
     def configure_gradient_clipping(
@@ -228,6 +226,10 @@ class PoetModule(BaseModule):
             if gradient_clip_val is None:
                 raise ConfigurationError("clip_ramp scales trainer.gradient_clip_val: set it, or leave the ramp out")
             gradient_clip_val *= self.clip_ramp.factor(self.trainer.global_step, self.merging.last_merge)
+            # self.clip_gradients refuses every bound but the trainer's own
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            self.trainer.precision_plugin.clip_gradients(optimizer, gradient_clip_val, algorithm)
+            return
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ BAD = [
     (["--model.layers.block_size", "33"], "layer model.layers.0.self_attn.q_proj (32 x 32): block_size=33"),
     (["--model.layers.include", "['*conv*']"], "include pattern '*conv*' matches no linear layer; the model has"),
     (["--model.layers.init", "zeros"], "init"),
-    (["--model.merge_every", "0"], "every_n_steps=0"),
+    (["--model.merge_every", "0"], "merge_every=0: merge every 1 or more optimizer steps"),
     (["--model.merge_evry", "3"], "'merge_evry' is not accepted; did you mean merge_every"),
     (["--trainer.max_stepss", "3"], "did you mean trainer.max_steps"),
     (["--model", "PoetModul"], "unknown class 'PoetModul'; did you mean PoetModule"),
@@ -135,6 +135,32 @@ BAD = [
 @pytest.mark.parametrize(("overrides", "message"), BAD, ids=["=".join(b[0]).removeprefix("--") for b in BAD])
 def test_bad_input_is_one_clear_line(small_config, capsys, overrides, message):
     assert message in refuse(capsys, "fit", *QUICK, "-c", str(small_config), *overrides)
+
+
+RECIPES = {
+    "clip ramp": {"clip_ramp": {"steps": 3}},
+    "WSD": {"optimization": {"scheduler": {"class_path": "WarmupStableDecay", "init_args": {"warmup_steps": 1}}}},
+    "8-bit Adam": {"optimization": {"optimizer": {"class_path": "bitsandbytes.optim.AdamW8bit"}}},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_parts_from_yaml(small_config, tmp_path, name):
+    path = tmp_path / "part.yaml"
+    path.write_text(yaml.safe_dump({"trainer": {"gradient_clip_val": 1.0}, "model": {"init_args": RECIPES[name]}}))
+    main(["fit", *QUICK, "-c", str(small_config), "-c", str(path)])
+    checkpoint = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert checkpoint["global_step"] == 6
+    if name == "WSD":
+        schedule = checkpoint["lr_schedulers"][0]
+        assert schedule["decay_fraction"] == 0.2 and schedule["_last_lr"][-1] < 0.3 * schedule["base_lrs"][-1]
+    if name == "8-bit Adam":
+        states = checkpoint["optimizer_states"][0]["state"].values()
+        assert any("__bnb_optimizer_quant_state__" in state for state in states)
+
+
+def test_a_clip_ramp_from_the_command_line(small_config):
+    main(["fit", *QUICK, "-c", str(small_config), "--model.clip_ramp.steps", "3", "--trainer.gradient_clip_val", "1.0"])
 
 
 def test_yaml_keys_and_files_are_checked_too(small_config, tmp_path, capsys):

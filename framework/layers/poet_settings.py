@@ -23,6 +23,9 @@ TOO_COARSE = (
 )
 """Why a weight that folds every step is not stored in 16 bits."""
 
+ANCHOR_EVERY = {"int8": 16, "nf4": 4}
+"""Merges between restorations of the spectrum where none is asked for: so few that their decompositions do not show."""
+
 # a fraction takes the place of a block size
 FRACTION_OF = {"block_size": "fraction", "block_size_out": "fraction_out"}
 
@@ -43,12 +46,14 @@ class PoetSettings:
             within themselves.
         parameterization: How generators become rotations: a registered name (`orthotrain plugins` lists them) or a
             class with its arguments, in YAML ``{class_path: CayleyNeumann, init_args: {order: 4}}``.
-        storage: How the frozen weight is kept. ``dense``: in the dtype of the network. ``bf16``: 2 bytes a value,
-            merges round stochastically. ``residual``: bf16 and one byte more that carries what rounding loses,
-            100 times more exact over many merges. ``int8`` (POET-XQ, arXiv:2603.05500, section 3.4) and ``nf4``.
+        storage: How the frozen weight is kept. ``dense``: in the dtype of the network; merges round stochastically to
+            bf16, to the nearest in fp16. ``bf16``: 2 bytes a value, merges round stochastically. ``residual``: bf16 and
+            one byte more that carries what rounding loses, 100 times more exact over many merges. ``int8`` (POET-XQ,
+            arXiv:2603.05500, section 3.4) and ``nf4``.
         group_size: Values that share a scale in ``int8`` (None: 256) and ``nf4`` (None: 64).
-        anchor_every: Merges between restorations of the singular values of the start, 0 for never; None for every merge
-            of an ``int8`` or ``nf4`` weight, whose rounding would pile up, and never for others.
+        anchor_every: Merges between restorations of the singular values of the start, 0 for never. None for 16 with
+            ``int8`` and 4 with ``nf4``, whose rounding would pile up (singular values then stay within 4e-3 and 4e-2 of
+            the largest), and for never with others. A restoration is a singular value decomposition of the weight.
         stepwise: Whether rotations are folded every step (:class:`StepwiseLinear`): the forward pass is a plain
             product. Needs ``merge_every: 1``, and a weight in fp32 or with a ``residual``: rounding to 16 bits adds up.
         centre: ``input``, ``weight``, or ``auto`` for the cheaper one in each layer.
@@ -148,7 +153,7 @@ class PoetSettings:
         """Merges between two restorations of the spectrum, 0 for never."""
         if self.anchor_every is not None:
             return self.anchor_every
-        return int(self.storage in ("int8", "nf4"))
+        return ANCHOR_EVERY.get(self.storage, 0)
 
     def override(self, values: dict[str, Any]) -> Self:
         """Return these settings with some replaced; a block size given alone takes the place of a fraction.

@@ -163,25 +163,26 @@ def test_a_storage_reloads_bit_for_bit(storage, randomize):
     assert torch.equal(other(x), layer(x))
 
 
-# largest drift of a singular value over the largest one after 1,000 merges of a 64 x 48 weight, measured over seeds
-# (tests/benchmarks/folding.py): fp32 2e-6, residual 1.0e-4, int8 1.1e-3, nf4 2.2e-2; bf16 1.2e-2 at this small size
-DRIFT = {"dense": 1e-4, "residual": 3e-4, "bf16": 2e-2, "int8": 3e-3, "nf4": 5e-2}
+# max_i |s_i - s_i(start)| / s_1(start) after 1,000 merges: relative to the largest singular value. That of bf16 falls
+# with the width: 1.2e-2 at 64 and 128, 6.7e-3 at 256, 5.1e-3 at 1024 (tests/benchmarks/folding.py)
+DRIFT = {"dense": 1e-4, "residual": 1e-4, "bf16": 1e-2, "int8": 1e-2, "nf4": 5e-2}
 
 
 @pytest.mark.parametrize("storage", DRIFT)
 def test_a_thousand_merges_keep_the_spectrum(storage):
     torch.manual_seed(0)
-    linear = nn.Linear(48, 64, bias=False)
+    width = 256 if storage == "bf16" else 128
+    linear = nn.Linear(width, width, bias=False)
     initialize_(linear.weight, "normalized", torch.Generator().manual_seed(0))
     start = singular_values(linear.weight)
     group = {"int8": 16, "nf4": 64}.get(storage)
-    layer = PoetLinear.from_linear(linear, 16, seed=1, storage=storage, group_size=group)
+    layer = PoetLinear.from_linear(linear, width // 4, seed=1, storage=storage, group_size=group)
     for _ in range(1000):
         for generators in layer.rotation_parameters():
             torch.nn.init.normal_(generators, std=0.02)
         layer.merge_()
     drift = (singular_values(layer._effective_weight()) - start).abs().max() / start[0]
-    assert drift < DRIFT[storage]
+    assert drift < DRIFT[storage], drift
 
 
 def test_without_an_anchor_requantising_piles_up():

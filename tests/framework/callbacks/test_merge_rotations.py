@@ -148,6 +148,14 @@ def test_an_early_merge_keeps_permutation_and_optimizer_state():
             assert float(trainer.optimizers[0].state[parameter]["step"]) == 8
 
 
+def test_a_bound_that_is_never_reached_changes_no_bit():
+    runs = []
+    for bound in (None, 10.0):
+        torch.manual_seed(0)
+        runs.append(fit(merge_every=3, steps=8, max_generator_norm=bound)[0].state_dict())
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
 class Student(PoetModule):
     """Fits a teacher and notes its losses."""
 

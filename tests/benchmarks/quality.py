@@ -1,11 +1,14 @@
 """Validation bits per byte of POET and its baselines at equal tokens: same network, data, schedule and seeds.
 
     .venv/bin/python -P tests/benchmarks/quality.py [--group NAME ...] [--seeds 0 1 2] [--steps 200] [--table]
+    .venv/bin/python -P tests/benchmarks/quality.py --group long --steps 400
+
 
 A LLaMA of 5.7M parameters on the Python standard library. Every finished run is a file in runs/quality and is not
 repeated, nor is one that the committed results hold: the grid can be stopped and gone on with. The table and
-tests/benchmarks/results/quality.json hold mean and spread over the seeds that have been run; `--table` only reads.
-A seed draws initial values and permutations; the sequences and their order are the same in all runs.
+tests/benchmarks/results/quality.json (quality_N.json for another number N of steps) hold mean and spread over the seeds
+that have been run; `--table` only reads. A seed draws initial values and permutations; the sequences and their order are
+the same in all runs. The group `long` holds periods that no run of 200 steps sees the end of: it takes 400 steps or more.
 """
 
 import argparse
@@ -39,18 +42,20 @@ CONFIG = {
 }
 HIDDEN = "*layers*proj*"
 BATCH, LENGTH = 8, 256
-ADAMW = partial(torch.optim.AdamW, betas=(0.9, 0.95), foreach=True)
 
 
-def optimization(lr: float = 4e-3, **options: Any) -> Optimization:
-    """Return the recipe that all runs share: AdamW, weight decay 0.01, 20 warm-up steps, cosine to 1%."""
-    schedule = partial(CosineWithWarmup, warmup_steps=20)
-    return Optimization(lr=lr, weight_decay=0.01, optimizer=ADAMW, scheduler=schedule, **options)
+def optimization(
+    lr: float = 4e-3, warmup: int = 20, betas: tuple[float, float] = (0.9, 0.95), **options: Any
+) -> Optimization:
+    """Return the recipe that all runs share: AdamW, weight decay 0.01, warm-up, cosine to 1%."""
+    schedule = partial(CosineWithWarmup, warmup_steps=warmup)
+    build = partial(torch.optim.AdamW, betas=betas, foreach=True)
+    return Optimization(lr=lr, weight_decay=0.01, optimizer=build, scheduler=schedule, **options)
 
 
-def adamw(hidden: float, lr: float = 4e-3) -> BaseModule:
+def adamw(hidden: float, lr: float = 4e-3, **recipe: Any) -> BaseModule:
     """Return AdamW on everything; hidden matrices have a rate of their own."""
-    return BaseModule(CausalLM(CONFIG), optimization(lr, lr_overrides={HIDDEN: hidden}))
+    return BaseModule(CausalLM(CONFIG), optimization(lr, lr_overrides={HIDDEN: hidden}, **recipe))
 
 
 def muon(hidden: float) -> BaseModule:
@@ -73,13 +78,16 @@ def lora(lr: float, rank: int = 64, merge_every: int | None = None) -> LoraModul
 
 
 def poet(
-    lr: float = 2e-3, merge_every: int = 100, max_generator_norm: float | None = None, **layers: Any
+    lr: float = 2e-3,
+    merge_every: int = 100,
+    max_generator_norm: float | None = None,
+    recipe: dict[str, Any] | None = None,
+    **layers: Any,
 ) -> PoetModule:
     """Return POET with exact Cayley and blocks of 64 unless told otherwise."""
     settings = PoetLayers(**{"block_size": 64, "parameterization": "cayley", **layers})
-    return PoetModule(
-        CausalLM(CONFIG), settings, merge_every, max_generator_norm, optimization=optimization(rotation_lr=lr)
-    )
+    rates = optimization(rotation_lr=lr, **(recipe or {}))
+    return PoetModule(CausalLM(CONFIG), settings, merge_every, max_generator_norm, optimization=rates)
 
 
 def stepwise(
@@ -97,6 +105,20 @@ def stepwise(
     return PoetModule(CausalLM(CONFIG), settings, 1, resample_every=resample, optimization=recipe)
 
 
+CHANGES: dict[str, dict[str, Any]] = {
+    "no warm-up": {"warmup": 0},
+    "warm-up 60": {"warmup": 60},
+    "betas 0.9, 0.99": {"betas": (0.9, 0.99)},
+    "betas 0.9, 0.999": {"betas": (0.9, 0.999)},
+    "betas 0.8, 0.95": {"betas": (0.8, 0.95)},
+    "embeddings and head 2e-3": {"lr": 2e-3},
+    "embeddings and head 8e-3": {"lr": 8e-3},
+}
+"""What may move a run besides its own rate, one at a time from the best AdamW and POET."""
+
+LONG = 400
+SERIES = CayleyNeumann(4)
+
 GROUPS: dict[str, dict[str, partial]] = {
     "baselines": {
         **{f"AdamW, hidden lr {lr:g}": partial(adamw, lr) for lr in (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)},
@@ -104,7 +126,7 @@ GROUPS: dict[str, dict[str, partial]] = {
         **{f"Muon, hidden lr {lr:g}": partial(muon, lr) for lr in (2.5e-3, 5e-3, 1e-2, 2e-2)},
         **{f"GaLore r=64, hidden lr {lr:g}": partial(galore, lr) for lr in (2.5e-4, 5e-4, 1e-3, 4e-3)},
         **{f"LoRA r=64, lr {lr:g}": partial(lora, lr) for lr in (2.5e-4, 5e-4, 1e-3, 4e-3)},
-        "ReLoRA r=64, lr 4e-3, every 50": partial(lora, 4e-3, merge_every=50),
+        **{f"ReLoRA r=64, lr {lr}, every 50": partial(lora, float(lr), merge_every=50) for lr in ("5e-4", "1e-3", "4e-3")},
     },
     "poet": {
         **{f"POET-BS b=64, lr {lr:g}": partial(poet, lr) for lr in (1e-3, 2e-3, 4e-3, 8e-3)},
@@ -122,8 +144,21 @@ GROUPS: dict[str, dict[str, partial]] = {
         f"POET-BS b=64, init {scheme}": partial(poet, init=scheme) for scheme in ("uniform", "xavier", "standard")
     },
     "guard": {
-        "POET-BS b=64, lr 1.6e-2, T_m=200, order 4": partial(poet, 1.6e-2, 200, parameterization=CayleyNeumann(4)),
-        "the same, max_generator_norm 0.5": partial(poet, 1.6e-2, 200, 0.5, parameterization=CayleyNeumann(4)),
+        "POET-BS b=64, rotations off": partial(poet, 0.0, 200),
+        "POET-BS b=64, lr 1.6e-2, T_m=200, order 4": partial(poet, 1.6e-2, 200, parameterization=SERIES),
+        **{
+            f"the same, folded early beyond {norm:g}": partial(poet, 1.6e-2, 200, norm, parameterization=SERIES)
+            for norm in (0.2, 0.3, 0.5)
+        },
+        "POET-BS b=64, lr 1.6e-2, T_m=200, exact Cayley": partial(poet, 1.6e-2, 200),
+    },
+    "recipe": {
+        **{f"AdamW, hidden lr 2.5e-4, {what}": partial(adamw, 2.5e-4, **change) for what, change in CHANGES.items()},
+        **{f"POET-BS b=64, lr 2e-3, {what}": partial(poet, recipe=change) for what, change in CHANGES.items()},
+    },
+    "long": {
+        **{f"POET-BS b=64, lr 2e-3, T_m={t}": partial(poet, merge_every=t) for t in (100, 200, 400)},
+        "AdamW, hidden lr 2.5e-4": partial(adamw, 2.5e-4),
     },
     "stepwise": {
         **{f"step-wise b=64, angle {a:g}": partial(stepwise, a) for a in (0.01, 0.015, 0.024, 0.04)},
@@ -241,17 +276,19 @@ def slug(name: str) -> str:
 def main() -> None:
     """Run what is missing, print the table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--group", nargs="*", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--group", nargs="*", choices=list(GROUPS), default=[name for name in GROUPS if name != "long"])
     parser.add_argument("--only", nargs="*", help="names of runs, all of the groups by default")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="read what has been run and stop")
     options = parser.parse_args()
+    if "long" in options.group and options.steps < LONG:
+        parser.error(f"--steps {options.steps}: the periods of the group long need {LONG} or more")
     torch.set_num_threads(options.threads)
     folder = Path("runs/quality")
     folder.mkdir(parents=True, exist_ok=True)
-    out = Path("tests/benchmarks/results/quality.json")
+    out = Path("tests/benchmarks/results") / ("quality.json" if options.steps == 200 else f"quality_{options.steps}.json")
     restore(out, folder)
     wanted = options.only or [name for name, (group, _) in RUNS.items() if group in options.group]
     for seed in options.seeds if not options.table else []:

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -11,6 +12,8 @@ from orthotrain.errors import ConfigurationError
 
 class RunSchedule(LRScheduler, ABC):
     """Linear warm-up, then what a subclass makes of the rest of the run.
+
+    The length is that of this run, also after a resume: a checkpoint goes on to another end than it was made for.
 
     Args:
         optimizer: Its groups' ``lr`` are the base rates.
@@ -46,6 +49,14 @@ class RunSchedule(LRScheduler, ABC):
         span = max(1, self.total_steps - self.warmup_steps)
         return self.after_warmup(min(1.0, (step - self.warmup_steps) / span))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state without the length, which belongs to the run and not to the checkpoint."""
+        return {name: value for name, value in super().state_dict().items() if name != "total_steps"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state; the length stays that of this run."""
+        super().load_state_dict({**state_dict, "total_steps": self.total_steps})
+
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """Return the rate of each group for the next optimizer step."""
         return [float(base) * self.factor(self.last_epoch) for base in self.base_lrs]
@@ -78,7 +89,7 @@ class WarmupStableDecay(RunSchedule):
     """Linear warm-up, a constant rate, and a linear fall to ``final_ratio`` of it over the last part of the run.
 
     Source: MiniCPM (arXiv:2404.06395, section 4). The length of a run need not be known before it decays: a checkpoint
-    of the constant part goes on for as long as wanted.
+    of the constant part goes on for as long as the ``max_steps`` it is resumed with say.
 
     Args:
         optimizer: Its groups' ``lr`` are the base rates.

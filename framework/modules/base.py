@@ -214,7 +214,8 @@ class BaseModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule over this network's parameter groups."""
         assert self.model is not None
-        return self.optimization.configure(self.model, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        return self.optimization.configure(self.model, None if math.isinf(steps) else int(steps))
 
     def split_loss(self, split: str) -> TokenLoss:
         """Return the metric that accumulates the loss of ``val`` or ``test``."""

@@ -91,18 +91,26 @@ class Optimization:
         self._refuse_unused(model, used)
         return sorted(groups.values(), key=lambda group: group["name"] != "rotations")
 
-    def configure(self, model: nn.Module, total_steps: int) -> dict[str, Any]:
+    def configure(self, model: nn.Module, total_steps: int | None) -> dict[str, Any]:
         """Return what ``LightningModule.configure_optimizers`` returns.
 
         Args:
             model: The wrapped model.
-            total_steps: Optimizer steps of the run.
+            total_steps: Optimizer steps of the run, None for one without an end.
+
+        Raises:
+            ConfigurationError: If a schedule asks for the length of a run without an end.
         """
         optimizer = self.build(self.groups(model))
         if self.scheduler is None:
             return {"optimizer": optimizer}
         scheduler = self.scheduler(optimizer)
         if getattr(scheduler, "total_steps", 0) is None:
+            if total_steps is None:
+                raise ConfigurationError(
+                    f"{type(scheduler).__name__} needs the length of the run, which trainer.max_steps=-1 leaves open: "
+                    "set trainer.max_steps (or max_epochs, for data of a known length), or the schedule's total_steps"
+                )
             scheduler.total_steps = total_steps  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

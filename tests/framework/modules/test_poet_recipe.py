@@ -12,7 +12,7 @@ from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.layers import PoetLinear, mergeable_layers
 from orthotrain.models import PretrainedModel
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, LoraModule, Optimization, PoetLayers, PoetModule
-from orthotrain.schedules import CosineWithWarmup
+from orthotrain.schedules import CosineWithWarmup, WarmupStableDecay
 
 
 class Regression(L.LightningDataModule):
@@ -221,6 +221,25 @@ def test_resuming_as_another_run_is_refused(tmp_path, change, message):
     assert message in str(caught.value)
     free = module(layers={"centre": "weight", "activation_mode": "mem"}, merge_every=7)
     trainer_for(tmp_path, 4).fit(free, datamodule=Regression(), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_a_checkpoint_of_the_constant_part_goes_on_for_longer(tmp_path):
+    rates = []
+
+    class Rates(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    recipe = Optimization(lr=0.01, scheduler=lambda o: WarmupStableDecay(o, decay_fraction=0.5, final_ratio=0))
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, filename="a", enable_version_counter=False)
+    trainer_for(tmp_path, 3, limit_train_batches=3, callbacks=[saver]).fit(
+        Poet(net, LAYERS, optimization=recipe), datamodule=Regression()
+    )
+    rates.clear()
+    trainer = trainer_for(tmp_path, 15, callbacks=[Rates()])
+    trainer.fit(Poet(net, LAYERS, optimization=recipe), datamodule=Regression(), ckpt_path=tmp_path / "a.ckpt")
+    # constant up to half of 15 steps; the first step after a resume still has the rate it was saved with
+    assert rates[1:5] == pytest.approx([0.01] * 4) and rates[-1] == pytest.approx(0.01 / 7.5)
 
 
 def test_lora_pretraining_and_relora(tmp_path):

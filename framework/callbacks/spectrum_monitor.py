@@ -1,11 +1,13 @@
 """What training leaves of the spectra, and how much of the space of rotations it has reached."""
 
+import csv
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from orthotrain.callbacks.pictures import draw_lines, panels, run_folder, save
@@ -21,26 +23,33 @@ class SpectrumMonitor(L.Callback):
     For each watched layer: ``spectrum/NAME/entropy`` (:func:`svd_entropy`), ``condition`` (largest over smallest
     singular value), ``largest``, ``drift`` (largest ``|s_i - s_i(start)| / s_1(start)``), and where the layer tells,
     ``pair_coverage``: the part of all pairs of coordinates that have lain in one block since the start, the smaller one
-    of both sides. Between measurements it costs nothing; one takes a singular value decomposition of each layer.
+    of both sides; and ``spectrum/drift``, the largest one of all. Between measurements it costs nothing; one takes a
+    singular value decomposition of each layer.
 
-    Pictures in the run folder: ``spectrum.png``, the start against now, and ``coverage.png``.
+    Pictures in the run folder: ``spectrum.png``, the start against now, and ``coverage.png``. With ``values`` the
+    singular values themselves too: as histograms to TensorBoard loggers, and to ``spectra.csv``, a row for each value.
 
     Args:
         every_n_steps: Optimizer steps between measurements; the first is before the first step.
         include: Glob patterns on names of layers.
         max_layers: How many of the matching layers are watched, evenly spread over the network.
+        values: Whether to write all singular values at each measurement, the start included. A run that goes on from
+            an earlier checkpoint writes the steps that it takes again once more.
 
     Raises:
         ConfigurationError: If a number is below 1, or no layer matches when fitting starts.
     """
 
-    def __init__(self, every_n_steps: int = 1000, include: list[str] | None = None, max_layers: int = 4) -> None:
+    def __init__(
+        self, every_n_steps: int = 1000, include: list[str] | None = None, max_layers: int = 4, values: bool = False
+    ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("max_layers", max_layers)):
             if value < 1:
                 raise ConfigurationError(f"SpectrumMonitor: {name}={value!r}: take 1 or more")
         self.every_n_steps = every_n_steps
         self.include = include or ["*"]
         self.max_layers = max_layers
+        self.values = values
         self.start: dict[str, Tensor] = {}
         self.now: dict[str, Tensor] = {}
         self.coverage: dict[str, list[tuple[int, float]]] = {}
@@ -52,6 +61,7 @@ class SpectrumMonitor(L.Callback):
         if not self.start:
             self.start = {name: spectrum(layer) for name, layer in self.watched(pl_module).items()}
             self.now = dict(self.start)
+            self._write_values(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -60,12 +70,14 @@ class SpectrumMonitor(L.Callback):
         step = trainer.global_step
         if step != self._last_step and step % self.every_n_steps == 0:
             pl_module.log_dict(self.measure(pl_module, step))
+            self._write_values(trainer)
         self._last_step = step
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure once more, unless the last step was one of the cadence, and draw, on the first rank."""
         if self._measured_at != trainer.global_step:
             self.measure(pl_module, trainer.global_step)
+            self._write_values(trainer)
         folder = run_folder(trainer)
         if trainer.is_global_zero:
             self.draw(folder)
@@ -100,7 +112,26 @@ class SpectrumMonitor(L.Callback):
                 pairs = min(side.pairs for side in layer.coverage().values())
                 metrics[f"spectrum/{name}/pair_coverage"] = pairs
                 self.coverage.setdefault(name, []).append((step, pairs))
-        return metrics
+        drifts = [spectral_drift(self.now[name], self.start[name]) for name in self.now]
+        return {**metrics, "spectrum/drift": max(drifts)}
+
+    def _write_values(self, trainer: L.Trainer) -> None:
+        if not self.values:
+            return
+        folder = run_folder(trainer)
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for name, values in self.now.items():
+                    logger.experiment.add_histogram(f"spectrum/{name}", values, trainer.global_step)
+        path = folder / "spectra.csv"
+        fresh = not path.exists()
+        with path.open("a", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerows([["step", "layer", "index", "value"]] * fresh)
+            for name, values in self.now.items():
+                rows.writerows([trainer.global_step, name, i, f"{v:.7g}"] for i, v in enumerate(values.tolist()))
 
     def draw(self, folder: Path) -> None:
         """Write ``spectrum.png`` and, where layers tell their coverage, ``coverage.png``."""

@@ -1,9 +1,12 @@
 """The spectrum monitor in a real run, and the coverage it reports against a count by hand."""
 
+import csv
+
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -19,7 +22,7 @@ class Poet(PoetModule):
         return (self(batch) - batch[:, :8]).square().mean()
 
 
-def fit(folder, monitor, steps=6, **kwargs):
+def fit(folder, monitor, steps=6, loggers=(), **kwargs):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
     layers = PoetLayers(block_size=4, exclude=[])
@@ -29,7 +32,7 @@ def fit(folder, monitor, steps=6, **kwargs):
         accelerator="cpu",
         max_steps=steps,
         callbacks=[monitor],
-        logger=CSVLogger(folder, name="", version=""),
+        logger=[CSVLogger(folder, name="", version=""), *loggers],
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
@@ -47,10 +50,24 @@ def test_logs_and_draws(tmp_path):
         assert 0.9 < metrics[f"spectrum/{layer}/entropy"] <= 1
         values = torch.linalg.svdvals(dict(module.named_modules())[layer].merged_weight())
         assert metrics[f"spectrum/{layer}/condition"] == pytest.approx(float(values[0] / values[-1]), rel=1e-3)
+    drifts = [metrics[f"spectrum/{layer}/drift"] for layer in ("model.0", "model.2")]
+    assert metrics["spectrum/drift"] == max(drifts)
+    assert not (tmp_path / "spectra.csv").exists()
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
     assert "spectrum/model.0/entropy" in header
     for picture in ("spectrum.png", "coverage.png", "orthogonality.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG"), picture
+
+
+def test_writes_all_values_if_asked_to(tmp_path):
+    board = TensorBoardLogger(tmp_path, name="", version="")
+    module, _ = fit(tmp_path, SpectrumMonitor(every_n_steps=2, include=["*2"], values=True), 5, loggers=[board])
+    rows = list(csv.DictReader((tmp_path / "spectra.csv").open()))
+    assert [(row["step"], row["layer"]) for row in rows[::8]] == [(step, "model.2") for step in ("0", "2", "4", "5")]
+    values = torch.tensor([float(row["value"]) for row in rows[-8:]])
+    torch.testing.assert_close(values, torch.linalg.svdvals(module.model[2].merged_weight()), rtol=1e-5, atol=1e-6)
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
+    assert [event.step for event in events.Histograms("spectrum/model.2")] == [0, 2, 4, 5]
 
 
 @pytest.mark.parametrize(("steps", "measured"), [(4, [2, 4]), (5, [2, 4, 5])])

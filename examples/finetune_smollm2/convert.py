@@ -31,5 +31,12 @@ def main(out: Path) -> None:
     print(f"wrote {out}: {sum(p.numel() for p in model.parameters()):,} parameters in bf16")
 
 
+def command(arguments: list[str]) -> None:
+    """Run with the arguments of a command line."""
+    if len(arguments) != 1:
+        sys.exit("usage: convert.py FOLDER, for example models/smollm2-135m-instruct")
+    main(Path(arguments[0]))
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    command(sys.argv[1:])

@@ -40,8 +40,9 @@ def load(folder: str, quantization: str | None = None) -> nn.Module:
     return model
 
 
-def main(checkpoint: str, base: str, adapter: str, merged: str, quantization: str | None = None) -> None:
-    """Compare."""
+def main(checkpoint: str, base: str, adapter: str, merged: str, quantization: str | None = None) -> dict[str, float]:
+    """Compare; print and return the differences."""
+    found = {}
     ids = AutoTokenizer.from_pretrained(base)(TEXT, return_tensors="pt").input_ids
     with torch.no_grad():
         expected = load_network(read_checkpoint(checkpoint)).float()(ids).logits
@@ -51,9 +52,17 @@ def main(checkpoint: str, base: str, adapter: str, merged: str, quantization: st
             "merged in transformers": load(merged),
         }
         for name, network in networks.items():
-            difference = (network(ids).logits - expected).abs().max() / expected.abs().max()
-            print(f"{name:<24}{difference:.1e}")
+            found[name] = ((network(ids).logits - expected).abs().max() / expected.abs().max()).item()
+            print(f"{name:<24}{found[name]:.1e}")
+    return found
+
+
+def command(arguments: list[str]) -> None:
+    """Run with the arguments of a command line."""
+    if len(arguments) not in (4, 5):
+        sys.exit("usage: verify.py CHECKPOINT BASE ADAPTER MERGED [nf4]")
+    main(*arguments)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    command(sys.argv[1:])

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import AutoTokenizer
 
 from orthotrain.cli import main
 from orthotrain.config_files import resolve_config_arguments
@@ -224,7 +225,11 @@ def prepare_model():
     last = Path("runs/quickstart/checkpoints/last.ckpt")
     if not last.exists():
         main(shrunk(["fit", "-c", "pretrain/quickstart.yaml"]))
-    main(["export", "--ckpt", str(last), "--out", "models/smollm2-135m-instruct"])
+    folder = "models/smollm2-135m-instruct"
+    main(["export", "--ckpt", str(last), "--out", folder])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("page", READ_THROUGH, ids=lambda page: page.parent.name)

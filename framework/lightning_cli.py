@@ -119,6 +119,7 @@ class OrthotrainCLI(LightningCLI):
                 raise ConfigurationError(f"--ckpt_path last: this run has no checkpoint to {subcommand}; fit it first")
         elif kwargs.get("ckpt_path") is None:
             self._tell_without_checkpoint(subcommand)
+        self.model.resume_from = kwargs.get("ckpt_path")
         return kwargs
 
     def _tell_without_checkpoint(self, subcommand: str) -> None:

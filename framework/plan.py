@@ -1,19 +1,24 @@
 """What a run will hold in memory, counted on tensors without storage before anything is allocated."""
 
+import math
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from orthotrain.layers import mergeable_layers
 from orthotrain.layers.generators import mark_generators, rotated_share
 from orthotrain.modules import BaseModule, Optimization
 
 GIB = 1024**3
+
+PROBE_NUMBERS = 1 << 16
+"""Numbers of the parameter from which the state of a larger one is extrapolated, where one without storage fails."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
     """Count what training ``module`` holds, without allocating it.
 
     The network is built and run forward once on fake tensors. Activations are the tensors that autograd saves in that
-    pass, each storage once: exact for eager execution, without the transients of a single operation and the
-    allocator's fragmentation.
+    pass, each storage once: exact for eager execution on a CPU, without the transients of a single operation and the
+    allocator's fragmentation. With ``centre: auto`` a GPU may take another route, which keeps other activations.
 
     Args:
         module: A module whose network is not built yet.
@@ -119,26 +124,53 @@ def saved_bytes(owner: nn.Module, forward: Callable[[], Any]) -> int:
 def optimizer_bytes(optimization: Optimization, groups: list[dict[str, Any]]) -> int:
     """Return the bytes of the optimizers' state for the trained parameters of ``groups``, by shape and dtype.
 
-    Measured, not assumed: every optimizer takes a step on one small real parameter of each group, and what it then
-    holds is scaled to the numbers of the group. An optimizer that keeps a state of another rank (GaLore) is
-    overestimated where a matrix is larger than the small one.
+    Measured, not assumed: for every shape an optimizer takes a step on a parameter without storage, so that what it
+    keeps of another rank (GaLore) or of small parameters (bitsandbytes: fp32 below 4,096 numbers) counts as it is.
     """
     total = 0.0
     for group in groups:
-        for dtype in {parameter.dtype for parameter in group["params"]}:
-            width = group["params"][0].shape[-1] if group["name"] == "rotations" else 256
-            probe = nn.Parameter(torch.zeros(-(-65536 // width), width, dtype=dtype))
-            probe.grad = torch.zeros_like(probe)
-            share = rotated_share(group["params"][0])
-            if share is not None:  # an optimizer of generators takes nothing else
-                mark_generators(probe, share)
-            optimizer = optimization.build([{**group, "params": [probe]}])
-            optimizer.step()
-            tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-            held = sum(t.nbytes for t in tensors if t.ndim)
-            numbers = sum(p.numel() for p in group["params"] if p.dtype == dtype)
-            total += numbers * held / probe.numel()
+        shapes = Counter((tuple(parameter.shape), parameter.dtype) for parameter in group["params"])
+        share = rotated_share(group["params"][0])
+        for (shape, dtype), count in shapes.items():
+            try:
+                with FakeTensorMode():
+                    held = _state_bytes(optimization, group, _probe(shape, dtype, share))
+            except DataDependentOutputException:
+                # kernels that read memory, as those of bitsandbytes: a real parameter, and where that would be large
+                # one of as many rows as are enough for a state that grows with the numbers
+                rows = min(shape[0], max(1, -(-PROBE_NUMBERS // math.prod(shape[1:]))))
+                probe = _probe((rows, *shape[1:]), dtype, share)
+                held = _state_bytes(optimization, group, probe) * math.prod(shape) / probe.numel()
+            total += count * held
     return round(total)
+
+
+def _probe(shape: tuple[int, ...], dtype: torch.dtype, share: float | None) -> nn.Parameter:
+    probe = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    probe.grad = torch.zeros_like(probe)
+    if share is not None:  # an optimizer of generators takes nothing else
+        mark_generators(probe, share)
+    return probe
+
+
+def _state_bytes(optimization: Optimization, group: dict[str, Any], probe: nn.Parameter) -> float:
+    optimizer = optimization.build([{**group, "params": [probe]}])
+    optimizer.step()
+    return sum(tensor.nbytes for tensor in state_tensors(optimizer))
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the tensors of an optimizer's state that are no scalars, those in objects of its own (GaLore) too.
+
+    Tables that all parameters share (the code of 8-bit Adam) are left out.
+    """
+    found: dict[int, Tensor] = {}
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            inside = vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, Tensor) else [value]
+            tensors = [t for t in inside if isinstance(t, Tensor) and t.ndim and not name.startswith("qmap")]
+            found |= {id(tensor): tensor for tensor in tensors}
+    return list(found.values())
 
 
 def _entry(category: str, tensors: Any) -> Entry:

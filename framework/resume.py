@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint
+from orthotrain.callbacks.agreement import of_all_ranks
 from orthotrain.checkpoint import check_checkpoint
 from orthotrain.checkpoint_io import PARTIAL_SUFFIX, remove_leftovers
 from orthotrain.errors import ConfigurationError
+from orthotrain.sharded_checkpoint import REST
 
 
 def adapt_ranks(checkpoint: dict[str, Any], ranks: int) -> None:
@@ -108,3 +111,49 @@ def last_checkpoint(trainer: L.Trainer) -> str | None:
         return None
     rank_zero_info(f"going on from {path}")
     return str(path)
+
+
+def agree_on_checkpoint(path: str | None) -> None:
+    """Make sure that all ranks go on from the same checkpoint; a collective, before any of them reads it.
+
+    Hosts without a shared folder have different ones, or one has none: they would go on from different steps.
+
+    Args:
+        path: What this rank goes on from; None to begin.
+
+    Raises:
+        ConfigurationError: On every rank, saying what each sees.
+    """
+    own = None if path is None else (Path(path).name, _step_of(path))
+    said = of_all_ranks(own)
+    if all(other == said[0] for other in said):
+        return
+    seen = {rank: "no checkpoint" if s is None else f"{s[0]} of step {s[1]}" for rank, s in enumerate(said)}
+    other = next(rank for rank in seen if said[rank] != said[0])
+    raise ConfigurationError(
+        f"ranks would go on from different checkpoints: rank 0 sees {seen[0]}, rank {other} sees {seen[other]}"
+        f"{'' if path is None else f' (here {path!r})'}; put the run folder on a file system that all hosts share"
+    )
+
+
+def agree_on_step(step: int) -> None:
+    """Make sure that all ranks begin with the same optimizer step; a collective.
+
+    Raises:
+        ConfigurationError: On every rank, saying which has which.
+    """
+    said = of_all_ranks(step)
+    if any(other != said[0] for other in said):
+        other = next(rank for rank, value in enumerate(said) if value != said[0])
+        raise ConfigurationError(
+            f"ranks begin with different steps: rank 0 at {said[0]}, rank {other} at {said[other]}; give all of them "
+            "the same checkpoint"
+        )
+
+
+def _step_of(path: str) -> int | None:
+    """Return the step of a checkpoint, without reading its tensors; None of one that lies elsewhere (``s3://``)."""
+    file = Path(path) / REST if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        return None
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True).get("global_step")

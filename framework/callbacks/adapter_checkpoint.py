@@ -17,6 +17,7 @@ from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.checkpoint_io import FROZEN, PARTIAL_SUFFIX, publish
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.layers.sharding import whole
 
 WEIGHTS_FILE, DESCRIPTION_FILE, RESUME_FILE = "adapter.safetensors", "adapter.json", "resume.ckpt"
 _SAMPLES = 4096
@@ -39,7 +40,7 @@ class AdapterCheckpoint(Checkpoint):
 
     Raises:
         ConfigurationError: If a number is below 1; when fitting starts, if nothing is trained, the frozen weights do
-            not stay as they are, or checkpoints are written in the background.
+            not stay as they are, or checkpoints are written in the background or shard by shard.
     """
 
     def __init__(self, every_n_steps: int = 500, keep: int = 3, dirpath: str | Path | None = None) -> None:
@@ -58,6 +59,10 @@ class AdapterCheckpoint(Checkpoint):
         if any(isinstance(callback, MergeRotations) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise ConfigurationError(
                 "AdapterCheckpoint leaves out the frozen weights, but MergeRotations changes them: use ModelCheckpoint"
+            )
+        if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+            raise ConfigurationError(
+                "AdapterCheckpoint writes one file of what is trained: set save_distributed_checkpoint to false"
             )
         if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
             raise ConfigurationError("AdapterCheckpoint needs its files complete at once, not an AsyncCheckpointIO")
@@ -96,6 +101,8 @@ class AdapterCheckpoint(Checkpoint):
         frozen = self._fingerprints
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         checkpoint[FROZEN] = {name: list(values) for name, values in frozen.items()}
+        if not checkpoint["state_dict"]:  # a sharded network is gathered on rank 0 alone
+            return
         prefix = "model." if isinstance(getattr(pl_module, "model", None), nn.Module) else ""
         for name, _ in pl_module.named_parameters():
             if name not in frozen:
@@ -128,8 +135,6 @@ class AdapterCheckpoint(Checkpoint):
             self._tensors = None
         self._saved, dropped = self._saved[-self.keep :], self._saved[: -self.keep]
         if trainer.is_global_zero:
-            if not (partial / RESUME_FILE).is_file():
-                raise ConfigurationError("AdapterCheckpoint needs a strategy that saves a checkpoint as one file")
             save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
             description = self._description(trainer, pl_module, tensors)
             (partial / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
@@ -194,7 +199,11 @@ def frozen_names(module: nn.Module) -> list[str]:
 
 
 def fingerprint(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
-    """Return a CRC-32 of the shape and at most some thousand evenly spaced values, cast to ``dtype`` first."""
+    """Return a CRC-32 of the shape and at most some thousand evenly spaced values, cast to ``dtype`` first.
+
+    A collective where the tensor is sharded.
+    """
+    tensor = whole(tensor)
     flat = tensor.detach().flatten()
     sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu", dtype or tensor.dtype).contiguous()
     return zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), zlib.crc32(str(tuple(tensor.shape)).encode()))

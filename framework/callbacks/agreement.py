@@ -1,5 +1,7 @@
 """What ranks must agree on before one of them stops."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -23,3 +25,12 @@ def least_of_ranks(count: int, device: torch.device) -> int:
     said = torch.tensor(count, dtype=torch.int32, device=device)
     dist.all_reduce(said, dist.ReduceOp.MIN)
     return int(said)
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """Return what each rank says, in their order; every rank must call it, at the same place."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    said = [None] * dist.get_world_size()
+    dist.all_gather_object(said, value)
+    return said

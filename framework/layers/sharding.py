@@ -20,8 +20,10 @@ def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:
 
     A group is what one collective gathers: in each block of the network (an element of an outermost ``nn.ModuleList``,
     a decoder layer) the mergeable layers are one group, what is trained directly another; the rest of the network, the
-    embedding and the head, is the root's. FSDP2 reduces the gradients of trained parameters alone, so a frozen weight
-    costs its shard, and whole it lives as long as its block computes.
+    embedding and the head, is the root's. A layer's frozen weight and its generators are needed at the same moments,
+    and one gather of both is one collective less than groups of their own. That costs no gradient: FSDP2 allocates and
+    reduces those of parameters that require one alone, so a frozen weight costs its shard, and whole it lives as long
+    as its block computes.
 
     Args:
         network: Called through its ``forward``.
@@ -46,6 +48,8 @@ def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:
             _check_one_dtype([layer], network)
             fully_shard(layer, mesh=mesh)
     fully_shard(network, mesh=mesh)
+    # read by the `generate` of transformers: a rank whose answers have ended goes on until those of all have
+    network._is_fsdp_managed_module = True  # type: ignore[assignment]
     for name, parameter in network.named_parameters():  # FSDP2 has made new ones
         if (share := shares.get(name)) is not None:
             mark_generators(parameter, share)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from orthotrain.callbacks.adapter_checkpoint import restore_frozen
 from orthotrain.callbacks.attached import unless_given
 from orthotrain.callbacks.batch_seeds import BatchSeeds
+from orthotrain.callbacks.even_predictions import EvenPredictions
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
 from orthotrain.callbacks.throughput import Throughput, logs_at
@@ -27,8 +28,8 @@ from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.optimization import Optimization
-from orthotrain.resume import adapt_ranks
-from orthotrain.strategies import ShardedStrategy
+from orthotrain.resume import adapt_ranks, agree_on_checkpoint, agree_on_step
+from orthotrain.strategies import ShardedStrategy, check_merging
 
 
 class BaseModule(L.LightningModule):
@@ -51,6 +52,7 @@ class BaseModule(L.LightningModule):
         self.model: nn.Module | None = model if isinstance(model, nn.Module) else None
         self._builder = None if isinstance(model, nn.Module) else model
         self.optimization = optimization
+        self.resume_from: str | None = None  # said by the command line, for ranks to compare
         self._wrapped = self._sharded = False
         self.evaluation_loss = nn.ModuleDict({split: TokenLoss() for split in ("val", "test")})
 
@@ -65,6 +67,9 @@ class BaseModule(L.LightningModule):
         strategy: Any = getattr(self._trainer, "strategy", None)
         if strategy is not None and type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO()
+        if strategy is not None:
+            check_merging(strategy, self.trainer.callbacks)  # type: ignore[attr-defined]
+            agree_on_checkpoint(self.resume_from)
         if self._wrapped:
             return
         if self.model is None:
@@ -111,7 +116,9 @@ class BaseModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach the callbacks that every run wants, unless the trainer has some; a subclass adds its own to them."""
-        return unless_given(self._trainer, [Throughput(), BatchSeeds(), FinalCheckpoint(), FiniteGuard()])
+        return unless_given(
+            self._trainer, [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard()]
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fit the checkpoint to this run: the number of ranks, and the frozen weights that an adapter leaves out.
@@ -135,7 +142,11 @@ class BaseModule(L.LightningModule):
 
         Lightning does so when it sets the data up, but with ``max_epochs`` it does that early, to count the steps for
         the schedule, when the place is not known yet, and would begin the epoch's data anew.
+
+        Raises:
+            ConfigurationError: If ranks begin with different steps.
         """
+        agree_on_step(self.trainer.global_step)
         self.trainer.fit_loop._load_combined_loader_states()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

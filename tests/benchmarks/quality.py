@@ -7,8 +7,8 @@
 A LLaMA of 5.7M parameters on the Python standard library. Every finished run is a file in runs/quality and is not
 repeated, nor is one that the committed results hold: the grid can be stopped and gone on with. The table and
 tests/benchmarks/results/quality.json (quality_N.json for another number N of steps) hold mean and spread over the seeds
-that have been run; `--table` only reads. A seed draws initial values and permutations; the sequences and their order are
-the same in all runs. The group `long` holds periods that no run of 200 steps sees the end of: it takes 400 steps or more.
+that have been run; `--table` only reads. A seed draws initial values and permutations; the sequences and their order
+are the same in all runs. The group `long` holds periods that no run of 200 steps sees the end of: it takes 400 or more.
 """
 
 import argparse
@@ -126,7 +126,10 @@ GROUPS: dict[str, dict[str, partial]] = {
         **{f"Muon, hidden lr {lr:g}": partial(muon, lr) for lr in (2.5e-3, 5e-3, 1e-2, 2e-2)},
         **{f"GaLore r=64, hidden lr {lr:g}": partial(galore, lr) for lr in (2.5e-4, 5e-4, 1e-3, 4e-3)},
         **{f"LoRA r=64, lr {lr:g}": partial(lora, lr) for lr in (2.5e-4, 5e-4, 1e-3, 4e-3)},
-        **{f"ReLoRA r=64, lr {lr}, every 50": partial(lora, float(lr), merge_every=50) for lr in ("5e-4", "1e-3", "4e-3")},
+        **{
+            f"ReLoRA r=64, lr {lr}, every 50": partial(lora, float(lr), merge_every=50)
+            for lr in ("5e-4", "1e-3", "4e-3")
+        },
     },
     "poet": {
         **{f"POET-BS b=64, lr {lr:g}": partial(poet, lr) for lr in (1e-3, 2e-3, 4e-3, 8e-3)},
@@ -288,7 +291,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     folder = Path("runs/quality")
     folder.mkdir(parents=True, exist_ok=True)
-    out = Path("tests/benchmarks/results") / ("quality.json" if options.steps == 200 else f"quality_{options.steps}.json")
+    name = "quality.json" if options.steps == 200 else f"quality_{options.steps}.json"
+    out = Path("tests/benchmarks/results") / name
     restore(out, folder)
     wanted = options.only or [name for name, (group, _) in RUNS.items() if group in options.group]
     for seed in options.seeds if not options.table else []:

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from orthotrain.checkpoint import compare_state, read_checkpoint
+from orthotrain.checkpoint_io import AtomicCheckpointIO
+from orthotrain.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
+from orthotrain.sharded_checkpoint import save_shards
 
 
 class Bomb:
@@ -53,3 +56,21 @@ def test_differences_are_counted_and_the_first_named():
     message = compare_state(there, here)
     assert "a is (4,) there and (2,) here" in message
     assert "1 tensors are not in it (b)" in message and "1 of its tensors are not in the model (d)" in message
+
+
+def test_consolidating_into_a_folder_that_is_not_there_is_refused(tmp_path):
+    save_shards({"state_dict": {"w": torch.ones(2)}}, {"optimizer_states": []}, tmp_path / "shards.ckpt", bool)
+    with pytest.raises(ConfigurationError, match=r"missing/one.ckpt' cannot be written: there is no folder"):
+        consolidate(tmp_path / "shards.ckpt", tmp_path / "missing" / "one.ckpt")
+    consolidate(tmp_path / "shards.ckpt", tmp_path / "one.ckpt")
+    with pytest.raises(ConfigurationError, match="exists; give another name"):
+        consolidate(tmp_path / "shards.ckpt", tmp_path / "one.ckpt")
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, AtomicCheckpointIO().load_checkpoint])
+def test_a_folder_where_a_file_is_needed_says_how_to_make_one(tmp_path, read):
+    (tmp_path / "x.ckpt").mkdir()
+    with pytest.raises(
+        ConfigurationError, match=r"is a folder, .* python -m orthotrain.consolidate .*x.ckpt FILE.ckpt"
+    ):
+        read(tmp_path / "x.ckpt")

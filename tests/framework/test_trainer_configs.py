@@ -10,10 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from orthotrain.checkpoint import read_checkpoint
 from orthotrain.config_files import shipped_configs
+from orthotrain.errors import ConfigurationError
 from orthotrain.lightning_cli import OrthotrainCLI
+from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, PoetLayers, PoetModule
+from orthotrain.strategies import ShardedStrategy, check_merging
 
 FAULTS = Path(__file__).parents[1] / "faults"
 RANKS = runpy.run_path(str(FAULTS / "ranks.py"))
@@ -34,18 +39,38 @@ def test_there_is_one_for_each_way_of_running():
         assert shipped_configs()[name].read_text().startswith("# ")
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize(
-    "run", ["pretrain/quickstart.yaml", "pretrain/poet_llama_60m.yaml", "finetune/oft_smollm2.yaml"]
-)
-def test_it_combines_with_any_run(trainer, run):
-    paths = [str(shipped_configs()[name]) for name in (run, trainer)]
-    overrides = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1"]
-    # SLURM's own environment is only valid inside a job
-    overrides += ["--trainer.plugins", "null"] if "slurm" in trainer else []
-    cli = OrthotrainCLI([*(part for path in paths for part in ("-c", path)), *overrides], run=False)
-    expected = {"cpu": "SingleDevice", "fsdp2": "Sharded"}.get(Path(trainer).stem, "DDP")
-    assert type(cli.trainer.strategy).__name__ == f"{expected}Strategy"
+RUNS = [n for n in shipped_configs() if n.startswith(("pretrain/", "finetune/")) and "/options/" not in n]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_it_combines_with_any_run(run):
+    for trainer in TRAINERS:
+        paths = [str(shipped_configs()[name]) for name in (run, trainer)]
+        overrides = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1"]
+        # SLURM's own environment is only valid inside a job
+        overrides += ["--trainer.plugins", "null"] if "slurm" in trainer else []
+        cli = OrthotrainCLI([*(part for path in paths for part in ("-c", path)), *overrides], run=False)
+        expected = {"cpu": "SingleDevice", "fsdp2": "Sharded"}.get(Path(trainer).stem, "DDP")
+        assert type(cli.trainer.strategy).__name__ == f"{expected}Strategy"
+
+
+@pytest.mark.parametrize("kind", ["PoetModule", "LoraModule", "LoraModule without merges", "OftModule"])
+def test_deepspeed_is_refused_where_a_merge_would_be_lost(kind):
+    """Its optimizer steps copies of its own; DeepSpeed is not installed here, so this is the check and not a run."""
+    network = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    if kind == "OftModule":
+        module = OftModule(network, OftLayers(block_size=4))
+    elif kind == "PoetModule":
+        module = PoetModule(network, PoetLayers(block_size=4, init="keep"))
+    else:
+        module = LoraModule(network, LoraLayers(rank=2), merge_every=2 if kind == "LoraModule" else None)
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    if kind in ("PoetModule", "LoraModule"):
+        with pytest.raises(ConfigurationError, match=r"DeepSpeed keeps copies .* -c trainer/fsdp2.yaml"):
+            check_merging(strategy, module.configure_callbacks())
+        check_merging(ShardedStrategy.__new__(ShardedStrategy), module.configure_callbacks())
+    else:
+        check_merging(strategy, module.configure_callbacks())
 
 
 def forked(arguments, tmp_path, ranks=1, environment=None):

@@ -64,9 +64,8 @@ def test_one_rank_of_two_is_killed(harness, step):
     processes = harness.start(run, 2, fault=["kill", step, step % 2])
     processes[step % 2].join(90)
     assert processes[step % 2].exitcode == -9
-    for process in processes:  # what torchrun does with the others
-        process.kill()
-    HARNESS["RANKS"]["wait"](processes)
+    codes = HARNESS["RANKS"]["wait"](processes)  # the other one dies of it, and of nothing else
+    assert all(codes), codes
     harness.recover("SIGKILL of one rank of two", run, ranks=2)
 
 
@@ -80,7 +79,7 @@ def test_terminated(harness, ranks, step):
     assert codes == [143] * ranks, harness.log(run)
     assert f"SIGTERM: step {step + 1} is saved as" in harness.log(run)
     assert harness.steps(run)[-1] == step + 1
-    harness.recover("SIGTERM", run, ranks)
+    harness.recover("SIGTERM, to one rank of one or two", run, ranks)
     assert harness.outcomes[-1].lost == 0
 
 
@@ -99,10 +98,13 @@ def test_a_full_disk(harness):
             check_checkpoint(path)
         if mounted:
             subprocess.run(["mount", "-o", f"remount,size={9 * size}", str(run)], check=True)
-        harness.recover("disk full while saving", run, note="tmpfs" if mounted else "RLIMIT_FSIZE")
+        harness.recover("disk full while saving (a small tmpfs)", run, note="tmpfs" if mounted else "RLIMIT_FSIZE")
     finally:
         if mounted:
             subprocess.run(["umount", str(run)], check=True)
+
+
+DAMAGED = "the two newest checkpoints damaged (a bit flipped, truncated, empty)"
 
 
 def truncate(path):
@@ -140,7 +142,7 @@ def test_the_newest_checkpoint_is_damaged(harness, damage):
     found = HARNESS["read_checkpoint"](run / "last.ckpt")["state_dict"]
     recovered = all((found[name] == tensor).all() for name, tensor in harness.undisturbed().items())
     steps = len(harness.steps(run)) - STEPS
-    harness.outcomes.append(HARNESS["Outcome"](f"newest checkpoint damaged ({damage.__name__})", recovered, steps))
+    harness.outcomes.append(HARNESS["Outcome"](DAMAGED, recovered, steps, damage.__name__))
     assert recovered and steps <= lost - 4
 
 

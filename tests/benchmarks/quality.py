@@ -58,11 +58,11 @@ def adamw(hidden: float, lr: float = 4e-3, **recipe: Any) -> BaseModule:
     return BaseModule(CausalLM(CONFIG), optimization(lr, lr_overrides={HIDDEN: hidden}, **recipe))
 
 
-def muon(hidden: float) -> BaseModule:
+def muon(hidden: float, lr: float = 4e-3) -> BaseModule:
     """Return Muon on hidden matrices, AdamW on the rest."""
     build = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw", weight_decay=0.01)
     options = {"lr_overrides": {HIDDEN: hidden}, "optimizer_overrides": {HIDDEN: build}}
-    return BaseModule(CausalLM(CONFIG), optimization(**options))
+    return BaseModule(CausalLM(CONFIG), optimization(lr, **options))
 
 
 def galore(hidden: float, rank: int = 64) -> BaseModule:
@@ -158,6 +158,7 @@ GROUPS: dict[str, dict[str, partial]] = {
     "recipe": {
         **{f"AdamW, hidden lr 2.5e-4, {what}": partial(adamw, 2.5e-4, **change) for what, change in CHANGES.items()},
         **{f"POET-BS b=64, lr 2e-3, {what}": partial(poet, recipe=change) for what, change in CHANGES.items()},
+        **{f"Muon, hidden lr 0.01, embeddings and head {lr:g}": partial(muon, 1e-2, lr) for lr in (2e-3, 8e-3)},
     },
     "long": {
         **{f"POET-BS b=64, lr 2e-3, T_m={t}": partial(poet, merge_every=t) for t in (100, 200, 400)},

@@ -4,7 +4,7 @@ from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint, restore_f
 from orthotrain.callbacks.batch_seeds import BatchSeeds
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
-from orthotrain.callbacks.merge_rotations import MergeRotations, merge_rotations
+from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.callbacks.movement_monitor import MovementMonitor
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
 from orthotrain.callbacks.project_generators import ProjectGenerators
@@ -26,6 +26,5 @@ __all__ = [
     "RunReport",
     "SpectrumMonitor",
     "Throughput",
-    "merge_rotations",
     "restore_frozen",
 ]

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthotrain.callbacks.merge_rotations import fold_rotations
 from orthotrain.layers import PoetSettings, StepwiseLinear
+from orthotrain.layers.folding import fold_rotations
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.poet_settings import Storage
 from orthotrain.modules import BaseModule

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orthotrain.callbacks import merge_rotations
 from orthotrain.data import TextData
 from orthotrain.layers import mergeable_layers
+from orthotrain.layers.folding import merge_rotations
 from orthotrain.layers.sharding import gathered, is_sharded, whole
 from orthotrain.models import CausalLM
 from orthotrain.modules import Optimization, PoetLayers, PoetModule

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthotrain.adapters import adapter_state, load_adapter_state
-from orthotrain.callbacks import AdapterCheckpoint, MergeRotations
+from orthotrain.callbacks import AdapterCheckpoint, FiniteGuard, MergeRotations
 from orthotrain.data import TextData
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftLinear, replace_linears
@@ -170,6 +170,6 @@ def test_refusals(config, data, tmp_path):
         with pytest.raises(ConfigurationError, match=next(iter(arguments))):
             AdapterCheckpoint(**arguments)
     with pytest.raises(ConfigurationError, match="MergeRotations changes them"):
-        fit(Finetune(config), data, tmp_path, 1, [AdapterCheckpoint(1), MergeRotations(1)])
+        fit(Finetune(config), data, tmp_path, 1, [AdapterCheckpoint(1), FiniteGuard(), MergeRotations(1)])
     with pytest.raises(ConfigurationError, match="AsyncCheckpointIO"):
         fit(Finetune(config), data, tmp_path, 1, [AdapterCheckpoint(1)], plugins=[AsyncCheckpointIO()])

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from orthotrain.callbacks import merge_rotations
 from orthotrain.checkpoint import read_checkpoint
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import PoetLinear
+from orthotrain.layers.folding import merge_rotations
 from orthotrain.modules import Optimization, PoetLayers
 from orthotrain.optimizers import CompositeOptimizer, GaLore
 from orthotrain.schedules import CosineWithWarmup

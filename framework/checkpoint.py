@@ -22,6 +22,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ConfigurationError(f"checkpoint {str(path)!r} is not a file; give the path of a .ckpt file of a run")
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no checkpoint or is truncated")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for
         raise _unreadable(path, error) from error
@@ -72,4 +74,6 @@ def compare_state(saved: dict[str, Any], expected: dict[str, Any]) -> str | None
 
 def _unreadable(path: str | Path, error: Exception) -> ConfigurationError:
     reason = (str(error).strip() or "it is empty").splitlines()[0]
+    # what follows in torch's message advises to load it in spite of that
+    reason = reason.partition(". In PyTorch")[0].partition("Re-running `torch.load`")[0]
     return ConfigurationError(f"checkpoint {str(path)!r} cannot be read: {reason}; take an earlier one")

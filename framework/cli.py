@@ -1,10 +1,8 @@
 """The command line: LightningCLI's fit, validate, test and predict, and commands of its own beside them."""
 
 import difflib
-import logging
 import signal
 import sys
-import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -12,6 +10,8 @@ from typing import NoReturn
 
 from orthotrain.config_files import resolve_config_arguments
 from orthotrain.errors import ConfigurationError, TrainingDiverged
+from orthotrain.noise import drop_noise
+from orthotrain.termination import INTERRUPTED, Terminated, terminable
 
 USAGE = """usage: orthotrain COMMAND [options]
 
@@ -32,7 +32,15 @@ as --a.b.c VALUE. A config that is not found as a file is looked up among those 
   orthotrain fit -c CONFIG --print_config   the config of a run with every default
   orthotrain fit -c CONFIG --run_folder DIR --ckpt_path last    go on from the newest checkpoint in DIR"""
 
-MEANT = {"train": "fit", "eval": "validate", "evaluate": "validate", "generate": "predict", "merge": "export"}
+MEANT = {
+    "train": "fit",
+    "finetune": "fit",
+    "pretrain": "fit",
+    "eval": "validate",
+    "evaluate": "validate",
+    "generate": "predict",
+    "merge": "export",
+}
 """What other programs call the commands."""
 
 
@@ -48,15 +56,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command == "--version":
         print(f"orthotrain {metadata.version('orthotrain')}")
         return
+    drop_noise()
     try:
-        if command in TRAINER_COMMANDS:
-            run_trainer(resolve_config_arguments(arguments))
-        elif command in COMMANDS:
-            COMMANDS[command](resolve_config_arguments(arguments[1:]))
-        else:
-            raise ConfigurationError(_unknown(command))
+        with terminable():
+            _run(command, arguments)
     except KeyboardInterrupt:
-        fail("interrupted", code=128 + signal.SIGINT)
+        fail(INTERRUPTED, code=128 + signal.SIGINT)
+    except Terminated:
+        fail(INTERRUPTED, code=128 + signal.SIGTERM)
     except ConfigurationError as error:
         fail(str(error))
     except OSError as error:  # a folder that cannot be written, a full disk
@@ -67,10 +74,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(str(error), code=1)
 
 
+def _run(command: str, arguments: list[str]) -> None:
+    if command in TRAINER_COMMANDS:
+        run_trainer(resolve_config_arguments(arguments))
+    elif command in COMMANDS:
+        COMMANDS[command](resolve_config_arguments(arguments[1:]))
+    else:
+        raise ConfigurationError(_unknown(command))
+
+
 def _unknown(command: str) -> str:
     known = [*TRAINER_COMMANDS, *COMMANDS]
-    near = [MEANT[command]] if command in MEANT else difflib.get_close_matches(command, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    near = difflib.get_close_matches(command, [*known, *MEANT], n=1)
+    hint = f"did you mean {MEANT.get(near[0], near[0])}? " if near else ""
     return f"unknown command {command!r}: {hint}choose one of {', '.join(known)}"
 
 
@@ -82,7 +98,6 @@ def fail(message: str, code: int = 2) -> None:
 
 def run_trainer(arguments: list[str]) -> None:
     """Run one of LightningCLI's commands."""
-    _quiet()
     from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
     from orthotrain.lightning_cli import OrthotrainCLI
@@ -93,6 +108,10 @@ def run_trainer(arguments: list[str]) -> None:
         raise ConfigurationError(str(error)) from error
     except SIGTERMException as stop:  # without a code outside of training: the process would exit with 0
         sys.exit(stop.code or 128 + signal.SIGTERM)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns it into an exit with code 1
+            raise KeyboardInterrupt from stop
+        raise
 
 
 def export_command(arguments: list[str]) -> None:
@@ -155,14 +174,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def _quiet() -> None:
-    """Drop what Lightning says that no user can act on."""
-    warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
-
-
 class _Parser(ArgumentParser):
     """A parser whose complaints are a single line, as everywhere else."""
 
@@ -171,4 +182,4 @@ class _Parser(ArgumentParser):
 
 
 def _parser(command: str, description: str) -> ArgumentParser:
-    return _Parser(prog=f"orthotrain {command}", description=description)
+    return _Parser(prog=f"orthotrain {command}", description=description, allow_abbrev=False)

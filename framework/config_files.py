@@ -19,15 +19,17 @@ def resolve_config(name: str) -> str:
     """Return the path of a config: ``name`` itself if that file exists, else the shipped config of that name.
 
     Raises:
-        ConfigurationError: If there is neither, naming the nearest shipped ones; or if it is not valid YAML.
+        ConfigurationError: If there is neither, naming the nearest shipped ones; or if it is no valid YAML or has no
+            keys.
     """
     shipped = shipped_configs()
     path = Path(name) if Path(name).is_file() else shipped.get(name)
     if path is not None:
         _check_syntax(path)
         return str(path)
-    # as it was given, by its last part (quickstart.yaml) and without the suffix (pretrain/quickstart)
-    same = [full for full in shipped if Path(full).name == Path(name).name or full == f"{name}.yaml"]
+    # as it was given, by its last part (quickstart.yaml), and both without the suffix (pretrain/quickstart, quickstart)
+    same = [full for full in shipped if Path(name).name in (Path(full).name, Path(full).stem)]
+    same = [full for full in same if full.startswith(str(Path(name).parent))] or same if "/" in name else same
     near = same or difflib.get_close_matches(name, shipped, n=3)
     hint = f"did you mean {', '.join(near)}?" if near else f"shipped are {', '.join(sorted(shipped))}"
     raise ConfigurationError(f"config {name!r} is neither a file nor shipped; {hint}")
@@ -35,9 +37,12 @@ def resolve_config(name: str) -> str:
 
 def _check_syntax(path: Path) -> None:
     try:
-        yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"config {str(path)!r} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        found = "is empty" if content is None else f"holds a {type(content).__name__}"
+        raise ConfigurationError(f"config {str(path)!r} {found}: it must have keys, such as trainer, model and data")
 
 
 def resolve_config_arguments(arguments: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from orthotrain.config_errors import one_line
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.layers.bitsandbytes_linear import compute_dtype_of
 from orthotrain.layers.surgery import unwrap_mergeables
+from orthotrain.model_folder import check_new_folder, publish
 from orthotrain.models import CausalLM, ModelBuilder
 from orthotrain.peft_adapter import export_peft
 
@@ -52,6 +53,7 @@ def export_checkpoint(
             f"--dtype {dtype} with --format peft: an adapter keeps the dtype of its generators; leave --dtype out, or "
             "take --format hf"
         )
+    check_new_folder(out)
     contents = read_checkpoint(checkpoint)
     network = load_network(contents, str(checkpoint), allow, trust_remote_code)
     if format == "peft":
@@ -79,16 +81,13 @@ def export_huggingface(network: nn.Module, out: str | Path, tokenizer: Any = Non
         raise ConfigurationError(
             f"{type(network).__name__} is no transformers model: call unwrap_mergeables and save its state_dict instead"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigurationError(f"--out {str(folder)!r} exists and is not empty: name a new folder")
+    check_new_folder(folder)
     make_plain_(network, None if dtype is None else getattr(torch, dtype))
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     network.save_pretrained(partial)  # type: ignore[operator]
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    publish(partial, folder)
     return folder
 
 

@@ -19,6 +19,7 @@ import orthotrain.data
 import orthotrain.export
 import orthotrain.optimizers
 import orthotrain.schedules  # noqa: F401
+from orthotrain.best_checkpoint import best_checkpoint
 from orthotrain.callbacks.run_progress import RunProgress
 from orthotrain.callbacks.sample_writer import SampleWriter
 from orthotrain.config_errors import one_line
@@ -37,7 +38,11 @@ CONFIGURABLE = (
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser whose complaints are a single line."""
+    """A parser whose complaints are a single line, and which knows an option by its whole name alone."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # an abbreviation may be a misspelling: --trainer.max_step is max_steps
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise what ``main`` prints: the innermost cause, not the whole tree of attempts."""
@@ -111,12 +116,14 @@ class OrthotrainCLI(LightningCLI):
             raise ConfigurationError(f"--ckpt_path {path!r} is no checkpoint or is truncated; take an earlier one")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Let ``--ckpt_path last`` be the newest checkpoint that is whole."""
+        """Let ``--ckpt_path last`` be the newest checkpoint that is whole, and ``best`` the one that it names."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs.get("ckpt_path") == "last":
             kwargs["ckpt_path"] = last_checkpoint(self.trainer)
             if kwargs["ckpt_path"] is None and subcommand != "fit":
                 raise ConfigurationError(f"--ckpt_path last: this run has no checkpoint to {subcommand}; fit it first")
+        elif kwargs.get("ckpt_path") == "best":
+            kwargs["ckpt_path"] = best_checkpoint(self.trainer)
         elif kwargs.get("ckpt_path") is None:
             self._tell_without_checkpoint(subcommand)
         self.model.resume_from = kwargs.get("ckpt_path")

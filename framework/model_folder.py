@@ -33,6 +33,27 @@ def check_model_folder(folder: str | Path) -> None:
                 raise ConfigurationError(f"{str(index)!r} names {name!r}, a link that leads nowhere")
 
 
+def check_new_folder(folder: str | Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        ConfigurationError: If the folder exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigurationError(f"--out {str(folder)!r} exists and is not empty: name a new folder")
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Move a finished folder to its place, its files readable for whom the umask lets read what is made there."""
+    for path in partial.iterdir():
+        if path.is_file():  # safetensors makes files that their owner alone can read
+            path.chmod(0o666 & partial.stat().st_mode)
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
+
+
 def _check_name(name: object, index: Path) -> None:
     if (
         not isinstance(name, str)

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.model_folder import check_new_folder, publish
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -164,16 +165,13 @@ def write_folder(folder: Path, config: dict[str, Any], settings: PeftSettings, t
     Raises:
         ConfigurationError: If the folder exists and is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigurationError(f"{str(folder)!r} exists and is not empty: name a new folder")
+    check_new_folder(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     config = {**config, **asdict(settings), "peft_type": "OFT", "peft_version": FORMAT_VERSION, "bias": "none"}
     (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt", _CHECKSUM: _digest(settings, tensors)})
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    publish(partial, folder)
 
 
 def _digest(settings: PeftSettings, tensors: dict[str, Tensor]) -> str:

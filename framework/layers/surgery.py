@@ -89,6 +89,32 @@ def replace_linears(
     return list(chosen)
 
 
+def check_excluded(model: nn.Module, exclude: Sequence[str], defaults: Sequence[str]) -> None:
+    """Refuse a pattern that excludes nothing: it is misspelt, and what it was to spare would be replaced.
+
+    Args:
+        model: Any module.
+        exclude: See :func:`select_linears`.
+        defaults: Patterns that may match nothing, since no user has written them.
+
+    Raises:
+        ConfigurationError: Naming the pattern and modules with names like it.
+    """
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    for pattern in exclude:
+        if pattern not in defaults and not any(fnmatchcase(name, pattern) for name in names):
+            alike = [name for name in names if squeezed(pattern) and squeezed(pattern) in squeezed(name)]
+            near = alike[:3] or difflib.get_close_matches(pattern.strip("*"), names, n=3, cutoff=0.3) or names[:3]
+            raise ConfigurationError(
+                f"exclude pattern {pattern!r} matches no module: the model has, for example, {', '.join(near)}"
+            )
+
+
+def squeezed(name: str) -> str:
+    """Return the letters and digits of a name or a pattern, by which misspellings are found."""
+    return "".join(filter(str.isalnum, name)).lower()
+
+
 def unwrap_mergeables(model: nn.Module) -> list[str]:
     """Replace every :class:`Mergeable` in place by its plain merged layer; return their names.
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from orthotrain.callbacks.merge_rotations import MergeRotations, check_period, sole_merging
 from orthotrain.layers import LoraLinear, replace_linears, select_linears
+from orthotrain.layers.surgery import check_excluded
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.base import BaseModule
 from orthotrain.modules.optimization import Optimization
@@ -36,6 +37,7 @@ class LoraLayers:
         Raises:
             ConfigurationError: See :func:`orthotrain.layers.replace_linears`.
         """
+        check_excluded(model, self.exclude, type(self)().exclude)
         names = {linear: name for name, linear in select_linears(model, self.include, self.exclude).items()}
 
         def factory(linear: nn.Linear) -> LoraLinear:

@@ -15,7 +15,7 @@ from orthotrain.layers.block_rotation import check_parameterization
 from orthotrain.layers.frozen_linear import frozen_linears
 from orthotrain.layers.oft_linear import Quantization
 from orthotrain.layers.oft_rotation import RotationDtype
-from orthotrain.layers.surgery import swap_modules
+from orthotrain.layers.surgery import check_excluded, swap_modules
 from orthotrain.plugins import Parameterization
 
 
@@ -72,6 +72,7 @@ class OftLayers:
             ConfigurationError: See :func:`orthotrain.layers.replace_linears`; if a pattern matches nothing; or if a new
                 head was quantised, so that it cannot be trained.
         """
+        check_excluded(model, self.exclude, type(self)().exclude)
         fresh = fresh_parameters(model)
         exclude = [*self.exclude, *(glob.escape(name.rpartition(".")[0]) for name in fresh)]
         names = {linear: name for name, linear in select_linears(model, self.include, exclude).items()}

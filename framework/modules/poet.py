@@ -19,6 +19,7 @@ from orthotrain.layers import PoetLinear, StepwiseLinear, initialize_, mergeable
 from orthotrain.layers.bitsandbytes_linear import is_bitsandbytes
 from orthotrain.layers.initialization import Initialization
 from orthotrain.layers.poet_settings import PoetSettings
+from orthotrain.layers.surgery import check_excluded
 from orthotrain.models import ModelBuilder, PretrainedModel
 from orthotrain.modules.base import BaseModule
 from orthotrain.modules.clip_ramp import ClipRamp
@@ -111,6 +112,7 @@ class PoetLayers(PoetSettings):
         Raises:
             ConfigurationError: See :func:`orthotrain.layers.replace_linears`; or if an override matches no layer.
         """
+        check_excluded(model, self.exclude, type(self)().exclude)
         names = {linear: name for name, linear in select_linears(model, self.include, self.exclude).items()}
         for pattern in self.overrides or {}:
             if not any(fnmatchcase(name, pattern) for name in names.values()):

@@ -1,6 +1,10 @@
 """The command line: every command once for real, and bad input as one line with exit code 2."""
 
 import json
+import logging
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -66,7 +70,10 @@ def test_from_fit_to_an_exported_model(small_config, tmp_path, capsys):
     assert "--dtype float16 with --format peft" in refuse(capsys, *adapter, "--dtype", "float16")
     truncated = tmp_path / "truncated.ckpt"
     truncated.write_bytes(last.read_bytes()[:1000])
-    assert "truncated.ckpt' cannot be read" in refuse(capsys, "export", "--ckpt", str(truncated), "--out", "x")
+    message = refuse(capsys, "export", "--ckpt", str(truncated), "--out", "x")
+    assert "truncated.ckpt' cannot be read: it is no checkpoint or is truncated" in message
+    modes = {path.stat().st_mode for path in out.iterdir()}
+    assert len(modes) == 1, "the weights are readable for whom the configuration is"
     message = refuse(capsys, "fit", *command, "--ckpt_path", str(last), "--model.layers.block_size", "4")
     assert "the checkpoint was trained with block_size=8, this run has 4" in message
     message = refuse(capsys, "validate", *command, "--ckpt_path", str(last), "--data.seed", "1")
@@ -98,6 +105,7 @@ BAD = [
     (["--model.layers.block_size", "-8"], "block_size=-8"),
     (["--model.layers.block_size", "33"], "layer model.layers.0.self_attn.q_proj (32 x 32): block_size=33"),
     (["--model.layers.include", "['*conv*']"], "include pattern '*conv*' matches no linear layer; the model has"),
+    (["--model.layers.exclude", "['*lmhead*']"], "exclude pattern '*lmhead*' matches no module: the model has, for"),
     (["--model.layers.init", "zeros"], "init"),
     (["--model.merge_every", "0"], "merge_every=0: merge every 1 or more optimizer steps"),
     (["--model.merge_evry", "3"], "'merge_evry' is not accepted; did you mean merge_every"),
@@ -173,16 +181,22 @@ def test_yaml_keys_and_files_are_checked_too(small_config, tmp_path, capsys):
     assert "neither a file nor shipped; did you mean pretrain/quickstart.yaml" in message
     message = refuse(capsys, "fit", "-c", "quickstart.yaml")
     assert message.endswith("did you mean finetune/quickstart.yaml, pretrain/quickstart.yaml?")
+    assert refuse(capsys, "fit", "-c", "quickstart").endswith("finetune/quickstart.yaml, pretrain/quickstart.yaml?")
+    assert refuse(capsys, "fit", "-c", "pretrain/quickstart").endswith("did you mean pretrain/quickstart.yaml?")
     assert "shipped are finetune/oft_bart_xsum.yaml, " in refuse(capsys, "fit", "-c", "zzz")
     wrong.write_text("model: [unclosed")
     assert "wrong.yaml" in refuse(capsys, "fit", "-c", str(wrong))
+    for content, said in (("", "is empty"), ("hello", "holds a str")):
+        wrong.write_text(content)
+        assert f"wrong.yaml' {said}: it must have keys" in refuse(capsys, "fit", "-c", str(wrong))
     wrong.write_text("data: {class_path: TextData}")
     assert "no model given: name a config" in refuse(capsys, "fit", "-c", str(wrong))
     nameless = {"class_path": "PoetModule", "init_args": {"model": {"init_args": {"config": {"hidden_size": 8}}}}}
     wrong.write_text(yaml.safe_dump({"data": {"class_path": "TextData"}, "model": nameless}))
     assert "model: class_path must name a ModelBuilder, such as" in refuse(capsys, "fit", "-c", str(wrong))
     assert "unknown command 'fitt': did you mean fit?" in refuse(capsys, "fitt")
-    assert "unknown command 'train': did you mean fit?" in refuse(capsys, "train")
+    for word in ("train", "trian", "finetune"):
+        assert f"unknown command {word!r}: did you mean fit?" in refuse(capsys, word)
     assert "export: the following arguments are required: --ckpt, --out" in refuse(capsys, "export")
     message = refuse(capsys, "export", "--ckpt", "x", "--out", "y", "--dtype", "int8")
     assert "--dtype: invalid choice: 'int8' (choose from" in message
@@ -250,7 +264,57 @@ def test_an_interrupt_before_training_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("orthotrain.cli.run_trainer", interrupted)
     with pytest.raises(SystemExit) as stop:
         main(["fit", *QUICK])
-    assert stop.value.code == 130 and capsys.readouterr().err == "orthotrain: error: interrupted\n"
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "orthotrain: error: interrupted; run the same command again\n"
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_the_caches_are_built_is_one_line(small_config, tmp_path, monkeypatch, capsys, name, code):
+    def interrupted(*arguments):
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(5)
+
+    monkeypatch.setattr("orthotrain.data.store.build_caches", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *QUICK, "-c", str(small_config), "--data.cache_dir", str(tmp_path / "cache")])
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
+    assert stop.value.code == code
+    assert capsys.readouterr().err.endswith("orthotrain: error: interrupted; run the same command again\n")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_best_checkpoint_is_that_of_the_metric_that_is_watched(small_config, tmp_path, capsys, caplog):
+    command = [*QUICK, "-c", str(small_config), "--ckpt_path", "best"]
+    message = refuse(capsys, "validate", *command)
+    assert message.endswith("best needs a ModelCheckpoint with monitor, such as val_loss; take last")
+    watching = {"monitor": "val_loss", "filename": "{step}", "dirpath": str(tmp_path / "watched")}
+    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": watching}
+    command += ["--trainer.callbacks", json.dumps([callback])]
+    assert "this run has no checkpoint yet; fit it first" in refuse(capsys, "validate", *command)
+    main(["fit", *command[:-4], *command[-2:]])
+    main(["validate", *command])
+    assert f"the best is {tmp_path / 'watched' / 'step='}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["fit", *QUICK, "--trainer.max_step", "1"], ["fit", "--conf", QUICK[1]], ["export", "--ck", "x", "--out", "y"]],
+)
+def test_an_option_is_not_abbreviated(capsys, arguments):
+    message = refuse(capsys, *arguments)
+    assert "did you mean" in message or "--ckpt" in message
+
+
+def test_what_no_user_can_act_on_is_not_printed(small_config, tmp_path, caplog, capsys):
+    with caplog.at_level(logging.INFO):
+        main(["fit", *QUICK, "-c", str(small_config), "--trainer.max_steps", "1"])
+        main(["validate", *QUICK, "-c", str(small_config), "--ckpt_path", "last"])
+    for noise in ("Seed set", "TPU available", "litlogger", "weights_only", "gemm_4bit"):
+        assert noise not in caplog.text
+    garbage = tmp_path / "garbage.ckpt"
+    garbage.write_bytes(b"garbage" * 99)
+    assert "it is no checkpoint or is truncated" in refuse(capsys, "export", "--ckpt", str(garbage), "--out", "x")
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["help", "export"], ["help", "plan"]])

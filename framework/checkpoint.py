@@ -8,6 +8,7 @@ import torch
 
 from orthotrain.checkpoint_io import needs_consolidating
 from orthotrain.errors import ConfigurationError
+from orthotrain.model_folder import MADE_BY
 from orthotrain.sharded_checkpoint import REST, check_shards
 
 
@@ -20,7 +21,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if Path(path).is_dir():
         raise needs_consolidating(path)
     if not Path(path).is_file():
-        raise ConfigurationError(f"checkpoint {str(path)!r} is not a file; give the path of a .ckpt file of a run")
+        hint = MADE_BY.get(str(path), "give the path of a .ckpt file of a run")
+        raise ConfigurationError(f"checkpoint {str(path)!r} is not a file; {hint}")
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no checkpoint or is truncated")

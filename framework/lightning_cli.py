@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from jsonargparse import _typehints
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -48,6 +49,19 @@ class OneLineParser(LightningArgumentParser):
         """Raise what ``main`` prints: the innermost cause, not the whole tree of attempts."""
         options = [option for parser in self._parsers() for option in parser._option_string_actions]
         raise ConfigurationError(one_line(message, CONFIGURABLE, options)) from ex
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Return the help without the classes of other packages: all of torch.nn is known to subclass what we take."""
+        every = _typehints.get_all_subclass_paths
+
+        def own(*types: Any, **options: Any) -> list[str]:
+            return [name for name in every(*types, **options) if name.startswith("orthotrain.")]
+
+        _typehints.get_all_subclass_paths = own
+        try:
+            return super().format_help(*args, **kwargs)
+        finally:
+            _typehints.get_all_subclass_paths = every
 
     def _parsers(self) -> list["OneLineParser"]:
         commands = self._subcommands_action.choices.values() if self._subcommands_action else []

@@ -5,6 +5,31 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from orthotrain.errors import ConfigurationError
 
+MADE_BY = {
+    "models/smollm2-135m-instruct": "`make smollm2` makes it",
+    "runs/quickstart/checkpoints/last.ckpt": "`make fit` makes it",
+}
+"""What the shipped configs start from, and the command that makes it."""
+
+
+def check_there(name: str | Path) -> None:
+    """Refuse a path that is not there before a hub is asked for it, again and again.
+
+    Args:
+        name: A path, or a hub name (``org/name``), which passes.
+
+    Raises:
+        ConfigurationError: Naming what is not there and, where it is known, the command that makes it.
+    """
+    path = Path(name).expanduser()
+    first, *rest = path.parts or ("",)
+    ours = first in ("models", "runs") or Path(first).is_dir()  # of the many names that may be either
+    named = path.is_absolute() or str(name).startswith(".") or path.suffix == ".ckpt"
+    local = named or len(rest) > 1 or (bool(rest) and ours)
+    if local and not path.exists():
+        hint = MADE_BY.get(str(name), "name one that is there, or a model of the hub in the form org/name")
+        raise ConfigurationError(f"no file or folder {str(name)!r}: {hint}")
+
 
 def check_model_folder(folder: str | Path) -> None:
     """Refuse a model folder whose index of weight files leads out of it.
@@ -16,8 +41,10 @@ def check_model_folder(folder: str | Path) -> None:
         folder: The folder, or the hub name, of a pretrained model.
 
     Raises:
-        ConfigurationError: If an index is not JSON, has no such map, or names a file outside the folder.
+        ConfigurationError: If an index is not JSON, has no such map, or names a file outside the folder; or if
+            it is a path that is not there.
     """
+    check_there(folder)
     folder = Path(folder)
     if not folder.is_dir():
         return

@@ -22,7 +22,7 @@ FOLDERS = {"framework": "orthotrain", "plugins": "orthotrain.plugins", "kernels"
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "plugins": {"plugins", "kernels"},
-    "data": {"data", "errors", "progress"},
+    "data": {"data", "errors", "model_folder", "progress"},
     "spectrum": set(),
     "progress": set(),
     "layers": {"layers", "plugins", "kernels", "errors", "progress", "seeding", "spectrum"},
@@ -48,6 +48,7 @@ MAY_IMPORT = {
         "layers.mergeable",
         "modules",
         "models",
+        "model_folder",
         "data",
         "checkpoint",
         "checkpoint_classes",
@@ -64,7 +65,7 @@ MAY_IMPORT = {
     "peft_adapter": {"peft_export", "peft_import"},
     "peft_export": {"adapters", "layers", "plugins", "peft_format", "errors"},
     "peft_import": {"adapters", "layers", "plugins", "kernels.skew", "peft_format", "errors"},
-    "peft_format": {"errors"},
+    "peft_format": {"errors", "model_folder"},
     "modules": {
         *("modules", "callbacks", "layers", "optimizers", "plugins", "models"),
         *("metrics", "generation", "generation_metrics", "checkpoint", "checkpoint_io"),

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from orthotrain.data.instruction_rows import Example
 from orthotrain.data.tokenizers import load_tokenizer, tokenizer_from_state
 from orthotrain.errors import ConfigurationError
+from orthotrain.model_folder import check_there
 
 PLAIN_TEMPLATE = "{prompt}\n"
 _ANY_VOCABULARY = 1 << 31
@@ -181,6 +182,7 @@ def load_instruction_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
 
 
 def _from_checkpoint(path: str) -> PreTrainedTokenizerFast:
+    check_there(path)
     try:
         checkpoint: dict[str, Any] = torch.load(
             Path(path).expanduser(), map_location="cpu", weights_only=True, mmap=True

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.model_folder import check_there
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -92,6 +93,7 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerFast:
     Raises:
         ConfigurationError: It cannot be loaded, has no end-of-text token, or has more tokens than ``vocab_size``.
     """
+    check_there(name)
     path = Path(name).expanduser()
     try:
         if path.is_file():

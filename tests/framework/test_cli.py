@@ -306,6 +306,20 @@ def test_an_option_is_not_abbreviated(capsys, arguments):
     assert "did you mean" in message or "--ckpt" in message
 
 
+@pytest.mark.parametrize(("name", "command"), [("oft_smollm2", "make smollm2"), ("quickstart", "make fit")])
+def test_what_a_shipped_config_starts_from_is_missed_at_once(tmp_path, monkeypatch, capsys, name, command):
+    monkeypatch.chdir(tmp_path)
+    message = refuse(capsys, "fit", "-c", f"finetune/{name}.yaml")
+    assert "no file or folder" in message and message.endswith(f"`{command}` makes it")
+
+
+def test_help_names_the_classes_of_this_package(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "PoetModule"])
+    printed = capsys.readouterr().out
+    assert "PretrainedModel" in printed and "torch.nn.Linear" not in printed
+
+
 def test_what_no_user_can_act_on_is_not_printed(small_config, tmp_path, caplog, capsys):
     with caplog.at_level(logging.INFO):
         main(["fit", *QUICK, "-c", str(small_config), "--trainer.max_steps", "1"])

@@ -131,7 +131,7 @@ def test_no_tokenizer(name):
 
 def test_tokenizers_that_cannot_be_loaded(tmp_path, refusal):
     assert "cannot be loaded" in refusal(str(tmp_path), [GOOD])
-    assert "cannot be read as a checkpoint" in refusal(str(tmp_path / "gone.ckpt"), [GOOD])
+    assert "no file or folder" in refusal(str(tmp_path / "gone.ckpt"), [GOOD])
     torch.save({"state_dict": {}}, tmp_path / "model.ckpt")
     assert "the checkpoint holds none" in refusal(str(tmp_path / "model.ckpt"), [GOOD])
 

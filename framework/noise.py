@@ -43,3 +43,10 @@ def drop_noise() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, Drop) for known in logger.filters):
             logger.addFilter(Drop(pattern))
+
+
+def silence() -> None:
+    """Drop it, and all that Lightning says of short runs in a program that prints a table of its own."""
+    drop_noise()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=r".*(no `val_dataloader`|log_every_n|in eval mode).*")

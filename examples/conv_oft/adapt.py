@@ -9,9 +9,7 @@ head alone, everything, or the head and OFT's rotations of the channels before e
 
 import argparse
 import copy
-import logging
 import statistics
-import warnings
 from typing import Any
 
 import lightning as L
@@ -23,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from orthotrain.layers import OftConv2d, unwrap_mergeables
 from orthotrain.modules import BaseModule, Optimization
+from orthotrain.noise import silence
 
 HEAD_LR = 3e-3
 """Learning rate of the head where it does not train alone."""
@@ -189,8 +188,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict]] | None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--fast", action="store_true", help="one set, 40 steps")
     chosen = parser.parse_args(arguments)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*(does not have many workers|no `val_dataloader`|treespec|log_every_n).*")
+    silence()
     steps, seeds = (40, 1) if chosen.fast else (chosen.steps, chosen.seeds)
     torch.manual_seed(0)
     pretrained = Network()

@@ -9,10 +9,8 @@ What a user writes stands between the two lines; the rest is data and a table.
 import argparse
 import functools
 import itertools
-import logging
 import statistics
 import time
-import warnings
 from typing import Any
 
 import lightning as L
@@ -26,6 +24,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from orthotrain.layers import mergeable_layers
 from orthotrain.modules import BaseModule, Optimization, PoetLayers, PoetModule
+from orthotrain.noise import silence
 from orthotrain.schedules import CosineWithWarmup
 from orthotrain.spectrum import singular_values
 
@@ -41,12 +40,15 @@ class Classifying:
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the mean cross-entropy."""
-        return F.cross_entropy(self(batch[0]), batch[1])
+        images, labels = batch
+        logits = self(images)
+        if not self.training:
+            self.accuracy(logits, labels)
+        return F.cross_entropy(logits, labels)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Log the accuracy beside the loss."""
         super().validation_step(batch, batch_idx)
-        self.accuracy(self(batch[0]), batch[1])
         self.log("val_accuracy", self.accuracy)
 
 
@@ -163,8 +165,7 @@ def main(arguments: list[str] | None = None) -> dict[tuple[str, str], list[dict]
     parser.add_argument("--steps", type=int, default=360, help="20 epochs by default")
     parser.add_argument("--fast", action="store_true", help="one seed, 40 steps: does it run?")
     chosen = parser.parse_args(arguments)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*(does not have many workers|no `val_dataloader`|treespec|log_every_n).*")
+    silence()
     seeds, steps = (1, 40) if chosen.fast else (chosen.seeds, chosen.steps)
     return sweep(steps) if chosen.sweep else table(seeds, steps)
 

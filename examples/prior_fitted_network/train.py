@@ -8,9 +8,7 @@ The network reads a table of observed units and predicts outcomes of others unde
 
 import argparse
 import functools
-import logging
 import time
-import warnings
 
 import lightning as L
 import torch
@@ -22,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from orthotrain.modules import BaseModule, Optimization, PoetLayers, PoetModule
+from orthotrain.noise import silence
 from orthotrain.schedules import CosineWithWarmup
 
 
@@ -180,8 +179,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--graphs", type=int, default=300, help="unseen graphs of each kind")
     parser.add_argument("--fast", action="store_true", help="60 steps, 10 graphs of each kind")
     chosen = parser.parse_args(arguments)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*(does not have many workers|treespec|log_every_n|no `val_dataloader`).*")
+    silence()
     steps, graphs = (60, 10) if chosen.fast else (chosen.steps, chosen.graphs)
     L.seed_everything(0, verbose=False)
     module = build(chosen.method, chosen.lr, chosen.hidden_lr)

@@ -8,10 +8,8 @@ The objective is a triplet loss on hidden states with negatives found by attacki
 """
 
 import argparse
-import logging
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from torchmetrics.functional.classification import binary_auroc
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, Optimization
+from orthotrain.noise import silence
 
 MARGIN = 2.0
 RADIUS = 0.05
@@ -265,8 +264,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, fl
     parser.add_argument("--lora-lr", type=float, nargs="*", default=[3e-3])
     parser.add_argument("--fast", action="store_true", help="a tiny random network, 12 steps")
     chosen = parser.parse_args(arguments)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*(many workers|treespec|log_every_n|no `val_dataloader`|in eval mode).*")
+    silence()
     if chosen.fast:
         chosen.model, chosen.layers, chosen.steps = None, 2, 12
         chosen.oft_lr, chosen.lora_lr = [3e-3], [3e-3]

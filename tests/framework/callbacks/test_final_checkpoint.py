@@ -109,5 +109,5 @@ def test_a_second_ctrl_c_ends_the_run_at_once(small_config, monkeypatch):
 
     monkeypatch.setattr(BaseModule, "training_step", slow)
     monkeypatch.setattr(FinalCheckpoint, "_end_if_asked", lambda self, trainer: None)
-    assert ended_with([*QUICK, "-c", str(small_config)]) == 1
+    assert ended_with([*QUICK, "-c", str(small_config)]) == 130
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

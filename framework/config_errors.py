@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 # A union reports every member it tried; these lines say what something is not, never why.
 _NOISE = re.compile(
@@ -18,9 +18,10 @@ _ATTRIBUTE = re.compile(r"has no attribute '(\w+)'")
 _TYPE = re.compile(r"^Expected a (?:<class '(?P<plain>\w+)'>|typing\.Literal\[(?P<words>.*?)\])")
 _GIVEN = re.compile(r"(?:Given value: |Got value: )(.*)")
 _REQUIRED = re.compile(r"arguments are required: (.*)")
+_MOST_NAMES = 12
 
 
-def one_line(message: str, bases: Iterable[type] = (), options: Iterable[str] = ()) -> str:
+def one_line(message: str, bases: Collection[type] = (), options: Iterable[str] = ()) -> str:
     """Reduce a parser message to its most specific complaint, with the nearest known names.
 
     Args:
@@ -42,7 +43,7 @@ def one_line(message: str, bases: Iterable[type] = (), options: Iterable[str] = 
     if _TYPE.match(cause):
         cause = _types(deepest, message)
     elif match := _CLASS.search(cause):
-        cause = f"unknown class {match.group(1)!r}{_near(match.group(1), [c.__name__ for c in classes])}"
+        cause = f"unknown class {match.group(1)!r}{_classes_hint(match.group(1), classes, bases)}"
     elif match := _NO_CLASS.search(cause):
         cause = _needs_class(match.group(1), classes)
     elif match := _CALLABLE.search(cause):
@@ -70,6 +71,13 @@ def _needs_class(base: str, classes: list[type]) -> str:
     names = [c.__name__ for c in classes if base in (parent.__name__ for parent in c.__mro__[1:])]
     known = [name for name in dict.fromkeys(names) if not name.startswith("_")]
     return f"class_path must name a {base}" + (f", such as {', '.join(known[:6])}" if known else "")
+
+
+def _classes_hint(name: str, classes: list[type], bases: Collection[type]) -> str:
+    """Return the names like a class's, or where there are none all that are known, unless they are too many to read."""
+    names = {c.__name__ for c in classes if c not in bases and not c.__name__.startswith("_")}
+    known = f"; known: {', '.join(sorted(names))}" if 0 < len(names) <= _MOST_NAMES else ""
+    return _near(name, [c.__name__ for c in classes]) or known
 
 
 def _option_hint(name: str, classes: list[type], options: Iterable[str]) -> str:

@@ -37,6 +37,9 @@ CONFIGURABLE = (
 )  # fmt: skip
 """What a config names by class: their subclasses and arguments are what a misspelt name is compared with."""
 
+HELP_OF = {"--model.help": (BaseModule,), "--data.help": (L.LightningDataModule,)}
+"""Options that name a class -> what it has to subclass."""
+
 
 class OneLineParser(LightningArgumentParser):
     """A parser whose complaints are a single line, and which knows an option by its whole name alone."""
@@ -48,7 +51,8 @@ class OneLineParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise what ``main`` prints: the innermost cause, not the whole tree of attempts."""
         options = [option for parser in self._parsers() for option in parser._option_string_actions]
-        raise ConfigurationError(one_line(message, CONFIGURABLE, options)) from ex
+        bases = HELP_OF.get(message.partition(":")[0], CONFIGURABLE)
+        raise ConfigurationError(one_line(message, bases, options)) from ex
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Return the help without the classes of other packages: all of torch.nn is known to subclass what we take."""

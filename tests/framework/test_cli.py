@@ -320,6 +320,14 @@ def test_help_names_the_classes_of_this_package(capsys):
     assert "PretrainedModel" in printed and "torch.nn.Linear" not in printed
 
 
+@pytest.mark.parametrize(
+    ("option", "known"), [("model", "OftModule, PoetModule"), ("data", "InstructionData, TextData")]
+)
+def test_help_of_an_unknown_class_lists_the_known_ones(capsys, option, known):
+    message = refuse(capsys, "fit", f"--{option}.help", "Nope")
+    assert "unknown class 'Nope'; known: " in message and known in message
+
+
 def test_what_no_user_can_act_on_is_not_printed(small_config, tmp_path, caplog, capsys):
     with caplog.at_level(logging.INFO):
         main(["fit", *QUICK, "-c", str(small_config), "--trainer.max_steps", "1"])

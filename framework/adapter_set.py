@@ -10,6 +10,7 @@ from orthotrain.adapter_values import adapter_parameters, adapter_state, load_ad
 from orthotrain.checkpoint import compare_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftLinear
+from orthotrain.progress import shown
 
 
 class AdapterSet:
@@ -162,7 +163,7 @@ class AdapterSet:
             raise ConfigurationError(f"the rotations are disabled: call enable() before merging adapter {name!r}")
         self.switch(name, force)
         errors = {}
-        for layer_name, layer in layers.items():
+        for layer_name, layer in shown(layers.items(), "merging", "layers"):
             layer.merge_()
             if isinstance(layer, OftLinear) and layer.last_merge_error is not None:
                 errors[layer_name] = layer.last_merge_error

@@ -18,6 +18,7 @@ from orthotrain.kernels.cayley_neumann import cayley_neumann_generators
 from orthotrain.kernels.fold import fold
 from orthotrain.kernels.poet_linear import poet_linear, serves
 from orthotrain.layers.centre import Costs, cached_costs, default_path, device_name
+from orthotrain.progress import Progress
 
 DTYPES = {"float32": torch.float32, "half": torch.bfloat16}
 
@@ -55,7 +56,8 @@ def calibrate(
         The entry of the device for a table of costs, and what was measured, by dtype.
     """
     shapes = shapes or (CPU_SHAPES if device.type == "cpu" else GPU_SHAPES)
-    parts = {key: measure(shapes, device, dtype, rounds) for key, dtype in DTYPES.items()}
+    with Progress("measuring", len(DTYPES) * len(shapes) * (rounds + 1), "rounds") as bar:
+        parts = {key: measure(shapes, device, dtype, rounds, bar.advance) for key, dtype in DTYPES.items()}
     threads = f", CPU threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     entry: dict[str, Any] = {
         "type": device.type,
@@ -68,9 +70,21 @@ def calibrate(
 
 
 def measure(
-    shapes: Sequence[tuple[int, int, int]], device: torch.device, dtype: torch.dtype, rounds: int
+    shapes: Sequence[tuple[int, int, int]],
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    advance: Callable[[], None] = lambda: None,
 ) -> list[Part]:
-    """Time a trained product and every route of each shape, forward and backward; they take turns."""
+    """Time a trained product and every route of each shape, forward and backward; they take turns.
+
+    Args:
+        shapes: See :func:`calibrate`.
+        device: Where to measure.
+        dtype: In which to compute.
+        rounds: See :func:`calibrate`.
+        advance: Called between two rounds, so that what it does is not measured.
+    """
     found = []
     for shape in shapes:
         runs = passes(*shape, device, dtype)
@@ -80,6 +94,7 @@ def measure(
                 elapsed = _timed(run, device)
                 if turn > 0:
                     times[kind].append(elapsed)
+            advance()
         found += [Part(kind, shape, features(kind, *shape), statistics.median(times[kind])) for kind in runs]
     return found
 

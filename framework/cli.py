@@ -45,7 +45,7 @@ MEANT = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; bad input ends in one line on standard error and exit code 2, a diverged run in exit code 1."""
+    """Run a command; see :func:`end_in_one_line`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
@@ -56,10 +56,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command == "--version":
         print(f"orthotrain {metadata.version('orthotrain')}")
         return
+    end_in_one_line(lambda: _run(command, arguments))
+
+
+def end_in_one_line(run: Callable[[], None]) -> None:
+    """Let bad input end in one line on standard error and exit code 2, a diverged run in exit code 1."""
     drop_noise()
     try:
         with terminable():
-            _run(command, arguments)
+            run()
     except KeyboardInterrupt:
         fail(INTERRUPTED, code=128 + signal.SIGINT)
     except Terminated:
@@ -174,12 +179,13 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-class _Parser(ArgumentParser):
+class Parser(ArgumentParser):
     """A parser whose complaints are a single line, as everywhere else."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise what `main` prints."""
         raise ConfigurationError(f"{self.prog.removeprefix('orthotrain ')}: {message}; see {self.prog} --help")
 
 
 def _parser(command: str, description: str) -> ArgumentParser:
-    return _Parser(prog=f"orthotrain {command}", description=description, allow_abbrev=False)
+    return Parser(prog=f"orthotrain {command}", description=description, allow_abbrev=False)

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from orthotrain.checkpoint import check_checkpoint, read_checkpoint
-from orthotrain.checkpoint_io import AtomicCheckpointIO
+from orthotrain.checkpoint_io import PARTIAL_SUFFIX, AtomicCheckpointIO
+from orthotrain.cli import Parser, end_in_one_line
 from orthotrain.errors import ConfigurationError
+from orthotrain.progress import bytes_in, writing
 from orthotrain.sharded_checkpoint import REST, load_shards
 from orthotrain.sharded_optimizer import joined_state, optimizer_key
 
@@ -39,15 +41,20 @@ def consolidate(folder: str | Path, file: str | Path) -> Path:
     rest = read_checkpoint(folder / REST)
     parts = [shards.get(optimizer_key(number), {}) for number in range(len(rest["optimizer_states"]))]
     rest["optimizer_states"] = [joined_state(*pair) for pair in zip(parts, rest["optimizer_states"], strict=True)]
-    AtomicCheckpointIO().save_checkpoint({"state_dict": shards["state_dict"], **rest}, file)
+    with writing("writing the checkpoint", file.with_name(f".{file.name}{PARTIAL_SUFFIX}"), bytes_in(folder)):
+        AtomicCheckpointIO().save_checkpoint({"state_dict": shards["state_dict"], **rest}, file)
     return file
 
 
+def consolidate_command(arguments: list[str]) -> None:
+    """Do what the arguments say."""
+    description = "Make a distributed checkpoint one file, which any strategy resumes and export reads."
+    parser = Parser(prog="python -m orthotrain.consolidate", description=description, allow_abbrev=False)
+    parser.add_argument("folder", metavar="FOLDER", help="the distributed checkpoint")
+    parser.add_argument("file", metavar="FILE", help="file to write; must not exist")
+    options = parser.parse_args(arguments)
+    print(f"wrote {consolidate(options.folder, options.file)}")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m orthotrain.consolidate FOLDER FILE")
-    try:
-        print(f"wrote {consolidate(sys.argv[1], sys.argv[2])}")
-    except ConfigurationError as error:
-        print(f"orthotrain: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    end_in_one_line(lambda: consolidate_command(sys.argv[1:]))

@@ -18,6 +18,7 @@ from orthotrain.layers.surgery import unwrap_mergeables
 from orthotrain.model_folder import check_new_folder, publish
 from orthotrain.models import CausalLM, ModelBuilder
 from orthotrain.peft_adapter import export_peft
+from orthotrain.progress import transformers_bars, waiting, writing
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -54,7 +55,8 @@ def export_checkpoint(
             "take --format hf"
         )
     check_new_folder(out)
-    contents = read_checkpoint(checkpoint)
+    with waiting("reading the checkpoint"):
+        contents = read_checkpoint(checkpoint)
     network = load_network(contents, str(checkpoint), allow, trust_remote_code)
     if format == "peft":
         return export_peft(network, out)
@@ -84,7 +86,9 @@ def export_huggingface(network: nn.Module, out: str | Path, tokenizer: Any = Non
     check_new_folder(folder)
     make_plain_(network, None if dtype is None else getattr(torch, dtype))
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    network.save_pretrained(partial)  # type: ignore[operator]
+    total = sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
+    with writing("writing the model", partial, total), transformers_bars():
+        network.save_pretrained(partial)  # type: ignore[operator]
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     publish(partial, folder)
@@ -204,6 +208,8 @@ class CheckpointModel(ModelBuilder):
 
     def __call__(self) -> nn.Module:
         """Read, merge and return the network in training mode."""
-        network = load_network(read_checkpoint(self.path), self.path, self.allow)
+        with waiting("reading the checkpoint"):
+            contents = read_checkpoint(self.path)
+        network = load_network(contents, self.path, self.allow)
         make_plain_(network)
         return network.train()

@@ -9,6 +9,7 @@ from torch import nn
 
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.model_folder import check_model_folder
+from orthotrain.progress import shown, transformers_bars, waiting
 
 Task = Literal["causal_lm", "seq2seq_lm", "sequence_classification"]
 AUTO_CLASSES = {
@@ -82,7 +83,8 @@ class CausalLM(ModelBuilder):
         """Return the model in training mode, weights drawn from torch's global generator."""
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_config(self._configuration())
+        with waiting("drawing the network's weights"):
+            model = AutoModelForCausalLM.from_config(self._configuration())
         return enable_checkpointing(model, self.gradient_checkpointing).train()
 
     def check_size(self, tensors: int, values: int) -> None:
@@ -173,7 +175,8 @@ class PretrainedModel(ModelBuilder):
         try:
             self._check_configuration(transformers.AutoConfig)
             load = getattr(transformers, AUTO_CLASSES[self.task]).from_pretrained
-            model, report = load(self.name, **options, output_loading_info=True)
+            with transformers_bars(lambda weights: shown(weights, "loading the model", "tensors")):
+                model, report = load(self.name, **options, output_loading_info=True)
         except ConfigurationError:
             raise
         except Exception as error:  # damaged files raise whatever their bytes lead to

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.model_folder import check_new_folder, publish
+from orthotrain.progress import writing
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -170,7 +171,8 @@ def write_folder(folder: Path, config: dict[str, Any], settings: PeftSettings, t
     partial.mkdir(parents=True)
     config = {**config, **asdict(settings), "peft_type": "OFT", "peft_version": FORMAT_VERSION, "bias": "none"}
     (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt", _CHECKSUM: _digest(settings, tensors)})
+    with writing("writing the adapter", partial, sum(tensor.nbytes for tensor in tensors.values())):
+        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt", _CHECKSUM: _digest(settings, tensors)})
     publish(partial, folder)
 
 

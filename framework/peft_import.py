@@ -18,6 +18,7 @@ from orthotrain.layers.bitsandbytes_linear import compute_dtype_of
 from orthotrain.layers.frozen_linear import frozen_linears
 from orthotrain.layers.surgery import swap_modules
 from orthotrain.peft_format import PREFIX, PeftSettings, read_folder
+from orthotrain.progress import shown
 
 _GENERATORS = re.compile(re.escape(PREFIX) + r"(?P<layer>.+)\.(?P<kind>oft_R|oft_embedding_R)\.weight")
 
@@ -52,7 +53,7 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
     generators = {match["layer"]: sign * tensors[key] for key, match in matches.items()}
     layers = {
         match["layer"]: _layer_for(network, match["layer"], match["kind"], tensors[key], settings)
-        for key, match in matches.items()
+        for key, match in shown(matches.items(), "wrapping", "layers")
     }
     _refuse_others(network, set(layers))
     leftover = frozen_linears(network, without={network.get_submodule(name) for name in layers})

@@ -1,31 +1,42 @@
-"""How far a long step has come: one line that renews itself on a terminal, a line now and then elsewhere."""
+"""How far a long step has come: a line that renews itself on a terminal, a line now and then elsewhere."""
 
-import sys
+import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sized
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-from lightning_utilities.core.rank_zero import rank_zero_only
+from orthotrain.terminal import FOOT, is_interactive
 
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_RENEWALS = 0.2
+SECONDS_BEFORE_A_BAR = 2.0
 _SCALES = {"MB": 1e6}
+
+Item = TypeVar("Item")
+
+_UNDER_WAY: list["Progress"] = []
+"""Steps that lie in each other, the innermost last."""
 
 
 class Progress:
-    """Shows one long step, with its rate and the time that is left where the total is known.
+    """Shows one long step on standard error, with its rate and the time that is left where the total is known.
 
-    A terminal shows a bar on standard error, which disappears at the end; a file or a pipe, and a terminal that cannot
-    move its cursor, gets a line of the log at the beginning and every ``seconds`` seconds.
+    A terminal shows a line, with a bar where there is room for one, once the step has taken ``delay`` seconds; it
+    disappears at the end. A file or a pipe, and a terminal that cannot move its cursor, gets a line of the log every
+    ``seconds`` seconds. A short step shows nothing at all. Steps may lie in each other: the innermost is shown.
 
     Args:
         what: The step: ``tokenizing``.
         total: How much there is to do, None where that is not known.
-        unit: ``MB`` for something counted in bytes, else the plural of what is counted.
+        unit: ``MB`` for something counted in bytes, else the plural of what is counted; empty where nothing is.
         seconds: Time between two lines of a log.
         first: How much of the total was done before.
         announce: Whether a log gets a line at the beginning.
+        delay: Time before a terminal shows the step.
+        watch: Tells how much is done, where the step is one call that cannot: it is asked from a thread.
     """
 
     def __init__(
@@ -35,14 +46,19 @@ class Progress:
         unit: str = "MB",
         seconds: float = SECONDS_BETWEEN_LINES,
         first: float = 0,
-        announce: bool = True,
+        announce: bool = False,
+        delay: float = SECONDS_BEFORE_A_BAR,
+        watch: Callable[[], float] | None = None,
     ) -> None:
-        self.what, self.total, self.unit, self.seconds = what, total, unit, seconds
+        self.what, self.total, self.unit, self.seconds, self.delay = what, total, unit, seconds, delay
         self.first = self.done = first
-        self.announce = announce
-        self.started = self._shown = time.monotonic()
-        self._bar: Any = None
-        self._line = what
+        self.announce, self.watch = announce, watch
+        self.tokens = 0.0
+        self.started = self._renewed = time.monotonic()
+        self._note = ""
+        self._terminal = self._shown = False
+        self._ended = threading.Event()
+        self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> "Progress":
         return self.start()
@@ -53,65 +69,146 @@ class Progress:
         self.close()
 
     def start(self) -> "Progress":
-        """Show the bar, or announce the step."""
-        self.open()
-        if self._bar is None and self.announce:
+        """Begin to count the time; announce the step."""
+        self.started = self._renewed = time.monotonic()
+        self._terminal = is_interactive()
+        _UNDER_WAY.append(self)
+        if self.announce and not self._terminal:
             say(self.what if self.total is None else f"{self.what}: {amount(self.total, self.unit)}")
+        if self.watch is not None:
+            self._watcher = threading.Thread(target=self._keep_watching, daemon=True)
+            self._watcher.start()
+        if self._terminal:
+            self._renew()
         return self
 
-    def open(self) -> None:
-        """Show the bar, on a terminal that can."""
-        if not is_interactive():
-            return
-        from rich import progress
-        from rich.console import Console
-        from rich.table import Column
-
-        console = Console(stderr=True)
-        text = progress.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
-        bars = [progress.BarColumn(bar_width=20)] if console.width >= 80 else []
-        self._bar = progress.Progress(*bars, text, console=console, transient=True)
-        self._bar.add_task(self._line, total=self.total, completed=self.done)
-        self._bar.start()
+    def turn(self, what: str) -> None:
+        """Go on to a part of the step of which only the time is known."""
+        self.what, self.total, self.unit = what, None, ""
+        self.started, self.watch = time.monotonic(), lambda: 0.0
 
     def close(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Take the line away."""
+        self._ended.set()
+        if self._watcher is not None:
+            self._watcher.join()
+        FOOT.drop(self)
+        self._shown = False
+        if self in _UNDER_WAY:
+            _UNDER_WAY.remove(self)
 
-    def advance(self, more: float = 1, note: Callable[[], str] | None = None) -> None:
+    def advance(self, more: float = 1, note: Callable[[], str] | None = None, tokens: float = 0) -> None:
         """Count what was done.
 
         Args:
             more: How much.
-            note: Tells what else to show; called only when something is shown.
+            note: Tells what else to show, parted by ``, ``; called only when something is shown.
+            tokens: How many tokens that were, if tokens per second are the rate to show.
         """
         self.done += more
-        now = time.monotonic()
-        if now - self._shown < (self.seconds if self._bar is None else SECONDS_BETWEEN_RENEWALS):
-            return
-        self._shown = now
-        parts = (self.account(now - self.started), note() if note else "")
-        self._line = f"{self.what}: {', '.join(part for part in parts if part)}"
-        if self._bar is None:
-            say(self._line)
-        else:
-            self._bar.update(self._bar.task_ids[0], completed=self.done, description=self._line)
+        self.tokens += tokens
+        self._renew(note)
 
-    def account(self, seconds: float) -> str:
-        """Return how far the step is after some seconds: ``34.2 of 120.0 MB, 0:21 left, 4.1 MB/s``."""
-        rate = (self.done - self.first) / seconds if seconds > 0 else 0.0
-        unit = self.unit
-        if self.total is None:
-            parts = [amount(self.done, unit)]
+    def _renew(self, note: Callable[[], str] | None = None) -> None:
+        """Show what there is to show by now."""
+        now = time.monotonic()
+        if self._terminal and not self._shown:
+            due = now - self.started >= self.delay
         else:
-            parts = [f"{_number(self.done, unit)} of {amount(self.total, unit)}"]
-            if rate > 0:  # before the rate: a narrow terminal cuts off the end
-                parts.append(f"{duration(max(self.total - self.done, 0) / rate)} left")
-        if rate > 0:
-            parts.append(f"{rate / _SCALES.get(unit, 1):.3g} {unit}/s")
-        return ", ".join(parts)
+            due = now - self._renewed >= (SECONDS_BETWEEN_RENEWALS if self._terminal else self.seconds)
+        if not due or _UNDER_WAY[-1:] != [self]:
+            return
+        self._renewed = now
+        self._note = note() if note else self._note
+        if not self._terminal:
+            say(self.text())
+        elif self._shown:
+            FOOT.renew(self)
+        else:
+            self._shown = True
+            FOOT.show(self)
+
+    def _keep_watching(self) -> None:
+        while not self._ended.wait(SECONDS_BETWEEN_RENEWALS):
+            if self.watch is not None:
+                self.done = self.watch()
+            self._renew()
+
+    @property
+    def fraction(self) -> float | None:
+        """The part that is done; None where the total is not known, or was wrong."""
+        return self.done / self.total if self.total and self.done <= self.total else None
+
+    def text(self, width: int | None = None) -> str:
+        """Return the line: ``tokenizing: 34.2 of 120.0 MB, 0:21 left, 900,000 tokens/s``.
+
+        Args:
+            width: What it must fit into: the rate goes first, then what was noted, then the time that is left.
+        """
+        done, rate, left = self.account(time.monotonic() - self.started)
+        noted = self._note.split(", ") if self._note else []
+        parts = [done, *([left] if left else []), *([rate] if rate else []), *noted]
+        dispensable = [*([rate] if rate else []), *reversed(noted), *([left] if left else [])]
+        while width is not None and dispensable and len(self.what) + 2 + len(", ".join(parts)) > width:
+            parts.remove(dispensable.pop(0))
+        rest = f": {', '.join(parts)}"
+        what = self.what
+        if width is not None and len(what) + len(rest) > width:
+            what = f"{what[: max(0, width - len(rest) - 1)]}…"
+        return f"{what}{rest}"[:width]
+
+    def account(self, seconds: float) -> tuple[str, str, str]:
+        """Return what is done after some seconds, at what rate, and the time left; empty where it is not known."""
+        more, unit = self.done - self.first, self.unit
+        rate = more / seconds if seconds > 0 else 0.0
+        left = ""
+        if self.total is None or self.done > self.total:
+            done = f"{amount(self.done, unit)} in {duration(seconds)}" if unit else duration(seconds)
+        else:
+            done = f"{_number(self.done, unit)} of {amount(self.total, unit)}"
+            left = f"{duration((self.total - self.done) / rate)} left" if rate > 0 else ""
+        if rate <= 0 or not unit:
+            return done, "", left
+        if self.tokens:
+            return done, f"{per_second(self.tokens / seconds)} tokens/s", left
+        return done, f"{per_second(rate / _SCALES.get(unit, 1))} {unit}/s", left
+
+
+def waiting(what: str) -> Progress:
+    """Return the progress of a step that is a single call: the time that it has taken."""
+    return Progress(what, None, "", watch=lambda: 0.0)
+
+
+def writing(what: str, path: Path, total: float) -> Progress:
+    """Return the progress of a step that writes a file, or a folder of files, of about ``total`` bytes."""
+    return Progress(what, total, watch=lambda: bytes_in(path))
+
+
+def shown(items: Iterable[Item], what: str, unit: str) -> Iterator[Item]:
+    """Yield the items of a step and show how many are done."""
+    with Progress(what, len(items) if isinstance(items, Sized) else None, unit) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+@contextlib.contextmanager
+def transformers_bars(show: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> Iterator[None]:
+    """Let ``show`` take the place of the bars of transformers, which a log could not read; by default there are none.
+
+    Args:
+        show: Gets what a bar would count and yields it.
+    """
+    from transformers.utils import logging
+
+    def hook(factory: Callable[..., Any], given: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return show(given[0]) if given and given[0] is not None else factory(*given, **options)
+
+    before = logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def say(line: str) -> None:
@@ -121,18 +218,23 @@ def say(line: str) -> None:
     rank_zero_info(line)
 
 
-def is_interactive() -> bool:
-    """Tell whether standard error is a terminal that can renew a line, and this process the first of the run."""
-    if not sys.stderr.isatty() or bool(getattr(rank_zero_only, "rank", None)):
-        return False
-    from rich.console import Console
-
-    return not Console(stderr=True).is_dumb_terminal
+def bytes_in(path: Path) -> float:
+    """Return the size of a file or of the files in a folder, 0 for what is not there (yet, or any longer)."""
+    total = 0
+    with contextlib.suppress(OSError):  # another thread writes and renames there
+        for file in path.iterdir() if path.is_dir() else [path]:
+            total += file.stat().st_size
+    return total
 
 
 def amount(total: float, unit: str) -> str:
     """Return an amount with its unit: ``120.0 MB``, ``24 layers``."""
     return f"{_number(total, unit)} {unit}"
+
+
+def per_second(rate: float) -> str:
+    """Return a rate with three digits, or all those before the point: ``0.0123``, ``12,345``."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def duration(seconds: float) -> str:
@@ -143,4 +245,4 @@ def duration(seconds: float) -> str:
 
 
 def _number(value: float, unit: str) -> str:
-    return f"{value / _SCALES[unit]:.1f}" if unit in _SCALES else f"{value:,.0f}"
+    return f"{value / _SCALES[unit]:,.1f}" if unit in _SCALES else f"{value:,.0f}"

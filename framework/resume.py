@@ -14,6 +14,7 @@ from orthotrain.callbacks.agreement import of_all_ranks
 from orthotrain.checkpoint import check_checkpoint
 from orthotrain.checkpoint_io import PARTIAL_SUFFIX, remove_leftovers
 from orthotrain.errors import ConfigurationError
+from orthotrain.progress import waiting
 from orthotrain.sharded_checkpoint import REST
 
 
@@ -103,7 +104,8 @@ def last_checkpoint(trainer: L.Trainer) -> str | None:
     folders = checkpoint_folders(trainer)
     for folder in folders:
         remove_leftovers(folder)
-    path, skipped = newest_good_checkpoint(folders)
+    with waiting("checking the newest checkpoint"):
+        path, skipped = newest_good_checkpoint(folders)
     for reason in skipped:
         rank_zero_warn(f"skipped: {reason}")
     if path is None:

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from orthotrain.checkpoint_io import PARTIAL_SUFFIX, publish, reason_of, remove_leftovers
 from orthotrain.errors import ConfigurationError
+from orthotrain.progress import Progress, bytes_in
 
 DESCRIPTION, REST, SUMS = ".metadata", "meta.pt", "checksums.json"
 """What lies beside the shards: torch's description of them, what is no tensor, and the checksum of every file."""
@@ -100,10 +101,11 @@ def check_shards(path: Path) -> Metadata:
         sums = {_own_name(name): (int(size), int(crc)) for name, (size, crc) in index.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path / SUMS, error) from error
-    for name, expected in {**{DESCRIPTION: None, REST: None}, **sums}.items():
-        file = path / name
-        if not file.is_file() or (file.stat().st_size, _crc(file)) != expected:
-            raise _damaged(file, ValueError("it is missing or does not match its checksum"))
+    with Progress("checking the shards", bytes_in(path)) as bar:
+        for name, expected in {**{DESCRIPTION: None, REST: None}, **sums}.items():
+            file = path / name
+            if not file.is_file() or (file.stat().st_size, _crc(file, bar.advance)) != expected:
+                raise _damaged(file, ValueError("it is missing or does not match its checksum"))
     metadata = read_description(path)
     for info in metadata.storage_data.values():
         if info.relative_path not in sums:
@@ -148,7 +150,16 @@ class PlainLoadPlanner(DefaultLoadPlanner):
 
 
 class _WholePlanner(PlainLoadPlanner, _EmptyStateDictLoadPlanner):
-    """Loads everything that a folder holds into an empty dictionary."""
+    """Loads everything that a folder holds into an empty dictionary, and counts the bytes."""
+
+    def __init__(self, advance: Callable[[float], None]) -> None:
+        super().__init__()
+        self.advance = advance
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Count what was read."""
+        super().commit_tensor(read_item, tensor)
+        self.advance(tensor.nbytes)
 
 
 def load_shards(state: dict[str, Any], path: Path) -> None:
@@ -165,7 +176,8 @@ def load_shards(state: dict[str, Any], path: Path) -> None:
         if state:
             dcp.load(state, checkpoint_id=path, planner=PlainLoadPlanner(), no_dist=not dist.is_initialized())
         else:
-            _load_state_dict(state, dcp.FileSystemReader(path), planner=_WholePlanner(), no_dist=True)
+            with Progress("reading the shards", bytes_in(path)) as bar:
+                _load_state_dict(state, dcp.FileSystemReader(path), planner=_WholePlanner(bar.advance), no_dist=True)
     except (Exception, dcp.CheckpointException) as error:
         raise _damaged(path, error) from error
 
@@ -209,11 +221,12 @@ def _own_name(name: str) -> str:
     return name
 
 
-def _crc(file: Path) -> int:
+def _crc(file: Path, advance: Callable[[float], None] = lambda more: None) -> int:
     crc = 0
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):
             crc = zlib.crc32(block, crc)
+            advance(len(block))
     return crc
 
 

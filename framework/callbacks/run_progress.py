@@ -39,7 +39,8 @@ class RunProgress(ProgressBar):
         steps = trainer.estimated_stepping_batches
         total = None if math.isinf(steps) else int(steps)
         if self._enabled:
-            self._training = Progress("training", total, "steps", self.seconds, first=trainer.global_step)
+            first = trainer.global_step
+            self._training = Progress("training", total, "steps", self.seconds, first, announce=True, delay=0)
             self._training.start()
 
     def on_train_batch_end(
@@ -50,7 +51,7 @@ class RunProgress(ProgressBar):
             self._training.advance(trainer.global_step - self._training.done, lambda: training_note(trainer))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the line to the validation."""
+        """Begin the validation."""
         batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
         self._begin_evaluation("checking the validation" if trainer.sanity_checking else "validation", batches)
 
@@ -65,10 +66,8 @@ class RunProgress(ProgressBar):
     def _begin_evaluation(self, what: str, batches: list[int | float]) -> None:
         if not self._enabled:
             return
-        if self._training is not None:
-            self._training.close()
         total = sum(batches)
-        self._evaluating = Progress(what, None if math.isinf(total) else total, "batches", self.seconds, announce=False)
+        self._evaluating = Progress(what, None if math.isinf(total) else total, "batches", self.seconds)
         self._evaluating.start()
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -88,13 +87,12 @@ class RunProgress(ProgressBar):
             self._evaluating.advance()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say what came out, and give the line back to the training."""
+        """Say what came out."""
         self._end_evaluation()
         if self._training is not None and not trainer.sanity_checking:
             values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
             said = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
             rank_zero_info(f"step {trainer.global_step}: {said}")
-            self._training.open()
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """End the test."""

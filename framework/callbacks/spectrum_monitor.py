@@ -14,7 +14,10 @@ from orthotrain.callbacks.pictures import draw_lines, panels, run_folder, save
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.mergeable import Covering, Mergeable, mergeable_layers
 from orthotrain.layers.sharding import gathered
+from orthotrain.progress import shown
 from orthotrain.spectrum import singular_values, spectral_drift, svd_entropy
+
+DECOMPOSING = "measuring spectra"
 
 
 class SpectrumMonitor(L.Callback):
@@ -59,7 +62,8 @@ class SpectrumMonitor(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the spectra of the start; a resumed run has them from its checkpoint."""
         if not self.start:
-            self.start = {name: spectrum(layer) for name, layer in self.watched(pl_module).items()}
+            watched = self.watched(pl_module)
+            self.start = {name: spectrum(layer) for name, layer in shown(watched.items(), DECOMPOSING, "layers")}
             self.now = dict(self.start)
             self._write_values(trainer)
 
@@ -101,7 +105,7 @@ class SpectrumMonitor(L.Callback):
         """Return the statistics of all watched layers by their logged names."""
         metrics: dict[str, float] = {}
         self._measured_at = step
-        for name, layer in self.watched(model).items():
+        for name, layer in shown(self.watched(model).items(), DECOMPOSING, "layers"):
             values = self.now[name] = spectrum(layer)
             start = self.start[name]
             metrics[f"spectrum/{name}/entropy"] = float(svd_entropy(values))

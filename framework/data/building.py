@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,14 +65,18 @@ def learn_tokenizer(corpus: Corpus, splitter: Splitter, vocab_size: int) -> PreT
             f"source {corpus.description}: the train split holds no document; lower val_fraction and test_fraction, or "
             "give more documents"
         )
-    with Progress(f"training a tokenizer of {vocab_size} tokens", total) as bar:
-        return train_tokenizer(_counted(sample(), bar.advance), vocab_size)
+    read = 0
+    # watched, since learning goes on inside the one call when the text is read
+    with Progress("reading text for the tokenizer", total, watch=lambda: read) as bar:
 
+        def counted() -> Iterator[str]:
+            nonlocal read
+            for text in sample():
+                yield text
+                read += len(text)
+            bar.turn(f"learning {vocab_size:,} tokens")
 
-def _counted(texts: Iterable[str], advance: Callable[[float], None]) -> Iterator[str]:
-    for text in texts:
-        yield text
-        advance(len(text))
+        return train_tokenizer(counted(), vocab_size)
 
 
 def build_caches(
@@ -97,7 +101,7 @@ def build_caches(
         writers = {name: stack.enter_context(TokenCacheWriter(path, vocab_size)) for name, path in paths.items()}
         for document, tokens, text_bytes in encode(corpus.documents(), tokenizer):
             writers[splitter(document)].append(tokens, text_bytes, int(document.complete))
-            bar.advance(text_bytes)
+            bar.advance(text_bytes, tokens=len(tokens))
         for writer in writers.values():
             writer.commit(identity, source)
 

@@ -1,7 +1,7 @@
 """From examples to rows of tokens, and the account of those that did not make it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,6 +68,7 @@ def encode_rows(
     split_of: Callable[[Example], str],
     layout: Layout,
     on_too_long: OnTooLong,
+    total: int | None = None,
 ) -> tuple[dict[str, TokenRows], Account]:
     """Tokenize examples into splits.
 
@@ -77,6 +78,7 @@ def encode_rows(
         split_of: Names the split of one.
         layout: Limits and stores the rows.
         on_too_long: What becomes of rows that exceed a limit: ``drop``, ``truncate`` (their end is lost) or ``error``.
+        total: How many there are, where that is known, for the progress that is shown.
 
     Returns:
         The rows of each split, and the account of all.
@@ -87,34 +89,30 @@ def encode_rows(
     splits: dict[str, TokenRows] = {}
     account = Account(layout.limits)
     special_tokens = SpecialTokens(encoder.tokenizer)
-    for example in _shown(examples):
-        if (token := special_tokens.spelled_in(example)) is not None:
-            account.special += 1
-            account.example_of_special = account.example_of_special or f"{token!r} in {example.where}"
-            continue
-        row = encoder(example)
-        if excess := account.measure(layout.lengths(row)):
-            if on_too_long == "error":
-                raise _too_long(example, *excess[0])
-            row = layout.truncated(row)
-            if on_too_long == "drop" or not any(row.targets):
-                account.too_long += 1
+    with Progress("tokenizing", total, "rows") as bar:
+        for example in examples:
+            if (token := special_tokens.spelled_in(example)) is not None:
+                account.special += 1
+                account.example_of_special = account.example_of_special or f"{token!r} in {example.where}"
+                bar.advance()
                 continue
-            account.truncated.update(limit.argument for _, limit in excess)
-        account.used += 1
-        splits.setdefault(split_of(example), layout.rows()).append(row, example.reference)
+            row = encoder(example)
+            bar.advance(tokens=len(row.tokens))
+            if excess := account.measure(layout.lengths(row)):
+                if on_too_long == "error":
+                    raise _too_long(example, *excess[0])
+                row = layout.truncated(row)
+                if on_too_long == "drop" or not any(row.targets):
+                    account.too_long += 1
+                    continue
+                account.truncated.update(limit.argument for _, limit in excess)
+            account.used += 1
+            splits.setdefault(split_of(example), layout.rows()).append(row, example.reference)
     if not account.used:
         raise ConfigurationError(
             f"no row is left: {account.line()}; raise {layout.limits[0].argument} or change the rows"
         )
     return splits, account
-
-
-def _shown(examples: Iterable[Example]) -> Iterator[Example]:
-    with Progress("tokenizing the rows", None, "rows", announce=False) as bar:
-        for example in examples:
-            yield example
-            bar.advance()
 
 
 def _too_long(example: Example, length: int, limit: Limit) -> ConfigurationError:

@@ -13,7 +13,7 @@ from orthotrain.data.docstrings import STDLIB_DOCSTRINGS
 from orthotrain.data.encoding import OnTooLong, encode_rows
 from orthotrain.data.instruction_loaders import Loading, eval_loader, train_loader
 from orthotrain.data.instruction_rows import Columns, Example
-from orthotrain.data.instruction_sources import read_examples
+from orthotrain.data.instruction_sources import count_rows, read_examples
 from orthotrain.data.layouts import LayoutName, Limit, make_layout
 from orthotrain.data.packing import PackedRows
 from orthotrain.data.padding import PaddedRows
@@ -187,7 +187,8 @@ class InstructionData(LightningDataModule):
         columns = Columns(given.prompt_column, given.response_column, given.messages_column)
         encoder = self._layout.encoder(self.tokenizer, given.prompt_template)
         rank_zero_info(f"tokenizing the rows of {source!r}")
-        rows, account = encode_rows(read_examples(source, columns), encoder, split_of, self._layout, given.on_too_long)
+        examples, total = read_examples(source, columns), count_rows(source)
+        rows, account = encode_rows(examples, encoder, split_of, self._layout, given.on_too_long, total)
         rank_zero_info(f"{source!r}: {account.line()}")
         self._rows |= {split: rows.get(split, self._layout.rows()) for split in splits}
         self.rows_used += account.used

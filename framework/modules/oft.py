@@ -18,6 +18,7 @@ from orthotrain.modules.base import BaseModule
 from orthotrain.modules.network_checks import check_attention, check_positions, shifts_labels, with_usable_mask
 from orthotrain.modules.oft_layers import OftLayers
 from orthotrain.modules.optimization import Optimization
+from orthotrain.progress import shown
 
 Objective = Literal["next_token", "model"]
 
@@ -165,7 +166,7 @@ class OftModule(BaseModule):
         if not self.max_new_tokens or not hasattr(data, "generation_batches") or not hasattr(self.model, "generate"):
             return
         samples: list[tuple[str, str, str]] = []
-        for batch in data.generation_batches(split):
+        for batch in shown(data.generation_batches(split), "generating", "batches"):
             inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
             ids = self.model.generate(  # type: ignore[union-attr, operator]
                 **inputs,

@@ -19,6 +19,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ConfigurationError: If the file is missing, a folder, truncated, or holds more than plain values and tensors.
     """
     if Path(path).is_dir():
+        refuse_run_folder(Path(path))
         raise needs_consolidating(path)
     if not Path(path).is_file():
         hint = MADE_BY.get(str(path), "give the path of a .ckpt file of a run")
@@ -32,6 +33,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise _unreadable(path, ValueError(f"it holds a {type(checkpoint).__name__} and not a dictionary"))
     return checkpoint
+
+
+def refuse_run_folder(path: Path) -> None:
+    """Refuse the folder of a run in the place of a checkpoint in it; that of a distributed checkpoint passes.
+
+    Raises:
+        ConfigurationError: Naming the newest checkpoint in it.
+    """
+    within = [] if (path / REST).exists() else sorted(path.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    if within:
+        raise ConfigurationError(f"checkpoint {str(path)!r} is a folder; the newest in it is {str(within[-1])!r}")
 
 
 def check_checkpoint(path: str | Path) -> None:

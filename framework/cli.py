@@ -23,6 +23,7 @@ USAGE = """usage: orthotrain COMMAND [options]
   plan      parameters and bytes of a config before anything is allocated
   plugins   the registered parameterizations
   calibrate measure what the parts of a POET layer cost here, for centre=auto
+  consolidate FOLDER FILE    a distributed checkpoint as one file
 
 'orthotrain COMMAND --help' tells more. Several -c files are laid over each other; every key of a config can be given
 as --a.b.c VALUE. A config that is not found as a file is looked up among those that ship with the package.
@@ -45,7 +46,7 @@ MEANT = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; see :func:`end_in_one_line`."""
+    """Run a command; bad input ends in one line on standard error and exit code 2, a diverged run in exit code 1."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
@@ -56,15 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command == "--version":
         print(f"orthotrain {metadata.version('orthotrain')}")
         return
-    end_in_one_line(lambda: _run(command, arguments))
-
-
-def end_in_one_line(run: Callable[[], None]) -> None:
-    """Let bad input end in one line on standard error and exit code 2, a diverged run in exit code 1."""
     drop_noise()
     try:
         with terminable():
-            run()
+            _run(command, arguments)
     except KeyboardInterrupt:
         fail(INTERRUPTED, code=128 + signal.SIGINT)
     except Terminated:
@@ -162,12 +158,24 @@ def calibrate_command(arguments: list[str]) -> None:
     from orthotrain.calibrate import calibrate, comparison, usable_device, write_table
 
     parser = _parser("calibrate", "Measure what the parts of a POET layer cost on a device, for centre=auto.")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure; by default cpu")
     parser.add_argument("--out", help="file to write; by default centres.json in the cache folder, where layers look")
     options = parser.parse_args(arguments)
     entry, parts = calibrate(usable_device(options.device))
     print(comparison(entry, parts))
     print(f"wrote {write_table(entry, options.out and Path(options.out))}")
+
+
+def consolidate_command(arguments: list[str]) -> None:
+    """``orthotrain consolidate``: make a distributed checkpoint one file."""
+    description = "Make a distributed checkpoint one file, which any strategy resumes and export reads."
+    parser = _parser("consolidate", description)
+    parser.add_argument("folder", metavar="FOLDER", help="the distributed checkpoint")
+    parser.add_argument("file", metavar="FILE", help="file to write; must not exist")
+    options = parser.parse_args(arguments)
+    from orthotrain.consolidate import consolidate
+
+    print(f"wrote {consolidate(options.folder, options.file)}")
 
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -176,16 +184,16 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "plan": plan_command,
     "plugins": plugins_command,
     "calibrate": calibrate_command,
+    "consolidate": consolidate_command,
 }
 
 
-class Parser(ArgumentParser):
+class _Parser(ArgumentParser):
     """A parser whose complaints are a single line, as everywhere else."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise what `main` prints."""
         raise ConfigurationError(f"{self.prog.removeprefix('orthotrain ')}: {message}; see {self.prog} --help")
 
 
 def _parser(command: str, description: str) -> ArgumentParser:
-    return Parser(prog=f"orthotrain {command}", description=description, allow_abbrev=False)
+    return _Parser(prog=f"orthotrain {command}", description=description, allow_abbrev=False)

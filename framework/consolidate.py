@@ -1,4 +1,7 @@
-"""``python -m orthotrain.consolidate FOLDER FILE``: a distributed checkpoint as one file that any strategy resumes."""
+"""``orthotrain consolidate FOLDER FILE``: a distributed checkpoint as one file that any strategy resumes.
+
+``python -m orthotrain.consolidate FOLDER FILE`` does the same.
+"""
 
 import sys
 from pathlib import Path
@@ -6,7 +9,7 @@ from typing import Any
 
 from orthotrain.checkpoint import check_checkpoint, read_checkpoint
 from orthotrain.checkpoint_io import PARTIAL_SUFFIX, AtomicCheckpointIO
-from orthotrain.cli import Parser, end_in_one_line
+from orthotrain.cli import main
 from orthotrain.errors import ConfigurationError
 from orthotrain.progress import bytes_in, writing
 from orthotrain.sharded_checkpoint import REST, load_shards
@@ -46,15 +49,5 @@ def consolidate(folder: str | Path, file: str | Path) -> Path:
     return file
 
 
-def consolidate_command(arguments: list[str]) -> None:
-    """Do what the arguments say."""
-    description = "Make a distributed checkpoint one file, which any strategy resumes and export reads."
-    parser = Parser(prog="python -m orthotrain.consolidate", description=description, allow_abbrev=False)
-    parser.add_argument("folder", metavar="FOLDER", help="the distributed checkpoint")
-    parser.add_argument("file", metavar="FILE", help="file to write; must not exist")
-    options = parser.parse_args(arguments)
-    print(f"wrote {consolidate(options.folder, options.file)}")
-
-
 if __name__ == "__main__":
-    end_in_one_line(lambda: consolidate_command(sys.argv[1:]))
+    main(["consolidate", *sys.argv[1:]])

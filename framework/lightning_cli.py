@@ -23,10 +23,11 @@ import orthotrain.schedules  # noqa: F401
 from orthotrain.best_checkpoint import best_checkpoint
 from orthotrain.callbacks.run_progress import RunProgress
 from orthotrain.callbacks.sample_writer import SampleWriter
+from orthotrain.checkpoint import refuse_run_folder
 from orthotrain.config_errors import one_line
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.kernel_choice import check_kernels
-from orthotrain.models import ModelBuilder
+from orthotrain.models import CausalLM, ModelBuilder, check_vocabulary
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
 from orthotrain.plugins import Parameterization
 from orthotrain.resume import checkpoint_folders, last_checkpoint
@@ -130,6 +131,7 @@ class OrthotrainCLI(LightningCLI):
             return
         if not Path(path).exists():
             raise ConfigurationError(f"--ckpt_path {path!r} does not exist; give a file of a run, or last, or best")
+        refuse_run_folder(Path(path))
         if Path(path).is_file() and not zipfile.is_zipfile(path):
             raise ConfigurationError(f"--ckpt_path {path!r} is no checkpoint or is truncated; take an earlier one")
 
@@ -180,8 +182,10 @@ class OrthotrainCLI(LightningCLI):
             raise ConfigurationError(one_line(str(error), CONFIGURABLE)) from error
 
     def after_instantiate_classes(self) -> None:
-        """Store the model's part of the config as its hyper-parameters; refuse kernels that cannot run."""
+        """Store the model's part of the config as its hyper-parameters; refuse early what cannot run."""
         check_kernels(self.trainer.strategy.root_device)
+        if isinstance(self.model._builder, CausalLM):  # else it is known when the text is tokenized and the model built
+            check_vocabulary(getattr(self.datamodule, "vocab_size", None), self.model._builder.vocab_size)
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         if self.subcommand is not None:
             config = config[self.subcommand]

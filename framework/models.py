@@ -87,6 +87,11 @@ class CausalLM(ModelBuilder):
             model = AutoModelForCausalLM.from_config(self._configuration())
         return enable_checkpointing(model, self.gradient_checkpointing).train()
 
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding, where the model type has one of that name."""
+        return getattr(self._configuration(), "vocab_size", None)
+
     def check_size(self, tensors: int, values: int) -> None:
         """Refuse a network much larger than what is to be loaded into it, before anything is allocated.
 
@@ -112,6 +117,19 @@ class CausalLM(ModelBuilder):
         from transformers import CONFIG_MAPPING
 
         return CONFIG_MAPPING[self.model_type](**self.config)
+
+
+def check_vocabulary(tokens: Any, rows: Any) -> None:
+    """Refuse a vocabulary that an embedding has no rows for; either may be unknown.
+
+    Raises:
+        ConfigurationError: Naming both sizes.
+    """
+    if isinstance(tokens, int) and isinstance(rows, int) and tokens > rows:
+        raise ConfigurationError(
+            f"the tokenizer's vocabulary of {tokens} does not fit the model's embedding of {rows} rows: "
+            "set the model's vocab_size and the data's to the same number"
+        )
 
 
 class PretrainedModel(ModelBuilder):

@@ -74,7 +74,8 @@ class Progress:
         self._terminal = is_interactive()
         _UNDER_WAY.append(self)
         if self.announce and not self._terminal:
-            say(self.what if self.total is None else f"{self.what}: {amount(self.total, self.unit)}")
+            begun = f"{_number(self.first, self.unit)} of " if self.first else ""
+            say(self.what if self.total is None else f"{self.what}: {begun}{amount(self.total, self.unit)}")
         if self.watch is not None:
             self._watcher = threading.Thread(target=self._keep_watching, daemon=True)
             self._watcher.start()

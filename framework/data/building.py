@@ -67,7 +67,7 @@ def learn_tokenizer(corpus: Corpus, splitter: Splitter, vocab_size: int) -> PreT
         )
     read = 0
     # watched, since learning goes on inside the one call when the text is read
-    with Progress("reading text for the tokenizer", total, watch=lambda: read) as bar:
+    with Progress("reading text", total, watch=lambda: read) as bar:
 
         def counted() -> Iterator[str]:
             nonlocal read

@@ -26,7 +26,7 @@ from orthotrain.layers.displacement_pool import DisplacementPool
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
-from orthotrain.models import ModelBuilder
+from orthotrain.models import ModelBuilder, check_vocabulary
 from orthotrain.modules.optimization import Optimization
 from orthotrain.resume import adapt_ranks, agree_on_checkpoint, agree_on_step
 from orthotrain.strategies import ShardedStrategy, check_merging
@@ -105,14 +105,8 @@ class BaseModule(L.LightningModule):
 
     def _check_vocabulary(self, model: nn.Module) -> None:
         data = getattr(self._trainer, "datamodule", None)
-        tokens = getattr(data, "vocab_size", None)
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
-        rows = getattr(embedding, "num_embeddings", None)
-        if isinstance(tokens, int) and isinstance(rows, int) and tokens > rows:
-            raise ConfigurationError(
-                f"the tokenizer's vocabulary of {tokens} does not fit the model's embedding of {rows} rows: "
-                "set the model's vocab_size and the data's to the same number"
-            )
+        check_vocabulary(getattr(data, "vocab_size", None), getattr(embedding, "num_embeddings", None))
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach the callbacks that every run wants, unless the trainer has some; a subclass adds its own to them."""

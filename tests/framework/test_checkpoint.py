@@ -67,6 +67,15 @@ def test_consolidating_into_a_folder_that_is_not_there_is_refused(tmp_path):
         consolidate(tmp_path / "shards.ckpt", tmp_path / "one.ckpt")
 
 
+def test_the_folder_of_a_run_is_refused_with_the_newest_checkpoint_in_it(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for age, name in enumerate(("last", "step=4", "step=2")):
+        torch.save({}, path := tmp_path / "checkpoints" / f"{name}.ckpt")
+        os.utime(path, (1e9 - age, 1e9 - age))
+    with pytest.raises(ConfigurationError, match=r"is a folder; the newest in it is .*checkpoints/last.ckpt'"):
+        read_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("read", [read_checkpoint, AtomicCheckpointIO().load_checkpoint])
 def test_a_folder_where_a_file_is_needed_says_how_to_make_one(tmp_path, read):
     (tmp_path / "x.ckpt").mkdir()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthotrain.checkpoint import read_checkpoint
-from orthotrain.cli import main
+from orthotrain.cli import COMMANDS, TRAINER_COMMANDS, main
 from orthotrain.export import load_network
 
 QUICK = ["-c", "pretrain/quickstart.yaml"]
@@ -328,6 +328,21 @@ def test_help_of_an_unknown_class_lists_the_known_ones(capsys, option, known):
     assert "unknown class 'Nope'; known: " in message and known in message
 
 
+def test_a_vocabulary_that_does_not_fit_is_refused_before_text_is_tokenized(small_config, tmp_path, capsys):
+    cache = tmp_path / "new"
+    command = ["fit", *QUICK, "-c", str(small_config), "--data.cache_dir", str(cache), "--data.vocab_size", "400"]
+    assert "vocabulary of 400 does not fit the model's embedding of 320 rows" in refuse(capsys, *command)
+    assert not cache.exists()
+
+
+def test_the_folder_of_a_run_is_no_checkpoint(small_config, tmp_path, capsys):
+    main(["fit", *QUICK, "-c", str(small_config), "--trainer.max_steps", "1"])
+    capsys.readouterr()
+    message = refuse(capsys, "fit", *QUICK, "-c", str(small_config), "--ckpt_path", str(tmp_path / "run"))
+    assert message.endswith("last.ckpt'")
+    assert refuse(capsys, "export", "--ckpt", str(tmp_path / "run"), "--out", str(tmp_path / "x")) == message
+
+
 def test_what_no_user_can_act_on_is_not_printed(small_config, tmp_path, caplog, capsys):
     with caplog.at_level(logging.INFO):
         main(["fit", *QUICK, "-c", str(small_config), "--trainer.max_steps", "1"])
@@ -353,4 +368,4 @@ def test_version_and_help_of_a_command(arguments, capsys):
 def test_help_names_every_command(arguments, capsys):
     main(arguments)
     printed = capsys.readouterr().out
-    assert all(command in printed for command in ("fit", "validate", "test", "predict", "export", "plan", "plugins"))
+    assert all(f"\n  {command} " in printed for command in (*TRAINER_COMMANDS, *COMMANDS))

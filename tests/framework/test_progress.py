@@ -62,9 +62,10 @@ def test_a_log_gets_a_line_now_and_then(clock, lines):
 
 
 def test_a_log_gets_a_line_at_the_beginning_where_it_is_asked_for(clock, lines):
-    with Progress("training", 400, "steps", announce=True):
-        pass
-    assert lines == ["training: 400 steps"]
+    for first in (0, 100):
+        with Progress("training", 400, "steps", first=first, announce=True):
+            pass
+    assert lines == ["training: 400 steps", "training: 100 of 400 steps"]
 
 
 def test_a_quick_step_says_nothing_anywhere(clock, lines, foot, monkeypatch):

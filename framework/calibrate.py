@@ -18,6 +18,7 @@ from orthotrain.kernels.cayley_neumann import cayley_neumann_generators
 from orthotrain.kernels.fold import fold
 from orthotrain.kernels.poet_linear import poet_linear, serves
 from orthotrain.layers.centre import Costs, cached_costs, default_path, device_name
+from orthotrain.layers.poet_settings import PoetSettings
 from orthotrain.progress import Progress
 
 DTYPES = {"float32": torch.float32, "half": torch.bfloat16}
@@ -111,7 +112,8 @@ def passes(
     # rotations indeed: others cannot be inverted by transposing, and contraction would not be what is measured
     generators = [0.01 * draw(width // block_size, block_size * (block_size - 1) // 2).float() for _ in range(2)]
     into, out = (cayley_neumann_generators(g, block_size, 4).to(dtype).requires_grad_() for g in generators)
-    order, trained = torch.randperm(width, device=device), weight.clone().requires_grad_()
+    group = PoetSettings(block_size=block_size).permuted_together(width, block_size)
+    order, trained = torch.randperm(width // group, device=device), weight.clone().requires_grad_()
 
     def linear() -> tuple[Tensor, ...]:
         return torch.autograd.grad(F.linear(x, trained), (x, trained), grad)

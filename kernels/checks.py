@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from orthotrain.kernels.groups import GROUPS
+
 DEBUG = "ORTHOTRAIN_DEBUG"
 """Environment variable; ``1`` also checks the values of permutations, which waits for the device."""
 
@@ -97,15 +99,16 @@ def check_blocks(op: str, name: str, displacement: Tensor, like: Tensor, like_na
 
 
 def check_permutation(op: str, name: str, index: Tensor | None, width: int, like: Tensor) -> None:
-    """Check dtype, device and length of a permutation of ``width`` coordinates; None is the identity.
+    """Check dtype, device and length of an order of ``width`` coordinates or of groups of them; None is the identity.
 
     Raises:
         ValueError: Naming what does not fit.
     """
     if index is None:
         return
-    if index.dtype != torch.int64 or index.shape != (width,):
-        raise ValueError(f"{op}: {name} is {index.dtype} {tuple(index.shape)}; a permutation here is int64 ({width},)")
+    if index.dtype != torch.int64 or index.ndim != 1 or all(index.shape[0] * group != width for group in GROUPS):
+        lengths = " or ".join(f"({width // group},)" for group in reversed(GROUPS) if width % group == 0)
+        raise ValueError(f"{op}: {name} is {index.dtype} {tuple(index.shape)}; a permutation here is int64 {lengths}")
     if index.device != like.device:
         raise ValueError(f"{op}: {name} is on {index.device} and the data on {like.device}; move one of them")
 

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orthotrain.errors import check_choice
 from orthotrain.kernels.block_rotate import block_rotate
+from orthotrain.kernels.groups import spread
 from orthotrain.kernels.poet_linear import poet_linear, serves
 from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.centre import ActivationMode, Centre, Route, choose_route
@@ -222,8 +223,10 @@ class PoetLinear(TwoSided):
         periods = torch.zeros(width, dtype=torch.int64)
         met = torch.zeros(sample, dtype=torch.bool)
         for count in range(int(self.merge_count) + 1):
-            drawn = rotation.permutation is not None
-            place = torch.argsort(draw_permutation(width, self.seed, count, side)) if drawn else torch.arange(width)
+            place = torch.arange(width)
+            if rotation.permutation is not None:
+                groups = rotation.permutation.shape[0]
+                place = torch.argsort(spread(draw_permutation(groups, self.seed, count, side), width // groups))
             inside, block = place < covered, place // size
             periods += inside
             met |= inside[first] & inside[second] & (block[first] == block[second])

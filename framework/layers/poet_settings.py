@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 from torch import Tensor
 
 from orthotrain.errors import ConfigurationError, check_choice
+from orthotrain.kernels.groups import GROUPS
 from orthotrain.layers.bf16_weight import Bf16Weight
 from orthotrain.layers.block_rotation import check_block_size, check_parameterization
 from orthotrain.layers.centre import ActivationMode, Centre
@@ -22,6 +23,9 @@ TOO_COARSE = (
     "rounding it at each of thousands of folds moves its singular values; take storage: residual, or dense and fp32"
 )
 """Why a weight that folds every step is not stored in 16 bits."""
+
+GROUPS_IN_BLOCK = 8
+"""Groups of neighbours that a block holds at least: permutations of fewer would mix few of a layer's features."""
 
 ANCHOR_EVERY = {"int8": 16, "nf4": 4}
 """Merges between restorations of the spectrum where none is asked for: so few that their decompositions do not show."""
@@ -44,6 +48,8 @@ class PoetSettings:
         aligned: Sides whose blocks are neighbouring features and never permuted: ``none``, ``in``, ``out`` or ``both``.
             With the width of an attention head as block size and ``overrides`` for the projections, the heads rotate
             within themselves.
+        permutation_group: Neighbouring features that permutations move together: 1, 2, 4 or 8, dividing the widths and
+            the block sizes. Larger groups are permuted faster; None for the largest of which a block holds 8 or more.
         parameterization: How generators become rotations: a registered name (`orthotrain plugins` lists them) or a
             class with its arguments, in YAML ``{class_path: CayleyNeumann, init_args: {order: 4}}``.
         storage: How the frozen weight is kept. ``dense``: in the dtype of the network; merges round stochastically to
@@ -69,6 +75,7 @@ class PoetSettings:
     fraction_out: float | None = None
     sides: Sides = "both"
     aligned: Aligned = "none"
+    permutation_group: int | None = None
     parameterization: Parameterization | str = "cayley_neumann"
     storage: Storage = "dense"
     group_size: int | None = None
@@ -93,6 +100,9 @@ class PoetSettings:
                 f"aligned={self.aligned!r} with a fraction: the same features would be rotated for ever; "
                 "take block_size, or aligned: none"
             )
+        group = self.permutation_group
+        if group is not None and (isinstance(group, bool) or group not in GROUPS):
+            raise ConfigurationError(f"permutation_group={group!r}: take 1, 2, 4 or 8 features, or null")
         if self.group_size is not None and self.storage not in ("int8", "nf4"):
             raise ConfigurationError(f"group_size={self.group_size}: storage={self.storage!r} has no groups")
         if self.anchor_every is not None and (isinstance(self.anchor_every, bool) or self.anchor_every < 0):
@@ -129,6 +139,23 @@ class PoetSettings:
             return size, 1
         check_block_size(width, size)
         return size, width // size
+
+    def permuted_together(self, width: int, block_size: int) -> int:
+        """Return how many neighbours move together in permutations of ``width`` features in blocks of a size.
+
+        Raises:
+            ConfigurationError: If the group that is asked for does not divide them, or a block holds only one.
+        """
+        group = self.permutation_group
+        if group is None:
+            fitting = (group for group in GROUPS if width % group == 0 and block_size % (GROUPS_IN_BLOCK * group) == 0)
+            return next(fitting, 1)
+        if width % group or block_size % group or block_size == group:
+            raise ConfigurationError(
+                f"permutation_group={group} does not fit {width} features in blocks of {block_size}: it must divide "
+                "both, and a block must hold two groups or more to be mixed with others; take null or 1"
+            )
+        return group
 
     def freeze(self, weight: Tensor) -> FrozenWeight:
         """Store ``weight (out, in)`` as :attr:`storage` says; ``dense`` holds the tensor itself.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from orthotrain.errors import TrainingDiverged
 from orthotrain.kernels.fold import fold
+from orthotrain.kernels.groups import by_feature
 from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.frozen_weight import FrozenWeight, check_storable, plain_linear
 from orthotrain.layers.poet_settings import PoetSettings, Side
@@ -35,8 +36,10 @@ class Rotations(NamedTuple):
             shape = settings.blocks(side, width)
             if shape is None:
                 return None
-            aligned = settings.aligned in ("both", side)
-            order = None if aligned else draw_permutation(width, seed, 0, side).to(device)
+            order = None
+            if settings.aligned not in ("both", side):
+                group = settings.permuted_together(width, shape[0])
+                order = draw_permutation(width // group, seed, 0, side).to(device)
             with torch.device(device):
                 return BlockRotation(width, shape[0], parameterization, blocks=shape[1], permutation=order)
 
@@ -44,7 +47,7 @@ class Rotations(NamedTuple):
 
     @property
     def orders(self) -> tuple[Tensor | None, Tensor | None]:
-        """The permutations of the rows and of the columns, None for a side without one."""
+        """The permutations of the rows and of the columns (:class:`BlockRotation`), None for a side without one."""
         out, into = (None if rotation is None else rotation.permutation for rotation in self)
         return out, into
 
@@ -57,7 +60,7 @@ class Rotations(NamedTuple):
         """Return ``weight (out, in)`` with rows and columns in the order of the blocks."""
         for axis, order in enumerate(self.orders):
             if order is not None:
-                weight = weight.index_select(axis, order)
+                weight = weight.index_select(axis, by_feature(order, weight.shape[axis]))
         return weight
 
     def fold(self, framed: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
@@ -154,5 +157,5 @@ class TwoSided(nn.Module):
             if rotation.permutation is None:
                 rotation.reset_()
                 continue
-            order = draw_permutation(rotation.features, self.seed, count, side)
+            order = draw_permutation(rotation.permutation.shape[0], self.seed, count, side)
             rotation.reset_(order.to(rotation.permutation.device))

@@ -9,7 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orthotrain.kernels.block_rotate.tiling import POINTERS, Tiles, in_memory, locate, tile_count, wide
+from orthotrain.kernels.block_rotate.tiling import (
+    POINTERS,
+    WIDEST_LOAD,
+    Tiles,
+    in_memory,
+    locate,
+    order_suffix,
+    tile_count,
+    wide,
+)
+from orthotrain.kernels.groups import group_of
 from orthotrain.kernels.variant import Variant
 
 PROGRAMS = 512
@@ -48,6 +58,8 @@ def _contract_kernel(
     right_row,
     right_column,
     BLOCK: tl.constexpr,
+    LEFT_GROUP: tl.constexpr,
+    RIGHT_GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -62,8 +74,8 @@ def _contract_kernel(
     i_mask = (i < BLOCK) & (first_block + member < blocks)
     j_mask = (j < BLOCK) & (first_block + member < blocks)
     base = (first_block + member) * BLOCK
-    left_position = in_memory(left_index, base + i, i_mask, OFFSET)[None, :] * left_column
-    right_position = in_memory(right_index, base + j, j_mask, OFFSET)[None, :] * right_column
+    left_position = in_memory(left_index, base + i, i_mask, LEFT_GROUP, BLOCK, OFFSET)[None, :] * left_column
+    right_position = in_memory(right_index, base + j, j_mask, RIGHT_GROUP, BLOCK, OFFSET)[None, :] * right_column
 
     row = tl.arange(0, ROWS).to(OFFSET)[:, None]
     accumulator = tl.zeros((COLUMNS, COLUMNS), dtype=tl.float32)
@@ -106,8 +118,8 @@ def contract_blocks(
     Args:
         left: ``(N, d)``, any strides.
         right: ``(N, d)``, any strides, dtype of ``left``.
-        left_index: Permutation ``(d,)`` int64, or None.
-        right_index: Permutation ``(d,)`` int64, or None.
+        left_index: Order of the columns, ``(d / g,)`` int64 (:mod:`groups`), or None.
+        right_index: The same of ``right``.
         blocks: Number of blocks ``n``.
         block_size: Size of a block ``b``, ``n * b <= d``.
         dtype: Of the result, None for that of ``left``.
@@ -128,6 +140,8 @@ def contract_blocks(
     _contract_kernel[(tiles, splits)](
         *(left, right, left_index, right_index, sums, rows, split_rows, blocks, *left.stride(), *right.stride()),
         BLOCK=block_size,
+        LEFT_GROUP=group_of(left_index, left.shape[1]),
+        RIGHT_GROUP=group_of(right_index, right.shape[1]),
         ROWS=sizes.rows,
         COLUMNS=sizes.columns,
         WIDE=wide(left, right),
@@ -145,6 +159,8 @@ def aot_variants() -> list[Variant]:
     return [
         contraction_variant(torch.bfloat16, 16, permuted=True),
         contraction_variant(torch.bfloat16, 32, permuted=True),
+        contraction_variant(torch.bfloat16, 32, permuted=True, group=8),
+        contraction_variant(torch.bfloat16, 256, permuted=True, group=8),
         contraction_variant(torch.bfloat16, 256),
         contraction_variant(torch.bfloat16, 256).unaligned("left", "right"),
         contraction_variant(torch.float16, 256, permuted=True, wide=True),
@@ -170,6 +186,7 @@ def contraction_variant(
     block_size: int,
     *,
     permuted: bool = False,
+    group: int = 1,
     columns_first: bool = False,
     wide: bool = False,
 ) -> Variant:
@@ -178,7 +195,8 @@ def contraction_variant(
     unit, strided = ("row", "column") if columns_first else ("column", "row")
     permutations = ("left_index", "right_index")
     return Variant(
-        f"contract-b{block_size}-{pointer[1:]}{'-permuted' * permuted}{'-transposed' * columns_first}{'-wide' * wide}",
+        f"contract-b{block_size}-{pointer[1:]}{order_suffix(permuted, group)}"
+        f"{'-transposed' * columns_first}{'-wide' * wide}",
         _contract_kernel,
         {
             **{"left": pointer, "right": pointer, "out": "*fp32"},
@@ -188,10 +206,12 @@ def contraction_variant(
         {
             **({} if permuted else dict.fromkeys(permutations)),
             **{f"left_{unit}": 1, f"right_{unit}": 1, "BLOCK": block_size, "WIDE": wide},
+            **{"LEFT_GROUP": group, "RIGHT_GROUP": group},
             **{"ROWS": tiles.rows, "COLUMNS": tiles.columns},
         },
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         tensor_cores=dtype != torch.float32,
+        vectors=not permuted or group * dtype.itemsize >= WIDEST_LOAD,
         aligned=("rows", "split_rows", f"left_{strided}", f"right_{strided}"),
     )

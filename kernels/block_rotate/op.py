@@ -113,8 +113,9 @@ def block_rotate(x: Tensor, displacement: Tensor, load: Tensor | None = None, st
         x: Activations ``(..., d)``.
         displacement: ``D = R - I`` of ``n`` blocks, ``(n, b, b)``, ``n * b <= d``; same dtype and device as ``x``.
             The last ``d - n * b`` coordinates pass unchanged.
-        load: Permutation ``(d,)``, int64, or None for the identity.
-        store: Permutation ``(d,)``, int64, or None for the identity.
+        load: Permutation ``(d,)``, int64, or of groups of neighbours, ``(d / g,)`` (:mod:`groups`); None for the
+            identity.
+        store: Permutation likewise.
 
     Returns:
         ``(..., d)`` in the dtype of ``x``; the sum ``x + x D`` is accumulated in fp32 for 16-bit inputs.

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orthotrain.kernels.block_rotate.tiling import LARGEST_OFFSET
+from orthotrain.kernels.block_rotate.tiling import LARGEST_OFFSET, WIDEST_LOAD
+from orthotrain.kernels.groups import group_of, spread
 from orthotrain.kernels.variant import Variant
 
 LARGEST_ROW = 64 * 1024
@@ -45,9 +46,14 @@ def _invert_kernel(index, inverse, width, SIZE: tl.constexpr):
     tl.store(inverse + tl.load(index + place, mask=mask, other=0), place.to(tl.int64), mask=mask)
 
 
-def worthwhile(x: Tensor) -> bool:
-    """Return whether permuting ``x (N, d)`` by rows pays and is possible; elsewhere programs gather from memory."""
+def worthwhile(x: Tensor, index: Tensor) -> bool:
+    """Return whether permuting ``x (N, d)`` by rows pays and is possible; elsewhere programs gather from memory.
+
+    They do so well where a group of columns is as large as what a thread reads at once.
+    """
     (rows, width), (row, column) = x.shape, x.stride()
+    if group_of(index, width) * x.element_size() >= WIDEST_LOAD:
+        return False
     fits = 0 < width * x.element_size() <= LARGEST_ROW and rows_at_once(width) * row <= LARGEST_OFFSET
     return fits and rows >= FEWEST_ROWS and column == 1
 
@@ -59,11 +65,13 @@ def rows_at_once(width: int) -> int:
 
 def gather_columns(x: Tensor, index: Tensor) -> Tensor:
     """Return ``x[:, index]``, contiguous, for an ``x`` that is :func:`worthwhile`."""
+    index = spread(index, group_of(index, x.shape[1]))
     return _permute(x, index, torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
 
 def scatter_columns_(x: Tensor, index: Tensor) -> Tensor:
     """Move column ``i`` of ``x`` to ``index[i]``, in place, for an ``x`` that is :func:`worthwhile`."""
+    index = spread(index, group_of(index, x.shape[1]))
     inverse = torch.empty_like(index)
     size = 1024
     _invert_kernel[(triton.cdiv(index.numel(), size),)](index, inverse, index.numel(), SIZE=size)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.block_rotate.chunks import chunk_rows, gather_into, row_chunks, scatter_into
+from orthotrain.kernels.block_rotate.chunks import Columns, chunk_rows, row_chunks
+from orthotrain.kernels.groups import group_of
 
 
 def block_rotate_forward(x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None) -> Tensor:
@@ -12,8 +13,8 @@ def block_rotate_forward(x: Tensor, displacement: Tensor, load: Tensor | None, s
     Args:
         x: Input ``(..., d)``.
         displacement: ``D = R - I``, ``(n, b, b)`` with ``n * b <= d``, dtype of ``x``. Coordinates past ``n * b`` pass.
-        load: Permutation ``(d,)`` applied while reading, or None.
-        store: Permutation ``(d,)`` applied while writing, or None.
+        load: Order of the features applied while reading, ``(d / g,)`` (see :mod:`groups`), or None.
+        store: The same applied while writing.
 
     Returns:
         A new tensor ``(..., d)``.
@@ -22,15 +23,15 @@ def block_rotate_forward(x: Tensor, displacement: Tensor, load: Tensor | None, s
     if load is None and store is None:
         return add_block_products(source.contiguous(), displacement).view(x.shape)
     out = torch.empty(source.shape, dtype=x.dtype, device=x.device)
-    step = chunk_rows(source)
+    step, (reading, writing) = chunk_rows(source), (columns_of(index, source) for index in (load, store))
     read, written = _buffer(source, step, load), _buffer(source, step, store)
     for rows in row_chunks(source.shape[0], step):
         size = rows.stop - rows.start
-        gathered = gather_into(read[:size], source[rows], load)
+        gathered = reading.gather_into(read[:size], source[rows])
         if store is None:
             add_block_products(gathered, displacement, out[rows])
         else:
-            scatter_into(out[rows], add_block_products(gathered, displacement, written[:size]), store)
+            writing.scatter_into(out[rows], add_block_products(gathered, displacement, written[:size]))
     return out.view(x.shape)
 
 
@@ -55,19 +56,19 @@ def block_rotate_backward(
         return grad_x, block_products(source, grad, blocks, block_size)
     grad_x = torch.empty(source.shape if need_x else 0, dtype=x.dtype, device=x.device)
     total = BlockSum(displacement)
-    step = chunk_rows(source)
+    step, (reading, writing) = chunk_rows(source), (columns_of(index, source) for index in (load, store))
     read, read_grad, written = (_buffer(source, step, index) for index in (load, store, load))
     for rows in row_chunks(source.shape[0], step):
         size = rows.stop - rows.start
-        gathered = gather_into(read[:size], source[rows], load)
-        grad_rotated = gather_into(read_grad[:size], grad[rows], store)
+        gathered = reading.gather_into(read[:size], source[rows])
+        grad_rotated = writing.gather_into(read_grad[:size], grad[rows])
         total.add(gathered, grad_rotated)
         if not need_x:
             continue
         if load is None:
             add_block_products(grad_rotated, transposed, grad_x[rows])
         else:
-            scatter_into(grad_x[rows], add_block_products(grad_rotated, transposed, written[:size]), load)
+            reading.scatter_into(grad_x[rows], add_block_products(grad_rotated, transposed, written[:size]))
     return (grad_x.view(x.shape) if need_x else None), total.result()
 
 
@@ -104,16 +105,24 @@ def contract(left: Tensor, right: Tensor, like: Tensor, order: Tensor | None) ->
         left: Activations.
         right: Gradients at the same place.
         like: Tells shape ``(n, b, b)`` and dtype of the result.
-        order: Columns, the first ``n * b`` of them in the order of the blocks, or None for their own.
+        order: Order of the columns, ``(d / g,)``, whose first ``n * b`` lie in the blocks; None for their own.
     """
-    total, step = BlockSum(like), chunk_rows(left)
+    total, step, group = BlockSum(like), chunk_rows(left), group_of(order, left.shape[1])
+    # columns past the last block are left where they are
+    covered = None if order is None else order[: -(-like.shape[0] * like.shape[1] // group)]
+    columns = Columns(covered, group, left)
     # room for permuted rows, a chunk at a time: neither matrix is permuted as a whole
-    room = [left.new_empty(0 if order is None else step, left.shape[1] if order is None else order.shape[0])
-            for _ in range(2)]  # fmt: skip
+    width = 0 if covered is None else covered.shape[0] * group
+    room = [left.new_empty(step, width) for _ in range(2)]
     for rows in row_chunks(left.shape[0], step):
         size = rows.stop - rows.start
-        total.add(*(gather_into(to[:size], of[rows], order) for to, of in zip(room, (left, right), strict=True)))
+        total.add(*(columns.gather_into(to[:size], of[rows]) for to, of in zip(room, (left, right), strict=True)))
     return total.result()
+
+
+def columns_of(order: Tensor | None, matrix: Tensor) -> Columns:
+    """Return an order ``(d / g,)`` of the columns of ``matrix (N, d)`` and of others like it."""
+    return Columns(order, group_of(order, matrix.shape[1]), matrix)
 
 
 def block_products(left: Tensor, right: Tensor, blocks: int, block_size: int) -> Tensor:

@@ -14,6 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 LARGEST_OFFSET = 2**31 - 1
+WIDEST_LOAD = 16
+"""Bytes that a thread reads at once."""
+
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 """Triton's names of pointers to what the kernels compute in."""
 
@@ -43,6 +46,11 @@ def tile_count(width: int, block_size: int, columns: int) -> int:
     return blocks * triton.cdiv(block_size, columns)
 
 
+def order_suffix(permuted: bool, group: int) -> str:
+    """Return what the name of a launch says of its orders."""
+    return f"-groups{group}" if group > 1 else "-permuted" * permuted
+
+
 @triton.jit
 def locate(tile, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Return the first block of a tile, and for each of its columns the block counted from there and the place in it.
@@ -54,7 +62,10 @@ def locate(tile, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
         group: tl.constexpr = COLUMNS // BLOCK
         first_block = tile * group
         member = lane // BLOCK
-        place = tl.where(member < group, lane % BLOCK, BLOCK)
+        place = lane % BLOCK
+        # Not of tiles that are full: the compiler would take the columns one by one.
+        if COLUMNS % BLOCK != 0:
+            place = tl.where(member < group, place, BLOCK)
     else:
         parts: tl.constexpr = (BLOCK + COLUMNS - 1) // COLUMNS
         first_block = tile // parts
@@ -64,8 +75,12 @@ def locate(tile, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def in_memory(index, column, mask, OFFSET: tl.constexpr):
-    """Return where columns lie: through a permutation, or where they are if there is none."""
+def in_memory(index, column, mask, GROUP: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr):
+    """Return where columns lie: through an order of groups, or where they are if there is none."""
     if index is not None:
-        column = tl.load(index + column, mask=mask, other=0)
-    return column.to(OFFSET)
+        column = tl.load(index + column // GROUP, mask=mask, other=0) * GROUP + column % GROUP
+    column = column.to(OFFSET)
+    # Blocks of whole groups begin with one, and so do the tiles: the compiler may read a group at once.
+    if index is not None and GROUP > 1 and BLOCK % GROUP == 0:
+        column = tl.max_contiguous(tl.multiple_of(column, GROUP), GROUP)
+    return column

@@ -2,7 +2,8 @@
 
 A program makes one tile of the result: some rows, and the columns of a few whole blocks or of a part of one block. It
 reads its columns through one permutation and writes them through another; columns past the last block are tiles too,
-with a displacement of zero. Where there are many rows, a permutation is a pass of its own, see permutation.py.
+with a displacement of zero. Where there are many rows and single columns move, a permutation is a pass of its own, see
+permutation.py.
 """
 
 import torch
@@ -11,7 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from orthotrain.kernels.block_rotate import contraction, permutation
-from orthotrain.kernels.block_rotate.tiling import POINTERS, Tiles, in_memory, locate, tile_count, wide
+from orthotrain.kernels.block_rotate.tiling import (
+    POINTERS,
+    WIDEST_LOAD,
+    Tiles,
+    in_memory,
+    locate,
+    order_suffix,
+    tile_count,
+    wide,
+)
+from orthotrain.kernels.groups import group_of
 from orthotrain.kernels.variant import Variant
 
 
@@ -45,6 +56,8 @@ def _rotate_kernel(
     y_row,
     y_column,
     BLOCK: tl.constexpr,
+    LOAD_GROUP: tl.constexpr,
+    STORE_GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -68,7 +81,7 @@ def _rotate_kernel(
         parts: tl.constexpr = (BLOCK + COLUMNS - 1) // COLUMNS
         for step in range(1, parts):
             inner = (tile + step) % parts * COLUMNS + tl.arange(0, COLUMNS)
-            position = in_memory(load, first_block * BLOCK + inner, inner < BLOCK, OFFSET)[None, :]
+            position = in_memory(load, first_block * BLOCK + inner, inner < BLOCK, LOAD_GROUP, BLOCK, OFFSET)[None, :]
             z = tl.load(x + row * x_row + position * x_column, mask=row_mask & (inner < BLOCK)[None, :], other=0.0)
             d_mask = (inner < BLOCK)[:, None] & (place < BLOCK)[None, :]
             d = tl.load(displacement + inner[:, None] * D_ROW + place[None, :] * D_COLUMN, mask=d_mask, other=0.0)
@@ -77,14 +90,14 @@ def _rotate_kernel(
     # The tile's own columns come last, so that the large term is added once, to the finished sum of the small ones.
     column = (first_block + member) * BLOCK + place
     mask = (place < BLOCK) & (column < width)
-    position = in_memory(load, column, mask, OFFSET)[None, :]
+    position = in_memory(load, column, mask, LOAD_GROUP, BLOCK, OFFSET)[None, :]
     z = tl.load(x + row * x_row + position * x_column, mask=row_mask & mask[None, :], other=0.0)
     known = (place < BLOCK) & (first_block + member < blocks)
     d_mask = known[:, None] & known[None, :] & (member[:, None] == member[None, :])
     d_offset = member[:, None] * (BLOCK * BLOCK) + place[:, None] * D_ROW + place[None, :] * D_COLUMN
     d = tl.load(displacement + d_offset, mask=d_mask, other=0.0)
     accumulator = tl.dot(z, d, accumulator, input_precision="ieee") + z.to(tl.float32)
-    position = in_memory(store, column, mask, OFFSET)[None, :]
+    position = in_memory(store, column, mask, STORE_GROUP, BLOCK, OFFSET)[None, :]
     tl.store(y + row * y_row + position * y_column, accumulator.to(y.dtype.element_ty), mask=row_mask & mask[None, :])
 
 
@@ -102,8 +115,8 @@ def rotate(
     Args:
         x: ``(N, d)``, any strides.
         displacement: ``(n, b, b)`` contiguous, ``n * b <= d``, dtype of ``x``.
-        load: ``(d,)`` int64 or None.
-        store: ``(d,)`` int64 or None.
+        load: Order of the columns, ``(d / g,)`` int64 (:mod:`groups`), or None.
+        store: The same where they are written.
         y: ``(N, d)``, any strides, every element of it is written.
         transposed: Whether to rotate with ``D_k^T``.
     """
@@ -116,6 +129,8 @@ def rotate(
     _rotate_kernel[(across * triton.cdiv(rows, tiles.rows),)](
         *(x, displacement, load, store, y, rows, width, blocks, across, *x.stride(), *y.stride()),
         BLOCK=block_size,
+        LOAD_GROUP=group_of(load, width),
+        STORE_GROUP=group_of(store, width),
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
         TRANSPOSED=transposed,
@@ -155,8 +170,8 @@ def block_rotate_backward(
 
 
 def gathered(x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return ``x`` and the permutation that its reader has still to apply: none if it was worth a pass of its own."""
-    if index is None or not permutation.worthwhile(x):
+    """Return ``x`` and the order that its reader has still to apply: none if it was worth a pass of its own."""
+    if index is None or not permutation.worthwhile(x, index):
         return x, index
     return permutation.gather_columns(x, index), None
 
@@ -166,7 +181,7 @@ def rotate_scattered(
 ) -> Tensor:
     """Return a new ``y`` from :func:`rotate`; its columns are scattered in a pass of their own if that is worth it."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if store is None or not permutation.worthwhile(y):
+    if store is None or not permutation.worthwhile(y, store):
         return rotate(x, displacement, load, store, y, transposed=transposed)
     return permutation.scatter_columns_(rotate(x, displacement, load, None, y, transposed=transposed), store)
 
@@ -179,6 +194,10 @@ def aot_variants() -> list[Variant]:
         rotation_variant(torch.bfloat16, 256, permuted=True),
         rotation_variant(torch.bfloat16, 256, permuted=True).unaligned("x"),
         rotation_variant(torch.bfloat16, 256, permuted=True, wide=True),
+        rotation_variant(torch.bfloat16, 32, permuted=True, group=8),
+        rotation_variant(torch.bfloat16, 256, permuted=True, group=8),
+        rotation_variant(torch.bfloat16, 256, permuted=True, group=8, backward=True),
+        rotation_variant(torch.float32, 256, permuted=True, group=8),
         rotation_variant(torch.bfloat16, 256),
         rotation_variant(torch.bfloat16, 256, backward=True),
         rotation_variant(torch.float16, 256, permuted=True, backward=True),
@@ -193,6 +212,7 @@ def rotation_variant(
     block_size: int,
     *,
     permuted: bool = False,
+    group: int = 1,
     columns_first: bool = False,
     backward: bool = False,
     wide: bool = False,
@@ -202,7 +222,7 @@ def rotation_variant(
     unit, strided = ("row", "column") if columns_first else ("column", "row")
     permutations = ("load", "store")
     return Variant(
-        f"rotate-b{block_size}-{pointer[1:]}{'-permuted' * permuted}{'-transposed' * columns_first}"
+        f"rotate-b{block_size}-{pointer[1:]}{order_suffix(permuted, group)}{'-transposed' * columns_first}"
         f"{'-backward' * backward}{'-wide' * wide}",
         _rotate_kernel,
         {
@@ -213,10 +233,12 @@ def rotation_variant(
         {
             **({} if permuted else dict.fromkeys(permutations)),
             **{f"x_{unit}": 1, f"y_{unit}": 1, "BLOCK": block_size, "TRANSPOSED": backward, "WIDE": wide},
+            **{"LOAD_GROUP": group, "STORE_GROUP": group},
             **{"ROWS": tiles.rows, "COLUMNS": tiles.columns},
         },
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         tensor_cores=dtype != torch.float32,
+        vectors=not permuted or group * dtype.itemsize >= WIDEST_LOAD,
         aligned=("rows", "width", f"x_{strided}", f"y_{strided}"),
     )

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.block_rotate.chunks import chunk_rows, gather_into, scatter_into
-from orthotrain.kernels.block_rotate.reference import BlockSum, add_block_products
+from orthotrain.kernels.block_rotate.chunks import chunk_rows
+from orthotrain.kernels.block_rotate.reference import BlockSum, add_block_products, columns_of
+from orthotrain.kernels.groups import by_feature
 
 
 def fold_forward(
@@ -18,8 +19,9 @@ def fold_forward(
         weight: ``(out, in)`` in the frame of the rotations.
         d_out: Displacements of the output side ``(n, b, b)``; ``n`` may be 0 (no rotation).
         d_in: Displacements of the input side ``(m, c, c)``; ``m`` may be 0.
-        rows: Permutation ``(out,)``: row i of the result goes to ``rows[i]``. None keeps the frame.
-        columns: Permutation ``(in,)`` likewise.
+        rows: Order ``(out / g,)`` of groups of rows (:mod:`groups`): row i of the result goes to the i-th place of it.
+            None keeps the frame.
+        columns: Order ``(in / g,)`` of the columns likewise.
 
     Returns:
         A new tensor ``(out, in)``.
@@ -27,6 +29,7 @@ def fold_forward(
     out, transposed = torch.empty_like(weight), d_in.mT.contiguous()
     turns_out, turns_in = d_out.shape[0] > 0, d_in.shape[0] > 0
     direct = rows is None and columns is None
+    rows, writing = by_feature(rows, weight.shape[0]), columns_of(columns, weight)
     if direct and not (turns_out or turns_in):
         return out.copy_(weight)
     for part, blocks in block_chunks(weight, d_out):
@@ -38,7 +41,7 @@ def fold_forward(
             folded = rotate_rows(folded, d_out[blocks], last)
         if columns is not None:
             target = out[part] if rows is None else torch.empty_like(folded)
-            scatter_into(target, folded, columns)
+            writing.scatter_into(target, folded)
             folded = target
         if rows is not None:
             out.index_copy_(0, rows[part], folded)
@@ -57,10 +60,10 @@ def fold_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`fold_forward` for ``d_out`` and ``d_in`` if needed; only their diagonal blocks are formed."""
     grad_out, total, transposed = torch.empty_like(d_out), BlockSum(d_in), d_in.mT.contiguous()
+    rows, reading = by_feature(rows, weight.shape[0]), columns_of(columns, weight)
     for part, blocks in block_chunks(weight, d_out):
         grad_part = grad[part] if rows is None else grad.index_select(0, rows[part])
-        folded = torch.empty_like(weight[part])
-        grad_part = gather_into(folded, grad_part, columns) if columns is not None else grad_part.contiguous()
+        grad_part = reading.gather_into(torch.empty_like(weight[part]), grad_part)
         half_folded = None
         if need_out:
             half_folded = add_block_products(weight[part], transposed)

@@ -55,5 +55,7 @@ def aot_variants() -> list[Variant]:
     """Return the launches to compile ahead of time: those of the block rotation on transposed matrices."""
     return [
         rotation_variant(torch.bfloat16, 256, permuted=True, columns_first=True),
+        rotation_variant(torch.bfloat16, 256, permuted=True, group=8, columns_first=True),
         contraction_variant(torch.bfloat16, 256, permuted=True, columns_first=True),
+        contraction_variant(torch.bfloat16, 256, permuted=True, group=8, columns_first=True),
     ]

@@ -92,8 +92,8 @@ def poet_linear(
         weight: Frozen weight ``(out, in)`` in the permuted frame, dtype and device of ``x``.
         d_out: Output displacements ``(n, b, b)`` with ``n * b <= out``; ``n = 0`` means no rotation.
         d_in: Input displacements ``(m, c, c)`` with ``m * c <= in``; ``m = 0`` means no rotation.
-        rows: Permutation ``(out,)`` of the output side, int64, or None.
-        columns: Permutation ``(in,)`` of the input side, int64, or None.
+        rows: Permutation ``(out,)`` of the output side, int64, or of groups, ``(out / g,)`` (:mod:`groups`); or None.
+        columns: Permutation of the input side likewise.
 
     Returns:
         ``(..., out)`` in the natural order, in the dtype of ``x``.

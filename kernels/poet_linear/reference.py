@@ -38,7 +38,7 @@ def input_gradient(
         grad_x: ``dL/dx (N, in)``.
         displacement: ``D_in = R - I``, ``(n, b, b)``.
         deviation: Its :func:`deviation` where R is inverted by transposing, None where it is by solving.
-        order: Permutation ``(in,)`` of the columns, or None.
+        order: Order of the columns, ``(in / g,)``, or None.
     """
     contraction, wide = _widened(contract(x, grad_x, displacement, order), displacement)
     if deviation is not None:

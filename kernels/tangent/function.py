@@ -90,7 +90,8 @@ def tangent(x: Tensor, generators: Tensor, order: Tensor | None, block_size: int
     Args:
         x: Activations ``(..., d)``.
         generators: ``(n, b(b-1)/2)``, known to be zero, ``n * b <= d``.
-        order: Permutation ``(d,)``, int64: the blocks lie on its first ``n * b`` places. None for the natural order.
+        order: Permutation ``(d,)``, int64, or of groups, ``(d / g,)`` (:mod:`groups`): the blocks lie on its first
+            ``n * b`` places. None for the natural order.
         block_size: Size b of a block.
 
     Returns:
@@ -115,8 +116,8 @@ def tangent_linear(
         weight: Frozen ``(out, in)`` in the natural frame, cast to the dtype of ``x`` for each product.
         out: Generators of the output side ``(n, b(b-1)/2)``, known to be zero, or None.
         into: Those of the input side, or None.
-        order_out: Permutation ``(out,)``, or None for the natural order.
-        order_in: Permutation ``(in,)``, or None for the natural order.
+        order_out: Permutation ``(out,)`` likewise.
+        order_in: Permutation ``(in,)`` likewise.
         sizes: Block sizes of the output and of the input side.
 
     Returns:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from orthotrain.kernels.block_rotate.reference import block_products, contract
+from orthotrain.kernels.groups import by_feature
 from orthotrain.kernels.skew.reference import skew_backward
 
 
@@ -15,16 +16,16 @@ def activation_gradient(x: Tensor, grad: Tensor, order: Tensor | None, blocks: i
     Args:
         x: Rotated activations.
         grad: Gradient of the result.
-        order: Permutation ``(d,)``; the blocks lie on its first ``n * b`` places. None for the natural order.
+        order: Order of the features, ``(d / g,)``: the blocks lie on its first ``n * b`` places. None for the natural
+            one.
         blocks: Number of blocks n.
         block_size: Size b of a block.
     """
     x, grad = (t.reshape(-1, t.shape[-1]) for t in (x, grad))
     if order is None:
         return _generators_gradient(block_products(x.contiguous(), grad.contiguous(), blocks, block_size))
-    covered = order[: blocks * block_size]
     like = x.new_empty(blocks, block_size, block_size, dtype=torch.promote_types(x.dtype, torch.float32))
-    return _generators_gradient(contract(x, grad, like, covered))
+    return _generators_gradient(contract(x, grad, like, order))
 
 
 def row_gradient(weight: Tensor, grad: Tensor, order: Tensor | None, blocks: int, block_size: int) -> Tensor:
@@ -32,7 +33,7 @@ def row_gradient(weight: Tensor, grad: Tensor, order: Tensor | None, blocks: int
 
     ``dL/dD_k = W_k dW_k^T`` on the permuted rows of block k.
     """
-    covered = blocks * block_size
+    covered, order = blocks * block_size, by_feature(order, weight.shape[0])
     # index_select copies whole rows; indexing by a tensor was 15 times slower on a CPU
     rows = (t[:covered] if order is None else t.index_select(0, order[:covered]) for t in (weight, grad))
     left, right = (t.view(blocks, block_size, -1) for t in rows)

@@ -25,6 +25,7 @@ sm_89 and sm_120, which run what is compiled here for sm_80 but for its memory; 
 Guide, table 27)."""
 
 SPILL = re.compile(r"\bSTL\b")
+NARROW = re.compile(r"\b(?:LDG|STG)[.\w]*\.U16\b")
 TENSOR_CORE = re.compile(r"\b([HIQ]MMA|HGMMA|UTC[A-Z]*MMA)\b")
 
 
@@ -84,6 +85,8 @@ def compile_variant(variant, capability: int) -> dict[str, int | bool]:
         "spills": len(SPILL.findall(code)),
         "tensor_cores": bool(TENSOR_CORE.search(code)),
         "wants_tensor_cores": variant.tensor_cores,
+        "narrow": len(NARROW.findall(code)),
+        "wants_vectors": variant.vectors,
     }
 
 

@@ -37,6 +37,7 @@ def test_compiled_kernels_are_as_committed(op):
     for key, entry in found.items():
         assert entry["spills"] == 0, f"{key} spills"
         assert entry["tensor_cores"] or not entry["wants_tensor_cores"], f"{key} has no tensor-core instruction"
+        assert not (entry["wants_vectors"] and entry["narrow"]), f"{key} moves 2 bytes at a time"
         assert entry["shared"] <= aot.SHARED_LIMIT, key
         if triton.__version__ == table["triton"]:
             assert abs(entry["registers"] - committed[key]["registers"]) <= SLACK, key

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.kernels.groups import by_feature
 from orthotrain.kernels.poet_linear.function import PoetLinearFunction
 from orthotrain.layers import PoetLinear, PoetSettings, StepwiseLinear, initialize_
 from orthotrain.layers.centre import ROUTES
@@ -259,12 +260,53 @@ def test_keep_starts_from_the_same_function():
         ({"anchor_every": -1}, "anchor_every=-1"),
         ({"fraction": 0.01}, "is 0: a rotation needs 2 or more, take at least 0.0625"),
         ({"block_size": 33}, "block_size=33 does not fit 32 features"),
+        ({"permutation_group": 3}, "permutation_group=3: take 1, 2, 4 or 8 features, or null"),
+        ({"permutation_group": 8}, "permutation_group=8 does not fit 32 features in blocks of 8"),
+        ({"permutation_group": 4, "block_size": 6}, "permutation_group=4 does not fit 32 features in blocks of 6"),
     ],
 )
 def test_bad_settings_are_refused_by_name(options, message):
     with pytest.raises(ConfigurationError) as caught:
         PoetLinear.from_linear(nn.Linear(48, 32), **{"block_size": 8, **options})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("width", "block_size", "group"),
+    [(256, 64, 8), (256, 32, 4), (256, 16, 2), (256, 8, 1), (636, 64, 4), (637, 64, 1), (256, 60, 1), (256, 128, 8)],
+)
+def test_blocks_hold_eight_groups_of_neighbours_or_more(width, block_size, group):
+    assert PoetSettings().permuted_together(width, block_size) == group
+
+
+@pytest.mark.parametrize("stepwise", [False, True])
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_neighbours_move_together_in_every_period(group, stepwise, randomize):
+    linear = nn.Linear(48, 32)
+    layer = (StepwiseLinear if stepwise else PoetLinear).from_settings(
+        copy.deepcopy(linear), PoetSettings(block_size=8, permutation_group=group, stepwise=stepwise), seed=5
+    )
+    x = torch.randn(7, 48)
+    assert torch.allclose(layer(x), linear(x), atol=1e-5)
+    drawn = set()
+    for _ in range(3):
+        for width, order in zip((32, 48), layer.rotations.orders, strict=True):
+            places = by_feature(order, width).view(-1, group)
+            assert order.shape == (width // group,)
+            assert torch.equal(places - places[:, :1], torch.arange(group).expand_as(places))
+            assert torch.equal(places[:, 0] % group, torch.zeros(width // group, dtype=torch.int64))
+            drawn.add(tuple(order.tolist()))
+        randomize(layer)
+        exact = layer.merged_weight()
+        layer.merge_()
+        assert torch.allclose(layer.merged_weight(), exact, atol=1e-5)
+    assert len(drawn) == 6
+
+
+def test_a_state_of_other_groups_is_not_loaded():
+    one, eight = (PoetLinear.from_linear(nn.Linear(64, 64), block_size=16, permutation_group=g) for g in (1, 8))
+    with pytest.raises(RuntimeError, match="size mismatch for rotation_in.permutation"):
+        eight.load_state_dict(one.state_dict())
 
 
 def test_an_override_by_block_size_takes_the_place_of_a_fraction():

@@ -1,0 +1,96 @@
+"""An order of groups is the same order spelled out feature by feature: equal bits from every operation."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orthotrain.kernels.block_rotate import block_rotate, chunks
+from orthotrain.kernels.block_rotate.chunks import Columns
+from orthotrain.kernels.fold import fold
+from orthotrain.kernels.groups import GROUPS, by_feature, group_of
+from orthotrain.kernels.poet_linear import poet_linear
+from orthotrain.kernels.tangent import tangent, tangent_linear
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def results(op, leaves, constants):
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    y = op(*leaves, *constants)
+    probe = torch.sin(torch.arange(y.numel(), dtype=torch.float64)).view(y.shape).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves, probe)]
+
+
+@st.composite
+def sides(draw):
+    """Groups of ``g`` features in all, the group, and blocks that may end within one."""
+    group, n, b = draw(st.sampled_from(GROUPS)), draw(st.integers(1, 3)), draw(st.integers(2, 12))
+    groups = -(-n * b // group) + draw(st.integers(0, 3))
+    return groups, group, n, b
+
+
+def check(out, into, dtype, rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)  # noqa: E731
+    (d_out, d_in) = (draw(n, b, b) / 10 for _, _, n, b in (out, into))
+    widths = [groups * group for groups, group, _, _ in (out, into)]
+    orders = [torch.randperm(groups, generator=generator) for groups, *_ in (out, into)]
+    spelled = [by_feature(order, width) for order, width in zip(orders, widths, strict=True)]
+    assert [o.shape[0] for o in spelled] == widths
+    x, weight = draw(rows, widths[1]), draw(*widths)
+    generators = [torch.zeros(n, b * (b - 1) // 2) for _, _, n, b in (out, into)]
+    blocks = out[3], into[3]
+    for op, leaves, constants in (
+        (lambda x, d, order: block_rotate(x, d, order), [x, d_in], lambda o: [o[1]]),
+        (lambda x, d, order: block_rotate(x, d, None, order), [x, d_in], lambda o: [o[1]]),
+        (lambda x, d, order: block_rotate(x, d, order, order), [x, d_in], lambda o: [o[1]]),
+        (lambda d, e, *o: fold(weight, d, e, *o), [d_out, d_in], lambda o: o),
+        (lambda x, d, e, *o: poet_linear(x, weight, d, e, *o), [x, d_out, d_in], lambda o: o),
+        (lambda x, g, order: tangent(x, g, order, blocks[1]), [x, generators[1]], lambda o: [o[1]]),
+        (lambda x, g, h, *o: tangent_linear(x, weight, g, h, *o, blocks), [x, *generators], lambda o: o),
+    ):
+        for found, expected in zip(
+            results(op, leaves, constants(orders)), results(op, leaves, constants(spelled)), strict=True
+        ):
+            assert torch.equal(found, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sides(), sides(), st.sampled_from(DTYPES), st.sampled_from([0, 1, 9]), st.integers(0, 99))
+def test_every_operation_gives_the_same_bits(out, into, dtype, rows, seed):
+    check(out, into, dtype, rows, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_chunks_too(monkeypatch, dtype):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 500)
+    check((9, 8, 2, 32), (7, 8, 3, 16), dtype, 21, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", GROUPS)
+def test_all_bits_move_unchanged_whatever_the_layout(dtype, group):
+    """NaN with a payload, too, and rows that are no whole number of units, transposed or expanded."""
+    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    values = torch.randint(torch.iinfo(kind).min, torch.iinfo(kind).max, (6, 40), dtype=kind)
+    order = torch.randperm(32 // group)
+    columns, places = Columns(order, group, torch.empty(0, dtype=dtype)), by_feature(order, 32)
+    tall = torch.randint(-9, 9, (32, 6), dtype=kind)
+    for x in (values[:, :32].contiguous(), values[:, 3:35], values[1:2, 1:33].expand(6, 32), tall.mT):
+        gathered = columns.gather_into(torch.zeros(6, 32, dtype=dtype), x.view(dtype))
+        assert torch.equal(gathered.view(kind), x[:, places])
+        scattered = torch.zeros(6, 32, dtype=dtype)
+        columns.scatter_into(scattered, x.view(dtype))
+        assert torch.equal(scattered.view(kind)[:, places], x)
+
+
+def test_an_order_tells_its_group_by_its_length():
+    assert [group_of(torch.arange(24 // group), 24) for group in GROUPS] == list(GROUPS)
+    assert group_of(None, 24) == 1 and group_of(torch.arange(0), 0) == 1
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 23, 25])
+def test_other_lengths_are_refused_with_those_that_fit(length):
+    with pytest.raises(ValueError, match=r"int64 \(24,\) or \(12,\) or \(6,\) or \(3,\)"):
+        block_rotate(torch.zeros(2, 24), torch.zeros(1, 8, 8), torch.arange(length))

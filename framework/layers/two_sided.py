@@ -59,8 +59,8 @@ class Rotations(NamedTuple):
     def framed(self, weight: Tensor) -> Tensor:
         """Return ``weight (out, in)`` with rows and columns in the order of the blocks."""
         for axis, order in enumerate(self.orders):
-            if order is not None:
-                weight = weight.index_select(axis, by_feature(order, weight.shape[axis]))
+            places = by_feature(order, weight.shape[axis])
+            weight = weight if places is None else weight.index_select(axis, places)
         return weight
 
     def fold(self, framed: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:

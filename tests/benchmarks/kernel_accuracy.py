@@ -12,6 +12,7 @@ from orthotrain.kernels.cayley_neumann import cayley_neumann, cayley_neumann_gen
 from orthotrain.kernels.dequant import dequant_int8, dequant_nf4
 from orthotrain.kernels.exponential import exponential
 from orthotrain.kernels.fold import fold
+from orthotrain.kernels.groups import GROUPS
 from orthotrain.kernels.oft_linear import oft_linear
 from orthotrain.kernels.skew import skew
 
@@ -24,7 +25,7 @@ LIMITS = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
 CHAIN_LIMITS = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 """Likewise of the parameterizations, down to their generators: differences of rounded entries, products in tf32x3."""
 
-SHAPES = [(300, 1000, 4), (1000, 700, 32), (513, 640, 64), (257, 1000, 100), (300, 1100, 256), (260, 2100, 1024)]
+SHAPES = [(304, 1000, 4), (1000, 712, 32), (513, 640, 64), (257, 1000, 100), (300, 1100, 256), (264, 2104, 1024)]
 """(N, d, b); in most of them the blocks leave a rest."""
 
 BLOCKS = [(2000, 16), (300, 64), (20, 200), (10, 256)]
@@ -44,9 +45,9 @@ WIDEST_CAYLEY = 64
 def checks(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, float, Results]]:
     """Yield what is to be checked in a dtype: name of the case, largest error, results."""
     for rows, width, size in SHAPES:
-        for permuted in (False, True):
-            case = f"{rows}x{width} b={size}{' permuted' * permuted}"
-            yield f"rotation {case}", LIMITS[dtype], rotation((rows, width, size), dtype, permuted, device)
+        for group in (None, 1, *(group for group in GROUPS[:1] if rows % group == width % group == 0)):
+            case = f"{rows}x{width} b={size}{'' if group is None else f' permuted by {group}'}"
+            yield f"rotation {case}", LIMITS[dtype], rotation((rows, width, size), dtype, group, device)
     for blocks, size in BLOCKS:
         for name, op in PARAMETERIZATIONS.items():
             if name != "cayley" or size <= WIDEST_CAYLEY:
@@ -78,8 +79,8 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return value if value == value else float("inf")
 
 
-def rotation(shape: tuple[int, int, int], dtype: torch.dtype, permuted: bool, device: torch.device) -> Results:
-    """Return the results of block_rotate, fold and oft_linear with their gradients."""
+def rotation(shape: tuple[int, int, int], dtype: torch.dtype, group: int | None, device: torch.device) -> Results:
+    """Return the results of block_rotate, fold and oft_linear with their gradients, permuted by groups or not."""
     rows, width, size = shape
     generator = torch.Generator(device).manual_seed(rows)
 
@@ -88,7 +89,9 @@ def rotation(shape: tuple[int, int, int], dtype: torch.dtype, permuted: bool, de
 
     x, grad, weight = draw(rows, width), draw(rows, width), draw(48, width)
     d_in, d_out = draw(width // size, size, size) / size**0.5, draw(rows // size, size, size) / size**0.5
-    orders = [torch.randperm(k, generator=generator, device=device) if permuted else None for k in (rows, width)]
+    orders = [
+        None if group is None else torch.randperm(k // group, generator=generator, device=device) for k in (rows, width)
+    ]
 
     def results(kind: torch.dtype) -> dict[str, Tensor]:
         x_, d_in_, d_out_ = (t.to(kind).requires_grad_() for t in (x, d_in, d_out))

@@ -7,6 +7,7 @@ import kernel_cases as cases
 import torch
 from torch import Tensor
 
+from orthotrain.kernels.groups import GROUPS
 from orthotrain.kernels.skew import skew
 
 Run = Callable[[], Any]
@@ -115,7 +116,7 @@ def folding(width: int, size: int, device: torch.device) -> dict[str, Pass]:
 
     weight, grad = draw(width, width), draw(width, width)
     d_out, d_in = draw(width // size, size, size), draw(width // size, size, size)
-    rows, columns = torch.randperm(width, device=device), torch.randperm(width, device=device)
+    rows, columns = (torch.randperm(width // GROUPS[0], device=device) for _ in range(2))
     least, flops = 4 * width * width, 2 * width * width * 2 * size
     return {
         "forward": Pass(lambda: triton.fold_forward(weight, d_out, d_in, rows, columns), least, flops),
@@ -146,15 +147,15 @@ def unpacking(width: int, device: torch.device) -> dict[str, dict[str, Pass]]:
     }
 
 
-def rotation(tokens: int, width: int, size: int, permuted: bool, device: torch.device) -> dict[str, Pass]:
-    """Return both passes of a rotation in bf16, without autograd."""
+def rotation(tokens: int, width: int, size: int, group: int | None, device: torch.device) -> dict[str, Pass]:
+    """Return both passes of a rotation in bf16, without autograd; permuted by groups, or not for None."""
     from orthotrain.kernels.block_rotate import triton
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.bfloat16, device=device)
 
     x, grad, displacement = draw(tokens, width), draw(tokens, width), draw(width // size, size, size)
-    order = torch.randperm(width, device=device) if permuted else None
+    order = None if group is None else torch.randperm(width // group, device=device)
     elements, flops, blocks = 2 * tokens * width, 2 * tokens * width * size, 2 * width * size
     return {
         "forward": Pass(

@@ -9,6 +9,8 @@ import kernel_floors as floors
 import torch
 from torch import nn
 
+from orthotrain.kernels.groups import GROUPS
+
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 1024), (512, 512)]
 BLOCKS = [256, 32, 64, 128, 512]
 TOKENS = [16384, 2048, 512]
@@ -57,11 +59,12 @@ def operations(session: Any, device: torch.device, ceilings: floors.Ceilings) ->
             report(session, name, make(), device, ceilings)
     for tokens, width in ((16384, 4096), (2048, 4096), (16384, 14336)):
         for size in (32, 64, 256):
-            for route in ("natural", "fused", "passes"):
+            for route in ("natural", "groups", "fused", "passes"):
                 name = f"rotation {tokens}x{width} b={size} {route}"
                 if session.wants(name):
                     with cases.permutation_route(route):
-                        passes = floors.rotation(tokens, width, size, route != "natural", device)
+                        group = {"natural": None, "groups": GROUPS[0]}.get(route, 1)
+                        passes = floors.rotation(tokens, width, size, group, device)
                         report(session, name, passes, device, ceilings)
 
 

@@ -59,6 +59,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise needs_consolidating(path)
         return super().load_checkpoint(path, map_location, weights_only=True)
 
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint, the folder of a distributed one at once."""
+        if Path(path).is_dir() and not Path(path).is_symlink():
+            remove_folder(Path(path))
+        else:
+            super().remove_checkpoint(path)
+
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     """Let ``write`` fill a file that takes its name only when it is whole and on the disk.
@@ -108,6 +115,14 @@ def publish(partial: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         old.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that has lost its name before its first file: none that lacks some looks like a checkpoint."""
+    nameless = folder.with_name(f".{folder.name}{PARTIAL_SUFFIX}")
+    shutil.rmtree(nameless, ignore_errors=True)
+    os.replace(folder, nameless)
+    shutil.rmtree(nameless, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from orthotrain.callbacks.merge_rotations import MergeRotations
-from orthotrain.checkpoint_io import FROZEN, PARTIAL_SUFFIX, publish
+from orthotrain.checkpoint_io import FROZEN, PARTIAL_SUFFIX, publish, remove_folder
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import whole
@@ -140,7 +141,8 @@ class AdapterCheckpoint(Checkpoint):
             (partial / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
             publish(partial, target)
             for name in dropped:
-                shutil.rmtree(folder / name, ignore_errors=True)
+                with suppress(OSError):
+                    remove_folder(folder / name)
         self.last_model_path = str(target / RESUME_FILE)
         trainer.strategy.barrier("AdapterCheckpoint")
 

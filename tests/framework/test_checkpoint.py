@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orthotrain.checkpoint import compare_state, read_checkpoint
-from orthotrain.checkpoint_io import AtomicCheckpointIO
+from orthotrain.checkpoint_io import AtomicCheckpointIO, remove_leftovers
 from orthotrain.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
 from orthotrain.sharded_checkpoint import save_shards
@@ -83,3 +83,24 @@ def test_a_folder_where_a_file_is_needed_says_how_to_make_one(tmp_path, read):
         ConfigurationError, match=r"is a folder, .* python -m orthotrain.consolidate .*x.ckpt FILE.ckpt"
     ):
         read(tmp_path / "x.ckpt")
+
+
+def test_a_folder_that_is_removed_loses_its_name_first(tmp_path, monkeypatch):
+    """Also where a run is killed between its files, and whether or not the name is a link."""
+    folder, link, io = tmp_path / "step=2.ckpt", tmp_path / "last.ckpt", AtomicCheckpointIO()
+    save_shards({"state_dict": {"w": torch.ones(2)}}, {"optimizer_states": []}, folder, bool)
+    link.symlink_to(folder)
+    io.remove_checkpoint(link)
+    assert [path.name for path in tmp_path.iterdir()] == ["step=2.ckpt"]
+
+    def dies(path, ignore_errors=False):
+        if path.exists():
+            next(path.iterdir()).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", dies)
+        io.remove_checkpoint(folder)
+    assert [path.name for path in tmp_path.iterdir()] == [".step=2.ckpt.partial"]
+    remove_leftovers(tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """The fault harness: break a real run in a chosen way, resume it, and compare with the run that nothing happened to."""
 
+import os
 import random
 import runpy
 import shutil
@@ -13,10 +14,14 @@ import yaml
 
 from orthotrain.checkpoint import check_checkpoint, read_checkpoint
 from orthotrain.resume import newest_good_checkpoint
+from orthotrain.sharded_checkpoint import REST, load_shards
 
 HERE = Path(__file__).parent
 RANKS = runpy.run_path(str(HERE / "ranks.py"))
-STEPS, EVERY = 12, 2
+RECIPES = runpy.run_path(str(HERE / "recipes.py"))
+STEPS, EVERY = RECIPES["STEPS"], RECIPES["EVERY"]
+TIMES = int(os.environ.get("ORTHOTRAIN_FAULTS", "1"))
+LONG = TIMES > 1
 
 
 @dataclass
@@ -29,103 +34,107 @@ class Outcome:
     note: str = ""
 
 
+class Run:
+    """One run of a recipe: a folder of checkpoints, and beside it the config, the log and the steps of each rank."""
+
+    def __init__(self, folder, recipe, corpus, pretrained):
+        self.folder, self.name, self.recipe = folder, recipe, RECIPES[recipe]
+        self.folder.mkdir()
+        path = folder.with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(RECIPES["config"](self.recipe, folder, corpus, pretrained)))
+        self.arguments = ["fit", "-c", str(path), *RECIPES["placement"](self.recipe)]
+
+    def start(self, resume=False, **job):
+        arguments = [*self.arguments, *(["--ckpt_path", "last"] if resume else [])]
+        job = {"arguments": arguments, "progress": str(self.folder) + ".progress", **job}
+        return RANKS["start"](HERE / "command.py", job, self.recipe.ranks, log=self.folder.with_suffix(".log"))
+
+    def fit(self, patience=90, **given):
+        """Run to the end, of the run or of its processes; return their exit codes."""
+        return RANKS["wait"](self.start(**given), patience)
+
+    def log(self):
+        return "".join(path.read_text() for path in sorted(self.folder.parent.glob(f"{self.folder.name}.log.*")))
+
+    def steps(self):
+        path = Path(f"{self.folder}.progress.0")
+        return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+    def checkpoints(self):
+        """The checkpoints from the oldest to the newest."""
+        return sorted(self.folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+
+    def check_files(self):
+        """Make sure that there is nothing in the folder but whole checkpoints."""
+        for path in self.folder.iterdir():
+            if path.suffix == ".ckpt":
+                check_checkpoint(path)
+            else:
+                assert self.recipe.adapter and path.name.startswith("step-"), path
+                names = sorted(file.name for file in path.iterdir())
+                assert names == ["adapter.json", "adapter.safetensors", "resume.ckpt"], path
+                check_checkpoint(path / "resume.ckpt")
+
+    def kill_after(self, step, seconds, victim):
+        """Kill one rank some time after a step has been noted, or all of them (step 0) some time after their start.
+
+        A rank that waits for another one to form a group is ended by what has started both (torchrun), here as there.
+        """
+        processes = self.start()
+        while step and step not in self.steps():
+            time.sleep(0.002)
+        time.sleep(seconds)
+        for process in [processes[victim]] if step else processes:
+            process.kill()
+        return RANKS["wait"](processes)
+
+
 class Harness:
     """Runs of one small model on one small corpus, each in a folder of its own."""
 
     def __init__(self, folder, corpus):
         self.folder, self.corpus = folder, corpus
         self.outcomes: list[Outcome] = []
-        self.whole = {}
+        self.whole: dict = {}
         self.runs = 0
 
-    def arguments(self, run, ranks, corpus=None):
-        network = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-        checkpoints = {"dirpath": str(run), "every_n_train_steps": EVERY, "save_top_k": 2, "save_last": True}
-        checkpoints |= {"monitor": "step", "mode": "max", "enable_version_counter": False}
-        config = {
-            "seed_everything": 0,
-            "trainer": {
-                "max_steps": STEPS, "accumulate_grad_batches": 2 // ranks, "logger": False, "limit_val_batches": 0,
-                "enable_progress_bar": False, "enable_model_summary": False, "gradient_clip_val": 1.0,
-                "default_root_dir": f"{run}.root", "callbacks": [
-                    {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoints}],
-            },
-            "model": {"class_path": "PoetModule", "init_args": {
-                "merge_every": 3, "layers": {"block_size": 8}, "model": {"class_path": "CausalLM", "init_args": {
-                    "config": {**network, "num_attention_heads": 2, "max_position_embeddings": 64}}}}},
-            "data": {"class_path": "TextData", "init_args": {
-                "source": str(corpus or self.corpus), "vocab_size": 320, "sequence_length": 32, "batch_size": 4,
-                "val_fraction": 0.0, "test_fraction": 0.0, "cache_dir": str((corpus or self.corpus).parent / "cache")}},
-        }  # fmt: skip
-        path = run.with_suffix(".yaml")
-        path.write_text(yaml.safe_dump(config))
-        placement = ["-c", "trainer/cpu.yaml"]
-        if ranks > 1:
-            placement = ["-c", "trainer/ddp.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", str(ranks)]
-        return ["fit", "-c", str(path), *placement]
-
-    def new_run(self):
+    def new_run(self, recipe="POET", corpus=None):
+        pretrained = self.undisturbed("POET") if RECIPES[recipe].adapter else None
         self.runs += 1
-        run = self.folder / f"run{self.runs}"
-        run.mkdir()
-        return run
+        return Run(self.folder / f"run{self.runs}", recipe, corpus or self.corpus, pretrained)
 
-    def start(self, run, ranks=1, resume=False, corpus=None, **job):
-        arguments = [*self.arguments(run, ranks, corpus), *(["--ckpt_path", "last"] if resume else [])]
-        job = {"arguments": arguments, "progress": str(run) + ".progress", **job}
-        return RANKS["start"](HERE / "command.py", job, ranks, log=run.with_suffix(".log"))
-
-    def run(self, run, ranks=1, patience=90, **given):
-        return RANKS["wait"](self.start(run, ranks, **given), patience)
-
-    def log(self, run):
-        return "".join(path.read_text() for path in sorted(self.folder.glob(f"{run.name}.log.*")))
-
-    def steps(self, run):
-        path = Path(f"{run}.progress.0")
-        return [int(line) for line in path.read_text().split()] if path.exists() else []
-
-    def undisturbed(self, ranks=1):
-        """The last checkpoint of a run that nothing happens to; made once for each number of ranks."""
-        if ranks not in self.whole:
+    def undisturbed(self, recipe="POET"):
+        """The last checkpoint of a run that nothing happens to; made once for each recipe."""
+        if recipe not in self.whole:
             if not self.whole:  # the server from which processes are forked takes seconds to start
                 RANKS["wait"](RANKS["start"](HERE / "command.py", {"arguments": ["plugins"]}, log=self.folder / "warm"))
-            run = self.new_run()
-            assert self.run(run, ranks) == [0] * ranks, self.log(run)
-            self.whole[ranks] = read_checkpoint(run / "last.ckpt")["state_dict"]
-        return self.whole[ranks]
+            run = self.new_run(recipe)
+            assert run.fit() == [0] * run.recipe.ranks, run.log()
+            assert run.steps() == list(range(1, STEPS + 1))
+            self.whole[recipe] = run.checkpoints()[-1]
+        return self.whole[recipe]
 
-    def recover(self, fault, run, ranks=1, note="", corpus=None):
+    def recover(self, fault, run, note="", at_most=EVERY):
         """Resume with --ckpt_path last, compare with the undisturbed run, and note the outcome."""
-        before = max(self.steps(run), default=0)
-        codes = self.run(run, ranks, resume=True, corpus=corpus)
-        assert codes == [0] * ranks, f"{fault}: {codes} {self.log(run)[-3000:]}"
-        files = list(run.iterdir())
-        assert all(path.suffix == ".ckpt" for path in files), f"{fault}: {files}"
-        for path in files:
-            check_checkpoint(path)
+        before = max(run.steps(), default=0)
+        codes = run.fit(resume=True)
+        assert codes == [0] * run.recipe.ranks, f"{fault}: {codes} {run.log()[-3000:]}"
+        run.check_files()
         # a run that dies between its last two files has all it needs, and nothing left to do
-        newest, _ = newest_good_checkpoint([run])
-        found, expected = read_checkpoint(newest), self.undisturbed(ranks)
-        assert found["global_step"] == STEPS
-        recovered = all(torch.equal(expected[name], found["state_dict"][name]) for name in expected)
-        taken = self.steps(run)
+        newest, _ = newest_good_checkpoint([run.folder])
+        step, found = trained(newest)
+        last, expected = trained(self.undisturbed(run.name))
+        assert step == last == STEPS
+        recovered = found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        name = run.recipe.name
+        fault = f"{fault}, {name}" if name else fault
+        taken = run.steps()
         assert set(taken) == set(range(1, STEPS + 1))
         lost = len(taken) - STEPS
         self.outcomes.append(Outcome(fault, recovered, lost, note))
         assert recovered, f"{fault}: the resumed run ended with other weights"
         # what is repeated lies behind the last checkpoint
-        assert lost <= EVERY, f"{fault}: {lost} steps were repeated, {before} had been reached"
-
-    def kill_after(self, run, step, seconds, ranks=1):
-        """Kill all ranks some time after they have noted a step (0 for the start of the process)."""
-        processes = self.start(run, ranks)
-        while step and step not in self.steps(run):
-            time.sleep(0.002)
-        time.sleep(seconds)
-        for process in processes:
-            process.kill()
-        return RANKS["wait"](processes)
+        assert lost <= at_most, f"{fault}: {lost} steps were repeated, {before} had been reached"
 
     def table(self):
         """The outcomes as the README shows them."""
@@ -136,6 +145,63 @@ class Harness:
             recovered, lost = sum(outcome.recovered for outcome in mine), max(outcome.lost for outcome in mine)
             lines.append(f"| {name} | {len(mine)} | {recovered} | {lost} |")
         return "\n".join(lines)
+
+
+def trained(path):
+    """The step of a checkpoint, file or folder, and every tensor of the network and of the optimizers by its place."""
+    if path.is_dir():
+        check_checkpoint(path)
+        held = {}
+        load_shards(held, path)
+        step = read_checkpoint(path / REST)["global_step"]
+    else:
+        checkpoint = read_checkpoint(path)
+        step, held = checkpoint["global_step"], {key: checkpoint[key] for key in ("state_dict", "optimizer_states")}
+    return step, dict(tensors_in(held))
+
+
+def tensors_in(held, place=""):
+    if isinstance(held, torch.Tensor):
+        yield place, held
+    elif isinstance(held, dict | list):
+        for name, value in held.items() if isinstance(held, dict) else enumerate(held):
+            yield from tensors_in(value, f"{place}/{name}")
+
+
+def damages(act):
+    """Let a function change a file and leave the times of the file and its folder as they were."""
+
+    def damage(path):
+        times = [(place, place.stat()) for place in (path.parent, path)]
+        act(path)
+        for place, found in times:
+            if place.exists():
+                os.utime(place, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+    damage.__name__ = act.__name__
+    return damage
+
+
+@damages
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@damages
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@damages
+def empty(path):
+    path.write_bytes(b"")
+
+
+@damages
+def remove(path):
+    path.unlink()
 
 
 def small_disk(folder, size):

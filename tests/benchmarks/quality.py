@@ -77,6 +77,10 @@ def lora(lr: float, rank: int = 64, merge_every: int | None = None) -> LoraModul
     return LoraModule(CausalLM(CONFIG), LoraLayers(rank=rank), merge_every, optimization(rotation_lr=lr))
 
 
+SINGLE = {"permutation_group": 1}
+"""Permutations of single features, unless a run says otherwise: so were most of the committed results made."""
+
+
 def poet(
     lr: float = 2e-3,
     merge_every: int = 100,
@@ -85,7 +89,7 @@ def poet(
     **layers: Any,
 ) -> PoetModule:
     """Return POET with exact Cayley and blocks of 64 unless told otherwise."""
-    settings = PoetLayers(**{"block_size": 64, "parameterization": "cayley", **layers})
+    settings = PoetLayers(**{"block_size": 64, "parameterization": "cayley", **SINGLE, **layers})
     rates = optimization(rotation_lr=lr, **(recipe or {}))
     return PoetModule(CausalLM(CONFIG), settings, merge_every, max_generator_norm, optimization=rates)
 
@@ -94,11 +98,9 @@ def stepwise(
     angle: float = 0.015, resample: int = 50, gain: float = 1.0, rest: float = 4e-3, **options: Any
 ) -> PoetModule:
     """Return step-wise POET: b=64, orthogonalised momentum, alternating sides, permutations kept for 50 steps."""
-    layers = {
-        name: options.pop(name) for name in ("block_size", "fraction", "init", "sides", "overrides") if name in options
-    }
+    layers = {name: options.pop(name) for name in PoetLayers.__dataclass_fields__ if name in options}
     settings = PoetLayers(
-        **{"block_size": 64, "parameterization": CayleyNeumann(2), **layers}, stepwise=True, gain=gain
+        **{"block_size": 64, "parameterization": CayleyNeumann(2), **SINGLE, **layers}, stepwise=True, gain=gain
     )
     build = partial(LieOptimizer, **options)
     recipe = optimization(rest, rotation_lr=angle, rotation_optimizer=build)
@@ -116,6 +118,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 """What may move a run besides its own rate, one at a time from the best AdamW and POET."""
 
+GROUPED = {"permutation_group": 8}
 LONG = 400
 SERIES = CayleyNeumann(4)
 
@@ -145,6 +148,13 @@ GROUPS: dict[str, dict[str, partial]] = {
     "parameterization": {"POET-BS b=64, exponential": partial(poet, parameterization="exponential")},
     "init": {
         f"POET-BS b=64, init {scheme}": partial(poet, init=scheme) for scheme in ("uniform", "xavier", "standard")
+    },
+    "groups of 8 features permuted": {
+        "POET-BS b=64, lr 0.002, groups of 8": partial(poet, 2e-3, **GROUPED),
+        "step-wise b=64, angle 0.024, groups of 8": partial(stepwise, 0.024, **GROUPED),
+        "step-wise b=256, angle 0.02, uniform spectrum, groups of 8": partial(
+            stepwise, 0.02, block_size=256, init="uniform", **GROUPED
+        ),
     },
     "guard": {
         "POET-BS b=64, rotations off": partial(poet, 0.0, 200),

@@ -67,6 +67,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().remove_checkpoint(path)
 
 
+def partial_of(path: Path) -> Path:
+    """Return where a file or a folder lies while it is written or removed."""
+    return path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     """Let ``write`` fill a file that takes its name only when it is whole and on the disk.
 
@@ -76,7 +81,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
-    partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    partial = partial_of(path)
     try:
         with partial.open("wb") as file:
             write(file)
@@ -119,7 +124,7 @@ def publish(partial: Path, target: Path) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder that has lost its name before its first file: none that lacks some looks like a checkpoint."""
-    nameless = folder.with_name(f".{folder.name}{PARTIAL_SUFFIX}")
+    nameless = partial_of(folder)
     shutil.rmtree(nameless, ignore_errors=True)
     os.replace(folder, nameless)
     shutil.rmtree(nameless, ignore_errors=True)

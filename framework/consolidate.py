@@ -3,13 +3,11 @@
 ``python -m orthotrain.consolidate FOLDER FILE`` does the same.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from orthotrain.checkpoint import check_checkpoint, read_checkpoint
-from orthotrain.checkpoint_io import PARTIAL_SUFFIX, AtomicCheckpointIO
-from orthotrain.cli import main
+from orthotrain.checkpoint_io import AtomicCheckpointIO, partial_of
 from orthotrain.errors import ConfigurationError
 from orthotrain.progress import bytes_in, writing
 from orthotrain.sharded_checkpoint import REST, load_shards
@@ -44,10 +42,14 @@ def consolidate(folder: str | Path, file: str | Path) -> Path:
     rest = read_checkpoint(folder / REST)
     parts = [shards.get(optimizer_key(number), {}) for number in range(len(rest["optimizer_states"]))]
     rest["optimizer_states"] = [joined_state(*pair) for pair in zip(parts, rest["optimizer_states"], strict=True)]
-    with writing("writing the checkpoint", file.with_name(f".{file.name}{PARTIAL_SUFFIX}"), bytes_in(folder)):
+    with writing("writing the checkpoint", partial_of(file), bytes_in(folder)):
         AtomicCheckpointIO().save_checkpoint({"state_dict": shards["state_dict"], **rest}, file)
     return file
 
 
 if __name__ == "__main__":
+    import sys
+
+    from orthotrain.cli import main
+
     main(["consolidate", *sys.argv[1:]])

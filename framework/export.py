@@ -1,6 +1,5 @@
 """Leaving the framework: a merged model that other tools load."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from orthotrain.config_errors import one_line
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.layers.bitsandbytes_linear import compute_dtype_of
 from orthotrain.layers.surgery import unwrap_mergeables
-from orthotrain.model_folder import check_new_folder, publish
+from orthotrain.model_folder import check_new_folder, new_folder
 from orthotrain.models import CausalLM, ModelBuilder
 from orthotrain.peft_adapter import export_peft
 from orthotrain.progress import transformers_bars, waiting, writing
@@ -85,13 +84,12 @@ def export_huggingface(network: nn.Module, out: str | Path, tokenizer: Any = Non
         )
     check_new_folder(folder)
     make_plain_(network, None if dtype is None else getattr(torch, dtype))
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     total = sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
-    with writing("writing the model", partial, total), transformers_bars():
-        network.save_pretrained(partial)  # type: ignore[operator]
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    publish(partial, folder)
+    with new_folder(folder) as partial:
+        with writing("writing the model", partial, total), transformers_bars():
+            network.save_pretrained(partial)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
     return folder
 
 

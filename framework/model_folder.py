@@ -1,6 +1,9 @@
-"""What a folder with a model may name: files beside its index, and nothing elsewhere."""
+"""Folders with a model: what their index may name, files beside it and nothing elsewhere, and how they are written."""
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from orthotrain.errors import ConfigurationError
@@ -71,8 +74,18 @@ def check_new_folder(folder: str | Path) -> None:
         raise ConfigurationError(f"--out {str(folder)!r} exists and is not empty: name a new folder")
 
 
-def publish(partial: Path, folder: Path) -> None:
-    """Move a finished folder to its place, its files readable for whom the umask lets read what is made there."""
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield the path of a folder to make, which takes the place of ``folder`` when all of it is written.
+
+    Its files are then readable for whom the umask lets read what is made there.
+
+    Raises:
+        ConfigurationError: See :func:`check_new_folder`.
+    """
+    check_new_folder(folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    yield partial
     for path in partial.iterdir():
         if path.is_file():  # safetensors makes files that their owner alone can read
             path.chmod(0o666 & partial.stat().st_mode)

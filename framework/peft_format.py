@@ -8,7 +8,6 @@ for each block, the strict upper triangle row by row, as here.
 import hashlib
 import json
 import math
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.model_folder import check_new_folder, publish
+from orthotrain.model_folder import new_folder
 from orthotrain.progress import writing
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -166,14 +165,12 @@ def write_folder(folder: Path, config: dict[str, Any], settings: PeftSettings, t
     Raises:
         ConfigurationError: If the folder exists and is not empty.
     """
-    check_new_folder(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
     config = {**config, **asdict(settings), "peft_type": "OFT", "peft_version": FORMAT_VERSION, "bias": "none"}
-    (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    with writing("writing the adapter", partial, sum(tensor.nbytes for tensor in tensors.values())):
-        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt", _CHECKSUM: _digest(settings, tensors)})
-    publish(partial, folder)
+    metadata, total = {"format": "pt", _CHECKSUM: _digest(settings, tensors)}, sum(t.nbytes for t in tensors.values())
+    with new_folder(folder) as partial, writing("writing the adapter", partial, total):
+        partial.mkdir(parents=True)
+        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        save_file(tensors, partial / WEIGHTS_FILE, metadata=metadata)
 
 
 def _digest(settings: PeftSettings, tensors: dict[str, Tensor]) -> str:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from orthotrain.checkpoint_io import PARTIAL_SUFFIX, publish, reason_of, remove_leftovers
+from orthotrain.checkpoint_io import partial_of, publish, reason_of, remove_leftovers
 from orthotrain.errors import ConfigurationError
 from orthotrain.progress import Progress, bytes_in
 
@@ -43,7 +43,7 @@ def save_shards(state: dict[str, Any], rest: dict[str, Any], path: Path, on_any_
         ConfigurationError: On every rank, if some rank cannot write; older checkpoints are intact.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
-    partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    partial = partial_of(path)
     failure: BaseException | None = None
     try:
         if first:

@@ -4,6 +4,8 @@ An order of ``d`` features is ``(d / g,)`` int64: place ``i`` holds group ``orde
 order[i]`` to ``g order[i] + g - 1``, with ``g`` of 1, 2, 4 or 8. Memory is read in pieces of 16 bytes, not of 2.
 """
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,10 @@ def group_of(order: Tensor | None, width: int) -> int:
     return 1 if order is None or not order.shape[0] else width // order.shape[0]
 
 
+@overload
+def by_feature(order: None, width: int) -> None: ...
+@overload
+def by_feature(order: Tensor, width: int) -> Tensor: ...
 def by_feature(order: Tensor | None, width: int) -> Tensor | None:
     """Return an order of groups as one of single features, ``(width,)``."""
     return None if order is None else spread(order, group_of(order, width))

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from orthotrain.callbacks.merge_rotations import MergeRotations
-from orthotrain.checkpoint_io import FROZEN, PARTIAL_SUFFIX, publish, remove_folder
+from orthotrain.checkpoint_io import FROZEN, partial_of, publish, remove_folder
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import whole
@@ -123,7 +123,7 @@ class AdapterCheckpoint(Checkpoint):
             return
         folder = Path(trainer.strategy.broadcast(self.dirpath or Path(trainer.log_dir or ".") / "adapters"))
         target = folder / _folder_name(trainer.global_step)
-        partial = folder / f".{target.name}{PARTIAL_SUFFIX}"
+        partial = partial_of(target)
         self._saved = [name for name in self._saved if name != target.name] + [target.name]
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orthotrain.errors import check_choice
 from orthotrain.kernels.block_rotate import block_rotate
-from orthotrain.kernels.groups import spread
+from orthotrain.kernels.groups import by_feature
 from orthotrain.kernels.poet_linear import poet_linear, serves
 from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.centre import ActivationMode, Centre, Route, choose_route
@@ -225,8 +225,8 @@ class PoetLinear(TwoSided):
         for count in range(int(self.merge_count) + 1):
             place = torch.arange(width)
             if rotation.permutation is not None:
-                groups = rotation.permutation.shape[0]
-                place = torch.argsort(spread(draw_permutation(groups, self.seed, count, side), width // groups))
+                order = draw_permutation(rotation.permutation.shape[0], self.seed, count, side)
+                place = torch.argsort(by_feature(order, width))
             inside, block = place < covered, place // size
             periods += inside
             met |= inside[first] & inside[second] & (block[first] == block[second])

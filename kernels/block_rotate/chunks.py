@@ -4,6 +4,7 @@ A pass that materialises a permuted matrix writes it to memory and reads it back
 fresh pages for it every time, and clearing those costs as much as a rotation (README.md, "Rows at a time").
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -62,11 +63,9 @@ class Columns:
         return out
 
     def scatter_into(self, out: Tensor, x: Tensor) -> None:
-        """Write column ``i`` of ``x (N, d)`` to the ``i``-th place of the order in ``out``, a permutation or None."""
-        if self.order is None:
-            out.copy_(x)
-        elif self.selects:
-            torch.index_select(x, 1, self._inverse(), out=out)
+        """Write column ``i`` of ``x (N, d)`` to the ``i``-th place of the order, a whole permutation, in ``out``."""
+        if self.selects:
+            torch.index_select(x, 1, self._inverse, out=out)
         else:
             self._units(out).scatter_(1, self.index.expand(x.shape[0], -1), self._units(self._aligned(x)))
 
@@ -79,8 +78,7 @@ class Columns:
         whole = self.bytes == x.element_size() or (x.stride(1) == 1 and not any(at % self.bytes for at in starts))
         return x if whole else x.clone(memory_format=torch.contiguous_format)
 
+    @functools.cached_property
     def _inverse(self) -> Tensor:
-        if not hasattr(self, "inverse"):
-            places = torch.arange(self.index.shape[0], device=self.index.device)
-            self.inverse = torch.empty_like(self.index).scatter_(0, self.index, places)
-        return self.inverse
+        places = torch.arange(self.index.shape[0], device=self.index.device)
+        return torch.empty_like(self.index).scatter_(0, self.index, places)

@@ -157,13 +157,13 @@ def contract_blocks(
 def aot_variants() -> list[Variant]:
     """Return the launches to compile ahead of time."""
     return [
-        contraction_variant(torch.bfloat16, 16, permuted=True),
-        contraction_variant(torch.bfloat16, 32, permuted=True),
-        contraction_variant(torch.bfloat16, 32, permuted=True, group=8),
-        contraction_variant(torch.bfloat16, 256, permuted=True, group=8),
+        contraction_variant(torch.bfloat16, 16, group=1),
+        contraction_variant(torch.bfloat16, 32, group=1),
+        contraction_variant(torch.bfloat16, 32, group=8),
+        contraction_variant(torch.bfloat16, 256, group=8),
         contraction_variant(torch.bfloat16, 256),
         contraction_variant(torch.bfloat16, 256).unaligned("left", "right"),
-        contraction_variant(torch.float16, 256, permuted=True, wide=True),
+        contraction_variant(torch.float16, 256, group=1, wide=True),
         contraction_variant(torch.float32, 256),
         add_splits_variant(torch.bfloat16),
     ]
@@ -185,33 +185,31 @@ def contraction_variant(
     dtype: torch.dtype,
     block_size: int,
     *,
-    permuted: bool = False,
-    group: int = 1,
+    group: int | None = None,
     columns_first: bool = False,
     wide: bool = False,
 ) -> Variant:
-    """Return one launch of the contraction, of matrices in rows or in columns."""
+    """Return one launch of the contraction, of matrices in rows or in columns, permuted by groups or not."""
     tiles, pointer = contraction_tiles(dtype, block_size), POINTERS[dtype]
     unit, strided = ("row", "column") if columns_first else ("column", "row")
     permutations = ("left_index", "right_index")
     return Variant(
-        f"contract-b{block_size}-{pointer[1:]}{order_suffix(permuted, group)}"
-        f"{'-transposed' * columns_first}{'-wide' * wide}",
+        f"contract-b{block_size}-{pointer[1:]}{order_suffix(group)}{'-transposed' * columns_first}{'-wide' * wide}",
         _contract_kernel,
         {
             **{"left": pointer, "right": pointer, "out": "*fp32"},
-            **(dict.fromkeys(permutations, "*i64") if permuted else {}),
+            **({} if group is None else dict.fromkeys(permutations, "*i64")),
             **dict.fromkeys(("rows", "split_rows", "blocks", f"left_{strided}", f"right_{strided}"), "i32"),
         },
         {
-            **({} if permuted else dict.fromkeys(permutations)),
+            **(dict.fromkeys(permutations) if group is None else {}),
             **{f"left_{unit}": 1, f"right_{unit}": 1, "BLOCK": block_size, "WIDE": wide},
-            **{"LEFT_GROUP": group, "RIGHT_GROUP": group},
+            **{"LEFT_GROUP": group or 1, "RIGHT_GROUP": group or 1},
             **{"ROWS": tiles.rows, "COLUMNS": tiles.columns},
         },
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         tensor_cores=dtype != torch.float32,
-        vectors=not permuted or group * dtype.itemsize >= WIDEST_LOAD,
+        vectors=group is None or group * dtype.itemsize >= WIDEST_LOAD,
         aligned=("rows", "split_rows", f"left_{strided}", f"right_{strided}"),
     )

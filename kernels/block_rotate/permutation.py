@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orthotrain.kernels.block_rotate.tiling import LARGEST_OFFSET, WIDEST_LOAD
-from orthotrain.kernels.groups import group_of, spread
+from orthotrain.kernels.groups import by_feature, group_of
 from orthotrain.kernels.variant import Variant
 
 LARGEST_ROW = 64 * 1024
@@ -65,13 +65,13 @@ def rows_at_once(width: int) -> int:
 
 def gather_columns(x: Tensor, index: Tensor) -> Tensor:
     """Return ``x[:, index]``, contiguous, for an ``x`` that is :func:`worthwhile`."""
-    index = spread(index, group_of(index, x.shape[1]))
+    index = by_feature(index, x.shape[1])
     return _permute(x, index, torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
 
 def scatter_columns_(x: Tensor, index: Tensor) -> Tensor:
     """Move column ``i`` of ``x`` to ``index[i]``, in place, for an ``x`` that is :func:`worthwhile`."""
-    index = spread(index, group_of(index, x.shape[1]))
+    index = by_feature(index, x.shape[1])
     inverse = torch.empty_like(index)
     size = 1024
     _invert_kernel[(triton.cdiv(index.numel(), size),)](index, inverse, index.numel(), SIZE=size)

@@ -46,9 +46,9 @@ def tile_count(width: int, block_size: int, columns: int) -> int:
     return blocks * triton.cdiv(block_size, columns)
 
 
-def order_suffix(permuted: bool, group: int) -> str:
-    """Return what the name of a launch says of its orders."""
-    return f"-groups{group}" if group > 1 else "-permuted" * permuted
+def order_suffix(group: int | None) -> str:
+    """Return what the name of a launch says of its orders; without any, the group is None."""
+    return "" if group is None else f"-groups{group}" if group > 1 else "-permuted"
 
 
 @triton.jit

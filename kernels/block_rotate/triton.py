@@ -189,20 +189,20 @@ def rotate_scattered(
 def aot_variants() -> list[Variant]:
     """Return the launches to compile ahead of time."""
     own = [
-        rotation_variant(torch.bfloat16, 16, permuted=True),
-        rotation_variant(torch.bfloat16, 32, permuted=True),
-        rotation_variant(torch.bfloat16, 256, permuted=True),
-        rotation_variant(torch.bfloat16, 256, permuted=True).unaligned("x"),
-        rotation_variant(torch.bfloat16, 256, permuted=True, wide=True),
-        rotation_variant(torch.bfloat16, 32, permuted=True, group=8),
-        rotation_variant(torch.bfloat16, 256, permuted=True, group=8),
-        rotation_variant(torch.bfloat16, 256, permuted=True, group=8, backward=True),
-        rotation_variant(torch.float32, 256, permuted=True, group=8),
+        rotation_variant(torch.bfloat16, 16, group=1),
+        rotation_variant(torch.bfloat16, 32, group=1),
+        rotation_variant(torch.bfloat16, 256, group=1),
+        rotation_variant(torch.bfloat16, 256, group=1).unaligned("x"),
+        rotation_variant(torch.bfloat16, 256, group=1, wide=True),
+        rotation_variant(torch.bfloat16, 32, group=8),
+        rotation_variant(torch.bfloat16, 256, group=8),
+        rotation_variant(torch.bfloat16, 256, group=8, backward=True),
+        rotation_variant(torch.float32, 256, group=8),
         rotation_variant(torch.bfloat16, 256),
         rotation_variant(torch.bfloat16, 256, backward=True),
-        rotation_variant(torch.float16, 256, permuted=True, backward=True),
-        rotation_variant(torch.float32, 32, permuted=True),
-        rotation_variant(torch.float32, 256, permuted=True, backward=True, wide=True),
+        rotation_variant(torch.float16, 256, group=1, backward=True),
+        rotation_variant(torch.float32, 32, group=1),
+        rotation_variant(torch.float32, 256, group=1, backward=True, wide=True),
     ]
     return [*own, *contraction.aot_variants(), *permutation.aot_variants()]
 
@@ -211,34 +211,33 @@ def rotation_variant(
     dtype: torch.dtype,
     block_size: int,
     *,
-    permuted: bool = False,
-    group: int = 1,
+    group: int | None = None,
     columns_first: bool = False,
     backward: bool = False,
     wide: bool = False,
 ) -> Variant:
-    """Return one launch of the rotation, of matrices in rows or in columns; backward it is the one by ``D^T``."""
+    """Return one launch of the rotation, permuted by groups or not, in rows or in columns; backward by ``D^T``."""
     tiles, pointer = rotation_tiles(dtype, block_size), POINTERS[dtype]
     unit, strided = ("row", "column") if columns_first else ("column", "row")
     permutations = ("load", "store")
     return Variant(
-        f"rotate-b{block_size}-{pointer[1:]}{order_suffix(permuted, group)}{'-transposed' * columns_first}"
+        f"rotate-b{block_size}-{pointer[1:]}{order_suffix(group)}{'-transposed' * columns_first}"
         f"{'-backward' * backward}{'-wide' * wide}",
         _rotate_kernel,
         {
             **dict.fromkeys(("x", "displacement", "y"), pointer),
-            **(dict.fromkeys(permutations, "*i64") if permuted else {}),
+            **({} if group is None else dict.fromkeys(permutations, "*i64")),
             **dict.fromkeys(("rows", "width", "blocks", "tiles", f"x_{strided}", f"y_{strided}"), "i32"),
         },
         {
-            **({} if permuted else dict.fromkeys(permutations)),
+            **(dict.fromkeys(permutations) if group is None else {}),
             **{f"x_{unit}": 1, f"y_{unit}": 1, "BLOCK": block_size, "TRANSPOSED": backward, "WIDE": wide},
-            **{"LOAD_GROUP": group, "STORE_GROUP": group},
+            **{"LOAD_GROUP": group or 1, "STORE_GROUP": group or 1},
             **{"ROWS": tiles.rows, "COLUMNS": tiles.columns},
         },
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         tensor_cores=dtype != torch.float32,
-        vectors=not permuted or group * dtype.itemsize >= WIDEST_LOAD,
+        vectors=group is None or group * dtype.itemsize >= WIDEST_LOAD,
         aligned=("rows", "width", f"x_{strided}", f"y_{strided}"),
     )

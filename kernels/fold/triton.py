@@ -54,8 +54,8 @@ def rotate_rows(weight: Tensor, d_out: Tensor, rows: Tensor | None) -> Tensor:
 def aot_variants() -> list[Variant]:
     """Return the launches to compile ahead of time: those of the block rotation on transposed matrices."""
     return [
-        rotation_variant(torch.bfloat16, 256, permuted=True, columns_first=True),
-        rotation_variant(torch.bfloat16, 256, permuted=True, group=8, columns_first=True),
-        contraction_variant(torch.bfloat16, 256, permuted=True, columns_first=True),
-        contraction_variant(torch.bfloat16, 256, permuted=True, group=8, columns_first=True),
+        rotation_variant(torch.bfloat16, 256, group=1, columns_first=True),
+        rotation_variant(torch.bfloat16, 256, group=8, columns_first=True),
+        contraction_variant(torch.bfloat16, 256, group=1, columns_first=True),
+        contraction_variant(torch.bfloat16, 256, group=8, columns_first=True),
     ]

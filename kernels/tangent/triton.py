@@ -29,7 +29,7 @@ def column_gradient(weight: Tensor, grad: Tensor, order: Tensor | None, blocks: 
 def aot_variants() -> list[Variant]:
     """Return the launches to compile ahead of time that block_rotate does not have: of columns, and sums in fp32."""
     return [
-        contraction.contraction_variant(torch.bfloat16, 128, permuted=True, group=8),
-        contraction.contraction_variant(torch.bfloat16, 128, permuted=True, group=8, columns_first=True),
+        contraction.contraction_variant(torch.bfloat16, 128, group=8),
+        contraction.contraction_variant(torch.bfloat16, 128, group=8, columns_first=True),
         contraction.add_splits_variant(torch.float32),
     ]

@@ -88,21 +88,20 @@ def test_a_terminal_is_shown_a_step_that_has_taken_two_seconds_and_no_line_of_a_
     assert lines == []
 
 
-def test_without_a_total_the_time_taken_takes_the_place_of_the_time_left(clock, lines):
-    with Progress("tokenizing", None, "rows", seconds=10) as bar:
+@pytest.mark.parametrize(
+    ("total", "unit", "done", "line"),
+    [
+        (None, "rows", 2000, "tokenizing: 2,000 rows in 0:20, 100 rows/s"),
+        # a compressed file holds more text than it has bytes: its total is not believed
+        (10e6, "MB", 30e6, "tokenizing: 30.0 MB in 0:20, 1.5 MB/s"),
+    ],
+)
+def test_without_a_total_the_time_taken_takes_the_place_of_the_time_left(clock, lines, total, unit, done, line):
+    with Progress("tokenizing", total, unit, seconds=10) as bar:
         clock[0] += 20
-        bar.advance(2000)
+        bar.advance(done)
         assert bar.fraction is None
-    assert lines == ["tokenizing: 2,000 rows in 0:20, 100 rows/s"]
-
-
-def test_a_total_that_was_too_small_is_not_believed(clock, lines):
-    """A compressed file holds more text than it has bytes."""
-    with Progress("tokenizing", 10e6, seconds=10) as bar:
-        clock[0] += 20
-        bar.advance(30e6)
-        assert bar.fraction is None
-    assert lines == ["tokenizing: 30.0 MB in 0:20, 1.5 MB/s"]
+    assert lines == [line]
 
 
 def test_tokens_are_the_rate_where_they_are_counted(clock, lines):

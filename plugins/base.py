@@ -1,5 +1,6 @@
 """What an orthogonal parameterization is."""
 
+import functools
 from abc import ABC, abstractmethod
 from inspect import signature
 from typing import Any
@@ -63,7 +64,7 @@ class Parameterization(ABC):
         class_path = cls.__dict__.get("registered_name") or f"{cls.__module__}.{cls.__qualname__}"
         return {
             "class_path": class_path,
-            "init_args": {name: getattr(self, name) for name in signature(cls).parameters},
+            "init_args": {name: getattr(self, name) for name in _arguments(cls)},
         }
 
     def __repr__(self) -> str:
@@ -77,3 +78,9 @@ class Parameterization(ABC):
 
     def __hash__(self) -> int:
         return hash((type(self), repr(self)))
+
+
+@functools.cache
+def _arguments(cls: type) -> tuple[str, ...]:
+    """Return the names of a constructor's arguments; a network compares its parameterizations in every forward."""
+    return tuple(signature(cls).parameters)

@@ -18,7 +18,11 @@ from orthotrain.plugins import Parameterization, create
 class Pooled(Protocol):
     """Displacements of many rotations that were computed together."""
 
-    def part(self, place: int, dtype: torch.dtype | None) -> Tensor:
+    @property
+    def has_gradient_in_front(self) -> bool:
+        """Whether parts may be asked for ``front``."""
+
+    def part(self, place: int, dtype: torch.dtype | None, front: bool = False) -> Tensor:
         """Return those of the rotation at ``place``."""
 
 
@@ -80,10 +84,20 @@ class BlockRotation(nn.Module):
         self.pooled: tuple[Pooled, int] | None = None
         self.known_identity = False
 
-    def displacement(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return ``D = R - I``, ``(n, b, b)``, computed in the generators' dtype and cast to ``dtype``."""
+    @property
+    def has_gradient_in_front(self) -> bool:
+        """Whether the displacement may be asked for ``front``: only a pool undoes such a gradient."""
+        return self.pooled is not None and self.pooled[0].has_gradient_in_front
+
+    def displacement(self, dtype: torch.dtype | None = None, front: bool = False) -> Tensor:
+        """Return ``D = R - I``, ``(n, b, b)``, computed in the generators' dtype and cast to ``dtype``.
+
+        Args:
+            dtype: None for that of the generators.
+            front: Whether the gradient will be that of a perturbation in front of the rotation (kernels/oft_linear).
+        """
         if self.pooled is not None:
-            displacement = self.pooled[0].part(self.pooled[1], dtype)
+            displacement = self.pooled[0].part(self.pooled[1], dtype, front)
         else:
             displacement = self.parameterization.displacement(self.generators, self.block_size)
             displacement = displacement if dtype is None else displacement.to(dtype)

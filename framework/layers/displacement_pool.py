@@ -1,5 +1,6 @@
 """All displacements of a network in one call: rotations of one block size together, once per forward pass."""
 
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from orthotrain.kernels.oft_linear import has_gradient_in_front, in_front
 from orthotrain.layers.block_rotation import BlockRotation
 
 
@@ -88,11 +90,23 @@ class PooledDisplacements:
         self._sizes = [rotation.generators.shape[0] for rotation in rotations]
         generators = torch.cat([rotation.generators for rotation in rotations])
         self._all = first.parameterization.displacement(generators, first.block_size)
-        self._parts: dict[torch.dtype, tuple[Tensor, ...]] = {}
+        self._parts: dict[tuple[torch.dtype, bool], tuple[Tensor, ...]] = {}
 
-    def part(self, place: int, dtype: torch.dtype | None) -> Tensor:
-        """Return the displacements of rotation ``place`` in ``dtype``, all of them cast at the first request."""
-        dtype = dtype or self._all.dtype
-        if dtype not in self._parts:
-            self._parts[dtype] = self._all.to(dtype).split(self._sizes)
-        return self._parts[dtype][place]
+    @functools.cached_property
+    def has_gradient_in_front(self) -> bool:
+        """Whether parts may be asked for ``front``; see :mod:`kernels.oft_linear.front`."""
+        return has_gradient_in_front(self._all)
+
+    def part(self, place: int, dtype: torch.dtype | None, front: bool = False) -> Tensor:
+        """Return the displacements of rotation ``place`` in ``dtype``, all of them cast at the first request.
+
+        Args:
+            place: Which rotation.
+            dtype: None for that of the generators.
+            front: Whether their gradient will be that of a perturbation in front of the rotation.
+        """
+        key = (dtype or self._all.dtype, front)
+        if key not in self._parts:
+            displacements = in_front(self._all) if front else self._all
+            self._parts[key] = displacements.to(key[0]).split(self._sizes)
+        return self._parts[key][place]

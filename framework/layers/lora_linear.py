@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.kernels.guard import without_autocast
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight, plain_linear
 from orthotrain.seeding import generator
 
@@ -97,7 +98,7 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def _effective_weight(self) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.autocast(self.down.device.type, enabled=False):
+        with without_autocast(self.down.device.type):
             return self.weight.dequantize(dtype) + self.scale * (self.up @ self.down).to(dtype)
 
     @torch.no_grad()

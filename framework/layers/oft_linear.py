@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.kernels.backend import chosen
-from orthotrain.kernels.oft_linear import oft_linear
+from orthotrain.kernels.oft_linear import OftLinearInFront, oft_linear, rotates_weight
 from orthotrain.layers.bitsandbytes_linear import adopt_bitsandbytes
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight, plain_linear
 from orthotrain.layers.oft_rotation import OftRotation, RotationDtype
@@ -99,26 +99,17 @@ class OftLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``; under autocast in its dtype, like nn.Linear."""
-        if torch.is_autocast_enabled(x.device.type) and self.rotation_in.rotation_dtype == "input":
+        rotation, weight = self.rotation_in, self.weight
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if autocast and rotation.rotation_dtype == "input":
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if isinstance(self.weight, DenseWeight) and self._fuses(x):
-            displacement = self.rotation_in.training_displacement(x.dtype)
-            return oft_linear(x, self.weight.values, displacement, self.bias)
+        if isinstance(weight, DenseWeight) and _fuses(x, weight, rotation, autocast):
+            tokens = x.numel() // self.in_features
+            front = rotation.has_gradient_in_front and rotates_weight(tokens, self.out_features)
+            product = OftLinearInFront.apply if front else oft_linear
+            return product(x, weight.values, rotation.training_displacement(x.dtype, front), self.bias)
         # the bias inside the product, as nn.Linear has it: the same bits, and no second pass over y
-        return self.weight.matmul(self.rotation_in(x), self.bias)
-
-    def _fuses(self, x: Tensor) -> bool:
-        """Tell whether rotation and product are one operation: on the CPU, where it was measured to be faster.
-
-        Elsewhere the rotation has a kernel of its own. A rotation in fp32 before a product in 16 bits takes the two
-        apart, and so does a dtype of ``x`` that nn.Linear would refuse.
-        """
-        if not self.enabled or x.device.type != "cpu" or chosen() == "triton":
-            return False
-        autocast = torch.is_autocast_enabled("cpu")
-        if self.rotation_in.rotation_dtype == "float32" and (autocast or x.dtype.itemsize < 4):
-            return False
-        return autocast or x.dtype == self.weight.dtype
+        return weight.matmul(rotation(x), self.bias)
 
     @torch.no_grad()
     def merge_(self) -> None:
@@ -160,6 +151,19 @@ class OftLinear(nn.Module):
 
     def _effective_weight(self) -> Tensor:
         return self.rotation_in.fold(self.weight.dequantize(torch.promote_types(self.weight.dtype, torch.float32)))
+
+
+def _fuses(x: Tensor, weight: DenseWeight, rotation: OftRotation, autocast: bool) -> bool:
+    """Tell whether rotation and product are one operation: on the CPU, where it was measured to be faster.
+
+    Elsewhere the rotation has a kernel of its own. A rotation in fp32 before a product in 16 bits takes the two apart,
+    and so does a dtype of ``x`` that nn.Linear would refuse.
+    """
+    if not rotation.enabled or x.device.type != "cpu" or chosen() == "triton":
+        return False
+    if rotation.rotation_dtype == "float32" and (autocast or x.dtype.itemsize < 4):
+        return False
+    return autocast or x.dtype == weight.dtype
 
 
 def freeze_weight(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.kernels.block_rotate import block_rotate
+from orthotrain.kernels.guard import without_autocast
 from orthotrain.layers.block_rotation import BlockRotation, check_block_size
 from orthotrain.layers.divisors import check_divides
 from orthotrain.plugins import Parameterization
@@ -63,14 +64,19 @@ class OftRotation(BlockRotation):
         """Return ``x @ R`` for ``x (..., d)``, in the dtype of ``x``; ``x`` itself while the rotation is disabled."""
         if not self.enabled:
             return x
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             dtype = torch.promote_types(x.dtype, torch.float32) if self.rotation_dtype == "float32" else x.dtype
             return block_rotate(x.to(dtype), self.training_displacement(dtype)).to(x.dtype)
 
-    def training_displacement(self, dtype: torch.dtype) -> Tensor:
-        """Return ``D (n, b, b)`` in ``dtype`` as one forward pass uses it: with blocks dropped while training."""
-        with torch.autocast(self.generators.device.type, enabled=False):
-            displacement = self.displacement(dtype)
+    def training_displacement(self, dtype: torch.dtype, front: bool = False) -> Tensor:
+        """Return ``D (n, b, b)`` as one forward pass uses it: with blocks dropped while training.
+
+        Args:
+            dtype: Of the result.
+            front: See :meth:`displacement`.
+        """
+        with without_autocast(self.generators.device.type):
+            displacement = self.displacement(dtype, front)
             if not (self.training and self.block_dropout):
                 return displacement
             dropped = torch.rand(self.blocks, device=displacement.device) < self.block_dropout
@@ -85,7 +91,7 @@ class OftRotation(BlockRotation):
         if not self.enabled:
             raise ConfigurationError("this rotation is disabled: set enabled=True before merging or exporting")
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device.type):
             displacement = self.displacement(weight.dtype)
             return block_rotate(weight, displacement.mT.contiguous() if transposed else displacement)
 

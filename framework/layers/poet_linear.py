@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from orthotrain.errors import check_choice
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.groups import by_feature
+from orthotrain.kernels.guard import without_autocast
 from orthotrain.kernels.poet_linear import poet_linear, serves
 from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.centre import ActivationMode, Centre, Route, choose_route
@@ -196,7 +197,7 @@ class PoetLinear(TwoSided):
     @torch.no_grad()
     def _effective_weight(self) -> Tensor:
         exact, rotations = self._exact_weight(), self.rotations
-        with torch.autocast(exact.device.type, enabled=False):
+        with without_autocast(exact.device.type):
             return rotations.fold(exact, *rotations.displacements(exact.dtype))
 
     def _anchored(self, effective: Tensor, count: int) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from orthotrain.kernels.guard import without_autocast
+
 Unpack = Callable[[list[Tensor], int, torch.dtype], Tensor]
 
 _formats: dict[str, Unpack] = {}
@@ -44,7 +46,7 @@ def _product(
     x: Tensor, bias: Tensor | None, stored: list[Tensor], format: str, group_size: int, width: int, transposed: bool
 ) -> Tensor:
     weight = _formats[format](stored, group_size, x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return F.linear(x, weight.mT if transposed else weight, bias)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.kernels.guard import without_autocast
 from orthotrain.kernels.tangent import tangent, tangent_linear
 from orthotrain.layers.bf16_weight import Bf16Weight
 from orthotrain.layers.block_rotation import BlockRotation
@@ -86,7 +87,7 @@ class StepwiseLinear(TwoSided):
         out, into = self.rotation_out, self.rotation_in
         # a dense weight is cast for each product, so that what is kept for backward is the parameter itself
         dtype = None if isinstance(self.weight, DenseWeight) else x.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return tangent_linear(
                 x,
                 self.weight.dequantize(dtype),
@@ -127,7 +128,7 @@ class StepwiseLinear(TwoSided):
         exact, moved = self._exact_weight(), self._moved()
         if moved == (None, None):
             return exact
-        with torch.autocast(exact.device.type, enabled=False):
+        with without_autocast(exact.device.type):
             return moved.fold(moved.framed(exact), *moved.displacements(exact.dtype))
 
     def _moved(self) -> Rotations:

@@ -148,18 +148,14 @@ def add_block_products(x: Tensor, displacement: Tensor, out: Tensor | None = Non
         out: Where to write, no memory shared with ``x``; None for a new tensor.
     """
     blocks, block_size = displacement.shape[0], displacement.shape[-1]
-    out = torch.empty_like(x) if out is None else out
+    out = x.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(x)
     # Both routes write into place: the products accumulate and add in fp32 and round once. Measured on CPU, a product a
     # block is the faster one from b = 64 in fp32 and b = 128 in 16 bits.
     if x.device.type != "cpu" or block_size <= (32 if x.element_size() >= 4 else 64):
-        source = _by_block(x, blocks, block_size)
-        torch.baddbmm(source, source, displacement, out=_by_block(out, blocks, block_size))
+        _by_block(out, blocks, block_size).baddbmm_(_by_block(x, blocks, block_size), displacement)
     else:
         for k, columns in enumerate(column_slices(blocks, block_size)):
-            torch.addmm(x[:, columns], x[:, columns], displacement[k], out=out[:, columns])
-    rest = blocks * block_size
-    if rest < x.shape[-1]:
-        out[:, rest:] = x[:, rest:]
+            out[:, columns].addmm_(x[:, columns], displacement[k])
     return out
 
 
@@ -170,7 +166,9 @@ def column_slices(blocks: int, block_size: int) -> list[slice]:
 
 def _by_block(x: Tensor, blocks: int, block_size: int) -> Tensor:
     """View ``(N, d)`` as ``(blocks, N, block_size)``."""
-    return x[:, : blocks * block_size].unflatten(1, (blocks, block_size)).transpose(0, 1)
+    covered = blocks * block_size
+    columns = x if x.shape[1] == covered else x[:, :covered]
+    return columns.view(x.shape[0], blocks, block_size).transpose(0, 1)
 
 
 def _buffer(matrix: Tensor, rows: int, index: Tensor | None) -> Tensor:

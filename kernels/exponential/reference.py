@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from orthotrain.kernels.parts import in_parts
+
 DEGREE = 9
 """Degree of the Taylor polynomial: the highest that four products reach with this scheme."""
 
@@ -30,6 +32,20 @@ def _combine(powers: tuple[Tensor, Tensor, Tensor], first: int) -> Tensor:
 
 def exponential_forward(skew: Tensor) -> Tensor:
     """Return D = exp(2Q) - I, shape ``(n, b, b)``, from Q of the same shape and dtype."""
+    return in_parts(_value, skew, block_size=skew.shape[-1])
+
+
+def exponential_backward(skew: Tensor, grad: Tensor) -> Tensor:
+    """Return dL/dQ from Q and dL/dD, all of shape ``(n, b, b)``.
+
+    What the forward computes is a real polynomial in Q, so the adjoint of its derivative at Q is its derivative at
+    Q^T: the same steps run once more at Q^T together with their tangents. Nothing but Q is needed, and no chain of
+    intermediate squares is kept.
+    """
+    return in_parts(_adjoint, skew, grad, block_size=skew.shape[-1])
+
+
+def _value(skew: Tensor) -> Tensor:
     q = skew.to(torch.promote_types(skew.dtype, torch.float32))
     count = squarings(q.dtype)
     x = q * 2.0 ** (1 - count)
@@ -44,13 +60,7 @@ def exponential_forward(skew: Tensor) -> Tensor:
     return value.to(skew.dtype)
 
 
-def exponential_backward(skew: Tensor, grad: Tensor) -> Tensor:
-    """Return dL/dQ from Q and dL/dD, all of shape ``(n, b, b)``.
-
-    What the forward computes is a real polynomial in Q, so the adjoint of its derivative at Q is its derivative at
-    Q^T: the same steps run once more at Q^T together with their tangents. Nothing but Q is needed, and no chain of
-    intermediate squares is kept.
-    """
+def _adjoint(skew: Tensor, grad: Tensor) -> Tensor:
     dtype = torch.promote_types(skew.dtype, torch.float32)
     count = squarings(dtype)
     x, dx = skew.to(dtype).mT * 2.0 ** (1 - count), grad.to(dtype) * 2.0 ** (1 - count)

@@ -5,16 +5,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orthotrain.kernels.block_rotate.reference import add_block_products, block_products, block_rotate_forward
+from orthotrain.kernels.near_orthogonal import (
+    gram_deviation,
+    inverts_by_transposing,
+    largest,
+    times_inverse_transpose,
+)
 
 
-def rotates_weight(tokens: int, out_features: int, dtype: torch.dtype) -> bool:
+def rotates_weight(tokens: int, out_features: int) -> bool:
     """Tell whether the rows of ``W`` are rotated in place of the tokens.
 
     A row of either costs the same (measured on CPU, 1 thread, fp32, 256 wide, b = 32: 0.26 us a row), so the side with
-    fewer rows is the cheaper one; it also touches less memory. In 16 bits always the tokens: of a change by generators
-    of 1e-4 a rounded ``W R^T`` keeps 48%, rotated tokens 58% (README, "16 bits").
+    fewer rows is the cheaper one; it also touches less memory.
     """
-    return tokens > out_features and dtype.itemsize >= 4
+    return tokens > out_features
 
 
 def oft_linear_forward(x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | None) -> Tensor:
@@ -32,7 +37,7 @@ def oft_linear_forward(x: Tensor, weight: Tensor, displacement: Tensor, bias: Te
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     # in the shape of x, as nn.Linear would see it: other routes of F.linear round in another order
-    if rotates_weight(x.numel() // x.shape[-1], weight.shape[0], x.dtype):
+    if rotates_weight(x.numel() // x.shape[-1], weight.shape[0]):
         return F.linear(x, fold_weight(weight, displacement), bias)
     return F.linear(block_rotate_forward(x, displacement, None, None), weight, bias)
 
@@ -49,9 +54,9 @@ def oft_linear_backward(
     weight = weight.to(grad.dtype)
     blocks, block_size = displacement.shape[:2]
     grad_displacement = None
-    if need_x and rotates_weight(rows.shape[0], weight.shape[0], x.dtype):
+    if need_x and rotates_weight(rows.shape[0], weight.shape[0]):
         deviation = gram_deviation(displacement) if need_displacement else None
-        if deviation is None or inverts_by_transposing(deviation):
+        if deviation is None or inverts_by_transposing(largest(deviation), x.dtype):
             grad_x = torch.mm(grad_y, fold_weight(weight, displacement))
             if deviation is not None:
                 contraction = block_products(rows, grad_x, blocks, block_size)
@@ -68,19 +73,3 @@ def oft_linear_backward(
 def fold_weight(weight: Tensor, displacement: Tensor) -> Tensor:
     """Return ``W R^T`` ``(out, in)`` in the dtype of both."""
     return add_block_products(weight.contiguous(), displacement.mT)
-
-
-def gram_deviation(displacement: Tensor) -> Tensor:
-    """Return ``E = R^T R - I = D + D^T + D^T D``, ``(n, b, b)``: without the identity no digits are lost."""
-    return torch.baddbmm(displacement, displacement.mT, displacement).add_(displacement.mT)
-
-
-def inverts_by_transposing(deviation: Tensor) -> bool:
-    """Tell whether ``R (I - E)`` is ``R^-T`` to rounding: its relative error is ``||E||^2``."""
-    return float(torch.linalg.vector_norm(deviation)) < torch.finfo(deviation.dtype).eps ** 0.5
-
-
-def times_inverse_transpose(matrix: Tensor, displacement: Tensor, deviation: Tensor) -> Tensor:
-    """Return ``S R^-T = S R (I - E)`` for ``S (n, b, b)``, see :func:`inverts_by_transposing`."""
-    product = torch.baddbmm(matrix, matrix, displacement)
-    return torch.baddbmm(product, product, deviation, alpha=-1)

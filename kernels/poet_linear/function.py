@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from orthotrain.kernels.backend import chosen
 from orthotrain.kernels.checks import check_blocks, check_permutation, traced
 from orthotrain.kernels.fold import fold
+from orthotrain.kernels.guard import without_autocast
+from orthotrain.kernels.near_orthogonal import gram_deviation, inverts_by_transposing, largest
 from orthotrain.kernels.poet_linear import reference
 
 
@@ -45,7 +47,7 @@ class PoetLinearFunction(torch.autograd.Function):
         need_x, _, need_out, need_in, *_ = ctx.needs_input_grad
         grad_x = grad_out = grad_in = None
         grad_y, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             if need_x or need_in:
                 grad_x = torch.mm(grad_y, folded)
             if need_in and grad_x is not None:
@@ -103,15 +105,15 @@ def poet_linear(
             another length or dtype, or the width of ``x`` is not that of the weight.
     """
     _check(x, weight, d_out, d_in, rows, columns)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         if not serves(x) or not (torch.is_grad_enabled() and (d_out.requires_grad or d_in.requires_grad)):
             return F.linear(x, fold(weight, d_out, d_in, rows, columns))
-        deviations = [reference.deviation(d.detach()) for d in (d_out, d_in)]
-        norms = [reference.largest(deviation) for deviation in deviations]
+        deviations = [gram_deviation(d.detach()) for d in (d_out, d_in)]
+        norms = [largest(deviation) for deviation in deviations]
         if not all(reference.invertible(norm) for norm in norms):
             return F.linear(x, fold(weight, d_out, d_in, rows, columns))
         e_out, e_in = (
-            deviation if reference.inverts_by_transposing(norm, x.dtype) else None
+            deviation if inverts_by_transposing(norm, x.dtype) else None
             for deviation, norm in zip(deviations, norms, strict=True)
         )
         folded = fold(weight, d_out.detach(), d_in.detach(), rows, columns)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from orthotrain.kernels.backend import implementation
 from orthotrain.kernels.checks import traced
+from orthotrain.kernels.guard import without_autocast
 
 Kind = Literal["activation", "row", "column"]
 
 
 def _computed(kind: str, left: Tensor, right: Tensor, order: Tensor | None, blocks: int, block_size: int) -> Tensor:
-    with torch.cuda.device_of(left), torch.autocast(left.device.type, enabled=False):
+    with torch.cuda.device_of(left), without_autocast(left.device.type):
         return getattr(implementation(left, "tangent"), f"{kind}_gradient")(left, right, order, blocks, block_size)
 
 

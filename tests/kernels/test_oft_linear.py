@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthotrain.kernels.cayley import cayley
-from orthotrain.kernels.oft_linear import oft_linear, reference
+from orthotrain.kernels.near_orthogonal import gram_deviation, inverts_by_transposing, largest
+from orthotrain.kernels.oft_linear import (
+    OftLinearInFront,
+    has_gradient_in_front,
+    in_front,
+    oft_linear,
+    reference,
+    rotates_weight,
+)
 
 
 def orthogonal(blocks, block_size, dtype, std=0.2, seed=0):
@@ -54,17 +62,17 @@ def test_values_and_gradients_equal_the_dense_product(case, is_orthogonal, with_
         torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-10)
 
 
-# ||E|| is 11 stretch: the first two and the others lie on both sides of the bound of 3.5e-4
+# ||E|| of a block is 8 stretch: the first two and the others lie on both sides of the bound of 3.5e-4
 @pytest.mark.parametrize("stretch", [0.0, 2e-5, 5e-5, 1e-3, 0.5])
 @pytest.mark.parametrize("tokens", [16, 400])
 def test_the_route_through_the_folded_weight_loses_no_digits(stretch, tokens):
     displacement = orthogonal(2, 16, torch.float64)
     # R (1 + stretch): E = (2 stretch + stretch^2) I exactly
     displacement = ((1 + stretch) * displacement + stretch * torch.eye(16)).float()
-    deviation = reference.gram_deviation(displacement)
-    assert reference.inverts_by_transposing(deviation) == (stretch < 3e-5)
+    norm = largest(gram_deviation(displacement))
+    assert inverts_by_transposing(norm, torch.float32) == (stretch < 3e-5)
     x, weight, grad = (torch.randn(n, m, generator=seeded(n)) for n, m in ((tokens, 32), (48, 32), (tokens, 48)))
-    assert reference.rotates_weight(tokens, 48, torch.float32) == (tokens == 400)
+    assert rotates_weight(tokens, 48) == (tokens == 400)
     got = reference.oft_linear_backward(grad, x, weight, displacement, True, True)
     leaves = [t.double().requires_grad_() for t in (x, displacement)]
     want = torch.autograd.grad(dense(leaves[0], weight.double(), leaves[1], None), leaves, grad.double())
@@ -72,17 +80,34 @@ def test_the_route_through_the_folded_weight_loses_no_digits(stretch, tokens):
         assert float((actual - exact).norm() / exact.norm()) < 1e-6
 
 
-def test_the_inverse_is_that_good_at_its_bound():
-    displacement = orthogonal(1, 16, torch.float64)
-    bound = torch.finfo(torch.float32).eps ** 0.5
-    stretch = bound / 16**0.5 / 2 * 0.99
-    rotation = (1 + stretch) * (displacement + torch.eye(16))
-    deviation = reference.gram_deviation(rotation - torch.eye(16))
-    assert bound / 2 < float(deviation.norm()) < bound
-    matrix = torch.randn(1, 16, 16, dtype=torch.float64)
-    got = reference.times_inverse_transpose(matrix, rotation - torch.eye(16), deviation)
-    exact = matrix @ torch.linalg.inv(rotation).mT
-    assert 0 < float((got - exact).norm() / exact.norm()) < torch.finfo(torch.float32).eps
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_gradient_in_front_is_undone_for_all_layers_at_once(dtype, with_bias, shared):
+    drawn = orthogonal(1 if shared else 4, 8, torch.float32).requires_grad_()
+    x = torch.randn(2, 50, 32, generator=seeded(1)).to(dtype).requires_grad_()
+    weight, grad = torch.randn(20, 32, generator=seeded(2)).to(dtype), torch.randn(2, 50, 20, generator=seeded(3))
+    bias = torch.randn(20, requires_grad=True) if with_bias else None
+    leaves = [x, drawn] + [bias] * with_bias
+    assert has_gradient_in_front(drawn)
+    displacement = in_front(drawn).to(dtype).expand(4, -1, -1)
+    y = OftLinearInFront.apply(x, weight, displacement, bias)
+    got = torch.autograd.grad(y, leaves, grad.to(dtype))
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    expected = dense(exact[0], weight.double(), exact[1].expand(4, -1, -1), exact[2] if with_bias else None)
+    want = torch.autograd.grad(expected, exact, grad.double())
+    bound = 3 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-6
+    error = (y.double() - expected).detach()
+    assert y.dtype == dtype and float(error.norm() / expected.detach().norm()) < bound
+    for leaf, actual, sought in zip(leaves, got, want, strict=True):
+        assert actual.dtype == leaf.dtype and float((actual - sought).norm() / sought.norm()) < bound
+
+
+def test_a_gradient_in_front_is_refused_where_it_cannot_be_undone():
+    drawn = orthogonal(3, 8, torch.float32)
+    assert has_gradient_in_front(drawn) and has_gradient_in_front(drawn[:0])
+    drawn[1] *= 1.001
+    assert not has_gradient_in_front(drawn)
 
 
 @pytest.mark.parametrize("rows", [3, 9])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from orthotrain.layers import BlockRotation, PoetLinear, replace_linears, unwrap_mergeables
+from orthotrain.layers import BlockRotation, OftLinear, PoetLinear, replace_linears, unwrap_mergeables
 from orthotrain.layers.displacement_pool import DisplacementPool, PooledDisplacements
 from orthotrain.models import CausalLM
 
@@ -33,6 +33,37 @@ def test_values_and_gradients_are_those_without_it(mode, dtype, randomize):
     assert set(pooled) == set(alone)
     for name in alone:
         torch.testing.assert_close(pooled[name], alone[name], rtol=1e-5, atol=1e-6 * alone[name].abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"block_share": True}, {"block_dropout": 0.5}])
+@pytest.mark.parametrize("std", [0.02, 0.3])  # close to orthogonal in Cayley-Neumann, and not
+def test_oft_layers_of_a_pool_get_the_gradients_they_get_alone(dtype, options, std, randomize, monkeypatch):
+    net = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16), nn.Linear(16, 8))
+    replace_linears(net, ["*"], (), lambda linear: OftLinear.from_linear(linear, 8, **options))
+    net, x = randomize(net, std).to(dtype), torch.randn(50, 16, dtype=dtype)
+
+    def measured():
+        torch.manual_seed(1)  # the dropped blocks
+        out = net(x).detach()
+        torch.manual_seed(1)
+        return out, gradients(net, x)
+
+    alone_out, alone = measured()
+    DisplacementPool(net)
+    fronts, original = [], PooledDisplacements.part
+
+    def part(self, place, dtype, front=False):
+        fronts.append(front)
+        return original(self, place, dtype, front)
+
+    monkeypatch.setattr(PooledDisplacements, "part", part)
+    out, pooled = measured()
+    assert torch.equal(out, alone_out)
+    assert fronts == [std < 0.1] * 6
+    bound = 2e-5 if dtype == torch.float32 else 2e-2
+    for name, gradient in alone.items():
+        assert float((pooled[name] - gradient).norm()) <= bound * float(gradient.norm())
 
 
 def test_is_computed_once_per_forward_and_dropped_after_it(randomize, monkeypatch):

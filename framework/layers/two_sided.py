@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.errors import TrainingDiverged
+from orthotrain.kernels.block_rotate.chunks import Rows, columns_of
 from orthotrain.kernels.fold import fold
-from orthotrain.kernels.groups import by_feature
 from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.frozen_weight import FrozenWeight, check_storable, plain_linear
 from orthotrain.layers.poet_settings import PoetSettings, Side
@@ -58,9 +58,11 @@ class Rotations(NamedTuple):
 
     def framed(self, weight: Tensor) -> Tensor:
         """Return ``weight (out, in)`` with rows and columns in the order of the blocks."""
-        for axis, order in enumerate(self.orders):
-            places = by_feature(order, weight.shape[axis])
-            weight = weight if places is None else weight.index_select(axis, places)
+        rows, columns = self.orders
+        if rows is not None:
+            weight = Rows(rows, weight.shape[0]).gather(weight.contiguous(), slice(0, weight.shape[0]))
+        if columns is not None:
+            weight = columns_of(columns, weight).gather_into(torch.empty_like(weight), weight)
         return weight
 
     def fold(self, framed: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:

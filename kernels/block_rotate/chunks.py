@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.groups import spread
+from orthotrain.kernels.groups import group_of, spread
 
 CHUNK_BYTES = 2**21
 """Bytes of a chunk: a few of them fit in the cache, and its products are large enough to be fast."""
@@ -29,6 +29,49 @@ def row_chunks(rows: int, step: int) -> Iterator[slice]:
     """Yield the ranges of ``step`` rows that make up ``rows``; the last may be shorter."""
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+class Rows:
+    """An order of the rows of contiguous matrices, applied to a range of its places at a time.
+
+    A group of rows is moved as one: that is one launch, where spelling an order out takes five.
+
+    Args:
+        order: Groups of neighbouring rows, int64, a permutation or the beginning of one. None for the rows as they are.
+        height: Rows of the matrices.
+    """
+
+    def __init__(self, order: Tensor | None, height: int) -> None:
+        self.order, self.group = order, group_of(order, height)
+
+    def gather(self, x: Tensor, places: slice) -> Tensor:
+        """Return the rows of ``x (height, m)`` at ``places``: a new tensor, or a view without an order."""
+        if self.order is None:
+            return x[places]
+        index, group = self._at(places)
+        rows, width = x.shape
+        return x.view(rows // group, group * width).index_select(0, index).view(index.shape[0] * group, width)
+
+    def scatter_into(self, out: Tensor, places: slice, x: Tensor) -> None:
+        """Write row ``i`` of ``x (n, m)`` to the ``i``-th of the ``n`` places in ``out (height, m)``."""
+        if self.order is None:
+            out[places] = x
+            return
+        index, group = self._at(places)
+        together = group * x.shape[1]
+        out.view(out.shape[0] // group, together).index_copy_(0, index, x.view(x.shape[0] // group, together))
+
+    def _at(self, places: slice) -> tuple[Tensor, int]:
+        """Return the order of ``places``, and how many rows move together in it: one where places cut a group."""
+        assert self.order is not None
+        if places.start % self.group or places.stop % self.group:
+            return self._single[places], 1
+        return self.order[places.start // self.group : places.stop // self.group], self.group
+
+    @functools.cached_property
+    def _single(self) -> Tensor:
+        assert self.order is not None
+        return spread(self.order, self.group)
 
 
 class Columns:
@@ -82,3 +125,8 @@ class Columns:
     def _inverse(self) -> Tensor:
         places = torch.arange(self.index.shape[0], device=self.index.device)
         return torch.empty_like(self.index).scatter_(0, self.index, places)
+
+
+def columns_of(order: Tensor | None, matrix: Tensor) -> Columns:
+    """Return an order ``(d / g,)`` of the columns of ``matrix (N, d)`` and of others like it."""
+    return Columns(order, group_of(order, matrix.shape[1]), matrix)

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.block_rotate.chunks import chunk_rows
-from orthotrain.kernels.block_rotate.reference import BlockSum, add_block_products, columns_of
-from orthotrain.kernels.groups import by_feature
+from orthotrain.kernels.block_rotate.chunks import Rows, chunk_rows, columns_of
+from orthotrain.kernels.block_rotate.reference import BlockSum, add_block_products
 
 
 def fold_forward(
@@ -29,7 +28,7 @@ def fold_forward(
     out, transposed = torch.empty_like(weight), d_in.mT.contiguous()
     turns_out, turns_in = d_out.shape[0] > 0, d_in.shape[0] > 0
     direct = rows is None and columns is None
-    rows, writing = by_feature(rows, weight.shape[0]), columns_of(columns, weight)
+    row_order, writing = Rows(rows, weight.shape[0]), columns_of(columns, weight)
     if direct and not (turns_out or turns_in):
         return out.copy_(weight)
     for part, blocks in block_chunks(weight, d_out):
@@ -44,7 +43,7 @@ def fold_forward(
             writing.scatter_into(target, folded)
             folded = target
         if rows is not None:
-            out.index_copy_(0, rows[part], folded)
+            row_order.scatter_into(out, part, folded)
     return out
 
 
@@ -60,9 +59,10 @@ def fold_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`fold_forward` for ``d_out`` and ``d_in`` if needed; only their diagonal blocks are formed."""
     grad_out, total, transposed = torch.empty_like(d_out), BlockSum(d_in), d_in.mT.contiguous()
-    rows, reading = by_feature(rows, weight.shape[0]), columns_of(columns, weight)
+    row_order, reading = Rows(rows, weight.shape[0]), columns_of(columns, weight)
+    grad = grad.contiguous()
     for part, blocks in block_chunks(weight, d_out):
-        grad_part = grad[part] if rows is None else grad.index_select(0, rows[part])
+        grad_part = row_order.gather(grad, part)
         grad_part = reading.gather_into(torch.empty_like(weight[part]), grad_part)
         half_folded = None
         if need_out:

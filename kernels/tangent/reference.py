@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from orthotrain.kernels.block_rotate.chunks import Rows
 from orthotrain.kernels.block_rotate.reference import block_products, contract
-from orthotrain.kernels.groups import by_feature
 from orthotrain.kernels.skew.reference import skew_backward
 
 
@@ -33,10 +33,8 @@ def row_gradient(weight: Tensor, grad: Tensor, order: Tensor | None, blocks: int
 
     ``dL/dD_k = W_k dW_k^T`` on the permuted rows of block k.
     """
-    covered, order = blocks * block_size, by_feature(order, weight.shape[0])
-    # index_select copies whole rows; indexing by a tensor was 15 times slower on a CPU
-    rows = (t[:covered] if order is None else t.index_select(0, order[:covered]) for t in (weight, grad))
-    left, right = (t.view(blocks, block_size, -1) for t in rows)
+    rows, covered = Rows(order, weight.shape[0]), slice(0, blocks * block_size)
+    left, right = (rows.gather(t.contiguous(), covered).view(blocks, block_size, -1) for t in (weight, grad))
     return _generators_gradient(torch.bmm(left, right.mT))
 
 
@@ -51,4 +49,4 @@ def column_gradient(weight: Tensor, grad: Tensor, order: Tensor | None, blocks: 
 def _generators_gradient(grad_displacement: Tensor) -> Tensor:
     """Return dL/dgenerators in fp32 or wider from dL/dD ``(n, b, b)``: the skew part of dL/dQ = 2 dL/dD."""
     dtype = torch.promote_types(grad_displacement.dtype, torch.float32)
-    return skew_backward(2 * grad_displacement.to(dtype))
+    return skew_backward(grad_displacement.to(dtype)).mul_(2)

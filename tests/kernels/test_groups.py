@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthotrain.kernels.block_rotate import block_rotate, chunks
-from orthotrain.kernels.block_rotate.chunks import Columns
+from orthotrain.kernels.block_rotate.chunks import Columns, Rows
 from orthotrain.kernels.fold import fold
 from orthotrain.kernels.groups import GROUPS, by_feature, group_of
 from orthotrain.kernels.poet_linear import poet_linear
@@ -94,3 +94,21 @@ def test_an_order_tells_its_group_by_its_length():
 def test_other_lengths_are_refused_with_those_that_fit(length):
     with pytest.raises(ValueError, match=r"int64 \(24,\) or \(12,\) or \(6,\) or \(3,\)"):
         block_rotate(torch.zeros(2, 24), torch.zeros(1, 8, 8), torch.arange(length))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(GROUPS), st.integers(1, 9), st.integers(0, 5), st.integers(0, 99), st.sampled_from(DTYPES))
+def test_rows_move_to_their_places_in_ranges_that_may_cut_a_group(group, groups, width, seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    height = group * groups
+    order = torch.randperm(groups, generator=generator)
+    x = torch.randn(height, width, generator=generator).to(dtype)
+    rows, spelled = Rows(order, height), by_feature(order, height)
+    first, last = sorted(torch.randint(0, height + 1, (2,), generator=generator).tolist())
+    places, out = slice(first, last), torch.zeros_like(x)
+    assert torch.equal(rows.gather(x, places), x[spelled[places]])
+    rows.scatter_into(out, places, x[places])
+    assert torch.equal(out[spelled[places]], x[places]) and int((out != 0).sum()) <= x[places].numel()
+    plain = Rows(None, height)
+    plain.scatter_into(out, places, plain.gather(x, places))
+    assert torch.equal(out[places], x[places])

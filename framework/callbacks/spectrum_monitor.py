@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from orthotrain.callbacks.pictures import draw_lines, panels, run_folder, save
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.mergeable import Covering, Mergeable, mergeable_layers
-from orthotrain.layers.sharding import gathered
+from orthotrain.layers.sharding import gathered, whole
+from orthotrain.layers.two_sided import TwoSided
 from orthotrain.progress import shown
 from orthotrain.spectrum import singular_values, spectral_drift, svd_entropy
 
@@ -24,10 +25,11 @@ class SpectrumMonitor(L.Callback):
     """Log singular values' statistics of merged weights at a cadence, and draw them when fitting ends.
 
     For each watched layer: ``spectrum/NAME/entropy`` (:func:`svd_entropy`), ``condition`` (largest over smallest
-    singular value), ``largest``, ``drift`` (largest ``|s_i - s_i(start)| / s_1(start)``), and where the layer tells,
-    ``pair_coverage``: the part of all pairs of coordinates that have lain in one block since the start, the smaller one
-    of both sides; and ``spectrum/drift``, the largest one of all. Between measurements it costs nothing; one takes a
-    singular value decomposition of each layer.
+    singular value), ``largest``, ``drift`` (largest ``|s_i - s_i(start)| / s_1(start)``); where the layer has one, its
+    trained ``scale``, which all singular values are divided by; and where the layer tells, ``pair_coverage``: the part
+    of all pairs of coordinates that have lain in one block since the start, the smaller one of both sides. Of all
+    layers ``spectrum/drift``, the largest one. Between measurements it costs nothing; one takes a singular value
+    decomposition of each layer.
 
     Pictures in the run folder: ``spectrum.png``, the start against now, and ``coverage.png``. With ``values`` the
     singular values themselves too: as histograms to TensorBoard loggers, and to ``spectra.csv``, a row for each value.
@@ -112,6 +114,8 @@ class SpectrumMonitor(L.Callback):
             metrics[f"spectrum/{name}/condition"] = float(values[0] / values[-1].clamp_min(1e-30))
             metrics[f"spectrum/{name}/largest"] = float(values[0])
             metrics[f"spectrum/{name}/drift"] = spectral_drift(values, start)
+            if (scale := trained_scale(layer)) is not None:
+                metrics[f"spectrum/{name}/scale"] = scale
             if isinstance(layer, Covering):
                 pairs = min(side.pairs for side in layer.coverage().values())
                 metrics[f"spectrum/{name}/pair_coverage"] = pairs
@@ -163,6 +167,16 @@ class SpectrumMonitor(L.Callback):
 
 @torch.no_grad()
 def spectrum(layer: Mergeable) -> Tensor:
-    """Return the singular values of the merged weight, descending, on the CPU in fp32."""
+    """Return the singular values of the merged weight without its trained scale, descending, on the CPU in fp32."""
     with gathered(layer):
-        return singular_values(layer.merged_weight().float().flatten(1)).cpu()
+        values = singular_values(layer.merged_weight().float().flatten(1)).cpu()
+    scale = trained_scale(layer)
+    return values if scale is None else values / scale
+
+
+@torch.no_grad()
+def trained_scale(layer: Mergeable) -> float | None:
+    """Return the trained factor of a layer's weight, None for a layer without one; a collective where it is sharded."""
+    if not isinstance(layer, TwoSided) or layer.scale is None:
+        return None
+    return float(whole(layer.scale.log).exp())

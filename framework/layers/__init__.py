@@ -16,6 +16,7 @@ from orthotrain.layers.poet_settings import PoetSettings
 from orthotrain.layers.quantized_weight import Int8Weight, Nf4Weight, QuantizedWeight
 from orthotrain.layers.stepwise_linear import StepwiseLinear
 from orthotrain.layers.surgery import replace_linears, select_linears, unwrap_mergeables
+from orthotrain.layers.trained_scale import TrainedScale
 
 __all__ = [
     "Bf16Weight",
@@ -35,6 +36,7 @@ __all__ = [
     "PoetSettings",
     "QuantizedWeight",
     "StepwiseLinear",
+    "TrainedScale",
     "initialize_",
     "mergeable_layers",
     "replace_linears",

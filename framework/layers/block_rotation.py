@@ -86,8 +86,11 @@ class BlockRotation(nn.Module):
 
     @property
     def has_gradient_in_front(self) -> bool:
-        """Whether the displacement may be asked for ``front``: only a pool undoes such a gradient."""
-        return self.pooled is not None and self.pooled[0].has_gradient_in_front
+        """Whether the displacement may be asked for ``front``: only a pool undoes such a gradient.
+
+        Not while tracing: there are no values to tell by, and what is traced should see a custom op.
+        """
+        return self.pooled is not None and not traced(self.generators) and self.pooled[0].has_gradient_in_front
 
     def displacement(self, dtype: torch.dtype | None = None, front: bool = False) -> Tensor:
         """Return ``D = R - I``, ``(n, b, b)``, computed in the generators' dtype and cast to ``dtype``.

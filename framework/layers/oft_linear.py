@@ -105,7 +105,7 @@ class OftLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if isinstance(weight, DenseWeight) and _fuses(x, weight, rotation, autocast):
             tokens = x.numel() // self.in_features
-            front = rotation.has_gradient_in_front and rotates_weight(tokens, self.out_features)
+            front = rotates_weight(tokens, self.out_features) and rotation.has_gradient_in_front
             product = OftLinearInFront.apply if front else oft_linear
             return product(x, weight.values, rotation.training_displacement(x.dtype, front), self.bias)
         # the bias inside the product, as nn.Linear has it: the same bits, and no second pass over y

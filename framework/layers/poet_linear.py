@@ -18,13 +18,14 @@ from orthotrain.layers.centre import ActivationMode, Centre, Route, choose_route
 from orthotrain.layers.frozen_weight import FrozenWeight
 from orthotrain.layers.mergeable import SideCoverage
 from orthotrain.layers.poet_settings import PoetSettings, Side
+from orthotrain.layers.trained_scale import TrainedScale
 from orthotrain.layers.two_sided import Rotations, TwoSided
 from orthotrain.seeding import draw_permutation, generator
 from orthotrain.spectrum import singular_values, with_spectrum
 
 
 class PoetLinear(TwoSided):
-    """``y = rot_out(rot_in(x) @ W.T) + bias``: POET's ``W_eff = R_out^T W R_in^T`` (arXiv:2506.08001, equation 1).
+    """``y = s rot_out(rot_in(x) @ W.T) + bias``: POET's ``W_eff = R_out^T W R_in^T`` (arXiv:2506.08001, equation 1).
 
     The frozen weight is kept in the frame of both permutations, so that the hot path gathers ``x`` once and scatters
     ``y`` once (arXiv:2603.05500, section 3). The bias is added last: a merge never changes it.
@@ -40,6 +41,7 @@ class PoetLinear(TwoSided):
         activation_mode: ``fast`` saves the activation before the output rotation, ``mem`` recomputes it in backward.
         anchor_every: Merges and folds between restorations of the singular values of the start, 0 for never. One takes
             a decomposition of the weight and undoes what requantising adds up to.
+        scale: Trained factor s of the weight, which no merge changes, or None for 1.
         seed: Seed of the permutations; merge k draws them from (seed, k, side).
     """
 
@@ -56,9 +58,10 @@ class PoetLinear(TwoSided):
         centre: Centre = "auto",
         activation_mode: ActivationMode = "fast",
         anchor_every: int = 0,
+        scale: TrainedScale | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(weight, bias, rotation_in, rotation_out, seed=seed)
+        super().__init__(weight, bias, rotation_in, rotation_out, scale=scale, seed=seed)
         check_choice("centre", centre, Centre)
         check_choice("activation_mode", activation_mode, ActivationMode)
         self.centre = centre
@@ -107,6 +110,7 @@ class PoetLinear(TwoSided):
                 centre=settings.centre,
                 activation_mode=settings.activation_mode,
                 anchor_every=settings.anchor_period,
+                scale=settings.scale(),
                 seed=seed,
             )
 
@@ -128,16 +132,16 @@ class PoetLinear(TwoSided):
         # frozen product needs only W for its gradient.
         if d_in is not None:
             x = block_rotate(x, d_in, load=self.rotations.orders[1])
-        y = self.weight.matmul(x)
+        y = self._scaled(self.weight.matmul(x))
         return y if d_out is None else block_rotate(y, d_out, store=self.rotations.orders[0])
 
     def _by_product(self, x: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
-        return F.linear(x, self.rotations.fold(self.weight.dequantize(x.dtype), d_out, d_in))
+        return F.linear(x, self._scaled(self.rotations.fold(self.weight.dequantize(x.dtype), d_out, d_in)))
 
     def _by_contraction(self, x: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
         weight = self.weight.dequantize(x.dtype)
         out, into = (weight.new_empty(0, 1, 1) if d is None else d for d in (d_out, d_in))
-        return poet_linear(x, weight, out, into, *self.rotations.orders)
+        return self._scaled(poet_linear(x, weight, out, into, *self.rotations.orders))
 
     def _route(self, x: Tensor) -> Route:
         """Return how to compute for ``x``: by the input, or by the weight with the cheaper route to its gradient."""

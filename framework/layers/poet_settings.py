@@ -12,6 +12,7 @@ from orthotrain.layers.block_rotation import check_block_size, check_parameteriz
 from orthotrain.layers.centre import ActivationMode, Centre
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight
 from orthotrain.layers.quantized_weight import Int8Weight, Nf4Weight
+from orthotrain.layers.trained_scale import TrainedScale
 from orthotrain.plugins import Parameterization
 
 Side = Literal["in", "out"]
@@ -62,6 +63,9 @@ class PoetSettings:
             the largest), and for never with others. A restoration is a singular value decomposition of the weight.
         stepwise: Whether rotations are folded every step (:class:`StepwiseLinear`): the forward pass is a plain
             product. Needs ``merge_every: 1``, and a weight in fp32 or with a ``residual``: rounding to 16 bits adds up.
+        trained_scale: Whether a layer has a trained factor of its weight, 1 at the start (:class:`TrainedScale`). No
+            part of POET as published: singular values keep their ratios and not their size. It is trained with
+            everything that is not a generator, without weight decay.
         centre: ``input``, ``weight``, or ``auto`` for the cheaper one in each layer.
         activation_mode: ``fast`` keeps one activation more in each layer, ``mem`` recomputes it in backward.
 
@@ -81,6 +85,7 @@ class PoetSettings:
     group_size: int | None = None
     anchor_every: int | None = None
     stepwise: bool = False
+    trained_scale: bool = False
     centre: Centre = "auto"
     activation_mode: ActivationMode = "fast"
 
@@ -174,6 +179,10 @@ class PoetSettings:
                 return Int8Weight(weight, group_size=self.group_size)
             case "nf4":
                 return Nf4Weight(weight, group_size=self.group_size)
+
+    def scale(self) -> TrainedScale | None:
+        """Return the trained factor of a layer, None if it has none."""
+        return TrainedScale() if self.trained_scale else None
 
     @property
     def anchor_period(self) -> int:

@@ -13,6 +13,7 @@ from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.centre import costs_for
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight
 from orthotrain.layers.poet_settings import TOO_COARSE, PoetSettings
+from orthotrain.layers.trained_scale import TrainedScale
 from orthotrain.layers.two_sided import Rotations, TwoSided
 from orthotrain.seeding import generator
 
@@ -20,7 +21,7 @@ from orthotrain.seeding import generator
 class StepwiseLinear(TwoSided):
     """``y = x @ W.T + bias`` with trained rotations of W that are known to be the identity in every forward pass.
 
-    ``W_eff = R_out^T W R_in^T`` as in :class:`PoetLinear`, but the optimizer's step is folded at once
+    ``W_eff = s R_out^T W R_in^T`` as in :class:`PoetLinear`, but the optimizer's step is folded at once
     (``MergeRotations(every_n_steps=1)``), so that R = I between steps and only the gradient at the identity is needed
     (kernels/tangent/README.md). The frozen weight stays in the natural frame; the permutations say which coordinates
     share a block and last until a merge draws the next ones.
@@ -33,6 +34,7 @@ class StepwiseLinear(TwoSided):
         centre: ``input`` forms the gradient from activations, ``weight`` from dL/dW, ``auto`` takes the one that the
             table of costs makes cheaper (:mod:`orthotrain.layers.centre`). From dL/dW, a weight that is not dense is
             unpacked once, and what is unpacked is kept until backward; in 16 bits a bf16 weight is what it stores.
+        scale: Trained factor s of the weight, which no fold changes, or None for 1.
         seed: Seed of the permutations and of stochastic rounding.
     """
 
@@ -46,9 +48,10 @@ class StepwiseLinear(TwoSided):
         rotation_out: BlockRotation | None,
         *,
         centre: Literal["auto", "input", "weight"] = "auto",
+        scale: TrainedScale | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(weight, bias, rotation_in, rotation_out, seed=seed)
+        super().__init__(weight, bias, rotation_in, rotation_out, scale=scale, seed=seed)
         self.centre = centre
         for _, rotation in self.sides():
             rotation.known_identity = True
@@ -64,18 +67,22 @@ class StepwiseLinear(TwoSided):
         rotations = Rotations.draw(linear, settings, seed)
         with torch.device(linear.weight.device):
             weight = settings.freeze(linear.weight.detach().clone())
-            return cls(weight, linear.bias, rotations.into, rotations.out, centre=settings.centre, seed=seed)
+            scale = settings.scale()
+            return cls(
+                weight, linear.bias, rotations.into, rotations.out, centre=settings.centre, scale=scale, seed=seed
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``; under autocast in its dtype, like nn.Linear."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if not (torch.is_grad_enabled() and self.training):
-            y = self.weight.matmul(x)
+            y = self._scaled(self.weight.matmul(x))
         elif self._centre_for(x) == "weight":
             y = self._through_weight(x)
         else:
-            y = self._tapped(self.weight.matmul(self._tapped(x, self.rotation_in)), self.rotation_out)
+            y = self._scaled(self.weight.matmul(self._tapped(x, self.rotation_in)))
+            y = self._tapped(y, self.rotation_out)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _tapped(self, x: Tensor, rotation: BlockRotation | None) -> Tensor:
@@ -95,6 +102,7 @@ class StepwiseLinear(TwoSided):
                 None if into is None else into.generators,
                 *self.rotations.orders,
                 (0 if out is None else out.block_size, 0 if into is None else into.block_size),
+                None if self.scale is None else self.scale.log,
             )
 
     def _centre_for(self, x: Tensor) -> Literal["input", "weight"]:

@@ -12,6 +12,7 @@ from orthotrain.kernels.fold import fold
 from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.frozen_weight import FrozenWeight, check_storable, plain_linear
 from orthotrain.layers.poet_settings import PoetSettings, Side
+from orthotrain.layers.trained_scale import TrainedScale
 from orthotrain.plugins import create
 from orthotrain.seeding import draw_permutation
 
@@ -72,13 +73,14 @@ class Rotations(NamedTuple):
 
 
 class TwoSided(nn.Module):
-    """``W_eff = R_out^T W R_in^T`` of a frozen weight, folded in fp32; a subclass says how it is multiplied with.
+    """``W_eff = s R_out^T W R_in^T`` of a frozen weight, folded in fp32; a subclass says how it is multiplied with.
 
     Args:
         weight: The frozen weight ``(out, in)``; in which order its rows and columns are is up to the subclass.
         bias: ``(out,)`` trained bias, or None. A merge never changes it.
         rotation_in: Rotation of the ``in`` input features, or None.
         rotation_out: Rotation of the ``out`` output features, or None.
+        scale: Trained factor s of the weight, which no fold changes, or None for 1.
         seed: Seed of the permutations and of stochastic rounding.
     """
 
@@ -91,6 +93,7 @@ class TwoSided(nn.Module):
         rotation_in: BlockRotation | None,
         rotation_out: BlockRotation | None,
         *,
+        scale: TrainedScale | None,
         seed: int,
     ) -> None:
         super().__init__()
@@ -99,6 +102,7 @@ class TwoSided(nn.Module):
         self.bias = bias
         self.rotation_in = rotation_in
         self.rotation_out = rotation_out
+        self.scale = scale
         self.seed = seed
         self.register_buffer("merge_count", torch.zeros((), dtype=torch.int64))
 
@@ -114,9 +118,10 @@ class TwoSided(nn.Module):
         if self.rotation_out is not None:
             yield "out", self.rotation_out
 
+    @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """Return ``R_out^T W R_in^T`` ``(out, in)`` in the natural order, rounded to the dtype of products."""
-        return self._effective_weight().to(self.weight.dtype)
+        """Return ``s R_out^T W R_in^T`` ``(out, in)`` in the natural order, rounded to the dtype of products."""
+        return self._scaled(self._effective_weight()).to(self.weight.dtype)
 
     def rotation_parameters(self) -> list[nn.Parameter]:
         """Return the generators of the rotated sides."""
@@ -130,6 +135,9 @@ class TwoSided(nn.Module):
     def unwrap(self) -> nn.Linear:
         """Return an ``nn.Linear`` that computes the same, with the merged weight and this layer's bias."""
         return plain_linear(self.merged_weight(), self.bias)
+
+    def _scaled(self, tensor: Tensor) -> Tensor:
+        return tensor if self.scale is None else self.scale(tensor)
 
     def _effective_weight(self) -> Tensor:
         """Return ``R_out^T W R_in^T (out, in)`` in the natural order, in fp32 or wider, without a gradient."""

@@ -64,17 +64,18 @@ class _TangentLinear(torch.autograd.Function):
         order_out: Tensor | None,
         order_in: Tensor | None,
         sizes: tuple[int, int],
+        log_scale: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, order_out, order_in)
+        ctx.save_for_backward(x, weight, order_out, order_in, log_scale)
         ctx.blocks = tuple(0 if g is None else g.shape[0] for g in (out, into))
         ctx.sizes = sizes
-        return torch.nn.functional.linear(x, weight.to(x.dtype))
+        return torch.nn.functional.linear(x, _scaled(weight, log_scale, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
-        x, stored, order_out, order_in = ctx.saved_tensors
+        x, stored, order_out, order_in, log_scale = ctx.saved_tensors
         (grad,) = grads
-        weight = stored.to(x.dtype)
+        weight = _scaled(stored, log_scale, x.dtype)
         rows = grad.reshape(-1, grad.shape[-1])
         # a transient: contracted to the diagonal blocks and dropped
         grad_weight = rows.mT @ x.reshape(-1, x.shape[-1])
@@ -82,7 +83,15 @@ class _TangentLinear(torch.autograd.Function):
         (n_out, n_in), (b_out, b_in) = ctx.blocks, ctx.sizes
         out = _gradient("row", weight, grad_weight, order_out, n_out, b_out) if n_out else None
         into = _gradient("column", weight, grad_weight, order_in, n_in, b_in) if n_in else None
-        return grad_x, None, out, into, None, None, None
+        scale = None
+        if log_scale is not None:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            scale = (grad_weight * weight).sum(dtype=wide).to(log_scale.dtype).view(1)
+        return grad_x, None, out, into, None, None, None, scale
+
+
+def _scaled(weight: Tensor, log_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (weight if log_scale is None else weight * log_scale.exp()).to(dtype)
 
 
 def tangent(x: Tensor, generators: Tensor, order: Tensor | None, block_size: int) -> Tensor:
@@ -109,8 +118,9 @@ def tangent_linear(
     order_out: Tensor | None,
     order_in: Tensor | None,
     sizes: tuple[int, int],
+    log_scale: Tensor | None = None,
 ) -> Tensor:
-    """Return ``x @ weight.T``; in backward give the generators of both sides their gradients through dL/dW.
+    """Return ``e^log_scale x @ weight.T``; in backward give generators and scale their gradients through dL/dW.
 
     Args:
         x: ``(..., in)``.
@@ -120,8 +130,9 @@ def tangent_linear(
         order_out: Permutation ``(out,)`` likewise.
         order_in: Permutation ``(in,)`` likewise.
         sizes: Block sizes of the output and of the input side.
+        log_scale: Logarithm of a factor of the weight, ``(1,)`` in fp32 or wider, or None for 1.
 
     Returns:
         ``(..., out)``.
     """
-    return _TangentLinear.apply(x, weight, out, into, order_out, order_in, sizes)
+    return _TangentLinear.apply(x, weight, out, into, order_out, order_in, sizes, log_scale)

@@ -26,11 +26,12 @@ import torch
 
 from orthotrain.data import TextData
 from orthotrain.errors import TrainingDiverged
+from orthotrain.layers import StepwiseLinear
 from orthotrain.models import CausalLM
 from orthotrain.modules import BaseModule, LoraLayers, LoraModule, Optimization, PoetLayers, PoetModule
 from orthotrain.optimizers import GaLore, LieOptimizer
 from orthotrain.plugins import CayleyNeumann
-from orthotrain.schedules import CosineWithWarmup
+from orthotrain.schedules import CosineWithWarmup, WarmupStableDecay
 
 CONFIG = {
     "vocab_size": 4096,
@@ -45,10 +46,16 @@ BATCH, LENGTH = 8, 256
 
 
 def optimization(
-    lr: float = 4e-3, warmup: int = 20, betas: tuple[float, float] = (0.9, 0.95), **options: Any
+    lr: float = 4e-3,
+    warmup: int = 20,
+    betas: tuple[float, float] = (0.9, 0.95),
+    decay_fraction: float | None = None,
+    **options: Any,
 ) -> Optimization:
-    """Return the recipe that all runs share: AdamW, weight decay 0.01, warm-up, cosine to 1%."""
-    schedule = partial(CosineWithWarmup, warmup_steps=warmup)
+    """Return the recipe that all runs share: AdamW, weight decay 0.01, warm-up, cosine to 1% (or a line at the end)."""
+    schedule: Any = partial(CosineWithWarmup, warmup_steps=warmup)
+    if decay_fraction is not None:
+        schedule = partial(WarmupStableDecay, warmup_steps=warmup, decay_fraction=decay_fraction)
     build = partial(torch.optim.AdamW, betas=betas, foreach=True)
     return Optimization(lr=lr, weight_decay=0.01, optimizer=build, scheduler=schedule, **options)
 
@@ -95,7 +102,12 @@ def poet(
 
 
 def stepwise(
-    angle: float = 0.015, resample: int = 50, gain: float = 1.0, rest: float = 4e-3, **options: Any
+    angle: float = 0.015,
+    resample: int = 50,
+    gain: float = 1.0,
+    rest: float = 4e-3,
+    recipe: dict[str, Any] | None = None,
+    **options: Any,
 ) -> PoetModule:
     """Return step-wise POET: b=64, orthogonalised momentum, alternating sides, permutations kept for 50 steps."""
     layers = {name: options.pop(name) for name in PoetLayers.__dataclass_fields__ if name in options}
@@ -103,8 +115,26 @@ def stepwise(
         **{"block_size": 64, "parameterization": CayleyNeumann(2), **SINGLE, **layers}, stepwise=True, gain=gain
     )
     build = partial(LieOptimizer, **options)
-    recipe = optimization(rest, rotation_lr=angle, rotation_optimizer=build)
-    return PoetModule(CausalLM(CONFIG), settings, 1, resample_every=resample, optimization=recipe)
+    rates = optimization(rest, rotation_lr=angle, rotation_optimizer=build, **(recipe or {}))
+    return PoetModule(CausalLM(CONFIG), settings, 1, resample_every=resample, optimization=rates)
+
+
+def with_diagonal(**options: Any) -> PoetModule:
+    """Return step-wise POET with a trained factor for each output of a layer, which no option of ours is."""
+    module = stepwise(**options)
+    wrap = module.wrap
+
+    def scaled(layer: StepwiseLinear, arguments: Any, y: torch.Tensor) -> torch.Tensor:
+        return y * layer.factors.to(y.dtype)
+
+    def wrapped(model: torch.nn.Module) -> None:
+        wrap(model)
+        for layer in [layer for layer in model.modules() if isinstance(layer, StepwiseLinear)]:
+            layer.factors = torch.nn.Parameter(torch.ones(layer.out_features))
+            layer.register_forward_hook(scaled)
+
+    module.wrap = wrapped
+    return module
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -119,6 +149,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 """What may move a run besides its own rate, one at a time from the best AdamW and POET."""
 
 GROUPED = {"permutation_group": 8}
+WIDE = {"angle": 0.02, "block_size": 256, "init": "uniform", **GROUPED}
+"""The best step-wise run, whose changes the group `scale` holds."""
 LONG = 400
 SERIES = CayleyNeumann(4)
 
@@ -173,6 +205,25 @@ GROUPS: dict[str, dict[str, partial]] = {
     "long": {
         **{f"POET-BS b=64, lr 2e-3, T_m={t}": partial(poet, merge_every=t) for t in (100, 200, 400)},
         "AdamW, hidden lr 2.5e-4": partial(adamw, 2.5e-4),
+        **{f"Muon, hidden lr 0.01, the rest {lr:g}": partial(muon, 1e-2, lr) for lr in (4e-3, 8e-3)},
+        **{
+            f"step-wise b=256, the rest {lr:g}{what}": partial(stepwise, rest=lr, **WIDE, **change)
+            for lr in (4e-3, 8e-3)
+            for what, change in (("", {}), (", trained scale", {"trained_scale": True}))
+        },
+    },
+    "scale": {
+        **{
+            f"step-wise b=256, the rest {lr:g}, trained scale": partial(stepwise, rest=lr, **WIDE, trained_scale=True)
+            for lr in (4e-3, 8e-3)
+        },
+        "step-wise b=256, a trained factor for each output": partial(with_diagonal, **WIDE),
+        "step-wise b=256, resampled every 200": partial(stepwise, resample=200, **WIDE),
+        "step-wise b=256, constant, the last 40% linear to 0": partial(
+            stepwise, **WIDE, recipe={"decay_fraction": 0.4}
+        ),
+        "step-wise b=256, linear to 0": partial(stepwise, **WIDE, recipe={"decay_fraction": 1.0}),
+        "POET-BS b=64, lr 2e-3, trained scale": partial(poet, trained_scale=True, **GROUPED),
     },
     "stepwise": {
         **{f"step-wise b=64, angle {a:g}": partial(stepwise, a) for a in (0.01, 0.015, 0.024, 0.04)},

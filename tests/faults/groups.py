@@ -112,7 +112,7 @@ def fit(
         options["optimizer"] = partial(bnb.optim.AdamW8bit, min_8bit_size=1024)
     module = PoetModule(
         CausalLM(NETWORK),
-        PoetLayers(block_size=8, stepwise=stepwise, **(layers or {})),
+        PoetLayers(block_size=8, stepwise=stepwise, trained_scale=stepwise, **(layers or {})),
         merge_every=1 if stepwise else 2,
         optimization=Optimization(**options),
         **module_options,
@@ -149,7 +149,8 @@ def same_everywhere(state):
 
 def merged_otherwise(module, stepwise):
     """Merge three times with random generators, sharded and in one process: names of tensors whose bits differ."""
-    plain = PoetModule(CausalLM(NETWORK), PoetLayers(block_size=8, stepwise=stepwise), 1 if stepwise else 2)
+    layers = PoetLayers(block_size=8, stepwise=stepwise, trained_scale=stepwise)
+    plain = PoetModule(CausalLM(NETWORK), layers, 1 if stepwise else 2)
     plain.configure_model()
     plain.load_state_dict({n: whole(t) for n, t in module.state_dict().items()})
     for merge in range(3):

@@ -65,7 +65,8 @@ def pretraining(recipe, corpus):
     network |= {"num_attention_heads": 2, "max_position_embeddings": 64}
     options = {"merge_every": 3, "layers": {"block_size": 8}}
     if recipe.stepwise:  # permutations are drawn anew at some of the checkpoints, and between others
-        options = {"merge_every": 1, "resample_every": 5, "layers": {"block_size": 8, "stepwise": True}}
+        options = {"merge_every": 1, "resample_every": 5, "layers": {"block_size": 8}}
+        options["layers"] |= {"stepwise": True, "trained_scale": True}
         options |= {"optimization": {"rotation_lr": 0.02, "rotation_optimizer": {"class_path": "LieOptimizer"}}}
     model = {"class_path": "CausalLM", "init_args": {"config": network}}
     text = {"source": str(corpus), "vocab_size": 320, "sequence_length": 32, "batch_size": 4, "val_fraction": 0.0}

@@ -55,6 +55,17 @@ def test_natural_order_and_one_side():
             torch.testing.assert_close(g, e, rtol=1e-11, atol=1e-11)
 
 
+def test_a_factor_of_the_weight_has_its_gradient_through_the_weight():
+    x, weight, out, into, order_out, order_in = draw(24, 16, 4, 4)
+    log = torch.tensor([0.4], dtype=torch.float64, requires_grad=True)
+    got = tangent_linear(x, weight, out, into, order_out, order_in, (4, 4), log)
+    tapped = tangent(tangent(x, into, order_in, 4) @ weight.T, out, order_out, 4) * log.exp()
+    torch.testing.assert_close(got, tapped, rtol=1e-13, atol=1e-13)
+    inputs = (x, out, into, log)
+    for g, e in zip(gradients(got, inputs), gradients(tapped, inputs), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-11, atol=1e-11)
+
+
 def test_compiles_without_graph_breaks():
     x, weight, out, into, order_out, order_in = draw(24, 16, 4, 4)
 

@@ -22,10 +22,10 @@ class Poet(PoetModule):
         return (self(batch) - batch[:, :8]).square().mean()
 
 
-def fit(folder, monitor, steps=6, loggers=(), **kwargs):
+def fit(folder, monitor, steps=6, loggers=(), trained_scale=False, **kwargs):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
-    layers = PoetLayers(block_size=4, exclude=[])
+    layers = PoetLayers(block_size=4, exclude=[], trained_scale=trained_scale)
     module = Poet(net, layers, merge_every=2, optimization=Optimization(lr=1e-2))
     rows = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
     trainer = L.Trainer(
@@ -57,6 +57,15 @@ def test_logs_and_draws(tmp_path):
     assert "spectrum/model.0/entropy" in header
     for picture in ("spectrum.png", "coverage.png", "orthogonality.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG"), picture
+
+
+def test_a_trained_scale_is_logged_beside_spectra_without_it(tmp_path):
+    monitor = SpectrumMonitor(every_n_steps=3)
+    module, trainer = fit(tmp_path, monitor, trained_scale=True)
+    for name, layer in monitor.watched(module).items():
+        scale = trainer.callback_metrics[f"spectrum/{name}/scale"]
+        assert abs(scale - 1) > 1e-2 and scale == pytest.approx(float(layer.scale.log.detach().exp()))
+    assert trainer.callback_metrics["spectrum/drift"] < 1e-4
 
 
 def test_writes_all_values_if_asked_to(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthotrain.layers import BlockRotation, OftLinear, PoetLinear, replace_linears, unwrap_mergeables
 from orthotrain.layers.displacement_pool import DisplacementPool, PooledDisplacements
@@ -64,6 +65,26 @@ def test_oft_layers_of_a_pool_get_the_gradients_they_get_alone(dtype, options, s
     bound = 2e-5 if dtype == torch.float32 else 2e-2
     for name, gradient in alone.items():
         assert float((pooled[name] - gradient).norm()) <= bound * float(gradient.norm())
+
+
+def test_a_compiled_oft_layer_of_an_eager_network_sees_a_custom_op(randomize):
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16))
+    replace_linears(net, ["*"], (), lambda linear: OftLinear.from_linear(linear, 8))
+    DisplacementPool(randomize(net, 0.02))
+    x = torch.randn(50, 16)
+    eager = gradients(net, x)
+    net[0].compile(fullgraph=True, backend="aot_eager")
+    for name, gradient in gradients(net, x).items():
+        torch.testing.assert_close(gradient, eager[name], rtol=1e-4, atol=1e-4)
+
+
+def test_oft_layers_of_a_pool_compute_on_shapes_alone():
+    with FakeTensorMode():
+        net = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16))
+        replace_linears(net, ["*"], (), lambda linear: OftLinear.from_linear(linear, 8))
+        DisplacementPool(net)
+        assert gradients(net, torch.randn(50, 16)).keys() == {f"{i}.rotation_in.generators" for i in range(2)}
 
 
 def test_is_computed_once_per_forward_and_dropped_after_it(randomize, monkeypatch):

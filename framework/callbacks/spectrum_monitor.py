@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from orthotrain.callbacks.pictures import draw_lines, panels, run_folder, save
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.mergeable import Covering, Mergeable, mergeable_layers
-from orthotrain.layers.sharding import gathered, whole
-from orthotrain.layers.two_sided import TwoSided
+from orthotrain.layers.mergeable import Covering, Mergeable, Scaled, mergeable_layers
+from orthotrain.layers.sharding import gathered
 from orthotrain.progress import shown
 from orthotrain.spectrum import singular_values, spectral_drift, svd_entropy
 
@@ -114,8 +113,8 @@ class SpectrumMonitor(L.Callback):
             metrics[f"spectrum/{name}/condition"] = float(values[0] / values[-1].clamp_min(1e-30))
             metrics[f"spectrum/{name}/largest"] = float(values[0])
             metrics[f"spectrum/{name}/drift"] = spectral_drift(values, start)
-            if (scale := trained_scale(layer)) is not None:
-                metrics[f"spectrum/{name}/scale"] = scale
+            if isinstance(layer, Scaled) and (factor := layer.trained_factor()) is not None:
+                metrics[f"spectrum/{name}/scale"] = factor
             if isinstance(layer, Covering):
                 pairs = min(side.pairs for side in layer.coverage().values())
                 metrics[f"spectrum/{name}/pair_coverage"] = pairs
@@ -170,13 +169,5 @@ def spectrum(layer: Mergeable) -> Tensor:
     """Return the singular values of the merged weight without its trained scale, descending, on the CPU in fp32."""
     with gathered(layer):
         values = singular_values(layer.merged_weight().float().flatten(1)).cpu()
-    scale = trained_scale(layer)
-    return values if scale is None else values / scale
-
-
-@torch.no_grad()
-def trained_scale(layer: Mergeable) -> float | None:
-    """Return the trained factor of a layer's weight, None for a layer without one; a collective where it is sharded."""
-    if not isinstance(layer, TwoSided) or layer.scale is None:
-        return None
-    return float(whole(layer.scale.log).exp())
+    factor = layer.trained_factor() if isinstance(layer, Scaled) else None
+    return values if factor is None else values / factor

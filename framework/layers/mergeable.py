@@ -71,6 +71,14 @@ class Covering(Protocol):
         """Return the coverage of each rotated side, ``in`` and ``out``."""
 
 
+@runtime_checkable
+class Scaled(Protocol):
+    """A layer that may have a trained factor, which its merged weight contains and its rotations do not change."""
+
+    def trained_factor(self) -> float | None:
+        """Return the factor, None without one; a collective where it is sharded."""
+
+
 def mergeable_layers(model: nn.Module) -> Iterator[tuple[str, Mergeable]]:
     """Yield ``(name, layer)`` for every :class:`Mergeable` in the model, shared ones once, in module order."""
     for name, module in model.named_modules():

@@ -12,6 +12,7 @@ from orthotrain.kernels.fold import fold
 from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.frozen_weight import FrozenWeight, check_storable, plain_linear
 from orthotrain.layers.poet_settings import PoetSettings, Side
+from orthotrain.layers.sharding import whole
 from orthotrain.layers.trained_scale import TrainedScale
 from orthotrain.plugins import create
 from orthotrain.seeding import draw_permutation
@@ -135,6 +136,11 @@ class TwoSided(nn.Module):
     def unwrap(self) -> nn.Linear:
         """Return an ``nn.Linear`` that computes the same, with the merged weight and this layer's bias."""
         return plain_linear(self.merged_weight(), self.bias)
+
+    @torch.no_grad()
+    def trained_factor(self) -> float | None:
+        """Return s, None for a layer without a trained scale; a collective where it is sharded."""
+        return None if self.scale is None else float(whole(self.scale.log).exp())
 
     def _scaled(self, tensor: Tensor) -> Tensor:
         return tensor if self.scale is None else self.scale(tensor)

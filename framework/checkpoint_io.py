@@ -98,7 +98,7 @@ def needs_consolidating(path: str | Path) -> ConfigurationError:
     """Return the error of who needs a file and is given the folder of a distributed checkpoint."""
     return ConfigurationError(
         f"checkpoint {str(path)!r} is a folder, as FSDP2 writes it with save_distributed_checkpoint: resume it with "
-        f"trainer/fsdp2.yaml, or make it a file by python -m orthotrain.consolidate {path} FILE.ckpt"
+        f"trainer/fsdp2.yaml, or make it a file by orthotrain consolidate {path} FILE.ckpt"
     )
 
 

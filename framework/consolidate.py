@@ -1,7 +1,4 @@
-"""``orthotrain consolidate FOLDER FILE``: a distributed checkpoint as one file that any strategy resumes.
-
-``python -m orthotrain.consolidate FOLDER FILE`` does the same.
-"""
+"""``orthotrain consolidate FOLDER FILE``: a distributed checkpoint as one file that any strategy resumes."""
 
 from pathlib import Path
 from typing import Any
@@ -45,11 +42,3 @@ def consolidate(folder: str | Path, file: str | Path) -> Path:
     with writing("writing the checkpoint", partial_of(file), bytes_in(folder)):
         AtomicCheckpointIO().save_checkpoint({"state_dict": shards["state_dict"], **rest}, file)
     return file
-
-
-if __name__ == "__main__":
-    import sys
-
-    from orthotrain.cli import main
-
-    main(["consolidate", *sys.argv[1:]])

@@ -57,8 +57,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     Args:
         save_distributed_checkpoint: Whether each rank writes its own shard, into a folder, instead of one file. Such a
-            checkpoint resumes on as many ranks, or is made one file by
-            ``python -m orthotrain.consolidate FOLDER FILE``.
+            checkpoint resumes on as many ranks, or is made one file by ``orthotrain consolidate FOLDER FILE``.
         process_group_backend: None for that of the device.
         timeout: How long a collective waits for a rank that does not answer.
     """

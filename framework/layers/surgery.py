@@ -103,10 +103,8 @@ def check_excluded(model: nn.Module, exclude: Sequence[str], defaults: Sequence[
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     for pattern in exclude:
         if pattern not in defaults and not any(fnmatchcase(name, pattern) for name in names):
-            alike = [name for name in names if squeezed(pattern) and squeezed(pattern) in squeezed(name)]
-            near = alike[:3] or difflib.get_close_matches(pattern.strip("*"), names, n=3, cutoff=0.3) or names[:3]
             raise ConfigurationError(
-                f"exclude pattern {pattern!r} matches no module: the model has, for example, {', '.join(near)}"
+                f"exclude pattern {pattern!r} matches no module: the model has, for example, {_alike(pattern, names)}"
             )
 
 
@@ -206,5 +204,9 @@ def _refuse_uncalled(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
 def _near(pattern: str, linears: dict[str, nn.Linear]) -> str:
     if not linears:
         return "the model has none at all"
-    near = difflib.get_close_matches(pattern, linears, n=3, cutoff=0.3) or list(linears)[:3]
-    return f"the model has {len(linears)}, for example {', '.join(near)}"
+    return f"the model has {len(linears)}, for example {_alike(pattern, list(linears))}"
+
+
+def _alike(pattern: str, names: list[str]) -> str:
+    alike = [name for name in names if squeezed(pattern) and squeezed(pattern) in squeezed(name)]
+    return ", ".join(alike[:3] or difflib.get_close_matches(pattern.strip("*"), names, n=3, cutoff=0.3) or names[:3])

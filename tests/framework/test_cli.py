@@ -107,6 +107,10 @@ BAD = [
     (["--model.layers.block_size", "-8"], "block_size=-8"),
     (["--model.layers.block_size", "33"], "layer model.layers.0.self_attn.q_proj (32 x 32): block_size=33"),
     (["--model.layers.include", "['*conv*']"], "include pattern '*conv*' matches no linear layer; the model has"),
+    (
+        ["--model.layers.include", "['*qproj*']"],
+        "'*qproj*' matches no linear layer; the model has 8, for example model.layers.0.self_attn.q_proj",
+    ),
     (["--model.layers.exclude", "['*lmhead*']"], "exclude pattern '*lmhead*' matches no module: the model has, for"),
     (["--model.layers.init", "zeros"], "init"),
     (["--model.merge_every", "0"], "merge_every=0: merge every 1 or more optimizer steps"),

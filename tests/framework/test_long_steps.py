@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -148,7 +149,7 @@ def test_consolidating_counts_bytes_and_its_command_says_what_it_takes(ended, tm
     assert 6000 < checked.done <= checked.total and read.done == 6000 and "writing the checkpoint" in ended
 
     def command(*arguments):
-        line = [sys.executable, "-m", "orthotrain.consolidate", *map(str, arguments)]
+        line = [Path(sys.executable).with_name("orthotrain"), "consolidate", *map(str, arguments)]
         return subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
 
     helped, without = command("--help"), command("shards.ckpt")

@@ -182,4 +182,4 @@ def test_a_distributed_checkpoint_on_one_device_says_what_to_do(small, tmp_path)
     run = ["-c", "pretrain/quickstart.yaml", *small(), *POET, "--ckpt_path", str(tmp_path / "x.ckpt")]
     (tmp_path / "x.ckpt").mkdir()
     codes, log = launch(run, "cpu", tmp_path / "log", ranks=1)
-    assert codes == [2] and "is a folder, as FSDP2 writes it" in log and "python -m orthotrain.consolidate" in log
+    assert codes == [2] and "is a folder, as FSDP2 writes it" in log and "orthotrain consolidate" in log

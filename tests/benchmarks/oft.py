@@ -12,7 +12,7 @@ torch has allocated on CUDA. The same goes to tests/benchmarks/results/oft.json 
 import argparse
 import json
 import platform
-import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -29,6 +29,7 @@ from orthotrain.layers.displacement_pool import DisplacementPool
 from orthotrain.modules import OftLayers
 from orthotrain.plan import saved_bytes
 
+memory = runpy.run_path(str(Path(__file__).parent / "memory.py"))
 CONFIG = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 8, "num_attention_heads": 4}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCABULARY, BATCH, LENGTH = 4096, 4, 256
@@ -106,10 +107,7 @@ def own_peak_mib(name: str, dtype: torch.dtype, device: str) -> float:
     def level() -> float:
         if device == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
-        if sys.platform == "linux":  # whose ru_maxrss is at least that of the process that started this one
-            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return memory["peak_resident_mib"]()
 
     network, tokens = build(name, dtype, device), random_tokens(device)
     if device == "cuda":

@@ -65,10 +65,10 @@ def adamw(hidden: float, lr: float = 4e-3, **recipe: Any) -> BaseModule:
     return BaseModule(CausalLM(CONFIG), optimization(lr, lr_overrides={HIDDEN: hidden}, **recipe))
 
 
-def muon(hidden: float, lr: float = 4e-3) -> BaseModule:
+def muon(hidden: float, lr: float = 4e-3, **recipe: Any) -> BaseModule:
     """Return Muon on hidden matrices, AdamW on the rest."""
     build = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw", weight_decay=0.01)
-    options = {"lr_overrides": {HIDDEN: hidden}, "optimizer_overrides": {HIDDEN: build}}
+    options = {"lr_overrides": {HIDDEN: hidden}, "optimizer_overrides": {HIDDEN: build}, **recipe}
     return BaseModule(CausalLM(CONFIG), optimization(lr, **options))
 
 
@@ -219,10 +219,17 @@ GROUPS: dict[str, dict[str, partial]] = {
         },
         "step-wise b=256, a trained factor for each output": partial(with_diagonal, **WIDE),
         "step-wise b=256, resampled every 200": partial(stepwise, resample=200, **WIDE),
-        "step-wise b=256, constant, the last 40% linear to 0": partial(
-            stepwise, **WIDE, recipe={"decay_fraction": 0.4}
-        ),
+        "step-wise b=256, the last 40% linear to 0": partial(stepwise, **WIDE, recipe={"decay_fraction": 0.4}),
         "step-wise b=256, linear to 0": partial(stepwise, **WIDE, recipe={"decay_fraction": 1.0}),
+        "step-wise b=256, the rest 0.008, trained scale, the last 40% linear to 0": partial(
+            stepwise, rest=8e-3, **WIDE, trained_scale=True, recipe={"decay_fraction": 0.4}
+        ),
+        **{
+            f"Muon, hidden lr 0.01, the rest {lr:g}, the last 40% linear to 0": partial(
+                muon, 1e-2, lr, decay_fraction=0.4
+            )
+            for lr in (4e-3, 8e-3)
+        },
         "POET-BS b=64, lr 2e-3, trained scale": partial(poet, trained_scale=True, **GROUPED),
     },
     "stepwise": {

@@ -1,17 +1,21 @@
-"""Step-wise POET against plain training: time of a layer, of a whole training step, and the optimizer's state.
+"""Step-wise POET against plain training: time of a layer and of a whole training step, memory, the optimizer's state.
 
     .venv/bin/python -P tests/benchmarks/stepwise.py [--rounds 10] [--widest 4096] [--storage residual] [--skip-steps]
 
 Layers: forward and backward of StepwiseLinear relative to a trained nn.Linear, fp32 and bf16, shapes of kernels.py.
 Steps: forward, backward, optimizer and fold of the quickstart's network (8 x 256 tokens, bf16-mixed). Medians in one
-process, rounds take turns. Results in tests/benchmarks/results/stepwise.json.
+process, rounds take turns; the peak of memory is that of a fresh process for each method: what the built network and
+three steps of it take. Results in tests/benchmarks/results/stepwise.json.
 """
 
 import argparse
 import json
 import platform
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,20 @@ HERE = Path(__file__).parent
 cases = runpy.run_path(str(HERE / "kernel_cases.py"))
 kernels = runpy.run_path(str(HERE / "kernels.py"))
 quality = runpy.run_path(str(HERE / "quality.py"))
+memory = runpy.run_path(str(HERE / "memory.py"))
 CPU = torch.device("cpu")
+ROWS, LENGTH, STEPS_OF_PEAK = 8, 256, 3
+GROUPED = {"permutation_group": None}  # the default of layers
+WIDEST = {**GROUPED, "block_size": 256}
+RECIPES: dict[str, Callable[[], BaseModule]] = {
+    "AdamW": partial(quality["adamw"], 2.5e-4),
+    "Muon": partial(quality["muon"], 1e-2),
+    "POET b=64": partial(quality["poet"], **GROUPED),
+    "step-wise b=64": partial(quality["stepwise"], **GROUPED),
+    "step-wise b=128": partial(quality["stepwise"], block_size=128, **GROUPED),
+    "step-wise b=256": partial(quality["stepwise"], **WIDEST),
+    "step-wise b=256, trained scale": partial(quality["stepwise"], trained_scale=True, **WIDEST),
+}
 
 
 def layers(rounds: int, widest: int, storage: Storage) -> dict[str, Any]:
@@ -81,29 +98,45 @@ def projections(module: BaseModule) -> set[nn.Parameter]:
     return {parameter for name, parameter in module.named_parameters() if "proj" in name}
 
 
-def steps(rounds: int) -> dict[str, dict[str, float]]:
-    """Return milliseconds of a step and MiB of optimizer state of the projections by method."""
-    ids = torch.randint(0, 4096, (8, 256))
-    recipes = {
-        "AdamW": quality["adamw"](2.5e-4),
-        "Muon": quality["muon"](1e-2),
-        "POET b=64": quality["poet"](),
-        "step-wise b=64": quality["stepwise"](),
-        "step-wise b=128": quality["stepwise"](block_size=128),
-        "step-wise b=256": quality["stepwise"](block_size=256),
-    }
+def random_tokens() -> Tensor:
+    """Return the tokens of a step."""
+    return torch.randint(0, 4096, (ROWS, LENGTH))
+
+
+def own_peak_mib(name: str) -> float:
+    """Return the MiB that the built network and whole steps of a method take; exact only in a fresh process."""
+    empty = memory["peak_resident_mib"]()
+    run, _ = step_of(RECIPES[name](), random_tokens())
+    for _ in range(STEPS_OF_PEAK):
+        run()
+    return memory["peak_resident_mib"]() - empty
+
+
+def peak_mib(name: str, threads: int) -> float:
+    """Return :func:`own_peak_mib` of a process of its own."""
+    command = [sys.executable, "-P", __file__, "--peak-of", name, "--threads", str(threads)]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def steps(rounds: int, threads: int) -> dict[str, dict[str, float]]:
+    """Return milliseconds of a step, tokens a second, and MiB at the peak and of optimizer state, by method."""
+    peaks = {name: peak_mib(name, threads) for name in RECIPES}
+    ids, recipes = random_tokens(), {name: build() for name, build in RECIPES.items()}
     made = {name: step_of(module, ids) for name, module in recipes.items()}
     ms = cases["interleaved"]({name: step for name, (step, _) in made.items()}, CPU, rounds)
-    results = {}
-    print(f"\n{'whole step':<26}{'ms':>8}{'of AdamW':>10}{'state MiB':>11}{'of AdamW':>10}")
+    results: dict[str, dict[str, float]] = {}
+    titles = f"{'ms':>8}{'of AdamW':>10}{'tokens/s':>10}{'peak MiB':>10}{'state MiB':>11}{'of AdamW':>10}"
+    print(f"\n{'whole step':<32}{titles}")
     for name, (_, optimizer) in made.items():
         held = {p: values for p, values in optimizer.state.items() if p in projections(recipes[name])}
         state = [t for values in held.values() for t in values.values() if isinstance(t, Tensor)]
         hidden = sum(t.numel() * t.itemsize for t in state) / 2**20
-        results[name] = {"ms": ms[name], "state_mib": hidden}
+        speed = ROWS * LENGTH / ms[name] * 1e3
+        results[name] = {"ms": ms[name], "tokens_per_s": speed, "peak_mib": peaks[name], "state_mib": hidden}
         base = results["AdamW"]
-        ratios = (ms[name] / base["ms"], hidden / base["state_mib"])
-        print(f"{name:<26}{ms[name]:>8.1f}{ratios[0]:>10.2f}{hidden:>11.1f}{ratios[1]:>10.2f}")
+        ratio, share = ms[name] / base["ms"], hidden / base["state_mib"]
+        numbers = f"{ms[name]:>8.1f}{ratio:>10.2f}{speed:>10.0f}{peaks[name]:>10.0f}{hidden:>11.1f}{share:>10.2f}"
+        print(f"{name:<32}{numbers}", flush=True)
     return results
 
 
@@ -116,9 +149,13 @@ def main() -> None:
     parser.add_argument("--storage", choices=("dense", "residual"), default="dense", help="of the layers' weights")
     parser.add_argument("--skip-layers", action="store_true")
     parser.add_argument("--skip-steps", action="store_true")
+    parser.add_argument("--peak-of", metavar="METHOD", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.peak_of:
+        print(own_peak_mib(options.peak_of))
+        return
     out = HERE / "results" / "stepwise.json"
     document = json.loads(out.read_text()) if out.exists() else {}
     document["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
@@ -127,7 +164,7 @@ def main() -> None:
         part = "layers" if options.storage == "dense" else f"layers, {options.storage}"
         document[part] = layers(options.rounds, options.widest, options.storage)
     if not options.skip_steps:
-        document["steps"] = steps(options.rounds)
+        document["steps"] = steps(options.rounds, options.threads)
     out.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -36,7 +36,14 @@ EXACT = "tf32x3"
 """How fp32 factors are multiplied unless torch is told to round them to TF32: 21 bits or more are kept."""
 
 
-def run_chain(chain: Chain, first: Tensor, second: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+def run_chain(
+    chain: Chain,
+    first: Tensor,
+    second: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    precision: str | None = None,
+) -> Tensor:
     """Run a chain on every block of a batch.
 
     Args:
@@ -44,6 +51,7 @@ def run_chain(chain: Chain, first: Tensor, second: Tensor | None = None, *, tran
         first: First input ``(n, b, b)``.
         second: Second input of the same shape, for a chain of two.
         transposed: Read every block of ``first`` transposed.
+        precision: Of the products, None for :func:`wide_precision`.
 
     Returns:
         The result ``(n, b, b)`` in the dtype of ``first``.
@@ -53,13 +61,15 @@ def run_chain(chain: Chain, first: Tensor, second: Tensor | None = None, *, tran
         return out
     second = first if second is None else second
     if out.shape[-1] <= FUSED:
-        _run_fused(chain, first, second, out, out.shape[-1], transposed=transposed, generators=False)
+        _run_fused(chain, first, second, out, out.shape[-1], precision, transposed=transposed, generators=False)
     else:
-        _run_steps(chain, first, second, transposed, out)
+        _run_steps(chain, first, second, transposed, out, precision or wide_precision())
     return out
 
 
-def run_chain_on_generators(chain: Chain, generators: Tensor, size: int, grad: Tensor | None = None) -> Tensor:
+def run_chain_on_generators(
+    chain: Chain, generators: Tensor, size: int, grad: Tensor | None = None, *, precision: str | None = None
+) -> Tensor:
     """Run a chain on skew blocks of up to ``FUSED`` rows given by their generators, in one launch.
 
     Args:
@@ -67,6 +77,7 @@ def run_chain_on_generators(chain: Chain, generators: Tensor, size: int, grad: T
         generators: Upper triangles ``(n, size (size - 1) / 2)`` of the skew blocks Q.
         size: Rows of a block.
         grad: Second input ``(n, size, size)`` of a backward chain, which reads Q^T.
+        precision: Of the products, None for :func:`wide_precision`.
 
     Returns:
         The result ``(n, size, size)``; for a backward chain its contraction to generators, upper minus mirrored lower.
@@ -75,11 +86,16 @@ def run_chain_on_generators(chain: Chain, generators: Tensor, size: int, grad: T
     if out.numel():
         backward = grad is not None
         second = generators if grad is None else grad
-        _run_fused(chain, generators, second, out, size, transposed=backward, generators=True)
+        _run_fused(chain, generators, second, out, size, precision, transposed=backward, generators=True)
     return out
 
 
-def precision() -> str:
+def precision_for(given: torch.dtype, result: torch.dtype) -> str:
+    """Return the precision of products whose ``result`` is rounded to a dtype: TF32 has the digits of fp16."""
+    return "tf32" if result.itemsize < given.itemsize and given == torch.float32 else wide_precision()
+
+
+def wide_precision() -> str:
     """Return the precision of products that the global matmul setting of torch asks for.
 
     It is read where both ``torch.set_float32_matmul_precision`` and ``torch.backends.fp32_precision`` leave it;
@@ -103,7 +119,15 @@ def fused_programs(blocks: int, tiling: dict[str, int], device: torch.device) ->
 
 
 def _run_fused(
-    chain: Chain, first: Tensor, second: Tensor, out: Tensor, size: int, *, transposed: bool, generators: bool
+    chain: Chain,
+    first: Tensor,
+    second: Tensor,
+    out: Tensor,
+    size: int,
+    precision: str | None,
+    *,
+    transposed: bool,
+    generators: bool,
 ) -> None:
     blocks = out.shape[0]
     tiling = fused_tiling(size)
@@ -122,7 +146,7 @@ def _run_fused(
         INPUTS=chain.inputs,
         TRANSPOSED=transposed,
         GENERATORS=generators,
-        PRECISION=precision(),
+        PRECISION=precision or wide_precision(),
         **tiling,
     )
 
@@ -145,7 +169,7 @@ def _bits(value: float) -> int:
     return struct.unpack("<i", struct.pack("<f", value))[0]
 
 
-def _run_steps(chain: Chain, first: Tensor, second: Tensor, transposed: bool, out: Tensor) -> None:
+def _run_steps(chain: Chain, first: Tensor, second: Tensor, transposed: bool, out: Tensor, precision: str) -> None:
     blocks, size = out.shape[0], out.shape[-1]
     slots = chain.slots - chain.inputs
     group = min(blocks, max(1, SCRATCH_BYTES // (4 * size * size * slots)))
@@ -155,8 +179,8 @@ def _run_steps(chain: Chain, first: Tensor, second: Tensor, transposed: bool, ou
         inputs = (first[part].mT if transposed else first[part], second[part])[: chain.inputs]
         matrices = [*(_prepared(x, chain.scale) for x in inputs), *scratch[:, : part.stop - start]]
         for step in chain.steps[:-1]:
-            _run_step(step, matrices, matrices[step.target])
-        _run_step(chain.steps[-1], matrices, out[part])
+            _run_step(step, matrices, matrices[step.target], precision)
+        _run_step(chain.steps[-1], matrices, out[part], precision)
 
 
 def _prepared(x: Tensor, scale: float) -> Tensor:
@@ -164,7 +188,7 @@ def _prepared(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x * scale
 
 
-def _run_step(step: Step, matrices: list[Tensor], out: Tensor) -> None:
+def _run_step(step: Step, matrices: list[Tensor], out: Tensor, precision: str) -> None:
     blocks, size, _ = out.shape
     factors = [matrices[slot] for pair in step.products for slot in pair]
     terms = [matrices[slot] for slot, _ in step.terms]
@@ -178,7 +202,7 @@ def _run_step(step: Step, matrices: list[Tensor], out: Tensor) -> None:
         *(coefficients + [0.0] * (3 - len(terms))),
         PRODUCTS=len(step.products),
         TERMS=len(terms),
-        PRECISION=precision(),
+        PRECISION=precision,
         **tiling,
     )
 

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -36,6 +37,21 @@ class Parameterization(ABC):
         Raises:
             ValueError: The generators do not fit the block size.
         """
+
+    def rounded_displacement(self, generators: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+        """Return D in the dtype of the activations that it rotates.
+
+        A subclass may override it where a result of few digits is cheaper to compute. Merges never ask for it.
+
+        Args:
+            generators: See :meth:`displacement`.
+            block_size: See :meth:`displacement`.
+            dtype: Of the result, such as bf16.
+
+        Returns:
+            D of shape ``(n, b, b)`` in ``dtype``, off by little more than the rounding to it.
+        """
+        return self.displacement(generators, block_size).to(dtype)
 
     @abstractmethod
     def orthogonality_error(self, norm: float) -> float:

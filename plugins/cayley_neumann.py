@@ -1,5 +1,6 @@
 """The Cayley-Neumann series, the default parameterization."""
 
+import torch
 from torch import Tensor
 
 from orthotrain.kernels.cayley_neumann import cayley_neumann_generators
@@ -38,6 +39,10 @@ class CayleyNeumann(Parameterization):
     def displacement(self, generators: Tensor, block_size: int) -> Tensor:
         """Return D = 2Q + ... + 2Q^k + Q^(k+1), shape ``(n, b, b)``; see the base class."""
         return cayley_neumann_generators(generators, block_size, self.order)
+
+    def rounded_displacement(self, generators: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+        """Return D, shape ``(n, b, b)`` in ``dtype``; its higher powers are rounded too (kernels/cayley_neumann)."""
+        return cayley_neumann_generators(generators, block_size, self.order, dtype)
 
     def orthogonality_error(self, norm: float) -> float:
         """Return the largest deviation from 1 of an eigenvalue of R^T R over all angles up to ``norm``; see the class.

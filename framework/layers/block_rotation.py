@@ -93,20 +93,25 @@ class BlockRotation(nn.Module):
         return self.pooled is not None and not traced(self.generators) and self.pooled[0].has_gradient_in_front
 
     def displacement(self, dtype: torch.dtype | None = None, front: bool = False) -> Tensor:
-        """Return ``D = R - I``, ``(n, b, b)``, computed in the generators' dtype and cast to ``dtype``.
+        """Return ``D = R - I``, ``(n, b, b)``.
 
         Args:
-            dtype: None for that of the generators.
+            dtype: None for that of the generators; in a narrower one see
+                :meth:`~orthotrain.plugins.Parameterization.rounded_displacement`.
             front: Whether the gradient will be that of a perturbation in front of the rotation (kernels/oft_linear).
         """
-        if self.pooled is not None:
+        if not torch.compiler.is_compiling() and self.pooled is not None:
             displacement = self.pooled[0].part(self.pooled[1], dtype, front)
         else:
-            displacement = self.parameterization.displacement(self.generators, self.block_size)
-            displacement = displacement if dtype is None else displacement.to(dtype)
+            displacement = self._displacement(dtype or self.generators.dtype)
         if displacement.shape[0] == self.blocks:
             return displacement
         return displacement.expand(self.blocks, -1, -1).contiguous()
+
+    def _displacement(self, dtype: torch.dtype) -> Tensor:
+        if dtype.itemsize >= self.generators.dtype.itemsize:
+            return self.parameterization.displacement(self.generators, self.block_size).to(dtype)
+        return self.parameterization.rounded_displacement(self.generators, self.block_size, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ R`` for ``x (..., d)``, in the dtype of ``x``."""

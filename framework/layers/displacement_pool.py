@@ -19,7 +19,7 @@ class DisplacementPool:
 
     A layer's own call costs a handful of small operations each way; a network has hundreds of them. The pool lives from
     the beginning of the network's forward to its end. Rotations compute for themselves whenever there is none: outside
-    the network's forward, while compiling, with sharded generators, and under the activation checkpointing of
+    the network's forward, where they are compiled, with sharded generators, and under the activation checkpointing of
     transformers, whose recomputation runs after the forward has ended.
 
     Args:
@@ -86,27 +86,40 @@ class PooledDisplacements:
     """
 
     def __init__(self, rotations: list[BlockRotation]) -> None:
-        first = rotations[0]
+        self._parameterization, self._block_size = rotations[0].parameterization, rotations[0].block_size
         self._sizes = [rotation.generators.shape[0] for rotation in rotations]
-        generators = torch.cat([rotation.generators for rotation in rotations])
-        self._all = first.parameterization.displacement(generators, first.block_size)
+        self._generators = torch.cat([rotation.generators for rotation in rotations])
+        # the first to ask may do so without gradients (activation checkpointing), and others after it with them
+        self._grad_enabled = torch.is_grad_enabled()
         self._parts: dict[tuple[torch.dtype, bool], tuple[Tensor, ...]] = {}
 
     @functools.cached_property
     def has_gradient_in_front(self) -> bool:
         """Whether parts may be asked for ``front``; see :mod:`kernels.oft_linear.front`."""
-        return has_gradient_in_front(self._all)
+        return has_gradient_in_front(self._exact)
 
     def part(self, place: int, dtype: torch.dtype | None, front: bool = False) -> Tensor:
-        """Return the displacements of rotation ``place`` in ``dtype``, all of them cast at the first request.
+        """Return the displacements of rotation ``place`` in ``dtype``, computed for all of them at the first request.
 
         Args:
             place: Which rotation.
             dtype: None for that of the generators.
             front: Whether their gradient will be that of a perturbation in front of the rotation.
         """
-        key = (dtype or self._all.dtype, front)
+        key = (dtype or self._generators.dtype, front)
         if key not in self._parts:
-            displacements = in_front(self._all) if front else self._all
-            self._parts[key] = displacements.to(key[0]).split(self._sizes)
+            with torch.set_grad_enabled(self._grad_enabled):
+                self._parts[key] = self._computed(*key).split(self._sizes)
         return self._parts[key][place]
+
+    @functools.cached_property
+    def _exact(self) -> Tensor:
+        with torch.set_grad_enabled(self._grad_enabled):
+            return self._parameterization.displacement(self._generators, self._block_size)
+
+    def _computed(self, dtype: torch.dtype, front: bool) -> Tensor:
+        if front:
+            return in_front(self._exact).to(dtype)
+        if dtype.itemsize >= self._generators.dtype.itemsize:
+            return self._exact.to(dtype)
+        return self._parameterization.rounded_displacement(self._generators, self._block_size, dtype)

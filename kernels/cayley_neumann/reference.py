@@ -10,6 +10,9 @@ from torch import Tensor
 from orthotrain.kernels.parts import in_parts
 from orthotrain.kernels.skew.reference import skew_backward, skew_forward
 
+ROUNDED_FROM = 128
+"""Smallest block whose products are faster in bf16: measured on an Intel Xeon with AMX, 1 thread."""
+
 
 def cayley_neumann_forward(skew: Tensor, order: int) -> Tensor:
     """Return D = 2Q + ... + 2Q^order + Q^(order+1), shape ``(n, b, b)``, from Q of the same shape and dtype."""
@@ -35,12 +38,13 @@ def cayley_neumann_backward(skew: Tensor, grad: Tensor, order: int) -> Tensor:
     return in_parts(part, skew, grad, block_size=skew.shape[-1]).contiguous()
 
 
-def cayley_neumann_generators_forward(generators: Tensor, block_size: int, order: int) -> Tensor:
-    """Return D, shape ``(n, b, b)``, from generators of shape ``(n, b(b-1)/2)``."""
-    dtype = torch.promote_types(generators.dtype, torch.float32)
+def cayley_neumann_generators_forward(generators: Tensor, block_size: int, order: int, dtype: torch.dtype) -> Tensor:
+    """Return D, shape ``(n, b, b)`` in ``dtype``, from generators of shape ``(n, b(b-1)/2)``."""
+    wide = torch.promote_types(generators.dtype, torch.float32)
+    series = _rounded_series if _rounds_products(generators, block_size, dtype) else _series
 
     def part(generators: Tensor) -> Tensor:
-        return _series(skew_forward(generators, block_size).to(dtype), order).to(generators.dtype)
+        return series(skew_forward(generators, block_size).to(wide), order).to(dtype)
 
     return in_parts(part, generators, block_size=block_size)
 
@@ -48,14 +52,22 @@ def cayley_neumann_generators_forward(generators: Tensor, block_size: int, order
 def cayley_neumann_generators_backward(generators: Tensor, grad: Tensor, order: int) -> Tensor:
     """Return dL/dgenerators, shape ``(n, b(b-1)/2)``, from the generators and dL/dD, shape ``(n, b, b)``."""
     block_size = grad.shape[-1]
-    dtype = torch.promote_types(generators.dtype, torch.float32)
+    wide = torch.promote_types(generators.dtype, torch.float32)
+    derivative = _rounded_tangent if _rounds_products(generators, block_size, grad.dtype) else _tangent
 
     def part(generators: Tensor, grad: Tensor) -> Tensor:
         # the transpose of a skew Q is -Q, whose rows are contiguous
-        transposed = skew_forward(-generators, block_size).to(dtype)
-        return skew_backward(_tangent(transposed, grad.to(dtype), order).to(generators.dtype))
+        transposed = skew_forward(-generators, block_size).to(wide)
+        return skew_backward(derivative(transposed, grad.to(wide), order).to(generators.dtype))
 
     return in_parts(part, generators, grad, block_size=block_size)
+
+
+def _rounds_products(generators: Tensor, block_size: int, dtype: torch.dtype) -> bool:
+    """Tell whether a result in ``dtype`` is made of products in bf16, where they were measured to be faster."""
+    if dtype != torch.bfloat16 or generators.dtype.itemsize < 4 or block_size < ROUNDED_FROM:
+        return False
+    return generators.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _series(q: Tensor, order: int) -> Tensor:
@@ -79,3 +91,32 @@ def _tangent(q: Tensor, tangent: Tensor, order: int) -> Tensor:
         if step < steps - 1:
             value = torch.baddbmm(base, square, value)
     return value_tangent
+
+
+def _rounded_series(q: Tensor, order: int) -> Tensor:
+    """Return :func:`_series` with all but the exact 2Q in bf16."""
+    low = q.bfloat16()
+    square = torch.bmm(low, low)
+    if order == 1:
+        return torch.add(square, q, alpha=2)
+    base = (low + square).mul_(2)
+    value = 2 * low + square if order % 2 else low
+    for _ in range(order // 2 - 1):
+        value = torch.baddbmm(base, square, value)
+    return torch.add(torch.baddbmm(square, square, value, beta=2), q, alpha=2)
+
+
+def _rounded_tangent(q: Tensor, tangent: Tensor, order: int) -> Tensor:
+    """Return :func:`_tangent` with all but the exact 2 ``tangent`` in bf16."""
+    low, direction = q.bfloat16(), tangent.bfloat16()
+    square_tangent = torch.bmm(low, direction).baddbmm_(direction, low)
+    if order == 1:
+        return torch.add(square_tangent, tangent, alpha=2)
+    square = torch.bmm(low, low)
+    base, base_tangent = (low + square).mul_(2), (direction + square_tangent).mul_(2)
+    value, value_tangent = (2 * low + square, 2 * direction + square_tangent) if order % 2 else (low, direction)
+    for _ in range(order // 2 - 1):
+        value_tangent = torch.baddbmm(base_tangent, square, value_tangent).baddbmm_(square_tangent, value)
+        value = torch.baddbmm(base, square, value)
+    higher = torch.baddbmm(square_tangent, square, value_tangent, beta=2).baddbmm_(square_tangent, value)
+    return torch.add(higher, tangent, alpha=2)

@@ -6,10 +6,17 @@ every step. Any block size is served, a power of two or not.
 
 import functools
 
+import torch
 from torch import Tensor
 
 from orthotrain.kernels.chain import FIRST, FUSED, SECOND, Chain, ChainBuilder
-from orthotrain.kernels.chain_launch import fused_variant, run_chain, run_chain_on_generators, step_variant
+from orthotrain.kernels.chain_launch import (
+    fused_variant,
+    precision_for,
+    run_chain,
+    run_chain_on_generators,
+    step_variant,
+)
 from orthotrain.kernels.skew import triton as skew
 from orthotrain.kernels.variant import Variant
 
@@ -60,20 +67,23 @@ def cayley_neumann_backward(skew: Tensor, grad: Tensor, order: int) -> Tensor:
     return run_chain(backward_chain(order), skew, grad, transposed=True)
 
 
-def cayley_neumann_generators_forward(generators: Tensor, block_size: int, order: int) -> Tensor:
-    """Return D, shape ``(n, b, b)``, from generators of shape ``(n, b(b-1)/2)``."""
+def cayley_neumann_generators_forward(generators: Tensor, block_size: int, order: int, dtype: torch.dtype) -> Tensor:
+    """Return D, shape ``(n, b, b)`` in ``dtype``, from generators of shape ``(n, b(b-1)/2)``."""
+    chain, precision = forward_chain(order), precision_for(generators.dtype, dtype)
     if block_size <= FUSED:
-        return run_chain_on_generators(forward_chain(order), generators, block_size)
-    return cayley_neumann_forward(skew.skew_forward(generators, block_size), order)
+        return run_chain_on_generators(chain, generators, block_size, precision=precision).to(dtype)
+    return run_chain(chain, skew.skew_forward(generators, block_size), precision=precision).to(dtype)
 
 
 def cayley_neumann_generators_backward(generators: Tensor, grad: Tensor, order: int) -> Tensor:
     """Return dL/dgenerators, shape ``(n, b(b-1)/2)``, from the generators and dL/dD, shape ``(n, b, b)``."""
     block_size = grad.shape[-1]
+    chain, precision = backward_chain(order), precision_for(generators.dtype, grad.dtype)
+    grad = grad.to(generators.dtype)
     if block_size <= FUSED:
-        return run_chain_on_generators(backward_chain(order), generators, block_size, grad)
+        return run_chain_on_generators(chain, generators, block_size, grad, precision=precision)
     q = skew.skew_forward(generators, block_size)
-    return skew.skew_backward(cayley_neumann_backward(q, grad, order))
+    return skew.skew_backward(run_chain(chain, q, grad, transposed=True, precision=precision))
 
 
 def aot_variants() -> list[Variant]:

@@ -9,7 +9,7 @@ from orthotrain.kernels.cayley import reference as cayley_reference
 from orthotrain.kernels.cayley import triton as cayley
 from orthotrain.kernels.cayley_neumann import reference as neumann_reference
 from orthotrain.kernels.cayley_neumann import triton as neumann
-from orthotrain.kernels.chain_launch import precision
+from orthotrain.kernels.chain_launch import wide_precision
 from orthotrain.kernels.exponential import triton as exponential
 
 
@@ -67,7 +67,7 @@ def settings():
 def test_products_have_the_precision_that_torch_was_set_to(settings):
     for word, expected in (("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32"), ("highest", "tf32x3")):
         torch.set_float32_matmul_precision(word)
-        assert precision() == expected
+        assert wide_precision() == expected
     for word, expected in (("tf32", "tf32"), ("ieee", "tf32x3")):
         settings.fp32_precision = word
-        assert precision() == expected
+        assert wide_precision() == expected

@@ -47,7 +47,7 @@ def test_opcheck(dtype, blocks):
         opcheck(ops.cayley_neumann, (q, order))
         opcheck(ops.cayley_neumann_backward, (q.detach(), grad, order))
         generators = torch.randn(blocks, 6, dtype=dtype, requires_grad=True)
-        opcheck(ops.cayley_neumann_generators, (generators, 4, order))
+        opcheck(ops.cayley_neumann_generators, (generators, 4, order, dtype))
         opcheck(ops.cayley_neumann_generators_backward, (generators.detach(), grad, order))
     for name in ("cayley", "exponential"):
         opcheck(getattr(ops, name), (q,))
@@ -89,6 +89,28 @@ def test_from_generators_is_the_composition_and_saves_only_them(order):
     assert [x.shape for x in saved] == [generators.shape]
     with pytest.raises(ValueError, match="do not fit block_size=4"):
         cayley_neumann_generators(generators, 4, order)
+
+
+@pytest.mark.parametrize("norm", [1e-3, 0.1, 0.4])
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("block_size", [16, 128, 150])
+def test_a_rounded_result_is_off_by_little_more_than_its_rounding(block_size, order, norm):
+    generators = torch.randn(3, block_size * (block_size - 1) // 2)
+    generators *= norm / float(torch.linalg.matrix_norm(skew(generators, block_size), 2).max())
+    generators.requires_grad_()
+    exact = generators.detach().double().requires_grad_()
+    grad = torch.randn(3, block_size, block_size).bfloat16()
+    found = cayley_neumann_generators(generators, block_size, order, torch.bfloat16)
+    expected = cayley_neumann_generators(exact, block_size, order)
+    assert found.dtype == torch.bfloat16
+    rounding = (expected.bfloat16() - expected).norm()
+    assert (found - expected).norm() <= 1.5 * rounding
+    (found_grad,) = torch.autograd.grad(found, generators, grad)
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
+    assert found_grad.dtype == torch.float32
+    # half a last place of bf16, of what the powers beyond the first add
+    assert (found_grad - expected_grad).norm() <= (1e-6 + 2**-7 * norm) * expected_grad.norm()
+    assert not cayley_neumann_generators(0 * generators, block_size, order, torch.bfloat16).any()
 
 
 @every

@@ -52,7 +52,7 @@ def test_parameterizations_do_not_depend_on_the_parts(dtype, monkeypatch):
                 exponential.exponential_backward(q, grad),
                 *(neumann.cayley_neumann_forward(q, order) for order in (1, 3, 4)),
                 *(neumann.cayley_neumann_backward(q, grad, order) for order in (1, 3, 4)),
-                neumann.cayley_neumann_generators_forward(generators, 8, 4),
+                neumann.cayley_neumann_generators_forward(generators, 8, 4, dtype),
                 neumann.cayley_neumann_generators_backward(generators, grad, 4),
             ]
         )

@@ -198,3 +198,17 @@ def test_config_rebuilds_an_equal_object_and_the_docstring_introduces_it(paramet
     assert sum(other == parameterization for other in EVERY) == 1
     first_line = type(parameterization).__doc__.splitlines()[0]
     assert 20 < len(first_line) < 110
+
+
+@every
+@pytest.mark.parametrize("block_size", [8, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_norm
+def test_a_rounded_displacement_is_off_by_little_more_than_its_rounding(
+    parameterization, block_size, dtype, norm, generators_of_norm
+):
+    generators = generators_of_norm(2, block_size, norm).float()
+    displacement = parameterization.rounded_displacement(generators, block_size, dtype)
+    expected = textbook(parameterization, skew(generators.double(), block_size))
+    assert displacement.dtype == dtype
+    assert relative(displacement, expected) <= 1.5 * relative(expected.to(dtype), expected)

@@ -87,6 +87,19 @@ def test_oft_layers_of_a_pool_compute_on_shapes_alone():
         assert gradients(net, torch.randn(50, 16)).keys() == {f"{i}.rotation_in.generators" for i in range(2)}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("front", [False, True])
+def test_who_asks_first_without_gradients_takes_them_from_nobody(dtype, front, randomize):
+    rotations = [BlockRotation(16, 8) for _ in range(2)]
+    for rotation in rotations:
+        randomize(rotation)
+    displacements = PooledDisplacements(rotations)
+    with torch.no_grad():
+        displacements.part(0, dtype, front)
+    displacements.part(1, dtype, front).float().sum().backward()
+    assert rotations[1].generators.grad.any() and not rotations[0].generators.grad.any()
+
+
 def test_is_computed_once_per_forward_and_dropped_after_it(randomize, monkeypatch):
     net = randomize(network())
     DisplacementPool(net)

@@ -103,6 +103,20 @@ def test_from_generators_of_larger_blocks(block_size):
     check_generators(2, block_size, 2, expanded=False)
 
 
+@pytest.mark.parametrize("block_size", [24, 72])
+def test_from_generators_to_another_dtype(block_size):
+    generators = (torch.randn(3, block_size * (block_size - 1) // 2) / (2 * block_size)).requires_grad_()
+    exact = generators.detach().double().requires_grad_()
+    grad = torch.randn(3, block_size, block_size).bfloat16()
+    found = cayley_neumann_generators(generators, block_size, 4, torch.bfloat16)
+    expected = neumann_reference.cayley_neumann_forward(skew_forward(exact, block_size), 4)
+    (found_grad,) = torch.autograd.grad(found, generators, grad)
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
+    assert found.dtype == torch.bfloat16 and (found - expected).norm() <= 2**-8 * expected.norm()
+    assert found_grad.dtype == torch.float32
+    assert (found_grad - expected_grad).norm() <= 1e-4 * expected_grad.norm()
+
+
 def check_generators(blocks, block_size, order, expanded):
     generators = (torch.randn(blocks, block_size * (block_size - 1) // 2) / (2 * block_size)).requires_grad_()
     exact = generators.detach().double().requires_grad_()

@@ -14,18 +14,21 @@ PART_BYTES = 2**18
 """Bytes of a matrix for the blocks of one part: the half dozen of a chain fit in the cache together."""
 
 
-def in_parts(function: Callable[..., Tensor], *operands: Tensor, block_size: int) -> Tensor:
+def in_parts(
+    function: Callable[..., Tensor], *operands: Tensor, block_size: int, part_bytes: int | None = None
+) -> Tensor:
     """Return ``function(*operands)``, where block ``i`` of the result depends on row ``i`` of every operand alone.
 
     Args:
         function: Takes the operands, or some rows of them, and returns as many blocks or rows of generators.
         operands: Tensors ``(n, ...)``.
         block_size: Rows and columns of a block.
+        part_bytes: Of the blocks of one part in fp32 or wider, None for ``PART_BYTES``.
     """
     first = operands[0]
     count = first.shape[0]
     itemsize = torch.promote_types(first.dtype, torch.float32).itemsize
-    step = max(1, PART_BYTES // (block_size * block_size * itemsize))
+    step = max(1, (part_bytes or PART_BYTES) // (block_size * block_size * itemsize))
     if first.device.type != "cpu" or count <= step:
         return function(*operands)
     out: Tensor | None = None

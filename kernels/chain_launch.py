@@ -60,10 +60,11 @@ def run_chain(
     if not out.numel():
         return out
     second = first if second is None else second
+    precision = precision or wide_precision()
     if out.shape[-1] <= FUSED:
         _run_fused(chain, first, second, out, out.shape[-1], precision, transposed=transposed, generators=False)
     else:
-        _run_steps(chain, first, second, transposed, out, precision or wide_precision())
+        _run_steps(chain, first, second, transposed, out, precision)
     return out
 
 
@@ -86,6 +87,7 @@ def run_chain_on_generators(
     if out.numel():
         backward = grad is not None
         second = generators if grad is None else grad
+        precision = precision or wide_precision()
         _run_fused(chain, generators, second, out, size, precision, transposed=backward, generators=True)
     return out
 
@@ -124,7 +126,7 @@ def _run_fused(
     second: Tensor,
     out: Tensor,
     size: int,
-    precision: str | None,
+    precision: str,
     *,
     transposed: bool,
     generators: bool,
@@ -146,7 +148,7 @@ def _run_fused(
         INPUTS=chain.inputs,
         TRANSPOSED=transposed,
         GENERATORS=generators,
-        PRECISION=precision or wide_precision(),
+        PRECISION=precision,
         **tiling,
     )
 

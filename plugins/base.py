@@ -23,6 +23,12 @@ class Parameterization(ABC):
     registered_name: str | None = None
     """Name given by ``@register``; None for a class that is not registered."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "displacement" in cls.__dict__ and "rounded_displacement" not in cls.__dict__:
+            # another map than its parent's, whose rounded one it must not take over
+            cls.rounded_displacement = Parameterization.rounded_displacement  # type: ignore[method-assign]
+
     @abstractmethod
     def displacement(self, generators: Tensor, block_size: int) -> Tensor:
         """Return D = R - I.

@@ -169,5 +169,5 @@ def spectrum(layer: Mergeable) -> Tensor:
     """Return the singular values of the merged weight without its trained scale, descending, on the CPU in fp32."""
     with gathered(layer):
         values = singular_values(layer.merged_weight().float().flatten(1)).cpu()
-    factor = layer.trained_factor() if isinstance(layer, Scaled) else None
+        factor = layer.trained_factor() if isinstance(layer, Scaled) else None
     return values if factor is None else values / factor

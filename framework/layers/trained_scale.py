@@ -6,21 +6,22 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from orthotrain.kernels.scale import log_gradient, scaled
+
 
 class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, log: Tensor) -> Tensor:
-        scaled = (y * log.exp()).to(y.dtype)
+        result = scaled(y, log, y.dtype)
         # the result and not y: a rotation behind it keeps the same tensor
-        ctx.save_for_backward(scaled, log)
-        return scaled
+        ctx.save_for_backward(result, log)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        scaled, log = ctx.saved_tensors
+        result, log = ctx.saved_tensors
         (grad,) = grads
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        return (grad * log.exp()).to(grad.dtype), (grad * scaled).sum(dtype=wide).to(log.dtype).view(1)
+        return scaled(grad, log, grad.dtype), log_gradient(grad, result, log)
 
 
 class TrainedScale(nn.Module):

@@ -77,52 +77,55 @@ def _rounds_products(generators: Tensor, block_size: int, dtype: torch.dtype) ->
 
 
 def _series(q: Tensor, order: int) -> Tensor:
-    square = torch.bmm(q, q)
-    base = (q + square).mul_(2)
-    value = 2 * q + square if order % 2 else q
-    for _ in range(order // 2):
-        value = torch.baddbmm(base, square, value)
-    return value
-
-
-def _tangent(q: Tensor, tangent: Tensor, order: int) -> Tensor:
-    """Return the derivative of :func:`_series` at ``q`` in the direction ``tangent``."""
-    square = torch.bmm(q, q)
-    square_tangent = torch.bmm(q, tangent).baddbmm_(tangent, q)
-    base, base_tangent = (q + square).mul_(2), (tangent + square_tangent).mul_(2)
-    value, value_tangent = (2 * q + square, 2 * tangent + square_tangent) if order % 2 else (q, tangent)
-    steps = order // 2
-    for step in range(steps):
-        value_tangent = torch.baddbmm(base_tangent, square, value_tangent).baddbmm_(square_tangent, value)
-        if step < steps - 1:
-            value = torch.baddbmm(base, square, value)
-    return value_tangent
+    square, base, value = _before_last(q, order)
+    return value if order == 1 else torch.baddbmm(base, square, value)
 
 
 def _rounded_series(q: Tensor, order: int) -> Tensor:
     """Return :func:`_series` with all but the exact 2Q in bf16."""
-    low = q.bfloat16()
-    square = torch.bmm(low, low)
-    if order == 1:
-        return torch.add(square, q, alpha=2)
-    base = (low + square).mul_(2)
-    value = 2 * low + square if order % 2 else low
+    square, _, value = _before_last(q.bfloat16(), order)
+    return torch.add(square if order == 1 else torch.baddbmm(square, square, value, beta=2), q, alpha=2)
+
+
+def _before_last(q: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``Q^2``, ``2(Q + Q^2)`` and the last value of the recurrence but one (of order 1 the only one)."""
+    square = torch.bmm(q, q)
+    base = (q + square).mul_(2)
+    value = 2 * q + square if order % 2 else q
     for _ in range(order // 2 - 1):
         value = torch.baddbmm(base, square, value)
-    return torch.add(torch.baddbmm(square, square, value, beta=2), q, alpha=2)
+    return square, base, value
+
+
+def _tangent(q: Tensor, tangent: Tensor, order: int) -> Tensor:
+    """Return the derivative of :func:`_series` at ``q`` in the direction ``tangent``."""
+    if order == 1:
+        return 2 * tangent + _square_tangent(q, tangent)
+    square, square_tangent, value, value_tangent, base_tangent = _tangents_before_last(q, tangent, order)
+    return torch.baddbmm(base_tangent, square, value_tangent).baddbmm_(square_tangent, value)
 
 
 def _rounded_tangent(q: Tensor, tangent: Tensor, order: int) -> Tensor:
     """Return :func:`_tangent` with all but the exact 2 ``tangent`` in bf16."""
     low, direction = q.bfloat16(), tangent.bfloat16()
-    square_tangent = torch.bmm(low, direction).baddbmm_(direction, low)
     if order == 1:
-        return torch.add(square_tangent, tangent, alpha=2)
-    square = torch.bmm(low, low)
-    base, base_tangent = (low + square).mul_(2), (direction + square_tangent).mul_(2)
-    value, value_tangent = (2 * low + square, 2 * direction + square_tangent) if order % 2 else (low, direction)
+        return torch.add(_square_tangent(low, direction), tangent, alpha=2)
+    square, square_tangent, value, value_tangent, _ = _tangents_before_last(low, direction, order)
+    higher = torch.baddbmm(square_tangent, square, value_tangent, beta=2).baddbmm_(square_tangent, value)
+    return torch.add(higher, tangent, alpha=2)
+
+
+def _square_tangent(q: Tensor, tangent: Tensor) -> Tensor:
+    return torch.bmm(q, tangent).baddbmm_(tangent, q)
+
+
+def _tangents_before_last(q: Tensor, tangent: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return ``Q^2`` and its tangent, the last value but one and its tangent, and the tangent of ``2(Q + Q^2)``."""
+    square, base, value = _before_last(q, 2 + order % 2)  # of which no step is left: where the recurrence starts
+    square_tangent = _square_tangent(q, tangent)
+    base_tangent = (tangent + square_tangent).mul_(2)
+    value_tangent = 2 * tangent + square_tangent if order % 2 else tangent
     for _ in range(order // 2 - 1):
         value_tangent = torch.baddbmm(base_tangent, square, value_tangent).baddbmm_(square_tangent, value)
         value = torch.baddbmm(base, square, value)
-    higher = torch.baddbmm(square_tangent, square, value_tangent, beta=2).baddbmm_(square_tangent, value)
-    return torch.add(higher, tangent, alpha=2)
+    return square, square_tangent, value, value_tangent, base_tangent

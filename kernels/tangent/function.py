@@ -12,6 +12,7 @@ from torch import Tensor
 from orthotrain.kernels.backend import implementation
 from orthotrain.kernels.checks import traced
 from orthotrain.kernels.guard import without_autocast
+from orthotrain.kernels.scale import log_gradient, scaled
 
 Kind = Literal["activation", "row", "column"]
 
@@ -69,13 +70,13 @@ class _TangentLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, order_out, order_in, log_scale)
         ctx.blocks = tuple(0 if g is None else g.shape[0] for g in (out, into))
         ctx.sizes = sizes
-        return torch.nn.functional.linear(x, _scaled(weight, log_scale, x.dtype))
+        return torch.nn.functional.linear(x, _factored(weight, log_scale, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         x, stored, order_out, order_in, log_scale = ctx.saved_tensors
         (grad,) = grads
-        weight = _scaled(stored, log_scale, x.dtype)
+        weight = _factored(stored, log_scale, x.dtype)
         rows = grad.reshape(-1, grad.shape[-1])
         # a transient: contracted to the diagonal blocks and dropped
         grad_weight = rows.mT @ x.reshape(-1, x.shape[-1])
@@ -83,15 +84,12 @@ class _TangentLinear(torch.autograd.Function):
         (n_out, n_in), (b_out, b_in) = ctx.blocks, ctx.sizes
         out = _gradient("row", weight, grad_weight, order_out, n_out, b_out) if n_out else None
         into = _gradient("column", weight, grad_weight, order_in, n_in, b_in) if n_in else None
-        scale = None
-        if log_scale is not None:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            scale = (grad_weight * weight).sum(dtype=wide).to(log_scale.dtype).view(1)
+        scale = None if log_scale is None else log_gradient(grad_weight, weight, log_scale)
         return grad_x, None, out, into, None, None, None, scale
 
 
-def _scaled(weight: Tensor, log_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return (weight if log_scale is None else weight * log_scale.exp()).to(dtype)
+def _factored(weight: Tensor, log_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if log_scale is None else scaled(weight, log_scale, dtype)
 
 
 def tangent(x: Tensor, generators: Tensor, order: Tensor | None, block_size: int) -> Tensor:

@@ -129,9 +129,10 @@ def with_diagonal(**options: Any) -> PoetModule:
 
     def wrapped(model: torch.nn.Module) -> None:
         wrap(model)
-        for layer in [layer for layer in model.modules() if isinstance(layer, StepwiseLinear)]:
-            layer.factors = torch.nn.Parameter(torch.ones(layer.out_features))
-            layer.register_forward_hook(scaled)
+        for layer in model.modules():
+            if isinstance(layer, StepwiseLinear):
+                layer.factors = torch.nn.Parameter(torch.ones(layer.out_features))
+                layer.register_forward_hook(scaled)
 
     module.wrap = wrapped
     return module

@@ -35,8 +35,8 @@ kernels = runpy.run_path(str(HERE / "kernels.py"))
 quality = runpy.run_path(str(HERE / "quality.py"))
 memory = runpy.run_path(str(HERE / "memory.py"))
 CPU = torch.device("cpu")
-ROWS, LENGTH, STEPS_OF_PEAK = 8, 256, 3
-GROUPED = {"permutation_group": None}  # the default of layers
+ROWS, LENGTH, GROUPED = (quality[name] for name in ("BATCH", "LENGTH", "GROUPED"))
+STEPS_OF_PEAK = 3
 WIDEST = {**GROUPED, "block_size": 256}
 RECIPES: dict[str, Callable[[], BaseModule]] = {
     "AdamW": partial(quality["adamw"], 2.5e-4),
@@ -100,7 +100,7 @@ def projections(module: BaseModule) -> set[nn.Parameter]:
 
 def random_tokens() -> Tensor:
     """Return the tokens of a step."""
-    return torch.randint(0, 4096, (ROWS, LENGTH))
+    return torch.randint(0, quality["CONFIG"]["vocab_size"], (ROWS, LENGTH))
 
 
 def own_peak_mib(name: str) -> float:

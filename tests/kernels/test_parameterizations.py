@@ -108,7 +108,7 @@ def test_a_rounded_result_is_off_by_little_more_than_its_rounding(block_size, or
     (found_grad,) = torch.autograd.grad(found, generators, grad)
     (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
     assert found_grad.dtype == torch.float32
-    # half a last place of bf16, of what the powers beyond the first add
+    # a few roundings to bf16 of what the powers beyond the first add
     assert (found_grad - expected_grad).norm() <= (1e-6 + 2**-7 * norm) * expected_grad.norm()
     assert not cayley_neumann_generators(0 * generators, block_size, order, torch.bfloat16).any()
 

@@ -212,3 +212,15 @@ def test_a_rounded_displacement_is_off_by_little_more_than_its_rounding(
     expected = textbook(parameterization, skew(generators.double(), block_size))
     assert displacement.dtype == dtype
     assert relative(displacement, expected) <= 1.5 * relative(expected.to(dtype), expected)
+
+
+def test_a_subclass_with_another_map_rounds_its_own():
+    class Opposite(CayleyNeumann):
+        """The rotation the other way round."""
+
+        def displacement(self, generators, block_size):
+            return super().displacement(-generators, block_size)
+
+    generators = torch.randn(2, 28) / 20
+    found = Opposite().rounded_displacement(generators, 8, torch.bfloat16)
+    assert torch.equal(found, Opposite().displacement(generators, 8).bfloat16())

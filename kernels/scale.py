@@ -1,0 +1,15 @@
+"""A factor ``e^log`` of a matrix: applied in fp32 or wider, and its gradient from what it has made."""
+
+import torch
+from torch import Tensor
+
+
+def scaled(x: Tensor, log: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``e^log x`` in ``dtype``, for ``log (1,)`` in fp32 or wider."""
+    return (x * log.exp()).to(dtype)
+
+
+def log_gradient(grad: Tensor, result: Tensor, log: Tensor) -> Tensor:
+    """Return ``dL/dlog = <dL/dy, y>``, ``(1,)``, for the ``result`` y of :func:`scaled` and its gradient."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return (grad * result).sum(dtype=wide).to(log.dtype).view(1)

@@ -1,86 +1,122 @@
 """Which classes a checkpoint may name: a file says what a network is, and must not choose what code runs."""
 
+import dataclasses
+import functools
 import importlib
 import re
 import sys
-import zipfile
-from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.models import ModelBuilder
-from orthotrain.plugins import Parameterization, known
+from orthotrain.plugins import find_registered
 
-PACKAGES = ("orthotrain", "torch.nn", "torch.optim", "bitsandbytes.optim", "galore_torch")
-"""What may be imported because a file says so."""
+HOLDERS = (
+    *("orthotrain.modules", "orthotrain.models", "orthotrain.export", "orthotrain.optimizers", "orthotrain.schedules"),
+    *("torch.optim", "torch.optim.lr_scheduler", "bitsandbytes.optim"),
+)
+"""The modules whose public classes a checkpoint may name. Only these are imported; no file adds to them."""
 
-BASES = (nn.Module, ModelBuilder, Optimizer, LRScheduler, Parameterization)
+BASES = (ModelBuilder, Optimizer, LRScheduler)
 
-_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_DOTTED = re.compile(r"[A-Za-z_]\w{0,99}(\.[A-Za-z_]\w{0,99}){1,9}", re.ASCII)
 
 
-def check_classes(description: Any, origin: str, allow: Iterable[str | type] = (), remote_code: bool = False) -> None:
-    """Refuse a description that names other code than networks, optimizers and what belongs to them.
+class TrustedClasses:
+    """The classes that one checkpoint may name: those of the table, registered parameterizations, and allowed ones.
 
-    Those of this package and of torch are known; those that the caller has imported are the caller's choice, and so are
-    registered parameterizations. Everything else must be in ``allow``: nothing is imported to look at it.
+    A name is compared with the table as a whole string. Nothing is imported because a file names it; only what the
+    caller has allowed by its exact name is.
 
     Args:
-        description: What a checkpoint says of its module, as nested plain values.
         origin: Name of the checkpoint, for messages.
-        allow: Classes, or dotted names of classes or functions, that it may name besides; these are imported.
-        remote_code: Whether it may say that code which comes with a pretrained model is run.
-
-    Raises:
-        ConfigurationError: Naming what is refused and how to allow it.
+        allow: Classes, or dotted names of classes or functions, that the file may name besides.
+        remote_code: Whether the file may say that code which comes with a pretrained model is run.
     """
-    allowed = {name if isinstance(name, str) else f"{name.__module__}.{name.__qualname__}" for name in allow}
-    known()  # imports what installed packages offer
-    for key, value in _walk(description):
-        if key == "trust_remote_code" and value and not remote_code:
+
+    def __init__(self, origin: str, allow: Iterable[str | type] = (), remote_code: bool = False) -> None:
+        self.origin = origin
+        self.remote_code = remote_code
+        self.allowed = {name if isinstance(name, str) else dotted_name(name): name for name in allow}
+
+    def check(self, name: object) -> None:
+        """Refuse a name that the file may not use, without importing what the caller has allowed.
+
+        Raises:
+            ConfigurationError: Naming what is refused and how to allow it.
+        """
+        if not isinstance(name, str) or not (name in self.allowed or _known(name)):
             raise ConfigurationError(
-                f"{origin} asks to run code that comes with a pretrained model: read that, and pass "
+                f"{self.origin} names {name!s:.200}, which is no network, optimizer or part of one that is known here: "
+                f"{_advice(name)}"
+            )
+
+    def find(self, name: str) -> Any:
+        """Return the class (or the allowed function) of a dotted name, or of a parameterization's registered name.
+
+        Raises:
+            ConfigurationError: As :meth:`check`; or if what the caller has allowed cannot be imported.
+        """
+        self.check(name)
+        return self._allowed(name) if name in self.allowed else _known(name)
+
+    def check_argument(self, name: str, value: Any) -> None:
+        """Refuse a stored argument with which a file would trust itself or other files.
+
+        Raises:
+            ConfigurationError: For code that comes with a pretrained model, and for a list of allowed classes with
+                more in it than the caller has allowed.
+        """
+        if name == "trust_remote_code" and value and not self.remote_code:
+            raise ConfigurationError(
+                f"{self.origin} asks to run code that comes with a pretrained model: read that code, and pass "
                 "trust_remote_code=True (export --trust_remote_code) if you trust it"
             )
-        if not isinstance(value, str) or value in allowed:
-            continue
-        if _DOTTED.fullmatch(value) and (key == "class_path" or find_spec(value.partition(".")[0])):
-            if not _is_known(value):
-                raise ConfigurationError(
-                    f"{origin} names {value}, which is no network, optimizer or part of one that is known here: import "
-                    f"it first, or allow it if you trust it: allow=[{value!r}], export --allow {value}"
-                )
-        elif len(value) < 4096 and Path(value).is_file() and not zipfile.is_zipfile(value):
-            raise ConfigurationError(f"{origin} names a file {value!r}, which might be read as its description")
+        if name == "allow":
+            for own in value if isinstance(value, list) else [value] * (value is not None):
+                self.check(own)
 
-
-def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every plain value with the key, or that of the list, it stands under; keys are values too."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _walk(inner, str(name))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _walk(inner, key)
-    else:
-        yield key, value
-
-
-def _is_known(name: str) -> bool:
-    """Tell whether a dotted name is that of a class that a description may consist of."""
-    module_name, _, class_name = name.rpartition(".")
-    module = sys.modules.get(module_name)
-    if module is None and any(module_name == p or module_name.startswith(f"{p}.") for p in PACKAGES):
+    def _allowed(self, name: str) -> Any:
+        given = self.allowed[name]
+        if not isinstance(given, str):
+            return given
+        module_name, _, attribute = given.rpartition(".")
         try:
-            module = importlib.import_module(module_name)
-        except ImportError:
-            return False
-    found = getattr(module, class_name, None)
-    ours = getattr(found, "__module__", "").startswith("orthotrain.")  # settings are plain dataclasses
-    return isinstance(found, type) and (ours or issubclass(found, BASES))
+            return getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigurationError(f"the allowed {name!r} cannot be imported: {error}") from error
+
+
+def _advice(name: object) -> str:
+    """Return how a class of the user's own is allowed; for a name that can be none, only that the file is not sound."""
+    if not isinstance(name, str) or not _DOTTED.fullmatch(name) or name.partition(".")[0] in sys.stdlib_module_names:
+        return "no `orthotrain fit` writes that, do not use the file"
+    return f"if the class is your own and you trust it, allow it: allow=[{name!r}], export --allow {name}"
+
+
+def dotted_name(cls: type) -> str:
+    """Return the name under which a class can be imported."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _known(name: str) -> type | None:
+    return _known_classes().get(name) or find_registered(name)
+
+
+@functools.cache
+def _known_classes() -> dict[str, type]:
+    """Return the table: the public name of each class, and the name of where it is defined."""
+    table: dict[str, type] = {}
+    for holder in HOLDERS:
+        for name, cls in vars(importlib.import_module(holder)).items():
+            if not isinstance(cls, type) or name.startswith("_"):
+                continue
+            ours = holder.startswith("orthotrain.") and cls.__module__.startswith("orthotrain.")
+            # of our own modules also the settings (dataclasses) and the LightningModules
+            if issubclass(cls, BASES) or (ours and (dataclasses.is_dataclass(cls) or hasattr(cls, "configure_model"))):
+                table[f"{holder}.{name}"] = table[dotted_name(cls)] = cls
+    return table

@@ -1,23 +1,23 @@
 """Leaving the framework: a merged model that other tools load."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from orthotrain.checkpoint import read_checkpoint
-from orthotrain.checkpoint_classes import check_classes
-from orthotrain.checkpoint_io import FROZEN
-from orthotrain.config_errors import one_line
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.layers.bitsandbytes_linear import compute_dtype_of
 from orthotrain.layers.surgery import unwrap_mergeables
 from orthotrain.model_folder import check_new_folder, new_folder
-from orthotrain.models import CausalLM, ModelBuilder
+from orthotrain.models import ModelBuilder
+from orthotrain.modules import BaseModule
 from orthotrain.peft_adapter import export_peft
 from orthotrain.progress import transformers_bars, waiting, writing
+from orthotrain.rebuild import rebuild_module
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -142,46 +142,16 @@ def load_network(
     Args:
         contents: What :func:`read_checkpoint` returned.
         origin: Name of the file, for messages.
-        allow: Classes of your own, or their dotted names, that the checkpoint may name; those that are imported already
-            it may name in any case.
+        allow: Classes of your own, or their dotted names, that the checkpoint may name.
         trust_remote_code: Whether code that comes with a pretrained model is run where the run has done so.
 
     Raises:
         ConfigurationError: If the checkpoint does not describe its module, names code that is not known, or does not
             fit its own description.
     """
-    description = contents.get("hyper_parameters") or {}
-    if not isinstance(description, dict) or "class_path" not in description:
-        raise ConfigurationError(
-            f"{origin} does not say which module wrote it (it was not written by `orthotrain fit`): load it with your "
-            "module's load_from_checkpoint and call export_huggingface on its network"
-        )
-    try:
-        check_classes(description, origin, allow, trust_remote_code)
-        return _rebuilt(contents, description)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{origin}: {error}" if origin not in str(error) else str(error)) from error
-    except Exception as error:  # a damaged description leads anywhere
-        reason = one_line(str(error) or type(error).__name__, ())
-        raise ConfigurationError(f"{origin} does not fit its own description: {reason}; take an earlier one") from error
-
-
-def _rebuilt(contents: dict[str, Any], description: dict[str, Any]) -> nn.Module:
-    from jsonargparse import ArgumentParser
-
-    from orthotrain.modules import BaseModule
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(BaseModule, "model")
-    wanted = {key: description[key] for key in ("class_path", "init_args") if key in description}
-    module = parser.instantiate(parser.parse_object({"model": wanted})).model
-    state = contents["state_dict"]
-    if isinstance(module._builder, CausalLM) and FROZEN not in contents:
-        module._builder.check_size(len(state), sum(tensor.numel() for tensor in state.values()))
-    module.configure_model()
-    module.on_load_checkpoint(contents)
-    module.load_state_dict(state)
-    return module.model.eval()
+    network = rebuild_module(contents, BaseModule, origin, allow, trust_remote_code).model
+    assert network is not None
+    return network.eval()
 
 
 def load_tokenizer(contents: dict[str, Any]) -> Any:
@@ -200,14 +170,26 @@ class CheckpointModel(ModelBuilder):
         allow: Dotted names of classes of your own that the file may name.
     """
 
+    _under_way: ClassVar[list[Path]] = []
+
     def __init__(self, path: str, allow: list[str] | None = None) -> None:
         self.path = path
         self.allow = list(allow or [])
 
     def __call__(self) -> nn.Module:
-        """Read, merge and return the network in training mode."""
+        """Read, merge and return the network in training mode.
+
+        Raises:
+            ConfigurationError: See :func:`load_network`; or if the file starts from itself, directly or by others.
+        """
         with waiting("reading the checkpoint"):
             contents = read_checkpoint(self.path)
-        network = load_network(contents, self.path, self.allow)
+        if any(os.path.samefile(self.path, other) for other in self._under_way):
+            raise ConfigurationError(f"checkpoint {self.path!r} says that its network is that of the file itself")
+        self._under_way.append(Path(self.path))
+        try:
+            network = load_network(contents, self.path, self.allow)
+        finally:
+            self._under_way.pop()
         make_plain_(network)
         return network.train()

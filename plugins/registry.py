@@ -95,18 +95,29 @@ def create(spec: Parameterization | str | Mapping[str, Any]) -> Parameterization
     return cls(**arguments)
 
 
-def _resolve(path: str) -> type[Parameterization]:
-    """Return the class meant by a registered name, the name of a registered class, or a dotted path."""
+def find_registered(path: str) -> type[Parameterization] | None:
+    """Return the registered parameterization of a name, a class name or a dotted path; None if none is registered.
+
+    Nothing is imported but the entry points of installed packages.
+
+    Raises:
+        ValueError: A class name that several parameterizations have, or a broken entry point.
+    """
     if path in _registered or path in _entry_points():
         return get(path)
+    matches = [c for c in known().values() if path in (c.__name__, f"{c.__module__}.{c.__qualname__}")]
+    if len(matches) > 1:
+        raise ValueError(f"{path!r} is ambiguous, use a name: {_listing(cls.registered_name for cls in matches)}")
+    return matches[0] if matches else None
+
+
+def _resolve(path: str) -> type[Parameterization]:
+    """Return the class meant by a registered name, the name of a registered class, or a dotted path."""
     module_name, _, class_name = path.rpartition(".")
+    if (found := find_registered(path)) is not None:
+        return found
     if not module_name:
-        matches = [cls for cls in known().values() if cls.__name__ == path]
-        if len(matches) > 1:
-            raise ValueError(f"{path!r} is ambiguous, use a name: {_listing(cls.registered_name for cls in matches)}")
-        if not matches:
-            raise ValueError(_unknown(path, [*known(), *(cls.__name__ for cls in known().values())]))
-        return matches[0]
+        raise ValueError(_unknown(path, [*known(), *(cls.__name__ for cls in known().values())]))
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:

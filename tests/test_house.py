@@ -52,13 +52,13 @@ MAY_IMPORT = {
         "model_folder",
         "data",
         "checkpoint",
-        "checkpoint_classes",
-        "checkpoint_io",
-        "config_errors",
         "errors",
         "peft_adapter",
         "progress",
+        "rebuild",
     },
+    "rebuild": {"checkpoint_classes", "checkpoint_io", "config_errors", "description", "errors", "models"},
+    "description": {"checkpoint_classes", "errors"},
     "checkpoint_classes": {"models", "plugins", "errors"},
     "sharded_checkpoint": {"checkpoint_io", "errors", "progress"},
     "adapters": {"adapter_set", "adapter_values"},
@@ -71,7 +71,7 @@ MAY_IMPORT = {
     "modules": {
         *("modules", "callbacks", "layers", "optimizers", "plugins", "models"),
         *("metrics", "generation", "generation_metrics", "checkpoint", "checkpoint_io"),
-        *("resume", "strategies", "errors", "seeding", "progress"),
+        *("rebuild", "resume", "strategies", "errors", "seeding", "progress"),
     },
 }
 

@@ -2,8 +2,9 @@
 
 import inspect
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Self, cast
 
 import lightning as L
 import torch
@@ -19,7 +20,7 @@ from orthotrain.callbacks.even_predictions import EvenPredictions
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
 from orthotrain.callbacks.throughput import Throughput, logs_at
-from orthotrain.checkpoint import compare_state
+from orthotrain.checkpoint import compare_state, read_checkpoint
 from orthotrain.checkpoint_io import AtomicCheckpointIO
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.displacement_pool import DisplacementPool
@@ -28,6 +29,7 @@ from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
 from orthotrain.models import ModelBuilder, check_vocabulary
 from orthotrain.modules.optimization import Optimization
+from orthotrain.rebuild import rebuild_module
 from orthotrain.resume import adapt_ranks, agree_on_checkpoint, agree_on_step
 from orthotrain.strategies import ShardedStrategy, check_merging
 
@@ -55,6 +57,40 @@ class BaseModule(L.LightningModule):
         self.resume_from: str | None = None  # said by the command line, for ranks to compare
         self._wrapped = self._sharded = False
         self.evaluation_loss = nn.ModuleDict({split: TokenLoss() for split in ("val", "test")})
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: str | torch.device | None = None,
+        strict: bool = True,
+        allow: Iterable[str | type] = (),
+        trust_remote_code: bool = False,
+        **given: Any,
+    ) -> Self:
+        """Rebuild a module with its weights from a checkpoint; nothing in the file is run.
+
+        ``PoetModule.load_from_checkpoint("last.ckpt")`` is enough for a checkpoint of ``orthotrain fit``. A run of your
+        own program has not stored how its network is built: give ``model=`` and ``layers=`` as they were.
+
+        Args:
+            checkpoint_path: The ``.ckpt`` file.
+            map_location: Device of the module; None for the CPU.
+            strict: Whether the file and the module must have the same tensors.
+            allow: Classes of your own, or their dotted names, that the file may name.
+            trust_remote_code: Whether code that comes with a pretrained model is run where the run has done so.
+            given: Arguments of the module in place of the stored ones.
+
+        Raises:
+            ConfigurationError: If the file cannot be read, does not describe its module, names code that is not known,
+                or does not fit.
+        """
+        for name in ("weights_only", "hparams_file"):
+            if given.pop(name, None):
+                raise ConfigurationError(f"load_from_checkpoint({name}=...): the file alone says it; leave {name} out")
+        contents = read_checkpoint(checkpoint_path)
+        module = rebuild_module(contents, cls, str(checkpoint_path), allow, trust_remote_code, given, strict)
+        return module if map_location is None else module.to(map_location)
 
     def wrap(self, model: nn.Module) -> None:
         """Put this method's layers into the freshly built network, in place."""

@@ -226,11 +226,11 @@ def test_a_checkpoint_does_not_choose_another_file_as_its_description(tiny_llama
     contents = described(tiny_llama)
     (tmp_path / "evil.yaml").write_text("class_path: this.d")
     contents["hyper_parameters"]["init_args"]["model"] = str(tmp_path / "evil.yaml")
-    with pytest.raises(ConfigurationError, match=r"names a file '.*evil.yaml'"):
+    with pytest.raises(ConfigurationError, match=r"bad.ckpt names .*evil.yaml, which is no network"):
         load_network(contents, "bad.ckpt")
 
 
-def test_classes_of_ones_own_are_allowed_by_name_or_by_import(tiny_llama, tmp_path, monkeypatch):
+def test_classes_of_ones_own_are_allowed_by_name_or_as_classes(tiny_llama, tmp_path, monkeypatch):
     (tmp_path / "their_package.py").write_text(
         "from orthotrain.models import CausalLM\nfrom orthotrain.modules import PoetModule\n\n"
         "class Own(PoetModule):\n    pass\n\n\nclass Network(CausalLM):\n    pass\n"
@@ -248,7 +248,10 @@ def test_classes_of_ones_own_are_allowed_by_name_or_by_import(tiny_llama, tmp_pa
     torch.save(contents, tmp_path / "own.ckpt")
     main(["export", "--ckpt", str(tmp_path / "own.ckpt"), "--out", str(tmp_path / "out"), "--allow", *names])
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    load_network(contents)  # imported by now
+    theirs = sys.modules["their_package"]
+    with pytest.raises(ConfigurationError, match=r"names their_package.Own"):
+        load_network(contents)  # that a class is imported does not allow it
+    assert type(load_network(contents, allow=[theirs.Own, theirs.Network])).__name__ == "LlamaForCausalLM"
     monkeypatch.delitem(sys.modules, "their_package")
 
 

@@ -1,6 +1,9 @@
 """The command line: LightningCLI's fit, validate, test and predict, and commands of its own beside them."""
 
+import contextlib
 import difflib
+import os
+import select
 import signal
 import sys
 from argparse import ArgumentParser
@@ -9,7 +12,7 @@ from importlib import metadata
 from typing import NoReturn
 
 from orthotrain.config_files import resolve_config_arguments
-from orthotrain.errors import ConfigurationError, TrainingDiverged
+from orthotrain.errors import ConfigurationError, TrainingDiverged, visible
 from orthotrain.noise import drop_noise
 from orthotrain.termination import INTERRUPTED, Terminated, terminable
 
@@ -47,26 +50,23 @@ MEANT = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; bad input ends in one line on standard error and exit code 2, a diverged run in exit code 1."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["help"]:
-        arguments = [*arguments[1:], "--help"]
-    command = arguments[0] if arguments else "--help"
-    if command in ("-h", "--help"):
-        print(USAGE)
-        return
-    if command == "--version":
-        print(f"orthotrain {metadata.version('orthotrain')}")
-        return
     drop_noise()
     try:
+        open_standard_streams()
         with terminable():
-            _run(command, arguments)
+            _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         fail(INTERRUPTED, code=128 + signal.SIGINT)
     except Terminated:
         fail(INTERRUPTED, code=128 + signal.SIGTERM)
     except ConfigurationError as error:
         fail(str(error))
+    except BrokenPipeError:
+        if not reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more when it exits
+        fail("standard output was closed before everything was written (`| head`): write it to a file", code=1)
     except OSError as error:  # a folder that cannot be written, a full disk
         if error.filename is None:
             raise
@@ -75,8 +75,43 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(str(error), code=1)
 
 
-def _run(command: str, arguments: list[str]) -> None:
-    if command in TRAINER_COMMANDS:
+def open_standard_streams() -> None:
+    """Refuse a closed standard output, and lead every closed standard stream to the null device.
+
+    Without that, the next file that is opened would take the number of the closed stream, and whatever a library
+    prints would be written into that file.
+
+    Raises:
+        ConfigurationError: If standard output is closed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    closed = sys.stdout is None
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if closed:
+        raise ConfigurationError("standard output is closed: write it to a file, or to /dev/null")
+
+
+def reader_is_gone() -> bool:
+    """Tell whether standard output is a pipe that nobody reads any longer."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(events & (select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE)
+    elif command == "--version":
+        print(f"orthotrain {metadata.version('orthotrain')}")
+    elif command in TRAINER_COMMANDS:
         run_trainer(resolve_config_arguments(arguments))
     elif command in COMMANDS:
         COMMANDS[command](resolve_config_arguments(arguments[1:]))
@@ -93,7 +128,8 @@ def _unknown(command: str) -> str:
 
 def fail(message: str, code: int = 2) -> None:
     """Print one line on standard error and exit: 2 for bad input, 1 for a run that went wrong."""
-    print(f"orthotrain: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # nobody reads standard error any longer
+        print(f"orthotrain: error: {visible(message)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -53,7 +53,7 @@ class DescriptionBuilder:
                 known = ", ".join(kinds) or "none"
                 raise ConfigurationError(f"{place}: {owner.__name__} has no argument {name!r:.80}; known: {known}")
             self.trusted.check_argument(name, value)
-        return {name: self.build(value, kinds[name], f"{place}.{name}") for name, value in stored.items()}
+        return {name: self.build(value, kinds[name].kind, f"{place}.{name}") for name, value in stored.items()}
 
     def check_plain(self, value: Any, place: str) -> None:
         """Refuse, anywhere in nested plain values, the name of a class that is not trusted, and what is not plain.
@@ -144,16 +144,24 @@ class DescriptionBuilder:
         return ConfigurationError(f"{place}: expected {wanted}, got {value!r:.80}")
 
 
-def parameters_of(owner: Callable) -> dict[str, Any]:
-    """Return the names and annotations of what a class or function takes, those behind ``**kwargs`` included."""
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """One argument that a class or function takes: its annotation, and whether a call has to give it."""
+
+    kind: Any
+    needed: bool
+
+
+def parameters_of(owner: Callable) -> dict[str, Taken]:
+    """Return what a class or function takes by name, arguments that ``**kwargs`` passes on to a parent included."""
     if not isinstance(owner, type):
-        return _annotated(owner)[0]
-    found: dict[str, Any] = {}
+        return _taken(owner)[0]
+    found: dict[str, Taken] = {}
     for cls in inspect.getmro(owner):
         if "__init__" not in cls.__dict__:
             continue
-        own, passes_on = _annotated(cls.__dict__["__init__"])
-        found = {**found, **{name: kind for name, kind in own.items() if name not in found and name != "self"}}
+        own, passes_on = _taken(cls.__dict__["__init__"])
+        found = {**{name: taken for name, taken in own.items() if name != "self"}, **found}
         if not passes_on:
             break
     return found
@@ -161,20 +169,20 @@ def parameters_of(owner: Callable) -> dict[str, Any]:
 
 def missing_arguments(owner: Callable, given: Iterable[str]) -> list[str]:
     """Return the arguments without a default that are not given."""
-    parameters = inspect.signature(owner).parameters.values()
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return [name for name in needed if name not in set(given)]
+    given = set(given)
+    return [name for name, taken in parameters_of(owner).items() if taken.needed and name not in given]
 
 
-def _annotated(function: Callable) -> tuple[dict[str, Any], bool]:
-    """Return the annotations by name, and whether the function takes ``**kwargs``."""
+def _taken(function: Callable) -> tuple[dict[str, Taken], bool]:
+    """Return the arguments by name, and whether the function takes ``**kwargs``."""
     parameters = inspect.signature(function).parameters.values()
     try:
         hints = typing.get_type_hints(function)
     except (NameError, TypeError, AttributeError):  # a name that exists for type checkers only
         hints = {}
-    named = {p.name: hints.get(p.name, Any) for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    taken = {p.name: Taken(hints.get(p.name, Any), p.default is p.empty) for p in named}
+    return taken, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _members(kind: Any) -> Iterable[Any]:

@@ -4,7 +4,24 @@ from typing import get_args
 
 
 class ConfigurationError(ValueError):
-    """Bad input from the user: one line that names the thing, the value and what would work."""
+    """Bad input from the user: one line that names the thing, the value and what would work.
+
+    Args:
+        message: What is printed; it may quote values of any file, see :func:`visible`.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))
+
+
+def visible(text: str) -> str:
+    r"""Return a text as one line in which every character shows.
+
+    A value that a message quotes may hold escape sequences, which would change the title or the lines of a terminal,
+    and marks that turn the direction of writing. Such a character becomes its escape, as ``\x1b``.
+    """
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class TrainingDiverged(RuntimeError):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthotrain.checkpoint import read_checkpoint
 from orthotrain.cli import COMMANDS, TRAINER_COMMANDS, main
+from orthotrain.errors import ConfigurationError
 from orthotrain.export import load_network
+from orthotrain.modules import PoetModule
 
 QUICK = ["-c", "pretrain/quickstart.yaml"]
 
@@ -59,6 +62,8 @@ def test_from_fit_to_an_exported_model(small_config, tmp_path, capsys):
     merged, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     ids = torch.tensor([tokenizer.encode("def main(argv):\n    return")])
     wrapped = load_network(read_checkpoint(last))
+    module = PoetModule.load_from_checkpoint(last)
+    assert all(torch.equal(value, module.model.state_dict()[name]) for name, value in wrapped.state_dict().items())
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, wrapped(ids).logits, rtol=1e-5, atol=1e-5)
     assert tokenizer.decode(ids[0]) == "def main(argv):\n    return"
@@ -362,3 +367,36 @@ def test_help_names_every_command(arguments, capsys):
     main(arguments)
     printed = capsys.readouterr().out
     assert all(f"\n  {command} " in printed for command in (*TRAINER_COMMANDS, *COMMANDS))
+
+
+CLOSED = "orthotrain: error: standard output is closed: write it to a file, or to /dev/null\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "expected"),
+    [("plugins >&-", 2, CLOSED), ("--version >&-", 2, CLOSED), ("fitt 2>&-", 2, ""), ("fitt <&- >&- 2>&-", 2, "")],
+)
+def test_closed_standard_streams_are_one_line(line, code, expected, tmp_path):
+    command = f"{Path(sys.executable).with_name('orthotrain')} {line}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert (done.returncode, done.stderr, done.stdout) == (code, expected, "")
+
+
+@pytest.mark.parametrize("argument", ["--help", "plugins"])
+def test_a_pipe_that_nobody_reads_is_one_line(argument):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [Path(sys.executable).with_name("orthotrain"), argument]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert done.returncode == 1
+    assert (
+        done.stderr.startswith("orthotrain: error: standard output was closed before") and done.stderr.count("\n") == 1
+    )
+
+
+def test_messages_show_escape_sequences_and_do_not_send_them(capsys):
+    name = "x\x1b]0;title\x07\x1b[2J\u202e\udcff.ckpt\ny"
+    message = refuse(capsys, "export", "--ckpt", name, "--out", "o")
+    assert r"x\x1b]0;title\x07\x1b[2J\u202e\udcff.ckpt" in message
+    assert str(ConfigurationError(f"a\n{name}")).isprintable()

@@ -207,15 +207,14 @@ class PretrainedModel(ModelBuilder):
         return enable_checkpointing(model, self.gradient_checkpointing).train()
 
     def _check_configuration(self, auto_config: Any) -> None:
-        """Refuse options that neither load safely nor are keys of the model's configuration."""
+        """Refuse options that neither load safely nor are keys of the configuration, and one that would fetch code."""
         loading = {name: value for name, value in self.options.items() if name in LOADING_OPTIONS}
         asked = {name: value for name, value in self.options.items() if name not in LOADING_OPTIONS}
-        if not asked:
-            return
         where = {
             name: value for name, value in loading.items() if name in ("cache_dir", "revision", "subfolder", "token")
         }
         config = auto_config.from_pretrained(self.name, trust_remote_code=self.trust_remote_code, **where)
+        check_attention_of(config, f"the configuration of {self.name!r}")
         known = {*config.to_dict(), *config.attribute_map}
         for name in asked:
             if name not in known:
@@ -240,6 +239,26 @@ def check_options(options: dict[str, Any]) -> None:
         raise ConfigurationError(
             f"options: attn_implementation={attention!r} would fetch code and run it: take eager, sdpa or "
             "flash_attention_2"
+        )
+
+
+def check_attention_of(config: Any, origin: str) -> None:
+    """Refuse a configuration, or a part of one, whose attention is a repository of code.
+
+    transformers would fetch that repository and run its code when it builds the model.
+
+    Args:
+        config: A configuration of transformers.
+        origin: Whose it is, for messages.
+
+    Raises:
+        ConfigurationError: Naming the attention.
+    """
+    attention = getattr(config, "_attn_implementation", None)  # that of the parts of a configuration follows from it
+    if isinstance(attention, dict) or "/" in str(attention):
+        raise ConfigurationError(
+            f"{origin} has attn_implementation={attention!r}, which would fetch code and run it: take that key out of "
+            "its config.json"
         )
 
 

@@ -1,5 +1,7 @@
 """Model builders: from a configuration, from a folder, and what they refuse."""
 
+import json
+
 import pytest
 import torch
 
@@ -28,6 +30,17 @@ def test_bad_input_is_refused_with_the_nearest_name(tmp_path):
     with pytest.raises(ConfigurationError, match="model_type='lama' is unknown to transformers; try llama"):
         CausalLM({}, "lama")
     with pytest.raises(ConfigurationError, match="cannot be loaded"):
+        PretrainedModel(str(tmp_path))()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("attention", ["someone/kernels", "someone/kernels@main:flash", {"": "someone/kernels"}])
+def test_attention_that_a_configuration_would_fetch_is_refused(tiny_llama, tmp_path, key, attention, monkeypatch):
+    """transformers reads it from config.json, and runs it where the package `kernels` is installed."""
+    CausalLM(tiny_llama)().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: attention}))
+    with pytest.raises(ConfigurationError, match="has attn_implementation='someone/kernels.*', which would fetch code"):
         PretrainedModel(str(tmp_path))()
 
 

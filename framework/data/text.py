@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data.building import SPLITS, Splitter
 from orthotrain.data.evaluation import EvalBatches, document_beginnings
+from orthotrain.data.module import DataModule
 from orthotrain.data.sampling import EpochProgress, ResumableLoader, TokenWindows, TrainSampler
 from orthotrain.data.sources import open_corpus
 from orthotrain.data.store import folder_name, prepare_folder
@@ -29,7 +29,7 @@ _DECIDES_CONTENT = (
 )
 
 
-class TextData(LightningDataModule):
+class TextData(DataModule):
     """Text for pretraining: tokenized once into memory-mapped caches, cut into windows, in a resumable order.
 
     A batch is ``{"input_ids", "labels"}``, both int64 of shape ``(batch_size, sequence_length)``, where ``labels[t]``

@@ -18,6 +18,6 @@ class DataModule(LightningDataModule):
             ConfigurationError: Naming what works.
         """
         raise ConfigurationError(
-            f"{cls.__name__}.load_from_checkpoint: build the data module with its arguments, and give the checkpoint to "
-            "trainer.fit(module, data, ckpt_path=file), which goes on where the file stopped"
+            f"{cls.__name__}.load_from_checkpoint: build the data module with its arguments, and give the checkpoint "
+            "to trainer.fit(module, data, ckpt_path=file), which goes on where the file stopped"
         )

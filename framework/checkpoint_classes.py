@@ -23,6 +23,9 @@ HOLDERS = (
 
 BASES = (ModelBuilder, Optimizer, LRScheduler)
 
+LOADING_FOLDERS = ("cache_dir", "offload_folder", "proxies", "token")
+"""Options of loading a pretrained model that say where files are written, or by which way and as whom they are fetched."""
+
 _DOTTED = re.compile(r"[A-Za-z_]\w{0,99}(\.[A-Za-z_]\w{0,99}){1,9}", re.ASCII)
 
 
@@ -34,7 +37,8 @@ class TrustedClasses:
 
     Args:
         origin: Name of the checkpoint, for messages.
-        allow: Classes, or dotted names of classes or functions, that the file may name besides.
+        allow: Classes, or dotted names of classes or functions, that the file may name besides; or names of
+            :data:`LOADING_FOLDERS`.
         remote_code: Whether the file may say that code which comes with a pretrained model is run.
     """
 
@@ -65,16 +69,21 @@ class TrustedClasses:
         return self._allowed(name) if name in self.allowed else _known(name)
 
     def check_argument(self, name: str, value: Any) -> None:
-        """Refuse a stored argument with which a file would trust itself or other files.
+        """Refuse a stored argument with which a file would trust itself or other files, or choose where is written.
 
         Raises:
-            ConfigurationError: For code that comes with a pretrained model, and for a list of allowed classes with
-                more in it than the caller has allowed.
+            ConfigurationError: For code that comes with a pretrained model, for folders and proxies of a download, and
+                for a list of allowed classes with more in it than the caller has allowed.
         """
         if name == "trust_remote_code" and value and not self.remote_code:
             raise ConfigurationError(
                 f"{self.origin} asks to run code that comes with a pretrained model: read that code, and pass "
                 "trust_remote_code=True (export --trust_remote_code) if you trust it"
+            )
+        if name in LOADING_FOLDERS and value is not None and name not in self.allowed:
+            raise ConfigurationError(
+                f"{self.origin} asks to load a model with {name}={value!r:.200}: if that is right here, allow it: "
+                f"allow=[{name!r}], export --allow {name}"
             )
         if name == "allow":
             for own in value if isinstance(value, list) else [value] * (value is not None):

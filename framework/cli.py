@@ -160,7 +160,7 @@ def export_command(arguments: list[str]) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="dtype of the merged model; by default the network's")  # fmt: skip
     parser.add_argument("--allow", nargs="*", default=[], metavar="MODULE.CLASS",
-                        help="classes of your own that the checkpoint may name")  # fmt: skip
+                        help="classes of your own, and options of loading, that the checkpoint may name")  # fmt: skip
     parser.add_argument("--trust_remote_code", action="store_true",
                         help="run code that comes with the pretrained model, as the run did")  # fmt: skip
     options = parser.parse_args(arguments)

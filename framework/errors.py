@@ -2,6 +2,9 @@
 
 from typing import get_args
 
+LONGEST_MESSAGE = 4000
+"""Characters of one message."""
+
 
 class ConfigurationError(ValueError):
     """Bad input from the user: one line that names the thing, the value and what would work.

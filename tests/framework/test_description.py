@@ -95,6 +95,8 @@ def test_plain_values_become_what_the_annotation_says(value, kind, expected):
         ({"a": {"trust_remote_code": 1}}, Any, "asks to run code that comes with"),
         ({"allow": ["os.abort"]}, Any, "names os.abort"),
         ({"allow": "os.abort"}, Any, "names os.abort"),
+        ({"options": {"offload_folder": "/home"}}, Any, "asks to load a model with offload_folder='/home'"),
+        ({"options": {"device_map": "auto", "cache_dir": "x"}}, Any, "asks to load a model with cache_dir='x'"),
     ],
     ids=str,
 )
@@ -126,6 +128,16 @@ def test_names_are_whole_and_exact():
     for name in STRANGE_NAMES:
         with pytest.raises(ConfigurationError, match="which is no network"):
             trusted.find(name)
+
+
+def test_folders_of_a_download_are_allowed_by_name():
+    model = {
+        "class_path": "orthotrain.models.PretrainedModel",
+        "init_args": {"name": "x", "options": {"cache_dir": "y"}},
+    }
+    with pytest.raises(ConfigurationError, match="asks to load a model with cache_dir='y'.*export --allow cache_dir"):
+        build(model, ModelBuilder)
+    assert build(model, ModelBuilder, "cache_dir").options == {"cache_dir": "y"}
 
 
 def test_advice_to_allow_names_no_part_of_python_itself():

@@ -24,7 +24,7 @@ HOLDERS = (
 BASES = (ModelBuilder, Optimizer, LRScheduler)
 
 LOADING_FOLDERS = ("cache_dir", "offload_folder", "proxies", "token")
-"""Options of loading a pretrained model that say where files are written, or by which way and as whom they are fetched."""
+"""Options of loading a pretrained model that say where files are written, how they are fetched, and as whom."""
 
 _DOTTED = re.compile(r"[A-Za-z_]\w{0,99}(\.[A-Za-z_]\w{0,99}){1,9}", re.ASCII)
 

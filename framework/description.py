@@ -97,8 +97,8 @@ class DescriptionBuilder:
         if objects and (isinstance(value, str) or (isinstance(value, dict) and "class_path" in value)):
             return self._object(value, objects, place)
         for member in members:
-            if isinstance(value, dict) and dataclasses.is_dataclass(member):
-                return member(**self.arguments(member, value, place))  # type: ignore[operator]
+            if isinstance(value, dict) and isinstance(member, type) and dataclasses.is_dataclass(member):
+                return member(**self.arguments(member, value, place))
             if _is_container_of(value, member):
                 return self._container(value, member, place)
         if Any in members:
@@ -108,12 +108,14 @@ class DescriptionBuilder:
 
     def _object(self, value: str | dict, kinds: list[Any], place: str) -> Any:
         """Build the object that a value names, or what builds it later where the annotation is a ``Callable``."""
-        spec = {"class_path": value} if isinstance(value, str) else value
+        spec: dict[str, Any] = {"class_path": value} if isinstance(value, str) else value
         if unknown := [key for key in spec if key not in KEYS]:
             raise ConfigurationError(f"{place}: unexpected {unknown[0]!r:.80} beside class_path and init_args")
         found = self.trusted.find(spec["class_path"])
         stored, more = spec.get("init_args") or {}, spec.get("dict_kwargs") or {}
         self.check_plain(more, place)
+        if not isinstance(more, dict):
+            raise self._error(f"{place}.dict_kwargs", "a dictionary of arguments", more)
         for kind in kinds:
             if _is_class(kind) and _makes(found, kind):
                 return found(**self.arguments(found, stored, place), **more)

@@ -160,6 +160,9 @@ def test_arguments_behind_stars_are_those_of_the_parents():
     }
     made = build(spec, Takes, Passes)
     assert made.settings == Settings(2) and made.own and made.free == [1] and made.more == {"z": 1}
+    for wrong in (["z"], "z", {1: 2}):
+        with pytest.raises((ConfigurationError, TypeError), match="dict_kwargs: expected|keywords must be strings"):
+            build({**spec, "dict_kwargs": wrong}, Takes, Passes)
     spec["dict_kwargs"] = {"z": {"class_path": "os.system"}}
     with pytest.raises(ConfigurationError, match="names os.system"):
         build(spec, Takes, Passes)

@@ -5,6 +5,7 @@ trained (biases, norms, a head). It does not say how its generators are to be re
 are those of the network it is loaded into.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from orthotrain.checkpoint import compare_state
+from orthotrain.checkpoint import check_finite, compare_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftRotation, mergeable_layers
+from orthotrain.plain_files import crc32_of
+
+_MOST_DESCRIPTION = 1 << 24
 
 OftLayer = OftLinear | OftConv2d | OftEmbedding
 
@@ -81,17 +85,43 @@ def load_adapter(network: nn.Module, path: str | Path) -> None:
             names or shapes differ. Which, and in which file, is named.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise ConfigurationError(f"adapter {str(path)!r} is no path: it has a NUL character")
     path = path / "adapter.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise ConfigurationError(f"adapter {str(path)!r} is not a file: give an adapter.safetensors or its folder")
+    _check_sum(path)
     try:
         state = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigurationError(f"adapter {str(path)!r} is truncated or no safetensors file: {error}") from error
     try:
         load_adapter_state(network, state)
     except ConfigurationError as error:
         raise ConfigurationError(f"{str(path)!r}: {error}") from error
+
+
+def _check_sum(path: Path) -> None:
+    """Compare a file with the checksum that ``AdapterCheckpoint`` has written beside it; without one it passes.
+
+    Raises:
+        ConfigurationError: If they differ, or the description beside it is none.
+    """
+    description = path.with_name("adapter.json")
+    if path.name != "adapter.safetensors" or not description.is_file():
+        return
+    try:
+        if description.stat().st_size > _MOST_DESCRIPTION:
+            raise ValueError("it is larger than any description")
+        sums = json.loads(description.read_text(encoding="utf-8")).get("crc32", {})
+        expected = sums.get(path.name)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ConfigurationError(f"{str(description)!r} is no description of an adapter: {error}") from error
+    if expected is not None and expected != crc32_of(path):
+        raise ConfigurationError(
+            f"adapter {str(path)!r} does not match its checksum in {description.name}: a file was changed or damaged; "
+            "take an earlier one"
+        )
 
 
 @torch.no_grad()
@@ -104,7 +134,7 @@ def load_adapter_state(network: nn.Module, state: Mapping[str, Tensor], strict: 
         strict: Whether both must name the same parameters; else those that only one of them names are left alone.
 
     Raises:
-        ConfigurationError: If names or shapes differ, or the two have no name in common.
+        ConfigurationError: If names or shapes differ, the two have no name in common, or a value is not finite.
     """
     expected = adapter_parameters(network)
     common = [name for name in expected if name in state]
@@ -118,5 +148,6 @@ def load_adapter_state(network: nn.Module, state: Mapping[str, Tensor], strict: 
         difference = compare_state({name: state[name] for name in common}, {name: expected[name] for name in common})
     if difference:
         raise ConfigurationError(f"the adapter does not fit the network: {difference}")
+    check_finite(state, common, "the adapter")
     for name in common:
         expected[name].copy_(state[name])

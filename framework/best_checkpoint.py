@@ -6,10 +6,10 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from orthotrain.checkpoint import read_checkpoint
+from orthotrain.checkpoint import describe_checkpoint
 from orthotrain.errors import ConfigurationError
 from orthotrain.resume import checkpoint_folders, newest_good_checkpoint
-from orthotrain.sharded_checkpoint import REST
+from orthotrain.stored_paths import is_own_checkpoint
 
 
 def best_checkpoint(trainer: L.Trainer) -> str:
@@ -26,12 +26,23 @@ def best_checkpoint(trainer: L.Trainer) -> str:
     newest, _ = newest_good_checkpoint(checkpoint_folders(trainer))
     if newest is None:
         raise ConfigurationError("--ckpt_path best: this run has no checkpoint yet; fit it first")
-    states = read_checkpoint(newest / REST if newest.is_dir() else newest).get("callbacks", {})
-    found = (states.get(callback.state_key, {}).get("best_model_path") for callback in watching)
-    best = next((Path(path) for path in found if path), None)
-    if best is not None and not best.exists():  # the run folder was moved
-        best = newest.with_name(best.name)
-    if best is None or not best.exists():
+    states = describe_checkpoint(newest).get("callbacks")
+    best = None
+    for callback in watching:
+        state = states.get(callback.state_key) if isinstance(states, dict) else None
+        best = best or _best_of(state, callback, Path(newest).parent)
+    if best is None:
         raise ConfigurationError(f"--ckpt_path best: {str(newest)!r} names no best checkpoint that is there; take last")
     rank_zero_info(f"the best is {best}")
     return str(best)
+
+
+def _best_of(state: object, callback: ModelCheckpoint, folder: Path) -> Path | None:
+    """Return the best checkpoint that a stored state names, if that lies in the folder of the run, moved or not."""
+    path = state.get("best_model_path") if isinstance(state, dict) else None
+    if not path or not isinstance(path, str) or "\0" in path:
+        return None
+    for candidate in (Path(path), folder / Path(path).name):
+        if candidate.exists() and is_own_checkpoint(candidate, folder, callback.FILE_EXTENSION):
+            return candidate
+    return None

@@ -1,18 +1,19 @@
 """Writing checkpoints so that a file of that name is always a whole one, and reading them without running code."""
 
-import os
-import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from orthotrain.errors import ConfigurationError
-
-PARTIAL_SUFFIX, OLD_SUFFIX = ".partial", ".old"
+from orthotrain.plain_files import read_file
+from orthotrain.restorable import check_layout
+from orthotrain.stored_paths import is_own_checkpoint
+from orthotrain.temporary import remove_folder, write_atomically
 
 FROZEN = "frozen_fingerprints"
 """The entry of a checkpoint that leaves out what is frozen."""
@@ -23,7 +24,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     A run that dies at any moment leaves the older file of that name, or none; what it was writing is removed at the
     next save. Paths with a protocol (``s3://``) are left to Lightning.
+
+    Args:
+        folders: Returns the folders of the run's checkpoints, outside of which none is removed; None for those that
+            this object has written to.
     """
+
+    def __init__(self, folders: Callable[[], Iterable[str | Path]] | None = None) -> None:
+        super().__init__()
+        self.folders = folders
+        self._written: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint.
@@ -34,9 +44,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        self._written.add(Path(path).parent)
+        self._write(path, lambda file: torch.save(without_repeats(checkpoint), file))
+
+    def _write(self, path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
         try:
-            write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
-        except (OSError, RuntimeError) as error:
+            write_atomically(Path(path), write)
+        except ConfigurationError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
             raise ConfigurationError(
                 f"checkpoint {str(path)!r} cannot be written ({reason_of(error)}); the older ones are intact: make "
                 "room and go on with --ckpt_path last"
@@ -48,50 +64,51 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Any = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint.
+        """Read a checkpoint onto the CPU, compared with its checksums.
 
         Raises:
-            ConfigurationError: If code in the file is to be run, or it is the folder of a distributed checkpoint.
+            ConfigurationError: If code in the file is to be run, it is damaged or malformed, or it is the folder of a
+                distributed checkpoint.
         """
         if weights_only is False:
             raise ConfigurationError(f"weights_only=False would run code from {str(path)!r}: leave it out")
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
         if Path(path).is_dir():
             raise needs_consolidating(path)
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"Checkpoint file not found: {path}")
+        checkpoint = read_file(Path(path))
+        check_layout(checkpoint, str(path))
+        return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint, the folder of a distributed one at once."""
-        if Path(path).is_dir() and not Path(path).is_symlink():
+        """Remove a checkpoint of this run, the folder of a distributed one at once; anything else is left and named."""
+        folders = self._written if self.folders is None else self.folders()
+        if not any(is_own_checkpoint(path, folder) for folder in folders):
+            rank_zero_warn(f"{str(path)!r} is no checkpoint in the folder of this run, and is not removed")
+        elif "://" in str(path):
+            super().remove_checkpoint(path)
+        elif Path(path).is_dir() and not Path(path).is_symlink():
             remove_folder(Path(path))
         else:
-            super().remove_checkpoint(path)
+            Path(path).unlink(missing_ok=True)
 
 
-def partial_of(path: Path) -> Path:
-    """Return where a file or a folder lies while it is written or removed."""
-    return path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Let ``write`` fill a file that takes its name only when it is whole and on the disk.
-
-    Args:
-        path: The final place; folders are made.
-        write: Gets the open file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent)
-    partial = partial_of(path)
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
+def without_repeats(value: Any) -> Any:
+    """Return nested plain values with every tensor that repeats the values of its storage (``expand``) copied out."""
+    if isinstance(value, Tensor):
+        repeats = value.layout == torch.strided and any(
+            stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)
+        )
+        return value.contiguous() if repeats else value
+    if type(value) is dict:
+        return {name: without_repeats(inner) for name, inner in value.items()}
+    if isinstance(value, dict) and any(isinstance(inner, Tensor) for inner in value.values()):
+        changed = {name: without_repeats(inner) for name, inner in value.items()}
+        if any(changed[name] is not inner for name, inner in value.items()):
+            return changed
+    return value
 
 
 def needs_consolidating(path: str | Path) -> ConfigurationError:
@@ -102,48 +119,6 @@ def needs_consolidating(path: str | Path) -> ConfigurationError:
     )
 
 
-def publish(partial: Path, target: Path) -> None:
-    """Give a finished folder its name in one step, once all of it is on the disk; an older one of that name goes.
-
-    A run that dies between the two renames leaves the older one under another name: :func:`remove_leftovers` gives it
-    its own back.
-    """
-    for path in [*partial.iterdir(), partial]:
-        _sync(path)
-    old = target.with_name(f".{target.name}{OLD_SUFFIX}")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(partial, target)
-    _sync(target.parent)
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink(missing_ok=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder that has lost its name before its first file: none that lacks some looks like a checkpoint."""
-    nameless = partial_of(folder)
-    shutil.rmtree(nameless, ignore_errors=True)
-    os.replace(folder, nameless)
-    shutil.rmtree(nameless, ignore_errors=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run was writing, or had not yet removed; only one run may write to a folder."""
-    for old in folder.glob(f".*{OLD_SUFFIX}"):
-        target = old.with_name(old.name[1 : -len(OLD_SUFFIX)])
-        with suppress(OSError):  # another rank has been faster
-            if not target.exists():
-                os.replace(old, target)
-    for leftover in [*folder.glob(f".*{PARTIAL_SUFFIX}"), *folder.glob(f".*{OLD_SUFFIX}")]:
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
-
-
 def reason_of(error: BaseException) -> str:
     """Return the operating system's word for what went wrong, wherever in the chain of causes it stands."""
     chain: BaseException | None = error
@@ -152,13 +127,3 @@ def reason_of(error: BaseException) -> str:
             return chain.strerror
         chain = chain.__cause__ or chain.__context__
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,12 +1,13 @@
 """``orthotrain consolidate FOLDER FILE``: a distributed checkpoint as one file that any strategy resumes."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from orthotrain.checkpoint import check_checkpoint, read_checkpoint
-from orthotrain.checkpoint_io import AtomicCheckpointIO, partial_of
+from orthotrain.checkpoint_io import AtomicCheckpointIO
 from orthotrain.errors import ConfigurationError
-from orthotrain.progress import bytes_in, writing
+from orthotrain.progress import waiting
 from orthotrain.sharded_checkpoint import REST, load_shards
 from orthotrain.sharded_optimizer import joined_state, optimizer_key
 
@@ -27,18 +28,33 @@ def consolidate(folder: str | Path, file: str | Path) -> Path:
         ConfigurationError: If the folder is no whole distributed checkpoint, or the file exists or has no folder.
     """
     folder, file = Path(folder), Path(file)
+    if "\0" in f"{folder}{file}":
+        raise ConfigurationError(f"{str(folder)!r}, {str(file)!r}: a path has no NUL character")
     if not folder.is_dir():
         raise ConfigurationError(f"{str(folder)!r} is not the folder of a distributed checkpoint")
-    if file.exists():
+    if os.path.lexists(file):
         raise ConfigurationError(f"{str(file)!r} exists; give another name")
     if not file.parent.is_dir():
         raise ConfigurationError(f"{str(file)!r} cannot be written: there is no folder {str(file.parent)!r}; make it")
     check_checkpoint(folder)
+    rest = read_checkpoint(folder / REST)
+    states = rest.get("optimizer_states", [])
+    if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
+        raise ConfigurationError(f"{str(folder)!r}: optimizer_states is no list of states; take an earlier checkpoint")
     shards: dict[str, Any] = {}
     load_shards(shards, folder)
-    rest = read_checkpoint(folder / REST)
-    parts = [shards.get(optimizer_key(number), {}) for number in range(len(rest["optimizer_states"]))]
-    rest["optimizer_states"] = [joined_state(*pair) for pair in zip(parts, rest["optimizer_states"], strict=True)]
-    with writing("writing the checkpoint", partial_of(file), bytes_in(folder)):
+    if not isinstance(shards.get("state_dict"), dict):
+        raise ConfigurationError(f"{str(folder)!r} holds no network (state_dict); take an earlier checkpoint")
+    parts = [_tensors(shards, number, folder) for number in range(len(states))]
+    if "optimizer_states" in rest:
+        rest["optimizer_states"] = [joined_state(*pair) for pair in zip(parts, states, strict=True)]
+    with waiting("writing the checkpoint"):
         AtomicCheckpointIO().save_checkpoint({"state_dict": shards["state_dict"], **rest}, file)
     return file
+
+
+def _tensors(shards: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
+    tensors = shards.get(optimizer_key(number), {})
+    if not isinstance(tensors, dict) or not all(isinstance(entry, dict) for entry in tensors.values()):
+        raise ConfigurationError(f"{str(folder)!r}: {optimizer_key(number)} is no table of parameters")
+    return tensors

@@ -2,11 +2,11 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.temporary import discard, folder_beside, remove_leftovers
 
 MADE_BY = {
     "models/smollm2-135m-instruct": "`make smollm2` makes it",
@@ -70,13 +70,17 @@ def check_new_folder(folder: str | Path) -> None:
         ConfigurationError: If the folder exists and is not empty.
     """
     folder = Path(folder)
+    if "\0" in str(folder):
+        raise ConfigurationError(f"--out {str(folder)!r} is no path: it has a NUL character")
+    if folder.is_symlink():
+        raise ConfigurationError(f"--out {str(folder)!r} is a link: name the folder itself")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigurationError(f"--out {str(folder)!r} exists and is not empty: name a new folder")
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield the path of a folder to make, which takes the place of ``folder`` when all of it is written.
+    """Yield the path of a new, empty folder, which takes the place of ``folder`` when all of it is written.
 
     Its files are then readable for whom the umask lets read what is made there.
 
@@ -84,14 +88,20 @@ def new_folder(folder: Path) -> Iterator[Path]:
         ConfigurationError: See :func:`check_new_folder`.
     """
     check_new_folder(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    yield partial
-    for path in partial.iterdir():
-        if path.is_file():  # safetensors makes files that their owner alone can read
-            path.chmod(0o666 & partial.stat().st_mode)
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder.parent)
+    partial = folder_beside(folder)
+    try:
+        yield partial
+        for path in partial.iterdir():
+            if path.is_file():  # safetensors makes files that their owner alone can read
+                path.chmod(0o666 & partial.stat().st_mode)
+        check_new_folder(folder)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        discard(partial)
 
 
 def _check_name(name: object, index: Path) -> None:

@@ -168,7 +168,6 @@ def write_folder(folder: Path, config: dict[str, Any], settings: PeftSettings, t
     config = {**config, **asdict(settings), "peft_type": "OFT", "peft_version": FORMAT_VERSION, "bias": "none"}
     metadata, total = {"format": "pt", _CHECKSUM: _digest(settings, tensors)}, sum(t.nbytes for t in tensors.values())
     with new_folder(folder) as partial, writing("writing the adapter", partial, total):
-        partial.mkdir(parents=True)
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         save_file(tensors, partial / WEIGHTS_FILE, metadata=metadata)
 

@@ -5,17 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint
 from orthotrain.callbacks.agreement import of_all_ranks
-from orthotrain.checkpoint import check_checkpoint
-from orthotrain.checkpoint_io import PARTIAL_SUFFIX, remove_leftovers
+from orthotrain.checkpoint import check_checkpoint, newest_first, step_of
 from orthotrain.errors import ConfigurationError
 from orthotrain.progress import waiting
 from orthotrain.sharded_checkpoint import REST
+from orthotrain.temporary import remove_leftovers
 
 
 def adapt_ranks(checkpoint: dict[str, Any], ranks: int) -> None:
@@ -53,22 +52,22 @@ def adapt_ranks(checkpoint: dict[str, Any], ranks: int) -> None:
 
 
 def newest_good_checkpoint(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
-    """Find the newest checkpoint, by the time it was written, that reads as a whole.
+    """Find the newest checkpoint, by the optimizer step that it was saved at, that reads as a whole.
+
+    Of two checkpoints of one step the one that was written later is the newer one.
 
     Args:
         folders: Searched, with the folders in them, for ``*.ckpt``: files, and the folders of distributed checkpoints.
 
     Returns:
-        The path, None if there is no checkpoint at all; and a line for every newer one that was skipped, saying why.
+        The path, None if there is no checkpoint at all; and a line, saying why, for each that was skipped: newer ones,
+        and those that do not say their step.
 
     Raises:
         ConfigurationError: If there are checkpoints but none is good, naming each.
     """
-    found = {path.resolve(): path for folder in folders if folder.is_dir() for path in folder.rglob("*.ckpt")}
-    finished = [path for path in found.values() if not path.parent.name.endswith(PARTIAL_SUFFIX)]
-    newest_first = sorted(finished, key=lambda path: path.stat().st_mtime_ns, reverse=True)
     skipped: list[str] = []
-    for path in newest_first:
+    for path in newest_first(folders):
         try:
             check_checkpoint(path)
         except ConfigurationError as error:
@@ -85,11 +84,16 @@ def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
     folders = []
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
-            # Lightning's own search, which only knows last*.ckpt, resolves it this way
-            folders.append(Path(callback._ModelCheckpoint__resolve_ckpt_dir(trainer)))  # type: ignore[attr-defined]
+            folders.append(checkpoint_folder_of(callback, trainer))
         elif isinstance(callback, AdapterCheckpoint):
             folders.append(Path(callback.dirpath or Path(trainer.log_dir or ".") / "adapters"))
     return folders
+
+
+def checkpoint_folder_of(callback: ModelCheckpoint, trainer: L.Trainer) -> Path:
+    """Return where a ``ModelCheckpoint`` saves."""
+    # Lightning's own search, which only knows last*.ckpt, resolves it this way
+    return Path(callback._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
 
 
 def last_checkpoint(trainer: L.Trainer) -> str | None:
@@ -158,4 +162,4 @@ def _step_of(path: str) -> int | None:
     file = Path(path) / REST if Path(path).is_dir() else Path(path)
     if not file.is_file():
         return None
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=True).get("global_step")
+    return step_of(path)

@@ -2,11 +2,6 @@
 
 import io
 import json
-import os
-import pickle
-import pickletools
-import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,15 +12,23 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.futures import Future
 
-from orthotrain.checkpoint_io import partial_of, publish, reason_of, remove_leftovers
+from orthotrain.checkpoint_io import reason_of
 from orthotrain.errors import ConfigurationError
+from orthotrain.plain_files import crc32_of, read_part, unreadable
 from orthotrain.progress import Progress, bytes_in
+from orthotrain.shard_description import DESCRIPTION, own_name, read_shard_description
+from orthotrain.temporary import discard, folder_beside, publish, remove_leftovers
 
-DESCRIPTION, REST, SUMS = ".metadata", "meta.pt", "checksums.json"
-"""What lies beside the shards: torch's description of them, what is no tensor, and the checksum of every file."""
+REST, SUMS = "meta.pt", "checksums.json"
+"""What lies beside the shards and torch's description: what is no tensor, and the checksum of every file."""
+
+_MOST_SUMS = 1 << 26
+_VERIFIED: set[tuple[Any, ...]] = set()
+"""Folders whose files this process has compared with their checksums, as they were then."""
 
 
 def save_shards(state: dict[str, Any], rest: dict[str, Any], path: Path, on_any_rank: Callable[[bool], bool]) -> None:
@@ -43,24 +46,25 @@ def save_shards(state: dict[str, Any], rest: dict[str, Any], path: Path, on_any_
         ConfigurationError: On every rank, if some rank cannot write; older checkpoints are intact.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
-    partial = partial_of(path)
+    partial = path
     failure: BaseException | None = None
     try:
         if first:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path.parent)
-            partial.mkdir()
-    except OSError as error:
+            partial = folder_beside(path)
+    except (OSError, ConfigurationError) as error:
         failure = error
     if not on_any_rank(failure is not None):
+        partial = path.with_name(_of_rank_0(partial.name))
         try:
             dcp.save(state, checkpoint_id=partial)
             _write_sums(partial, rest, first)
         except (Exception, dcp.CheckpointException) as error:  # torch's is a BaseException
             failure = error
     if on_any_rank(failure is not None):
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
+        if first and partial != path:
+            discard(partial)
         reason = "another rank failed" if failure is None else reason_of(_cause(failure))
         raise ConfigurationError(
             f"checkpoint {str(path)!r} cannot be written ({reason}); the older ones are intact: make room and go on "
@@ -78,7 +82,7 @@ def _write_sums(folder: Path, rest: dict[str, Any], first: bool) -> None:
     if first:
         torch.save(rest, folder / REST)
         own += [folder / DESCRIPTION, folder / REST]
-    sums = {file.name: [file.stat().st_size, _crc(file)] for file in own}
+    sums = {file.name: [file.stat().st_size, crc32_of(file)] for file in own}
     everyone: list[Any] = [sums] * ranks
     if ranks > 1:
         dist.all_gather_object(everyone, sums)
@@ -87,8 +91,19 @@ def _write_sums(folder: Path, rest: dict[str, Any], first: bool) -> None:
         (folder / SUMS).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
+def _of_rank_0(name: str) -> str:
+    """Return the name that rank 0 has drawn; a collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return name
+    names: list[Any] = [name] * dist.get_world_size()
+    dist.all_gather_object(names, name)
+    return names[0]
+
+
 def check_shards(path: Path) -> Metadata:
     """Compare every file of a distributed checkpoint with its checksum and return what describes the shards.
+
+    Files that this process has compared before, and that have not changed since, are not read again.
 
     Raises:
         ConfigurationError: Naming what is missing, changed or hostile.
@@ -97,43 +112,73 @@ def check_shards(path: Path) -> Metadata:
         if not (path / name).is_file():
             raise ConfigurationError(f"checkpoint {str(path)!r} is a folder without {name}: it was not finished")
     try:
+        if (path / SUMS).stat().st_size > _MOST_SUMS:
+            raise ValueError("it is larger than the checksums of any checkpoint")
         index = json.loads((path / SUMS).read_text(encoding="utf-8"))
-        sums = {_own_name(name): (int(size), int(crc)) for name, (size, crc) in index.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path / SUMS, error) from error
-    with Progress("checking the shards", bytes_in(path)) as bar:
-        for name, expected in {**{DESCRIPTION: None, REST: None}, **sums}.items():
-            file = path / name
-            if not file.is_file() or (file.stat().st_size, _crc(file, bar.advance)) != expected:
-                raise _damaged(file, ValueError("it is missing or does not match its checksum"))
-    metadata = read_description(path)
+        sums = {own_name(name): (int(size), int(crc)) for name, (size, crc) in index.items()}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise unreadable(path / SUMS, error) from error
+    expected = {**dict.fromkeys((DESCRIPTION, REST)), **sums}
+    state = (str(path), *(_state_of(path / name) for name in (SUMS, *expected)))
+    if state not in _VERIFIED:
+        with Progress("checking the shards", bytes_in(path)) as bar:
+            for name, sum_ in expected.items():
+                file = path / name
+                if not file.is_file() or sum_ is None or file.stat().st_size != sum_[0]:
+                    raise unreadable(file, ValueError("it is missing or does not match its checksum"))
+                if crc32_of(file, bar.advance) != sum_[1]:
+                    raise unreadable(file, ValueError("it is missing or does not match its checksum"))
+        _VERIFIED.add(state)
+    metadata = read_shard_description(path)
     for info in metadata.storage_data.values():
         if info.relative_path not in sums:
-            raise _damaged(path / DESCRIPTION, ValueError(f"it names {info.relative_path!r}, not a file of its folder"))
+            raise unreadable(
+                path / DESCRIPTION, ValueError(f"it names {info.relative_path!r}, not a file of its folder")
+            )
     return metadata
 
 
-def read_description(path: Path) -> Metadata:
-    """Return what describes the shards of a folder, built from the few classes that torch writes there.
+def _state_of(file: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is written anew; None where there is no file."""
+    if not file.is_file():
+        return None
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
-    Raises:
-        ConfigurationError: If it is damaged or asks for anything else.
-    """
-    try:
-        description = (path / DESCRIPTION).read_bytes()
-        _check_memo(description)
-        metadata = _DescriptionUnpickler(io.BytesIO(description)).load()
-        assert isinstance(metadata, Metadata)
-        entries = len(metadata.state_dict_metadata)
-        for place in (metadata.planner_data or {}).values():
-            # lists are made as long as the largest number says
-            if not all(isinstance(p, str) or 0 <= int(p) < entries for p in place):
-                raise ValueError(f"it names a place {place!r} among {entries} entries")
-        for info in metadata.storage_data.values():
-            _own_name(info.relative_path)
-    except Exception as error:
-        raise _damaged(path / DESCRIPTION, error) from error
-    return metadata
+
+class _PlainReader(dcp.FileSystemReader):
+    """Reads the parts of a distributed checkpoint that are plain values and tensors: torch's own runs any pickle."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the description of the shards, which was checked."""
+        metadata = read_shard_description(Path(self.path))
+        assert metadata.storage_meta is not None
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what a plan asks for."""
+        for item in sorted(plan.items, key=lambda item: self.storage_data[item.storage_index].relative_path):
+            info = self.storage_data[item.storage_index]
+            with (Path(self.path) / info.relative_path).open("rb") as file:
+                file.seek(info.offset)
+                part = io.BytesIO(file.read(info.length))
+            if item.type == LoadItemType.BYTE_IO:
+                planner.load_bytes(item, part)
+                continue
+            value = read_part(part)
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(f"{item.dest_index.fqn} is a {type(value).__name__} where a tensor is described")
+            for dimension, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                value = value.narrow(dimension, start, length)
+            target = planner.resolve_tensor(item).detach()
+            if target.shape != value.shape:
+                raise ValueError(f"{item.dest_index.fqn} is {tuple(value.shape)} there and {tuple(target.shape)} here")
+            target.copy_(value)
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
 
 class PlainLoadPlanner(DefaultLoadPlanner):
@@ -141,7 +186,7 @@ class PlainLoadPlanner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Put a plain value in its place."""
-        plain = torch.load(value, weights_only=True)
+        plain = read_part(value)
         name = read_item.dest_index.fqn
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[name], plain)
@@ -174,65 +219,13 @@ def load_shards(state: dict[str, Any], path: Path) -> None:
     """
     try:
         if state:
-            dcp.load(state, checkpoint_id=path, planner=PlainLoadPlanner(), no_dist=not dist.is_initialized())
+            reader, alone = _PlainReader(path), not dist.is_initialized()
+            dcp.load(state, storage_reader=reader, planner=PlainLoadPlanner(), no_dist=alone)
         else:
             with Progress("reading the shards", bytes_in(path)) as bar:
-                _load_state_dict(state, dcp.FileSystemReader(path), planner=_WholePlanner(bar.advance), no_dist=True)
+                _load_state_dict(state, _PlainReader(path), planner=_WholePlanner(bar.advance), no_dist=True)
     except (Exception, dcp.CheckpointException) as error:
-        raise _damaged(path, error) from error
-
-
-class _DescriptionUnpickler(pickle.Unpickler):
-    """Builds what torch writes to describe a distributed checkpoint, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return one of the few classes and functions that a description is made of."""
-        allowed: dict[str, set[str]] = {
-            "torch.distributed.checkpoint.metadata": {
-                *("Metadata", "MetadataIndex", "BytesStorageMetadata", "TensorStorageMetadata", "StorageMeta"),
-                *("TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
-            },
-            "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "StorageMeta"},
-            "torch": {"Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"},
-            "torch.serialization": {"_get_layout"},
-            "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath"},
-            "collections": {"OrderedDict"},
-        }
-        if name not in allowed.get(module, set()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of a description")
-        return super().find_class(module, name)
-
-
-def _check_memo(description: bytes) -> None:
-    """Refuse a pickle that numbers an object beyond what its length can hold.
-
-    The unpickler makes its table of objects as long as the largest number says: a changed byte would ask for gigabytes.
-    """
-    for opcode, argument, _ in pickletools.genops(description):
-        if opcode.name not in ("PUT", "BINPUT", "LONG_BINPUT"):
-            continue
-        if isinstance(argument, int) and argument > len(description):
-            raise pickle.UnpicklingError(f"it numbers an object {argument} in {len(description)} bytes")
-
-
-def _own_name(name: str) -> str:
-    if Path(name).name != name or "\\" in name or "\0" in name or name == os.pardir:
-        raise ValueError(f"it names a file outside its folder, {name!r}")
-    return name
-
-
-def _crc(file: Path, advance: Callable[[float], None] = lambda more: None) -> int:
-    crc = 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-            advance(len(block))
-    return crc
-
-
-def _damaged(path: Path, error: BaseException) -> ConfigurationError:
-    reason = (str(_cause(error)).strip() or "it is empty").splitlines()[0]
-    return ConfigurationError(f"checkpoint {str(path)!r} cannot be read: {reason}; take an earlier one")
+        raise unreadable(path, _cause(error)) from error
 
 
 def _cause(error: BaseException) -> BaseException:

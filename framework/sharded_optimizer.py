@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from orthotrain.errors import ConfigurationError
 from orthotrain.layers.sharding import whole
 from orthotrain.optimizers.sharded_8bit import WRAPPED, local_entry, whole_entry
 
@@ -67,8 +68,17 @@ def split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def joined_state(tensors: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
-    """Undo :func:`split_state`."""
-    state = {number: {**entry, **tensors.get(str(number), {})} for number, entry in rest["state"].items()}
+    """Undo :func:`split_state`.
+
+    Raises:
+        ConfigurationError: If the rest is of no optimizer.
+    """
+    entries = rest.get("state")
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ConfigurationError(
+            "the checkpoint's state of an optimizer is no table of parameters; take an earlier one"
+        )
+    state = {number: {**entry, **tensors.get(str(number), {})} for number, entry in entries.items()}
     return {**rest, "state": state}
 
 

@@ -18,6 +18,7 @@ from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.checkpoint import read_checkpoint
 from orthotrain.errors import ConfigurationError
 from orthotrain.optimizers.sharded_8bit import step_locally
+from orthotrain.restorable import check_layout, check_optimizer
 from orthotrain.sharded_checkpoint import REST, check_shards, load_shards, save_shards
 from orthotrain.sharded_optimizer import (
     empty_tensors,
@@ -128,17 +129,30 @@ class ShardedStrategy(ModelParallelStrategy):
         """
         path = Path(self.broadcast(checkpoint_path))
         self._loaded_distributed = path.is_dir()
-        return self._load_shards(path) if self._loaded_distributed else read_checkpoint(path)
+        if self._loaded_distributed:
+            return self._load_shards(path)
+        checkpoint = read_checkpoint(path)
+        check_layout(checkpoint, str(path))
+        return checkpoint
 
     def _load_shards(self, path: Path) -> dict[str, Any]:
         assert self.model is not None and self.lightning_module is not None
         metadata, rest = check_shards(path), read_checkpoint(path / REST)
+        check_layout(rest, str(path))
+        states = rest.get("optimizer_states", [])
+        if self.optimizers and len(states) != len(self.optimizers):
+            raise ConfigurationError(
+                f"checkpoint {str(path)!r} has the state of {len(states)} optimizers and this run has "
+                f"{len(self.optimizers)}"
+            )
         shards: dict[str, Any] = {"state_dict": get_model_state_dict(self.model)}
         shards |= {optimizer_key(n): empty_tensors(metadata, n, o) for n, o in enumerate(self.optimizers)}
         load_shards(shards, path)
         self.model.load_state_dict(shards["state_dict"], strict=self.lightning_module.strict_loading)
         for number, optimizer in enumerate(self.optimizers):
-            optimizer.load_state_dict(joined_state(shards[optimizer_key(number)], rest["optimizer_states"][number]))
+            joined = joined_state(shards[optimizer_key(number)], states[number])
+            check_optimizer(joined, optimizer, number, str(path))
+            optimizer.load_state_dict(joined)
         return rest
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints of what is trained, a few megabytes each, from which training resumes."""
 
 import json
-import shutil
+import re
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -11,16 +11,21 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from orthotrain.callbacks.merge_rotations import MergeRotations
-from orthotrain.checkpoint_io import FROZEN, partial_of, publish, remove_folder
+from orthotrain.checkpoint_io import FROZEN
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import whole
+from orthotrain.plain_files import crc32_of
+from orthotrain.temporary import discard, folder_beside, publish, remove_folder, remove_leftovers
 
 WEIGHTS_FILE, DESCRIPTION_FILE, RESUME_FILE = "adapter.safetensors", "adapter.json", "resume.ckpt"
+FILES = (WEIGHTS_FILE, DESCRIPTION_FILE, RESUME_FILE)
+_STEP = re.compile(r"step-\d{6,18}", re.ASCII)
 _SAMPLES = 4096
 
 
@@ -115,36 +120,52 @@ class AdapterCheckpoint(Checkpoint):
         return {"saved": list(self._saved)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the checkpoints that were kept."""
-        self._saved = list(state_dict["saved"])
+        """Go on from the checkpoints that were kept; what is no name of such a folder is forgotten, and named."""
+        saved = state_dict.get("saved")
+        names = saved if isinstance(saved, list) else [saved]
+        self._saved = [name for name in names if isinstance(name, str) and _STEP.fullmatch(name)]
+        if len(self._saved) < len(names):
+            other = next(name for name in names if name not in self._saved)
+            rank_zero_info(f"forgotten: the checkpoint remembers {str(other)[:80]!r}, which is no folder of an adapter")
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(trainer.strategy.broadcast(self.dirpath or Path(trainer.log_dir or ".") / "adapters"))
         target = folder / _folder_name(trainer.global_step)
-        partial = partial_of(target)
         self._saved = [name for name in self._saved if name != target.name] + [target.name]
+        partial = None
         if trainer.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+            partial = folder_beside(target)
+        try:
+            self._write(trainer, pl_module, trainer.strategy.broadcast(partial), target)
+        except BaseException:
+            if partial is not None:
+                discard(partial)
+            raise
+        self._saved, dropped = self._saved[-self.keep :], self._saved[: -self.keep]
+        for name in dropped if trainer.is_global_zero else ():
+            with suppress(OSError):
+                _remove(folder / name)
+        self.last_model_path = str(target / RESUME_FILE)
+        trainer.strategy.barrier("AdapterCheckpoint")
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, partial: Path, target: Path) -> None:
+        """Fill the folder ``partial``, the same on all ranks, and give it its name."""
         self._tensors = {}
         try:
             trainer.save_checkpoint(partial / RESUME_FILE)
             tensors = self._tensors
         finally:
             self._tensors = None
-        self._saved, dropped = self._saved[-self.keep :], self._saved[: -self.keep]
         if trainer.is_global_zero:
             save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
             description = self._description(trainer, pl_module, tensors)
+            description["crc32"] = {WEIGHTS_FILE: crc32_of(partial / WEIGHTS_FILE)}
             (partial / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
             publish(partial, target)
-            for name in dropped:
-                with suppress(OSError):
-                    remove_folder(folder / name)
-        self.last_model_path = str(target / RESUME_FILE)
-        trainer.strategy.barrier("AdapterCheckpoint")
 
     def _description(
         self, trainer: L.Trainer, pl_module: L.LightningModule, tensors: dict[str, Tensor]
@@ -209,6 +230,14 @@ def fingerprint(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
     flat = tensor.detach().flatten()
     sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu", dtype or tensor.dtype).contiguous()
     return zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), zlib.crc32(str(tuple(tensor.shape)).encode()))
+
+
+def _remove(folder: Path) -> None:
+    """Remove the folder of an adapter; a link, and a folder with other files in it, is somebody else's."""
+    if folder.is_symlink() or not {path.name for path in folder.iterdir()} <= set(FILES):
+        rank_zero_warn(f"{str(folder)!r} is no adapter that this callback wrote, and is not removed")
+    else:
+        remove_folder(folder)
 
 
 def _folder_name(step: int) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from orthotrain.data.sources import CACHE_MARK, Corpus, location
 from orthotrain.data.token_cache import VERSION, CorruptCacheError, TokenCache
 from orthotrain.data.tokenizers import fingerprint, load_tokenizer, load_trained_tokenizer
 from orthotrain.errors import ConfigurationError
+from orthotrain.temporary import remove_leftovers, write_atomically
 
 
 def folder_name(sources: list[str], settings: dict[str, Any]) -> str:
@@ -59,8 +59,7 @@ def prepare_folder(
         if tokenizer is not None and _is_fresh(folder, fingerprint(tokenizer), source):
             return tokenizer
         rank_zero_info(f"building the token caches in {folder}")
-        for leftover in folder.glob("*.tmp"):  # of a build that was killed: holding the lock, none is running
-            leftover.unlink()
+        remove_leftovers(folder)  # of a build that was killed: holding the lock, none is running
         if next(corpus.documents(), None) is None:
             raise ConfigurationError(f"source {corpus.description}: no text in it; give files or rows that hold some")
         if tokenizer_name is None:
@@ -112,6 +111,5 @@ def _is_fresh(folder: Path, tokenizer: str, source: str) -> bool:
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    tokenizer.backend_tokenizer.save(str(temporary))
-    os.replace(temporary, path)
+    text = tokenizer.backend_tokenizer.to_str(pretty=True)
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.temporary import discard, file_beside, finish
 
 MAGIC = b"ORTHOTOK"
 VERSION = 1
@@ -202,8 +203,8 @@ class TokenCacheWriter:
         self.path = path
         self.dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
         self.tokens = self.text_bytes = self.documents = 0
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        self._file = self._temporary.open("w+b")
+        self._file = file_beside(path)
+        self._temporary = Path(self._file.name)
         self._file.seek(HEADER_BYTES)
 
     def append(self, tokens: list[int], text_bytes: int, documents: int = 1) -> None:
@@ -224,11 +225,11 @@ class TokenCacheWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self._temporary, self.path)
+        finish(self._temporary, self.path)
 
     def __enter__(self) -> "TokenCacheWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        discard(self._temporary)

@@ -9,7 +9,9 @@ from typing import Any, Self, cast
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +22,7 @@ from orthotrain.callbacks.even_predictions import EvenPredictions
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
 from orthotrain.callbacks.throughput import Throughput, logs_at
-from orthotrain.checkpoint import compare_state, read_checkpoint
+from orthotrain.checkpoint import check_finite, compare_state, read_checkpoint
 from orthotrain.checkpoint_io import AtomicCheckpointIO
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.displacement_pool import DisplacementPool
@@ -30,7 +32,9 @@ from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
 from orthotrain.models import ModelBuilder, check_vocabulary
 from orthotrain.modules.optimization import Optimization
 from orthotrain.rebuild import rebuild_module
-from orthotrain.resume import adapt_ranks, agree_on_checkpoint, agree_on_step
+from orthotrain.restorable import check_optimizers, check_progress
+from orthotrain.resume import adapt_ranks, agree_on_checkpoint, agree_on_step, checkpoint_folder_of, checkpoint_folders
+from orthotrain.stored_paths import keep_own_paths
 from orthotrain.strategies import ShardedStrategy, check_merging
 
 
@@ -56,6 +60,7 @@ class BaseModule(L.LightningModule):
         self.optimization = optimization
         self.resume_from: str | None = None  # said by the command line, for ranks to compare
         self._wrapped = self._sharded = False
+        self._restored: dict[str, Any] | None = None  # until its optimizers can be compared
         self.evaluation_loss = nn.ModuleDict({split: TokenLoss() for split in ("val", "test")})
 
     @classmethod
@@ -102,7 +107,8 @@ class BaseModule(L.LightningModule):
         """
         strategy: Any = getattr(self._trainer, "strategy", None)
         if strategy is not None and type(strategy.checkpoint_io) is TorchCheckpointIO:
-            strategy.checkpoint_io = AtomicCheckpointIO()
+            trainer = self.trainer
+            strategy.checkpoint_io = AtomicCheckpointIO(lambda: checkpoint_folders(trainer))
         if strategy is not None:
             check_merging(strategy, self.trainer.callbacks)  # type: ignore[attr-defined]
             agree_on_checkpoint(self.resume_from)
@@ -151,13 +157,14 @@ class BaseModule(L.LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Fit the checkpoint to this run: the number of ranks, and the frozen weights that an adapter leaves out.
+        """Fit the checkpoint to this run: its paths, the number of ranks, and the frozen weights of an adapter.
 
         Raises:
-            ConfigurationError: If the checkpoint is of another model, naming what differs.
+            ConfigurationError: If the checkpoint is of another model, holds values that are not finite, or cannot be
+                restored in this run, naming the entry.
         """
         if self._trainer is not None:
-            adapt_ranks(checkpoint, self._trainer.world_size)
+            self._fit_to_run(checkpoint)
         if "state_dict" not in checkpoint:  # ModelParallelStrategy has loaded the network by now
             return
         restore_frozen(checkpoint, self)
@@ -166,6 +173,32 @@ class BaseModule(L.LightningModule):
             raise ConfigurationError(
                 f"the checkpoint is of another model: {difference}; use the config it was made with"
             )
+        check_finite(checkpoint["state_dict"], [name for name, _ in self.named_parameters(remove_duplicate=False)])
+
+    def _fit_to_run(self, checkpoint: dict[str, Any]) -> None:
+        trainer = self.trainer
+        check_progress(checkpoint, trainer)
+        adapt_ranks(checkpoint, trainer.world_size)
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint.get("callbacks", {}).get(callback.state_key)
+            if isinstance(callback, ModelCheckpoint) and state:
+                keep_own_paths(state, callback, checkpoint_folder_of(callback, trainer))
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if trainer.optimizers:
+            check_optimizers(checkpoint, trainer)
+        else:  # they are built after the network has been restored
+            self._restored = checkpoint
+
+    def on_fit_start(self) -> None:
+        """Compare the checkpoint's optimizers with those of the run, which exist by now.
+
+        Raises:
+            ConfigurationError: If they are others, naming what differs.
+        """
+        checkpoint, self._restored = self._restored, None
+        if checkpoint is not None and self.trainer.strategy.lightning_restore_optimizer:
+            check_optimizers(checkpoint, self.trainer)
 
     def on_train_start(self) -> None:
         """Put the training data where the checkpoint left it.

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.filesystem import _FileSystemWriter
 import orthotrain.callbacks.adapter_checkpoint as adapter_checkpoint
 import orthotrain.checkpoint_io as checkpoint_io
 import orthotrain.sharded_checkpoint as sharded_checkpoint
+import orthotrain.temporary as temporary
 from orthotrain.layers import PoetLinear, StepwiseLinear
 from orthotrain.modules import OftModule, PoetModule
 
@@ -139,7 +140,7 @@ def inject(job):
         "shard": [(_FileSystemWriter, "write_data", half_shard(rank))],
         "sums": [(sharded_checkpoint, "_write_sums", die)],
         "publish": [(module, "publish", die) for module in (adapter_checkpoint, sharded_checkpoint)],
-        "rename": [(os, "replace", between_renames, lambda a, b: str(b).endswith(checkpoint_io.OLD_SUFFIX))],
+        "rename": [(os, "replace", between_renames, lambda a, b: str(b).endswith(temporary.OLD_SUFFIX))],
         "drop": [(shutil, "rmtree", half_removed, lambda path, **options: os.path.isdir(path))],
     }
     for owner, name, act, *counts in calls.get(kind, []):

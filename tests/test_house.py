@@ -22,7 +22,8 @@ FOLDERS = {"framework": "orthotrain", "plugins": "orthotrain.plugins", "kernels"
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "plugins": {"plugins", "kernels"},
-    "data": {"data", "errors", "model_folder", "progress"},
+    "data": {"data", "errors", "model_folder", "paths", "progress"},
+    "paths": {"errors"},
     "spectrum": set(),
     "terminal": set(),
     "progress": {"terminal"},

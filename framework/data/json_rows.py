@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from orthotrain.errors import ConfigurationError
 
-MAX_ROW_BYTES = 64 << 20
+MAX_ROW_BYTES = 32 << 20
 """Longest row: parsing takes up to 25 times the bytes of a row, so this bounds the memory of a reader."""
 
 _BLOCK_BYTES = 1 << 20
@@ -92,12 +92,16 @@ class _Scanner:
                 found, end = _DECODER.raw_decode(self._held, self._at)
                 # a number at the end of the window may have more digits behind it
                 if isinstance(found, dict | list | str) or self._ended or not _MAY_GO_ON.match(self._held, end):
+                    if end - self._at > MAX_ROW_BYTES:
+                        raise too_long(self._where, number)
                     self._at = end
                     return found
             except RecursionError as error:
                 raise ConfigurationError(f"{self._where}, row {number}: not valid JSON (nested too deeply)") from error
+            except ConfigurationError:
+                raise
             except ValueError as error:
-                if self._ended or self._is_final(error):
+                if len(self._held) - self._at <= MAX_ROW_BYTES and (self._ended or self._is_final(error)):
                     raise self.invalid(number, str(error)) from error
             held = len(self._held) - self._at
             if held > MAX_ROW_BYTES:

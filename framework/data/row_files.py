@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,7 +50,7 @@ def file_rows(path: Path, column: str | None = None) -> Iterator[tuple[int, Any]
         column: The one column that is read from a Parquet file; by default all.
 
     Raises:
-        ConfigurationError: No regular file, a damaged one, bad JSON, a row longer than 64 MiB, a gzip file that
+        ConfigurationError: No regular file, a damaged one, bad JSON, a row longer than 32 MiB, a gzip file that
             or a Parquet column that expands to more than 100 times its size.
     """
     suffix = suffix_of(path)
@@ -144,9 +144,21 @@ def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[int, Any]]:
                 raise missing_column(str(path), column, names)
             columns = None if column is None else [column]
             batches = table.iter_batches(batch_size=_batch_rows(table.metadata, path, column), columns=columns)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+            yield from enumerate(_batch_by_batch(batches, path), start=1)
     except pyarrow.ArrowException as error:
         raise ConfigurationError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _batch_by_batch(batches: Iterable[Any], path: Path) -> Iterator[Any]:
+    expanded, size = 0, path.stat().st_size
+    for batch in batches:
+        expanded += batch.nbytes
+        if expanded > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * size):  # a dictionary stores a repeated value once
+            raise ConfigurationError(
+                f"{path}: expands to more than {MAX_EXPANSION} times its size, as it repeats long values; write it "
+                "without a dictionary if you trust it"
+            )
+        yield from batch.to_pylist()
 
 
 def _batch_rows(metadata: Any, path: Path, column: str | None) -> int:

@@ -22,8 +22,12 @@ FOLDERS = {"framework": "orthotrain", "plugins": "orthotrain.plugins", "kernels"
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "plugins": {"plugins", "kernels"},
-    "data": {"data", "errors", "model_folder", "paths", "progress"},
+    "data": {"data", "errors", "limited", "model_folder", "paths", "progress"},
     "paths": {"errors"},
+    "limited": set(),
+    "model_size": {"errors", "limited"},
+    "model_folder": {"errors", "paths"},
+    "models": {"errors", "model_folder", "model_size", "progress"},
     "spectrum": set(),
     "terminal": set(),
     "progress": {"terminal"},

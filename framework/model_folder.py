@@ -1,11 +1,11 @@
 """Folders with a model: what their index may name, files beside it and nothing elsewhere, and how they are written."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.paths import check_folder_files, local_path, read_json
 from orthotrain.temporary import discard, folder_beside, remove_leftovers
 
 MADE_BY = {
@@ -24,7 +24,7 @@ def check_there(name: str | Path) -> None:
     Raises:
         ConfigurationError: Naming what is not there and, where it is known, the command that makes it.
     """
-    path = Path(name).expanduser()
+    path = local_path(name, "path")
     first, *rest = path.parts or ("",)
     ours = first in ("models", "runs") or Path(first).is_dir()  # of the many names that may be either
     named = path.is_absolute() or str(name).startswith(".") or path.suffix == ".ckpt"
@@ -51,10 +51,11 @@ def check_model_folder(folder: str | Path) -> None:
     folder = Path(folder)
     if not folder.is_dir():
         return
+    check_folder_files(folder, "model folder")
     for index in sorted(folder.glob("*.index.json")):
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            names = set(read_json(index, "index of weight files")["weight_map"].values())
+        except (KeyError, TypeError, AttributeError) as error:
             raise ConfigurationError(f"{str(index)!r} is no index of weight files: {error!r}") from error
         for name in names:
             _check_name(name, index)

@@ -2,6 +2,7 @@
 
 import difflib
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.model_folder import check_model_folder
+from orthotrain.model_size import NotBuildable, check_memory, count_described, count_values
 from orthotrain.progress import shown, transformers_bars, waiting
 
 Task = Literal["causal_lm", "seq2seq_lm", "sequence_classification"]
@@ -83,8 +85,11 @@ class CausalLM(ModelBuilder):
         """Return the model in training mode, weights drawn from torch's global generator."""
         from transformers import AutoModelForCausalLM
 
+        configuration = self._configuration()
+        values = count_described(self.model_type, self.config)
+        check_memory(values, torch.get_default_dtype(), f"the {self.model_type} configuration")
         with waiting("drawing the network's weights"):
-            model = AutoModelForCausalLM.from_config(self._configuration())
+            model = AutoModelForCausalLM.from_config(configuration)
         return enable_checkpointing(model, self.gradient_checkpointing).train()
 
     @property
@@ -102,20 +107,20 @@ class CausalLM(ModelBuilder):
         Raises:
             ConfigurationError: Naming both sizes.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import CONFIG_MAPPING
 
-        configuration = self._configuration()
-        layers = getattr(configuration, "num_hidden_layers", 0)
-        if layers > tensors:
+        name = CONFIG_MAPPING[self.model_type].attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        layers = self.config.get(name, self.config.get("num_hidden_layers", 0))
+        if isinstance(layers, int) and layers > tensors:
             raise ConfigurationError(f"a network of {layers} layers is described, there are {tensors} tensors")
-        with torch.device("meta"):
-            described = sum(p.numel() for p in AutoModelForCausalLM.from_config(configuration).parameters())
-        if described > 8 * values:
+        described = count_described(self.model_type, self.config)
+        if described is not None and described > 8 * values:
             raise ConfigurationError(f"a network of {described:,} values is described, there are {values:,}")
 
     def _configuration(self) -> Any:
         from transformers import CONFIG_MAPPING
 
+        count_described(self.model_type, self.config)  # a number in it may ask for a list of any length
         return CONFIG_MAPPING[self.model_type](**self.config)
 
 
@@ -190,6 +195,8 @@ class PretrainedModel(ModelBuilder):
                 bnb_4bit_compute_dtype=compute,
             )
         check_model_folder(self.name)
+        if Path(self.name).is_dir() and not self.trust_remote_code:
+            self._check_size()
         try:
             self._check_configuration(transformers.AutoConfig)
             load = getattr(transformers, AUTO_CLASSES[self.task]).from_pretrained
@@ -205,6 +212,25 @@ class PretrainedModel(ModelBuilder):
         resized = {name for name, *_ in report["mismatched_keys"]}
         model.fresh_parameters = sorted({*report["missing_keys"], *resized})
         return enable_checkpointing(model, self.gradient_checkpointing).train()
+
+    def _check_size(self) -> None:
+        """Refuse a folder whose config.json describes a network that no machine, or not this one, can hold."""
+        import transformers
+
+        given = {name: value for name, value in self.options.items() if name not in LOADING_OPTIONS}
+
+        def build() -> nn.Module:
+            config = transformers.AutoConfig.from_pretrained(self.name, trust_remote_code=False, **given)
+            config.quantization_config = None
+            return getattr(transformers, AUTO_CLASSES[self.task]).from_config(config)
+
+        what = f"model {self.name!r}: its config.json"
+        try:
+            values = count_values(build, what)
+        except NotBuildable:
+            return  # loading it says why
+        stored = torch.uint8 if self.load_in_4bit else torch.bfloat16 if self.dtype == "auto" else None
+        check_memory(values, stored or getattr(torch, self.dtype), what)
 
     def _check_configuration(self, auto_config: Any) -> None:
         """Refuse options that neither load safely nor are keys of the configuration, and one that would fetch code."""

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data.instruction_rows import Example
+from orthotrain.data.template_process import TemplateError, TemplateProcess
 from orthotrain.data.tokenizers import load_tokenizer, tokenizer_from_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.model_folder import check_there
@@ -66,6 +67,7 @@ class ExampleEncoder:
         self.prompt_template = None if prompt_template is None else check_template(prompt_template)
         if prompt_template is None and not self.has_chat_template:
             self.prompt_template = PLAIN_TEMPLATE
+        self._render = TemplateProcess(tokenizer)
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -115,12 +117,17 @@ class ExampleEncoder:
     def _chat_pieces(self, example: Example) -> list[tuple[str, str]]:
         """What the template writes before each response, and the response, cut out of growing conversations."""
         messages = [{"role": role, "content": content} for role, content in example.messages]
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        both = [((messages[:turn], True), (messages[: turn + 1], False)) for turn in turns]
+        try:
+            texts = self._render([request for pair in both for request in pair])
+        except TemplateError as error:
+            owner = f" of tokenizer {name!r}" if (name := self.tokenizer.name_or_path) else ""
+            raise ConfigurationError(
+                f"{example.where}: the chat template{owner} refuses it ({error}); change the messages or the tokenizer"
+            ) from error
         text, pieces = "", []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._render(messages[:turn], example, add_generation_prompt=True)
-            answered = self._render(messages[: turn + 1], example, add_generation_prompt=False)
+        for turn, prompt, answered in zip(turns, texts[::2], texts[1::2], strict=True):
             if not prompt.startswith(text) or not answered.startswith(prompt):
                 raise ConfigurationError(
                     f"{example.where}: the chat template cannot be split before message {turn + 1}, because it writes "
@@ -130,19 +137,6 @@ class ExampleEncoder:
             pieces.append((prompt[len(text) :], answered[len(prompt) :]))
             text = answered
         return pieces
-
-    def _render(self, messages: list[dict[str, str]], example: Example, add_generation_prompt: bool) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
-        except Exception as error:  # templates are programs: they raise jinja2's and their own errors
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigurationError(
-                f"{example.where}: the chat template refuses it ({reason}); change the messages or the tokenizer"
-            ) from error
 
     def _extend(self, tokens: list[int], text: str, piece: str, beginning: list[int], example: Example) -> list[int]:
         """Tokens of ``text + piece`` that begin with ``tokens``, those of ``text``."""

@@ -14,6 +14,24 @@ from orthotrain.progress import Progress
 
 OnTooLong = Literal["drop", "truncate", "error"]
 
+LONGEST_TOKEN = 64
+"""Characters of a token in a row that is as long as allowed: more, on average, than those of any real text."""
+_LEAST, _MOST = 1 << 20, 8 << 20
+_MOST_WORK = 128 << 20
+
+
+def most_characters(tokens: int) -> int:
+    """Return how many characters are tokenized for a limit of so many tokens: tokenizing takes 100 bytes for each."""
+    return min(max(_LEAST, LONGEST_TOKEN * tokens), _MOST)
+
+
+def _far_too_long(example: Example, limits: tuple[Limit, ...]) -> int | None:
+    """The characters of a row that no limit can hold, or that are too much work; None for any other row."""
+    characters = sum(len(content) for _, content in example.messages)
+    work = characters * len(example.messages)  # each response is rendered and tokenized with all before it
+    too_long = characters > most_characters(sum(limit.tokens for limit in limits)) or work > _MOST_WORK
+    return characters if too_long else None
+
 
 @dataclass
 class Account:
@@ -23,6 +41,7 @@ class Account:
         limits: The limits of the layout.
         used: Rows used.
         too_long: Rows dropped because they exceed a limit, or truncated before their response.
+        far_too_long: Those of them that were not tokenized, since they have far more characters than a limit can hold.
         truncated: Limit -> rows used that lost what exceeded it.
         special: Rows dropped because their text spells a special token.
         longest: The largest length for each limit.
@@ -31,6 +50,7 @@ class Account:
     limits: tuple[Limit, ...]
     used: int = 0
     too_long: int = 0
+    far_too_long: int = 0
     truncated: Counter[str] = field(default_factory=Counter)
     special: int = 0
     longest: tuple[int, ...] = ()
@@ -53,7 +73,8 @@ class Account:
         parts = [f"{self.used:,} rows used, {self.dropped:,} dropped; the longest has {longest}"]
         limits = [f"{limit.argument} {limit.tokens}" for limit in self.limits]
         if self.too_long:
-            parts.append(f"{self.too_long:,} dropped as too long for {' or '.join(limits)}")
+            far = f", {self.far_too_long:,} of them so long that they were not tokenized" if self.far_too_long else ""
+            parts.append(f"{self.too_long:,} dropped as too long for {' or '.join(limits)}{far}")
         for text, limit in zip(limits, self.limits, strict=True):
             if count := self.truncated[limit.argument]:
                 parts.append(f"{count:,} truncated to {text}")
@@ -96,11 +117,19 @@ def encode_rows(
                 account.example_of_special = account.example_of_special or f"{token!r} in {example.where}"
                 bar.advance()
                 continue
+            if (characters := _far_too_long(example, account.limits)) is not None:
+                if on_too_long == "error":
+                    raise _too_long(example, f"{characters:,} characters", account.limits[0])
+                account.too_long += 1
+                account.far_too_long += 1
+                bar.advance()
+                continue
             row = encoder(example)
             bar.advance(tokens=len(row.tokens))
             if excess := account.measure(layout.lengths(row)):
                 if on_too_long == "error":
-                    raise _too_long(example, *excess[0])
+                    length, limit = excess[0]
+                    raise _too_long(example, f"{length} {limit.unit}", limit)
                 row = layout.truncated(row)
                 if on_too_long == "drop" or not any(row.targets):
                     account.too_long += 1
@@ -115,8 +144,8 @@ def encode_rows(
     return splits, account
 
 
-def _too_long(example: Example, length: int, limit: Limit) -> ConfigurationError:
+def _too_long(example: Example, length: str, limit: Limit) -> ConfigurationError:
     return ConfigurationError(
-        f"{example.where}: {length} {limit.unit}, longer than {limit.argument} {limit.tokens}; raise {limit.argument}, "
+        f"{example.where}: {length}, longer than {limit.argument} {limit.tokens}; raise {limit.argument}, "
         "remove the row, or set on_too_long to drop or truncate"
     )

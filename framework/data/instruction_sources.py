@@ -1,20 +1,18 @@
 """Sources of instruction data: the standard library's docstrings, local files, Hugging Face datasets; as examples."""
 
 import glob
-import gzip
-import json
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from orthotrain.data.docstrings import STDLIB_DOCSTRINGS, docstring_examples
 from orthotrain.data.instruction_rows import Columns, Example, parse_row
-from orthotrain.data.readers import suffix_of
+from orthotrain.data.row_files import ROW_SUFFIXES, file_rows, holds_rows, suffix_of
+from orthotrain.data.sources import files_in, glob_files
 from orthotrain.errors import ConfigurationError
+from orthotrain.paths import check_regular_file, local_path
 
-ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 _FORMATS = ".jsonl .json .parquet .jsonl.gz .json.gz"
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%+-]+))?")
 _WORKS = f"give {STDLIB_DOCSTRINGS!r}, a file, folder or glob of {_FORMATS}, or a dataset 'org/name[:config][@split]'"
@@ -39,7 +37,7 @@ def read_examples(source: str | list[str], columns: Columns) -> Iterator[Example
             yield from docstring_examples()
         elif paths := find_files(name):
             for path in paths:
-                yield from _examples(_file_rows(path), str(path), columns)
+                yield from _examples(file_rows(path), str(path), columns)
         else:
             yield from _examples(_hub_rows(name), f"dataset {name!r}", columns)
 
@@ -69,7 +67,7 @@ def _rows_in(path: Path) -> int | None:
             return pyarrow.parquet.read_metadata(path).num_rows
         if path.suffix.lower() == ".jsonl":
             with path.open("rb") as file:
-                return sum(not line.isspace() for line in file)
+                return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
     except (OSError, ValueError):
         pass
     return None
@@ -90,9 +88,9 @@ def find_files(name: str) -> list[Path]:
     Raises:
         ConfigurationError: Nothing there, or a format that is not known.
     """
-    path = Path(name).expanduser()
+    path = local_path(name, "source")
     if path.is_dir():
-        paths = sorted(file for file in path.rglob("*") if file.is_file() and _holds_rows(file))
+        paths = sorted(file for file, _ in files_in(path, set()) if holds_rows(file))
         if not paths:
             raise ConfigurationError(f"source {name!r}: the folder holds no file of a known format: {_FORMATS}")
         return paths
@@ -103,63 +101,14 @@ def find_files(name: str) -> list[Path]:
     elif not glob.has_magic(name):
         raise ConfigurationError(f"source {name!r}: no such file or folder (looked in {Path.cwd()}); {_WORKS}")
     else:
-        paths = sorted(match for match in map(Path, glob.glob(str(path), recursive=True)) if match.is_file())
+        paths = glob_files(str(path))
         if not paths:
             raise ConfigurationError(f"source {name!r}: the glob matches no file (looked in {Path.cwd()}); {_WORKS}")
     for file in paths:
-        if not _holds_rows(file):
+        if not holds_rows(file):
             raise ConfigurationError(f"source {str(file)!r}: unknown format {file.suffix!r}; known: {_FORMATS}")
+        check_regular_file(file, "source")
     return paths
-
-
-def _holds_rows(path: Path) -> bool:
-    suffix = suffix_of(path)
-    return suffix in ROW_SUFFIXES and not (suffix == ".parquet" and path.suffix.lower() == ".gz")
-
-
-def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    suffix = suffix_of(path)
-    try:
-        if suffix == ".parquet":
-            yield from _parquet_rows(path)
-            return
-        with _open(path) as file:
-            if suffix == ".jsonl":
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield number, _parse_json(line, f"{path}, row {number}")
-            else:
-                parsed = _parse_json(file.read(), str(path))
-                yield from enumerate(parsed if isinstance(parsed, list) else [parsed], start=1)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ConfigurationError(f"{path}: damaged gzip file ({error}); write it again or leave it out") from error
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _parse_json(raw: bytes, where: str) -> Any:
-    if not raw.strip():
-        raise ConfigurationError(f"{where}: holds no row; give it some or leave it out")
-    try:
-        return json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{where}: not valid JSON ({error})") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            batches = table.iter_batches(batch_size=1024)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except pyarrow.ArrowException as error:
-        raise ConfigurationError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
 def _hub_rows(name: str) -> Iterator[tuple[int, Any]]:

@@ -1,5 +1,6 @@
 """Sources of text: the Python standard library, local files, Hugging Face datasets; as one stream of documents."""
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -12,10 +13,13 @@ from typing import Any
 
 from orthotrain.data.readers import SUFFIXES, Document, is_readable, read_documents, row_documents
 from orthotrain.errors import ConfigurationError
+from orthotrain.paths import check_regular_file, local_path
 
 PYTHON_STDLIB = "python-stdlib"
 CACHE_MARK = ".orthotrain.lock"
 """The file that marks a folder of token caches."""
+MOST_FOLDERS = 200_000
+"""How many folders ``**`` may search, each counted as often as links lead to it."""
 
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -42,7 +46,7 @@ class Files:
     def fingerprint(self) -> str:
         """Names, sizes and modification times: enough to see that a file changed without reading it."""
         stats = ((name, path.stat()) for path, name in self.entries)
-        return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        return repr([(os.fsencode(name), stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
     def size(self) -> int | None:
         """Bytes on disk."""
@@ -156,12 +160,12 @@ def location(name: str) -> str:
     """What a source's name means on this machine, wherever it is said: an absolute path, or the name of a dataset."""
     if name == PYTHON_STDLIB:
         return sysconfig.get_paths()["stdlib"]
-    path = Path(name).expanduser()
+    path = local_path(name, "source")
     return os.path.abspath(path) if path.exists() or glob.has_magic(name) else name
 
 
 def _open(name: str, text_column: str, streaming: bool) -> Files | HubDataset:
-    path = Path(name).expanduser()
+    path = local_path(name, "source")
     if name == PYTHON_STDLIB:
         return Files(tuple(_standard_library()), text_column)
     if path.is_dir():
@@ -180,12 +184,18 @@ def _open(name: str, text_column: str, streaming: bool) -> Files | HubDataset:
 
 def _standard_library() -> Iterator[tuple[Path, str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path, name in _walk(root, _STDLIB_SKIPPED):
-        if path.suffix == ".py":
+    for path, name in files_in(root, _STDLIB_SKIPPED):
+        if path.suffix == ".py" and path.is_file():
             yield path, name
 
 
-def _walk(root: Path, skipped: set[str]) -> Iterator[tuple[Path, str]]:
+def files_in(root: Path, skipped: set[str]) -> Iterator[tuple[Path, str]]:
+    """Yield path and relative name of every file in a folder, sorted; links to folders are not followed.
+
+    Args:
+        root: The folder.
+        skipped: Names of folders to leave out.
+    """
     for folder, folders, files in os.walk(root):
         if CACHE_MARK in files:  # a cache inside its own source would feed on itself
             folders.clear()
@@ -197,24 +207,54 @@ def _walk(root: Path, skipped: set[str]) -> Iterator[tuple[Path, str]]:
 
 
 def _folder(root: Path) -> list[tuple[Path, str]]:
-    entries = [(path, name) for path, name in _walk(root, {"__pycache__", ".git"}) if is_readable(path)]
+    entries = [(path, name) for path, name in files_in(root, {"__pycache__", ".git"}) if is_readable(path)]
     if not entries:
         raise ConfigurationError(f"source {str(root)!r}: the folder holds no file of a known format: {_FORMATS}")
     return entries
 
 
 def _glob(pattern: str) -> list[tuple[Path, str]]:
-    matches = (Path(match) for match in glob.glob(pattern, recursive=True))
-    paths = sorted(path for path in matches if path.is_file() and not (path.parent / CACHE_MARK).exists())
+    paths = [path for path in glob_files(pattern) if not (path.parent / CACHE_MARK).exists()]
     if not paths:
         raise ConfigurationError(f"source {pattern!r}: the glob matches no file (looked in {Path.cwd()})")
-    parts = Path(pattern).parts
-    fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-    root = Path(*parts[:fixed])
+    root = _fixed_part(pattern)
     return [(_known_format(path), path.relative_to(root).as_posix()) for path in paths]
+
+
+def glob_files(pattern: str) -> list[Path]:
+    """Return the files that a glob matches, sorted; fifos, sockets and devices, which cannot be read, too.
+
+    Raises:
+        ConfigurationError: ``**`` is to search a folder in which links lead round in a circle.
+    """
+    if "**" in pattern:
+        _check_links(_fixed_part(pattern))
+    matches = map(Path, glob.glob(pattern, recursive=True))
+    return sorted(path for path in matches if path.exists() and not path.is_dir())
+
+
+def _fixed_part(pattern: str) -> Path:
+    parts = Path(pattern).parts
+    return Path(*parts[: next(index for index, part in enumerate(parts) if glob.has_magic(part))])
+
+
+def _check_links(root: Path) -> None:
+    """Walk as ``glob`` does, which follows links: through a circle it would go on for ever."""
+    pending: list[tuple[Path, frozenset[Path]]] = [(root, frozenset())]
+    seen = 0
+    while pending:
+        folder, above = pending.pop()
+        real = folder.resolve()
+        seen += 1
+        if real in above or seen > MOST_FOLDERS:
+            problem = "leads back to a folder above it" if real in above else f"is one of over {MOST_FOLDERS:,} folders"
+            raise ConfigurationError(f"source: {str(folder)!r} {problem}; name the folders without '**'")
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:  # glob passes over what it cannot read
+            pending += [(Path(entry.path), above | {real}) for entry in entries if entry.is_dir()]
 
 
 def _known_format(path: Path) -> Path:
     if not is_readable(path):
         raise ConfigurationError(f"source {str(path)!r}: unknown format {path.suffix!r}; known: {_FORMATS}")
+    check_regular_file(path, "source")
     return path

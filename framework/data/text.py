@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data.building import SPLITS, Splitter
+from orthotrain.data.encoding import most_characters
 from orthotrain.data.evaluation import EvalBatches, document_beginnings
 from orthotrain.data.module import DataModule
 from orthotrain.data.sampling import EpochProgress, ResumableLoader, TokenWindows, TrainSampler
@@ -254,6 +255,13 @@ class TextData(DataModule):
         """One prompt a batch, ``{"input_ids"}`` of shape ``(1, length)``: texts to continue."""
         texts = self._given.predict_prompts
         if texts:
+            most = most_characters(self.sequence_length)
+            for number, text in enumerate(texts, start=1):
+                if len(text) > most:
+                    raise ConfigurationError(
+                        f"predict_prompts: prompt {number} has {len(text):,} characters, far more than sequence_length "
+                        f"{self.sequence_length} tokens; give at most {most:,}"
+                    )
             prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
             if [] in prompts:
                 raise ConfigurationError(f"predict_prompts: prompt {prompts.index([]) + 1} is empty; give it some text")

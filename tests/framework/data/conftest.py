@@ -1,9 +1,44 @@
+import os
+import pickle
 import random
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 
 from orthotrain.data import TextData
+
+MEMORY_BYTES = 1_900 << 20
+"""With the 1.1 GiB that importing the package maps, 3 GiB of address space."""
+
+
+@pytest.fixture
+def bounded():
+    """Calls a function in a forked process with limits of memory and of 60 seconds, and returns what it returns."""
+
+    def call(function, memory: int = MEMORY_BYTES, seconds: int = 60):
+        reading, writing = os.pipe()
+        if not (pid := os.fork()):
+            try:
+                mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (mapped + memory,) * 2)
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(seconds)
+                try:
+                    result = function()
+                except BaseException as error:  # told to the test, whatever it is
+                    result = f"{type(error).__name__}: {error}"
+                os.write(writing, pickle.dumps(result))
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            answer = pipe.read()
+        assert os.waitpid(pid, 0)[1] == 0, "ran out of time, or was killed"
+        return pickle.loads(answer)
+
+    return call
 
 
 def _prose(generator: random.Random, words: int) -> str:

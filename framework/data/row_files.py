@@ -1,0 +1,187 @@
+"""Files of rows (JSON Lines, JSON, Parquet, compressed or not): one row at a time, whatever the size of the file."""
+
+import contextlib
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from orthotrain.data.json_rows import MAX_ROW_BYTES, json_rows, too_long
+from orthotrain.errors import ConfigurationError
+from orthotrain.paths import check_regular_file
+
+ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+MAX_EXPANSION = 100
+"""Text may be so many times as large as the gzip file or Parquet column it is in: text and JSON seldom reach 20."""
+FREE_EXPANSION_BYTES = 16 << 20
+"""Below this size the ratio does not count."""
+
+_BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 30
+
+
+def suffix_of(path: Path) -> str:
+    """The format's suffix, without ``.gz``: ``a.jsonl.gz`` gives ``.jsonl``."""
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz")).suffix
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the file's name says that it is a gzip file."""
+    return path.name.lower().endswith(".gz")
+
+
+def holds_rows(path: Path) -> bool:
+    """Whether the file's name says a format that `file_rows` reads."""
+    suffix = suffix_of(path)
+    return suffix in ROW_SUFFIXES and not (suffix == ".parquet" and is_compressed(path))
+
+
+def file_rows(path: Path, column: str | None = None) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a file, each with its number, counted from 1 (lines of JSON Lines: empty ones count).
+
+    A file named ``.json`` may hold an array of rows, JSON Lines or one row.
+
+    Args:
+        path: The file.
+        column: The one column that is read from a Parquet file; by default all.
+
+    Raises:
+        ConfigurationError: No regular file, a damaged one, bad JSON, a row longer than 32 MiB, a gzip file that
+            or a Parquet column that expands to more than 100 times its size.
+    """
+    suffix = suffix_of(path)
+    with reading(path):
+        if suffix == ".parquet":
+            yield from _parquet_rows(path, column)
+            return
+        with open_file(path) as file:
+            yield from _lines(file, str(path)) if suffix == ".jsonl" else json_rows(file, str(path))
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a damaged or unreadable file raises into one clear error."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ConfigurationError(f"{path}: damaged gzip file ({error}); write it again or leave it out") from error
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file, decompressed where its name ends with ``.gz``.
+
+    Raises:
+        ConfigurationError: No regular file; while it is read, if it expands beyond `MAX_EXPANSION` times its size.
+    """
+    check_regular_file(path, "source")
+    file = path.open("rb")
+    return io.BufferedReader(_Expanding(file, path), 1 << 20) if is_compressed(path) else file
+
+
+class _Expanding(io.RawIOBase):
+    """Decompresses as long as the text is not many times larger than what it was made from."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self._text = gzip.GzipFile(fileobj=file, mode="rb")
+        self._expanded = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        read = self._text.readinto(buffer)
+        self._expanded += read
+        if self._expanded > FREE_EXPANSION_BYTES and self._expanded > MAX_EXPANSION * self._file.tell():
+            raise ConfigurationError(
+                f"{self._path}: expands to more than {MAX_EXPANSION} times its size ({self._expanded:,} bytes out of "
+                f"{self._file.tell():,}), as damaged and hostile files do; decompress it if you trust it"
+            )
+        return read
+
+    def close(self) -> None:
+        if not self.closed:
+            self._text.close()
+            self._file.close()
+        super().close()
+
+
+def _lines(file: BinaryIO, where: str) -> Iterator[tuple[int, Any]]:
+    number = 0
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(line) > MAX_ROW_BYTES:
+            raise too_long(where, number)
+        if line.strip():
+            yield number, _parse(line, f"{where}, row {number}")
+
+
+def _parse(raw: bytes, where: str) -> Any:
+    try:
+        return json.loads(raw)
+    except RecursionError as error:
+        raise ConfigurationError(f"{where}: not valid JSON (nested too deeply)") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{where}: not valid JSON ({error!s:.200})") from error
+
+
+def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    check_regular_file(path, "source")
+    try:
+        # page by page, not a row group at once
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
+            names = table.schema_arrow.names
+            if column is not None and column not in names:
+                raise missing_column(str(path), column, names)
+            columns = None if column is None else [column]
+            batches = table.iter_batches(batch_size=_batch_rows(table.metadata, path, column), columns=columns)
+            yield from enumerate(_batch_by_batch(batches, path), start=1)
+    except pyarrow.ArrowException as error:
+        raise ConfigurationError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _batch_by_batch(batches: Iterable[Any], path: Path) -> Iterator[Any]:
+    expanded, size = 0, path.stat().st_size
+    for batch in batches:
+        expanded += batch.nbytes
+        if expanded > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * size):  # a dictionary stores a repeated value once
+            raise ConfigurationError(
+                f"{path}: expands to more than {MAX_EXPANSION} times its size, as it repeats long values; write it "
+                "without a dictionary if you trust it"
+            )
+        yield from batch.to_pylist()
+
+
+def _batch_rows(metadata: Any, path: Path, column: str | None) -> int:
+    """How many rows to read at once: a value may be as long as all of its column, and a dictionary repeats values."""
+    largest = 1
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = [group.column(index) for index in range(group.num_columns)]
+        wanted = [chunk for chunk in chunks if column in (None, chunk.path_in_schema.split(".")[0])]
+        for chunk in wanted:
+            size, packed = chunk.total_uncompressed_size, chunk.total_compressed_size
+            if size > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * packed):
+                raise ConfigurationError(
+                    f"{path}, row group {number + 1}: column {chunk.path_in_schema!r} expands to more than "
+                    f"{MAX_EXPANSION} times its size ({size:,} bytes out of {packed:,}); write it without compression "
+                    "if you trust it"
+                )
+        largest = max(largest, sum(chunk.total_uncompressed_size for chunk in wanted))
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // largest))
+
+
+def missing_column(where: str, column: str, present: Any) -> ConfigurationError:
+    """The error for a row or table without the text column."""
+    return ConfigurationError(
+        f"{where}: no column {column!r}; its columns are {sorted(map(str, present))}; set text_column"
+    )

@@ -1,0 +1,137 @@
+"""Processes with limits of memory and time, for work that a file's content can make endless."""
+
+import contextlib
+import gc
+import os
+import resource
+import signal
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+_WALL_SECONDS = 600
+"""Longest wait for an answer; the limit of processor time ends a process that computes long before."""
+
+
+class LimitExceeded(Exception):
+    """The work took more memory or time than it was given, or its process died of it: one line."""
+
+
+def start(work: Callable[[Connection], None], memory_bytes: int) -> tuple[int, Connection]:
+    """Fork a process that runs ``work`` with its end of a connection.
+
+    The process shares what this one holds, and may not use threads, GPUs or files of it.
+
+    Args:
+        work: What the process does; it ends when that returns.
+        memory_bytes: Address space of the process beyond what it has of this one (on Linux).
+
+    Returns:
+        The process id, and our end of the connection.
+    """
+    ours, theirs = Pipe()
+    with warnings.catch_warnings():  # Python warns of threads; the process takes none of their locks
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid:
+        theirs.close()
+        return pid, ours
+    try:
+        ours.close()
+        _prepare(memory_bytes)
+        work(theirs)
+    finally:
+        os._exit(0)
+
+
+def _prepare(memory_bytes: int) -> None:
+    """Leave the parent's objects and signals alone, and set the limits that stay."""
+    gc.freeze()  # nothing of the parent is finalized here
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent ends, and this process with it
+    for ending in (signal.SIGTERM, signal.SIGXCPU):
+        signal.signal(ending, signal.SIG_DFL)
+    _lower(resource.RLIMIT_CORE, 0)
+    if (sizes := Path("/proc/self/statm")).exists():
+        _lower(resource.RLIMIT_AS, int(sizes.read_text().split()[0]) * resource.getpagesize() + memory_bytes)
+
+
+def limit_seconds(seconds: float) -> None:
+    """Let this process compute for so many seconds in all, rounded up."""
+    _lower(resource.RLIMIT_CPU, int(seconds) + 1, raise_it=True)
+
+
+def _lower(limit: int, value: int, raise_it: bool = False) -> None:
+    soft, hard = resource.getrlimit(limit)
+    bounds = [value, hard] if raise_it else [value, soft, hard]
+    resource.setrlimit(limit, (min(bound for bound in bounds if bound != resource.RLIM_INFINITY), hard))
+
+
+def receive(connection: Connection) -> Any:
+    """Return what a process answers.
+
+    Raises:
+        EOFError: The process has died, or answers no more.
+    """
+    try:
+        if connection.poll(_WALL_SECONDS):
+            return connection.recv()
+    except OSError as error:
+        raise EOFError from error
+    raise EOFError
+
+
+def end(pid: int, connection: Connection) -> str:
+    """Close the connection, end the process and return what it died of."""
+    connection.close()
+    status = 0
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        finished, status = os.waitpid(pid, os.WNOHANG)
+        if not finished:
+            os.kill(pid, signal.SIGKILL)
+            status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+        return "it computes for too long"
+    return f"its process ended without an answer (status {status})"
+
+
+def call_limited(function: Callable[[], Any], memory_bytes: int, seconds: float) -> Any:
+    """Call a function in a process of its own and return what it returns.
+
+    Args:
+        function: Returns plain values; what it changes stays in the process.
+        memory_bytes: Address space beyond what this process has.
+        seconds: Processor time.
+
+    Raises:
+        LimitExceeded: The function took more.
+        Exception: What the function raises, as a `RuntimeError` with its class and first line.
+    """
+
+    def work(connection: Connection) -> None:
+        limit_seconds(seconds)
+        try:
+            connection.send(("result", function()))
+        except (MemoryError, SystemError):  # the latter where a C function gets no memory and does not say so
+            connection.send(("limit", f"it takes more than {memory_bytes >> 20} MiB of memory"))
+        except Exception as error:
+            connection.send(("error", f"{type(error).__name__}: {first_line(error)}"))
+
+    pid, connection = start(work, memory_bytes)
+    try:
+        kind, answer = receive(connection)
+    except EOFError:
+        raise LimitExceeded(f"{end(pid, connection)} (more than {seconds:.0f} seconds)") from None
+    end(pid, connection)
+    if kind == "limit":
+        raise LimitExceeded(answer)
+    if kind == "error":
+        raise RuntimeError(answer)
+    return answer
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, shortened, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

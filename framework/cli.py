@@ -1,17 +1,17 @@
-"""The command line: LightningCLI's fit, validate, test and predict, and commands of its own beside them."""
+"""The command line: LightningCLI's fit, validate, test and predict, and commands of its own beside them.
 
-import difflib
-import signal
+Importing this module takes a few milliseconds, and ``main`` first of all notes signals: everything else is imported
+where it is needed, so that a signal at any later moment ends the command in one line.
+"""
+
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from importlib import metadata
-from typing import NoReturn
 
-from orthotrain.config_files import resolve_config_arguments
-from orthotrain.errors import ConfigurationError, TrainingDiverged
-from orthotrain.noise import drop_noise
-from orthotrain.termination import INTERRUPTED, Terminated, terminable
+from orthotrain.termination import INTERRUPTED, NAMES, Ended, check, give_back, listen
+
+TYPE_CHECKING = False  # importing it from typing takes as long as all of this module
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
 
 USAGE = """usage: orthotrain COMMAND [options]
 
@@ -46,8 +46,32 @@ MEANT = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; bad input ends in one line on standard error and exit code 2, a diverged run in exit code 1."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run a command; bad input ends in one line on standard error and exit code 2, a diverged run in exit code 1.
+
+    SIGTERM and Ctrl-C end the command at its next safe point (:mod:`orthotrain.termination`), with exit code 143 or
+    130 whatever else has happened.
+
+    Args:
+        argv: The command and its options. None for those of the process, which is to end afterwards: from then on a
+            signal ends it without further ado.
+    """
+    before = listen()
+    error: BaseException | None = None
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+    except BaseException as caught:
+        error = caught
+    signum = give_back(before, ending=argv is None)
+    if signum:
+        _end_as_asked(signum, error)
+    if error is not None:
+        raise error
+
+
+def _run(arguments: list[str]) -> None:
+    from orthotrain.errors import ConfigurationError, TrainingDiverged
+    from orthotrain.noise import drop_noise
+
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
     command = arguments[0] if arguments else "--help"
@@ -55,16 +79,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(USAGE)
         return
     if command == "--version":
+        from importlib import metadata
+
         print(f"orthotrain {metadata.version('orthotrain')}")
         return
     drop_noise()
     try:
-        with terminable():
-            _run(command, arguments)
+        _dispatch(command, arguments)
     except KeyboardInterrupt:
-        fail(INTERRUPTED, code=128 + signal.SIGINT)
-    except Terminated:
-        fail(INTERRUPTED, code=128 + signal.SIGTERM)
+        fail(INTERRUPTED, code=130)
     except ConfigurationError as error:
         fail(str(error))
     except OSError as error:  # a folder that cannot be written, a full disk
@@ -75,7 +98,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(str(error), code=1)
 
 
-def _run(command: str, arguments: list[str]) -> None:
+def _end_as_asked(signum: int, error: BaseException | None) -> None:
+    """Exit with the code of the signal; say why unless the error has been said."""
+    if error is None:
+        print(f"orthotrain: {NAMES[signum]} came when the command was done", file=sys.stderr, flush=True)
+    elif not isinstance(error, SystemExit):  # what a step under way makes of the end of others: a rank, a worker
+        fail(f"{INTERRUPTED} ({type(error).__name__}: {error})", code=128 + signum)
+    elif isinstance(error, Ended) and error.message:
+        fail(error.message, code=128 + signum)
+    sys.exit(128 + signum)
+
+
+def _dispatch(command: str, arguments: list[str]) -> None:
+    from orthotrain.config_files import resolve_config_arguments
+    from orthotrain.errors import ConfigurationError
+
+    check()
     if command in TRAINER_COMMANDS:
         run_trainer(resolve_config_arguments(arguments))
     elif command in COMMANDS:
@@ -85,6 +123,8 @@ def _run(command: str, arguments: list[str]) -> None:
 
 
 def _unknown(command: str) -> str:
+    import difflib
+
     known = [*TRAINER_COMMANDS, *COMMANDS]
     near = difflib.get_close_matches(command, [*known, *MEANT], n=1)
     hint = f"did you mean {MEANT.get(near[0], near[0])}? " if near else ""
@@ -99,20 +139,16 @@ def fail(message: str, code: int = 2) -> None:
 
 def run_trainer(arguments: list[str]) -> None:
     """Run one of LightningCLI's commands."""
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    from orthotrain.errors import ConfigurationError
     from orthotrain.lightning_cli import OrthotrainCLI
 
+    check()
     try:
         OrthotrainCLI(args=arguments)
     except MisconfigurationException as error:  # Lightning's word for what the user asked of it
         raise ConfigurationError(str(error)) from error
-    except SIGTERMException as stop:  # without a code outside of training: the process would exit with 0
-        sys.exit(stop.code or 128 + signal.SIGTERM)
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns it into an exit with code 1
-            raise KeyboardInterrupt from stop
-        raise
 
 
 def export_command(arguments: list[str]) -> None:
@@ -130,6 +166,7 @@ def export_command(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     from orthotrain.export import export_checkpoint  # takes seconds, which a refused command line need not
 
+    check()
     allowed = {"allow": options.allow, "trust_remote_code": options.trust_remote_code}
     print(f"wrote {export_checkpoint(options.ckpt, options.out, options.format, options.dtype, **allowed)}")
 
@@ -188,12 +225,15 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-class _Parser(ArgumentParser):
-    """A parser whose complaints are a single line, as everywhere else."""
+def _parser(command: str, description: str) -> "ArgumentParser":
+    """Return a parser whose complaints are a single line, as everywhere else."""
+    from argparse import ArgumentParser
+    from typing import NoReturn
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{self.prog.removeprefix('orthotrain ')}: {message}; see {self.prog} --help")
+    from orthotrain.errors import ConfigurationError
 
+    class Parser(ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigurationError(f"{self.prog.removeprefix('orthotrain ')}: {message}; see {self.prog} --help")
 
-def _parser(command: str, description: str) -> ArgumentParser:
-    return _Parser(prog=f"orthotrain {command}", description=description, allow_abbrev=False)
+    return Parser(prog=f"orthotrain {command}", description=description, allow_abbrev=False)

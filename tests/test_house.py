@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "data": {"data", "errors", "model_folder", "progress"},
     "spectrum": set(),
     "terminal": set(),
-    "progress": {"terminal"},
+    "termination": set(),
+    "progress": {"terminal", "termination"},
     "layers": {"layers", "plugins", "kernels", "errors", "progress", "seeding", "spectrum"},
     "optimizers": {"optimizers", "kernels.skew", "layers.generators", "errors"},
     "callbacks": {
@@ -41,6 +42,7 @@ MAY_IMPORT = {
         "generation",
         "errors",
         "progress",
+        "termination",
     },
     "generation": set(),
     "export": {
@@ -71,7 +73,7 @@ MAY_IMPORT = {
     "modules": {
         *("modules", "callbacks", "layers", "optimizers", "plugins", "models"),
         *("metrics", "generation", "generation_metrics", "checkpoint", "checkpoint_io"),
-        *("resume", "strategies", "errors", "seeding", "progress"),
+        *("resume", "strategies", "errors", "seeding", "progress", "termination"),
     },
 }
 

@@ -18,6 +18,7 @@ from orthotrain.callbacks.batch_seeds import BatchSeeds
 from orthotrain.callbacks.even_predictions import EvenPredictions
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
+from orthotrain.callbacks.run_files import leave_nothing
 from orthotrain.callbacks.throughput import Throughput, logs_at
 from orthotrain.checkpoint import compare_state
 from orthotrain.checkpoint_io import AtomicCheckpointIO
@@ -30,6 +31,7 @@ from orthotrain.models import ModelBuilder, check_vocabulary
 from orthotrain.modules.optimization import Optimization
 from orthotrain.resume import adapt_ranks, agree_on_checkpoint, agree_on_step
 from orthotrain.strategies import ShardedStrategy, check_merging
+from orthotrain.termination import check
 
 
 class BaseModule(L.LightningModule):
@@ -75,6 +77,7 @@ class BaseModule(L.LightningModule):
         if self.model is None:
             assert self._builder is not None
             self.model = self._builder()
+        check()
         self._check_vocabulary(self.model)
         self.wrap(self.model)
         DisplacementPool(self.model)
@@ -110,6 +113,7 @@ class BaseModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach the callbacks that every run wants, unless the trainer has some; a subclass adds its own to them."""
+        leave_nothing(self._trainer)
         return unless_given(
             self._trainer, [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard()]
         )

@@ -22,7 +22,7 @@ FOLDERS = {"framework": "orthotrain", "plugins": "orthotrain.plugins", "kernels"
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "plugins": {"plugins", "kernels"},
-    "data": {"data", "errors", "model_folder", "progress"},
+    "data": {"data", "errors", "model_folder", "progress", "termination"},
     "spectrum": set(),
     "terminal": set(),
     "termination": set(),

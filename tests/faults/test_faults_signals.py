@@ -64,7 +64,7 @@ def test_a_signal_at_a_random_moment(harness, name, moment):
     code, log = process.wait(60), run.log()
     if in_time or code != 0:  # else the command had ended before the signal was sent
         assert code in (128 + signum, -signum), (code, log)
-    assert "Traceback" not in log or not run.steps() and early(log), log
+    assert "Traceback" not in log or (not run.steps() and early(log)), log
     if run.steps():
         check_checkpoint(run.folder / "last.ckpt")
     harness.recover(f"{name} at a random moment from exec to exit", run, note=f"after {seconds:.2f} s", at_most=0)

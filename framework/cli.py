@@ -1,20 +1,18 @@
-"""The command line: LightningCLI's fit, validate, test and predict, and commands of its own beside them."""
+"""The command line: LightningCLI's fit, validate, test and predict, and commands of its own beside them.
 
-import contextlib
-import difflib
-import os
-import select
-import signal
+Importing this module takes a few milliseconds, and ``main`` first of all notes signals: everything else is imported
+where it is needed, so that a signal at any later moment ends the command in one line.
+"""
+
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from importlib import metadata
-from typing import NoReturn
 
-from orthotrain.config_files import resolve_config_arguments
-from orthotrain.errors import ConfigurationError, TrainingDiverged, visible
-from orthotrain.noise import drop_noise
-from orthotrain.termination import INTERRUPTED, Terminated, terminable
+from orthotrain.streams import open_standard_streams, reader_is_gone, silence_standard_output
+from orthotrain.termination import INTERRUPTED, NAMES, Ended, check, give_back, listen
+
+TYPE_CHECKING = False  # importing it from typing takes as long as all of this module
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
 
 USAGE = """usage: orthotrain COMMAND [options]
 
@@ -49,24 +47,45 @@ MEANT = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; bad input ends in one line on standard error and exit code 2, a diverged run in exit code 1."""
-    drop_noise()
+    """Run a command; bad input ends in one line on standard error and exit code 2, a diverged run in exit code 1.
+
+    SIGTERM and Ctrl-C end the command at its next safe point (:mod:`orthotrain.termination`), with exit code 143 or
+    130 whatever else has happened.
+
+    Args:
+        argv: The command and its options. None for those of the process, which is to end afterwards: from then on a
+            signal ends it without further ado.
+    """
+    before = listen()
+    error: BaseException | None = None
     try:
-        open_standard_streams()
-        with terminable():
-            _run(list(sys.argv[1:] if argv is None else argv))
+        _run(list(sys.argv[1:] if argv is None else argv))
+    except BaseException as caught:
+        error = caught
+    signum = give_back(before, ending=argv is None)
+    if signum:
+        _end_as_asked(signum, error)
+    if error is not None:
+        raise error
+
+
+def _run(arguments: list[str]) -> None:
+    from orthotrain.errors import ConfigurationError, TrainingDiverged
+
+    if not open_standard_streams():
+        fail("standard output is closed: write it to a file, or to /dev/null")
+    try:
+        _dispatch(arguments)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        fail(INTERRUPTED, code=128 + signal.SIGINT)
-    except Terminated:
-        fail(INTERRUPTED, code=128 + signal.SIGTERM)
-    except ConfigurationError as error:
-        fail(str(error))
     except BrokenPipeError:
         if not reader_is_gone():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more when it exits
+        silence_standard_output()
         fail("standard output was closed before everything was written (`| head`): write it to a file", code=1)
+    except KeyboardInterrupt:
+        fail(INTERRUPTED, code=130)
+    except ConfigurationError as error:
+        fail(str(error))
     except OSError as error:  # a folder that cannot be written, a full disk
         if error.filename is None:
             raise
@@ -75,43 +94,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(str(error), code=1)
 
 
-def open_standard_streams() -> None:
-    """Refuse a closed standard output, and lead every closed standard stream to the null device.
-
-    Without that, the next file that is opened would take the number of the closed stream, and whatever a library
-    prints would be written into that file.
-
-    Raises:
-        ConfigurationError: If standard output is closed.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    closed = sys.stdout is None
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    if closed:
-        raise ConfigurationError("standard output is closed: write it to a file, or to /dev/null")
+def _end_as_asked(signum: int, error: BaseException | None) -> None:
+    """Exit with the code of the signal; say why unless the error has been said."""
+    if error is None:
+        print(f"orthotrain: {NAMES[signum]} came when the command was done", file=sys.stderr, flush=True)
+    elif not isinstance(error, SystemExit):  # what a step under way makes of the end of others: a rank, a worker
+        fail(f"{INTERRUPTED} ({type(error).__name__}: {error})", code=128 + signum)
+    elif isinstance(error, Ended) and error.message:
+        fail(error.message, code=128 + signum)
+    sys.exit(128 + signum)
 
 
-def reader_is_gone() -> bool:
-    """Tell whether standard output is a pipe that nobody reads any longer."""
-    poll = select.poll()
-    poll.register(1, 0)
-    return any(events & (select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
-
-
-def _run(arguments: list[str]) -> None:
+def _dispatch(arguments: list[str]) -> None:
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         print(USAGE)
-    elif command == "--version":
+        return
+    if command == "--version":
+        from importlib import metadata
+
         print(f"orthotrain {metadata.version('orthotrain')}")
-    elif command in TRAINER_COMMANDS:
+        return
+    from orthotrain.config_files import resolve_config_arguments
+    from orthotrain.errors import ConfigurationError
+    from orthotrain.noise import drop_noise
+
+    drop_noise()
+    check()
+    if command in TRAINER_COMMANDS:
         run_trainer(resolve_config_arguments(arguments))
     elif command in COMMANDS:
         COMMANDS[command](resolve_config_arguments(arguments[1:]))
@@ -120,6 +132,8 @@ def _run(arguments: list[str]) -> None:
 
 
 def _unknown(command: str) -> str:
+    import difflib
+
     known = [*TRAINER_COMMANDS, *COMMANDS]
     near = difflib.get_close_matches(command, [*known, *MEANT], n=1)
     hint = f"did you mean {MEANT.get(near[0], near[0])}? " if near else ""
@@ -128,27 +142,29 @@ def _unknown(command: str) -> str:
 
 def fail(message: str, code: int = 2) -> None:
     """Print one line on standard error and exit: 2 for bad input, 1 for a run that went wrong."""
-    with contextlib.suppress(OSError, ValueError):  # nobody reads standard error any longer
+    import contextlib
+
+    from orthotrain.errors import visible
+
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # nobody reads standard error any longer; the exit code still says it
         print(f"orthotrain: error: {visible(message)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def run_trainer(arguments: list[str]) -> None:
     """Run one of LightningCLI's commands."""
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    from orthotrain.errors import ConfigurationError
     from orthotrain.lightning_cli import OrthotrainCLI
 
+    check()
     try:
         OrthotrainCLI(args=arguments)
     except MisconfigurationException as error:  # Lightning's word for what the user asked of it
         raise ConfigurationError(str(error)) from error
-    except SIGTERMException as stop:  # without a code outside of training: the process would exit with 0
-        sys.exit(stop.code or 128 + signal.SIGTERM)
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns it into an exit with code 1
-            raise KeyboardInterrupt from stop
-        raise
 
 
 def export_command(arguments: list[str]) -> None:
@@ -166,6 +182,7 @@ def export_command(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     from orthotrain.export import export_checkpoint  # takes seconds, which a refused command line need not
 
+    check()
     allowed = {"allow": options.allow, "trust_remote_code": options.trust_remote_code}
     print(f"wrote {export_checkpoint(options.ckpt, options.out, options.format, options.dtype, **allowed)}")
 
@@ -224,12 +241,15 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-class _Parser(ArgumentParser):
-    """A parser whose complaints are a single line, as everywhere else."""
+def _parser(command: str, description: str) -> "ArgumentParser":
+    """Return a parser whose complaints are a single line, as everywhere else."""
+    from argparse import ArgumentParser
+    from typing import NoReturn
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{self.prog.removeprefix('orthotrain ')}: {message}; see {self.prog} --help")
+    from orthotrain.errors import ConfigurationError
 
+    class Parser(ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigurationError(f"{self.prog.removeprefix('orthotrain ')}: {message}; see {self.prog} --help")
 
-def _parser(command: str, description: str) -> ArgumentParser:
-    return _Parser(prog=f"orthotrain {command}", description=description, allow_abbrev=False)
+    return Parser(prog=f"orthotrain {command}", description=description, allow_abbrev=False)

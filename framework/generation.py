@@ -1,4 +1,7 @@
-"""What of `generate`'s output is new: a decoder goes on after its prompt, an encoder-decoder begins anew."""
+"""Generating with a network, and what of the output is new: a decoder goes on after its prompt, others begin anew."""
+
+import contextlib
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
@@ -20,3 +23,15 @@ def generated_tokens(network: nn.Module | None, output: Tensor, prompt_length: i
         ``(..., new)``; of an encoder-decoder all of the output, which begins with the decoder's start token.
     """
     return output if is_encoder_decoder(network) else output[..., prompt_length:]
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network and all modules in it into evaluation mode, and each back into the mode that it had."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,6 +1,7 @@
 """Metrics of generated answers and of predicted response tokens, on top of torchmetrics."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,11 @@ class TokenAccuracy(MeanMetric):
 
     higher_is_better = True  # type: ignore[assignment]
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nan_strategy="disable", **options)
+
     def update(self, logits: Tensor, labels: Tensor, ignore_index: int = -100) -> None:  # type: ignore[override]
-        """Add a batch.
+        """Add a batch; NaN among the logits of a counted position makes the share NaN.
 
         Args:
             logits: Shape ``(..., vocabulary)``.
@@ -23,7 +27,9 @@ class TokenAccuracy(MeanMetric):
         """
         counted = labels != ignore_index
         if counted.any():
-            super().update((logits.argmax(-1) == labels)[counted].float())
+            largest, predicted = logits.max(-1)  # NaN is larger than any number
+            hits = (predicted == labels).float().masked_fill(largest.isnan(), torch.nan)
+            super().update(hits[counted])
 
 
 class GenerationMetrics(nn.Module):

@@ -31,6 +31,7 @@ from orthotrain.models import CausalLM, ModelBuilder, check_vocabulary
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
 from orthotrain.plugins import Parameterization
 from orthotrain.resume import checkpoint_folders, last_checkpoint
+from orthotrain.termination import check
 
 CONFIGURABLE = (
     BaseModule, ModelBuilder, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers, Parameterization,
@@ -108,6 +109,7 @@ class OrthotrainCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Put the run where ``--run_folder`` says."""
+        check()
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.run_folder is None:
             return
@@ -147,6 +149,7 @@ class OrthotrainCLI(LightningCLI):
         elif kwargs.get("ckpt_path") is None:
             self._tell_without_checkpoint(subcommand)
         self.model.resume_from = kwargs.get("ckpt_path")
+        check()
         return kwargs
 
     def _tell_without_checkpoint(self, subcommand: str) -> None:
@@ -183,6 +186,7 @@ class OrthotrainCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Store the model's part of the config as its hyper-parameters; refuse early what cannot run."""
+        check()
         check_kernels(self.trainer.strategy.root_device)
         if isinstance(self.model._builder, CausalLM):  # else it is known when the text is tokenized and the model built
             check_vocabulary(getattr(self.datamodule, "vocab_size", None), self.model._builder.vocab_size)

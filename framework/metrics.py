@@ -1,6 +1,7 @@
 """Metrics of language models on top of torchmetrics."""
 
 import math
+from typing import Any
 
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -13,6 +14,19 @@ class TokenLoss(MeanMetric):
     """
 
     higher_is_better = False  # type: ignore[assignment]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nan_strategy="disable", **options)  # the default leaves out batches whose loss is NaN
+
+    def update(self, loss: Tensor | float, targets: int) -> None:  # type: ignore[override]
+        """Add a batch; one without targets has no loss (the mean over none of them is NaN) and adds nothing.
+
+        Args:
+            loss: Mean loss of the batch. NaN makes the mean over all batches NaN.
+            targets: How many tokens it is the mean of.
+        """
+        if targets:
+            super().update(loss, targets)
 
 
 def count_targets(batch: object, ignore_index: int = -100) -> int:

@@ -4,8 +4,8 @@ import logging
 import re
 import warnings
 
-_RANK_ZERO = r"GPU available: |TPU available: |Tip:|litlogger|Detected KeyboardInterrupt|Restoring states from"
-# main says itself what interrupted, and what was restored is said once it is
+_RANK_ZERO = r"GPU available: |TPU available: |Tip:|litlogger|Restoring states from"
+# what was restored is said once it is
 LINES = {
     "lightning.pytorch.utilities.rank_zero": _RANK_ZERO,
     "lightning.fabric.utilities.rank_zero": _RANK_ZERO,  # where the others go if it is imported later

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from orthotrain.terminal import FOOT, is_interactive
+from orthotrain.termination import check
 
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_RENEWALS = 0.2
@@ -69,7 +70,8 @@ class Progress:
         self.close()
 
     def start(self) -> "Progress":
-        """Begin to count the time; announce the step."""
+        """Begin to count the time; announce the step. A safe point of the program, as every :meth:`advance`."""
+        check()
         self.started = self._renewed = time.monotonic()
         self._terminal = is_interactive()
         _UNDER_WAY.append(self)
@@ -109,6 +111,7 @@ class Progress:
         self.done += more
         self.tokens += tokens
         self._renew(note)
+        check()
 
     def _renew(self, note: Callable[[], str] | None = None) -> None:
         """Show what there is to show by now."""

@@ -22,14 +22,15 @@ FOLDERS = {"framework": "orthotrain", "plugins": "orthotrain.plugins", "kernels"
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "plugins": {"plugins", "kernels"},
-    "data": {"data", "errors", "limited", "model_folder", "paths", "progress", "temporary"},
+    "data": {"data", "errors", "limited", "model_folder", "paths", "progress", "temporary", "termination"},
     "paths": {"errors"},
     "limited": set(),
     "model_size": {"errors", "limited"},
     "models": {"errors", "model_folder", "model_size", "progress"},
     "spectrum": set(),
     "terminal": set(),
-    "progress": {"terminal"},
+    "termination": set(),
+    "progress": {"terminal", "termination"},
     "layers": {"layers", "plugins", "kernels", "errors", "progress", "seeding", "spectrum"},
     "optimizers": {"optimizers", "kernels.skew", "layers.generators", "errors"},
     "callbacks": {
@@ -47,6 +48,7 @@ MAY_IMPORT = {
         "generation",
         "errors",
         "progress",
+        "termination",
     },
     "generation": set(),
     "export": {
@@ -88,6 +90,7 @@ MAY_IMPORT = {
         *("modules", "callbacks", "layers", "optimizers", "plugins", "models"),
         *("metrics", "generation", "generation_metrics", "checkpoint", "checkpoint_io"),
         *("rebuild", "resume", "restorable", "stored_paths", "strategies", "errors", "seeding", "progress"),
+        *("termination",),
     },
 }
 

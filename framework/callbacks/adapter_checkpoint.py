@@ -88,17 +88,23 @@ class AdapterCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save when an optimizer step that ends a period, or the run, has just been taken."""
-        step, before = trainer.global_step, self._step_before
-        # the last step is saved here and not only in on_train_end, where the loops count its epoch as finished
-        last = trainer.should_stop or step == trainer.max_steps
-        if step // self.every_n_steps > before // self.every_n_steps or (last and step > before):
+        """Save when an optimizer step that ends a period has just been taken."""
+        if trainer.global_step // self.every_n_steps > self._step_before // self.every_n_steps:
             self._save(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last step if the run ended otherwise than after an optimizer step (at the end of an epoch, say)."""
+    def save_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
+        """Save the present step unless it is saved already (:class:`FinalCheckpoint` asks for it when a run ends).
+
+        Returns:
+            The file to resume from.
+        """
         if self._saved[-1:] != [_folder_name(trainer.global_step)]:
             self._save(trainer, pl_module)
+        return self.last_model_path
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the last step."""
+        self.save_step(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the frozen part out of this callback's own checkpoints, and out of no other."""
@@ -129,8 +135,6 @@ class AdapterCheckpoint(Checkpoint):
             rank_zero_info(f"forgotten: the checkpoint remembers {str(other)[:80]!r}, which is no folder of an adapter")
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
         folder = Path(trainer.strategy.broadcast(self.dirpath or Path(trainer.log_dir or ".") / "adapters"))
         target = folder / _folder_name(trainer.global_step)
         self._saved = [name for name in self._saved if name != target.name] + [target.name]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from orthotrain.callbacks.pictures import draw_lines, panels, run_folder, save
+from orthotrain.callbacks.pictures import draw_lines, panels, save
+from orthotrain.callbacks.run_files import run_folder
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import gathered
@@ -52,7 +53,7 @@ class OrthogonalityMonitor(L.Callback):
         if not trainer.loggers or not self.curves["generator_norm"]:
             return
         folder = run_folder(trainer)
-        if not trainer.is_global_zero:
+        if folder is None or not trainer.is_global_zero:
             return
         titles = ["bound of the largest ||Q|| of a block", "largest entry of |R^T R - I|"]
         figure, axes = panels(titles)

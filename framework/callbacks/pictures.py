@@ -4,19 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-
 Series = Sequence[tuple[float, float]]
-
-
-def run_folder(trainer: L.Trainer) -> Path:
-    """Return the folder of the run, made if need be: that of its first logger, else the trainer's root.
-
-    Every rank must call it: the trainer broadcasts the name from the first one.
-    """
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def panels(titles: Sequence[str]) -> tuple[Any, list[Any]]:

@@ -9,9 +9,11 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from orthotrain.callbacks.pictures import draw_lines, panels, run_folder, save
+from orthotrain.callbacks.pictures import draw_lines, panels, save
+from orthotrain.callbacks.run_files import run_folder
 from orthotrain.callbacks.spectrum_monitor import spectrum
 from orthotrain.callbacks.throughput import Throughput, logs_at
+from orthotrain.generation import evaluating
 from orthotrain.kernels.backend import describe
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import is_sharded
@@ -68,9 +70,11 @@ class RunReport(L.Callback):
         if not self._trained:
             rank_zero_info(f"no step was taken: the run is at step {trainer.global_step} of {trainer.max_steps}")
             return
-        drift = spectrum_drift(pl_module, self.spectra) if self.spectra else None  # on all ranks: layers may be sharded
         folder = run_folder(trainer)
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if folder is None:
+            return
+        drift = spectrum_drift(pl_module, self.spectra) if self.spectra else None  # on all ranks: layers may be sharded
+        if not trainer.is_global_zero:
             return
         values = self._values(trainer, pl_module, drift)
         (folder / "summary.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
@@ -136,9 +140,14 @@ class RunReport(L.Callback):
             return []
         ids = torch.tensor([tokenizer.encode(self.prompt)], device=pl_module.device)
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad(), trainer.precision_plugin.forward_context():
+        with (
+            torch.random.fork_rng(devices),
+            torch.no_grad(),
+            trainer.precision_plugin.forward_context(),
+            evaluating(network),
+        ):
             torch.manual_seed(0)
-            out = network.eval().generate(
+            out = network.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=self.sample_tokens,

@@ -6,18 +6,21 @@ from typing import Any
 
 import lightning as L
 
+from orthotrain.callbacks.run_files import run_folder
 from orthotrain.generation import generated_tokens
 
 
 class SampleWriter(L.Callback):
     """Write the continuations of ``predict`` to ``samples-<rank>.jsonl`` in the run folder: prompt and continuation."""
 
+    path: Path | None = None
+
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start a new file."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"samples-{trainer.global_rank}.jsonl"
-        self.path.write_text("")
+        folder = run_folder(trainer)
+        self.path = None if folder is None else folder / f"samples-{trainer.global_rank}.jsonl"
+        if self.path is not None:
+            self.path.write_text("")
 
     def on_predict_batch_end(
         self,
@@ -30,7 +33,7 @@ class SampleWriter(L.Callback):
     ) -> None:
         """Append the batch's texts."""
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        if tokenizer is None or not isinstance(batch, dict):
+        if self.path is None or tokenizer is None or not isinstance(batch, dict):
             return
         with self.path.open("a", encoding="utf-8") as file:
             for prompt, output in zip(batch["input_ids"], outputs, strict=True):
@@ -43,4 +46,5 @@ class SampleWriter(L.Callback):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell where the samples are."""
-        print(f"samples: {self.path}", flush=True)
+        if self.path is not None:
+            print(f"samples: {self.path}", flush=True)

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from orthotrain.callbacks.pictures import draw_lines, panels, run_folder, save
+from orthotrain.callbacks.pictures import draw_lines, panels, save
+from orthotrain.callbacks.run_files import run_folder
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.mergeable import Covering, Mergeable, Scaled, mergeable_layers
 from orthotrain.layers.sharding import gathered
@@ -80,10 +81,12 @@ class SpectrumMonitor(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure once more, unless the last step was one of the cadence, and draw, on the first rank."""
+        folder = run_folder(trainer)
+        if folder is None:
+            return
         if self._measured_at != trainer.global_step:
             self.measure(pl_module, trainer.global_step)
             self._write_values(trainer)
-        folder = run_folder(trainer)
         if trainer.is_global_zero:
             self.draw(folder)
 
@@ -126,7 +129,7 @@ class SpectrumMonitor(L.Callback):
         if not self.values:
             return
         folder = run_folder(trainer)
-        if not trainer.is_global_zero:
+        if folder is None or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

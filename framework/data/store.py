@@ -17,7 +17,9 @@ from orthotrain.data.sources import CACHE_MARK, Corpus, location
 from orthotrain.data.token_cache import VERSION, CorruptCacheError, TokenCache
 from orthotrain.data.tokenizers import fingerprint, load_tokenizer, load_trained_tokenizer
 from orthotrain.errors import ConfigurationError
+from orthotrain.progress import waiting
 from orthotrain.temporary import remove_leftovers, write_atomically
+from orthotrain.termination import check
 
 
 def folder_name(sources: list[str], settings: dict[str, Any]) -> str:
@@ -67,6 +69,7 @@ def prepare_folder(
             _save(tokenizer, folder / "tokenizer.json")
         assert tokenizer is not None
         build_caches(corpus, splitter, tokenizer, vocab_size, folder, source)
+        check()
         return tokenizer
 
 
@@ -79,7 +82,11 @@ def _locked(folder: Path) -> Iterator[None]:
             lock.acquire(timeout=1)
         except Timeout:
             rank_zero_info(f"waiting for another process that is building the token caches in {folder}")
-            lock.acquire()
+            with waiting("waiting for the token caches"):
+                while not lock.is_locked:
+                    check()
+                    with contextlib.suppress(Timeout):
+                        lock.acquire(timeout=1)
     except OSError as error:
         raise ConfigurationError(
             f"cache_dir: {folder} cannot be written ({error.strerror or error}); set cache_dir or $ORTHOTRAIN_CACHE"

@@ -76,7 +76,7 @@ class StepwiseLinear(TwoSided):
         """Map ``(..., in)`` to ``(..., out)``; under autocast in its dtype, like nn.Linear."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if not (torch.is_grad_enabled() and self.training):
+        if not torch.is_grad_enabled():  # training mode or not: every ordinary layer has gradients in both
             y = self._scaled(self.weight.matmul(x))
         elif self._centre_for(x) == "weight":
             y = self._through_weight(x)

@@ -21,6 +21,7 @@ from orthotrain.callbacks.batch_seeds import BatchSeeds
 from orthotrain.callbacks.even_predictions import EvenPredictions
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
+from orthotrain.callbacks.run_files import leave_nothing
 from orthotrain.callbacks.throughput import Throughput, logs_at
 from orthotrain.checkpoint import check_finite, compare_state, read_checkpoint
 from orthotrain.checkpoint_io import AtomicCheckpointIO
@@ -36,6 +37,7 @@ from orthotrain.restorable import check_optimizers, check_progress
 from orthotrain.resume import adapt_ranks, agree_on_checkpoint, agree_on_step, checkpoint_folder_of, checkpoint_folders
 from orthotrain.stored_paths import keep_own_paths
 from orthotrain.strategies import ShardedStrategy, check_merging
+from orthotrain.termination import check
 
 
 class BaseModule(L.LightningModule):
@@ -117,6 +119,7 @@ class BaseModule(L.LightningModule):
         if self.model is None:
             assert self._builder is not None
             self.model = self._builder()
+        check()
         self._check_vocabulary(self.model)
         self.wrap(self.model)
         DisplacementPool(self.model)
@@ -152,6 +155,7 @@ class BaseModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach the callbacks that every run wants, unless the trainer has some; a subclass adds its own to them."""
+        leave_nothing(self._trainer)
         return unless_given(
             self._trainer, [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard()]
         )

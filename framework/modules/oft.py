@@ -7,8 +7,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from orthotrain.callbacks.pictures import run_folder
 from orthotrain.callbacks.project_generators import ProjectGenerators
+from orthotrain.callbacks.run_files import run_folder
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.generation import generated_tokens, is_encoder_decoder
 from orthotrain.generation_metrics import GenerationMetrics, TokenAccuracy
@@ -188,7 +188,7 @@ class OftModule(BaseModule):
         if self.trainer.sanity_checking:
             return
         folder = run_folder(self.trainer)
-        if not self.trainer.is_global_zero:
+        if folder is None or not self.trainer.is_global_zero:
             return
         rows = (f"{prompt}\n>>> {answer}\n=== {reference}" for prompt, answer, reference in samples)
         text = "\n---\n".join([f"step {self.global_step}", *rows])

@@ -2,15 +2,15 @@
 
 import os
 import signal
-import time
 
 import pytest
 import torch
 
-from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.checkpoint import read_checkpoint
 from orthotrain.cli import main
+from orthotrain.data import TextData
 from orthotrain.modules import BaseModule
+from orthotrain.termination import _note
 
 SIGNALS = {"SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
 QUICK = ["fit", "-c", "pretrain/quickstart.yaml"]
@@ -98,16 +98,30 @@ def test_between_micro_batches_the_validation_is_run_to_its_end(small_config, tm
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 2
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once(small_config, monkeypatch):
-    original = BaseModule.training_step
+def test_lightning_sets_no_handler_that_communicates(small_config, monkeypatch):
+    """Its own one broadcasts from inside the signal; ours is in its place when the training data is loaded."""
+    seen, original = [], TextData.train_dataloader
 
-    def slow(self, batch, batch_idx):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
-        return original(self, batch, batch_idx)  # not reached
+    def look(self):
+        seen.append([signal.getsignal(signum) for signum in SIGNALS.values()])
+        return original(self)
 
-    monkeypatch.setattr(BaseModule, "training_step", slow)
-    monkeypatch.setattr(FinalCheckpoint, "_end_if_asked", lambda self, trainer: None)
-    assert ended_with([*QUICK, "-c", str(small_config)]) == 130
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(TextData, "train_dataloader", look)
+    main([*QUICK, "-c", str(small_config), "--trainer.max_steps", "1"])
+    assert seen == [[_note, _note]] * len(seen) and seen
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_an_evaluation_ends_after_the_batch_under_way(small_config, monkeypatch, command):
+    calls = signalled(monkeypatch, f"{command}_step", 1, signal.SIGINT)
+    assert ended_with([command, *QUICK[1:], "-c", str(small_config)]) == 130
+    assert len(calls) == 1
+
+
+def test_after_training_the_report_ends_at_its_next_safe_point(small_config, tmp_path, monkeypatch):
+    def report(self, trainer, module):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("orthotrain.callbacks.RunReport.on_fit_end", report)
+    assert ended_with([*QUICK, "-c", str(small_config)]) == 143
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 6

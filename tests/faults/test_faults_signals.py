@@ -1,0 +1,134 @@
+"""Signals at any moment of the real command, from exec to exit, and ends that lie between two checkpoints.
+
+``make test`` tries a few moments, ``make faults`` 50 of each signal.
+"""
+
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orthotrain.checkpoint import check_checkpoint, read_checkpoint
+
+HARNESS = runpy.run_path(str(Path(__file__).parent / "harness.py"))
+STEPS, LONG = HARNESS["STEPS"], HARNESS["LONG"]
+COMMAND = Path(sys.executable).with_name("orthotrain")
+DURATIONS = []
+
+
+def start(run, *extra):
+    """Start the command of a run by itself, as a shell does; its steps and its log lie where those of other runs do."""
+    config = Path(run.arguments[run.arguments.index("-c") + 1])
+    document = yaml.safe_load(config.read_text())
+    noted = {"class_path": "noted_steps.NotedSteps", "init_args": {"path": f"{run.folder}.progress.0"}}
+    document["trainer"]["callbacks"].insert(0, noted)
+    signalled = config.with_suffix(".signals.yaml")
+    signalled.write_text(yaml.safe_dump(document))
+    arguments = [str(signalled) if part == str(config) else part for part in run.arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    with open(f"{run.folder}.log.0", "a") as log:
+        return subprocess.Popen([COMMAND, *arguments, *extra], stdout=log, stderr=log, env=environment)
+
+
+def duration(harness):
+    """Seconds that the whole command takes, measured once."""
+    if not DURATIONS:
+        run, begun = harness.new_run(), time.monotonic()
+        assert start(run).wait(120) == 0, run.log()
+        DURATIONS.append(time.monotonic() - begun)
+    return DURATIONS[0]
+
+
+# the interpreter starts, libraries are imported, the network is built, steps are taken, the process ends
+MOMENTS = [0.3, 0.93]
+if LONG:
+    MOMENTS = [random.Random(number).uniform(0.0, 1.02) for number in range(50)]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_at_a_random_moment(harness, name, moment):
+    harness.undisturbed()
+    signum, seconds, run = getattr(signal, name), moment * duration(harness), harness.new_run()
+    process = start(run)
+    time.sleep(seconds)
+    process.send_signal(signum)
+    in_time = process.poll() is None
+    code, log = process.wait(60), run.log()
+    if in_time or code != 0:  # else the command had ended before the signal was sent
+        assert code in (128 + signum, -signum), (code, log)
+    assert "Traceback" not in log or (not run.steps() and early(log)), log
+    if run.steps():
+        check_checkpoint(run.folder / "last.ckpt")
+    harness.recover(f"{name} at a random moment from exec to exit", run, note=f"after {seconds:.2f} s", at_most=0)
+
+
+def early(log):
+    """Whether Python itself was starting: no line of the package is on the stack of a KeyboardInterrupt's traceback."""
+    return log.rstrip().endswith("KeyboardInterrupt") and "in main" not in log
+
+
+def test_a_second_ctrl_c_ends_at_once(harness):
+    run = harness.new_run()
+    process = start(run)
+    while not run.steps():
+        time.sleep(0.01)
+        assert process.poll() is None, run.log()
+    process.send_signal(signal.SIGSTOP)  # both arrive before the step is over
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    while "again to end at once" not in run.log() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130 and "Traceback" not in run.log(), run.log()
+    run.check_files()
+
+
+ENDS = [7, 11] if not LONG else range(3, STEPS, 2)
+
+
+@pytest.mark.parametrize("recipe", ["POET", "ADAPTER"] if not LONG else ["POET", "STEPWISE", "ADAPTER", "DDP"])
+@pytest.mark.parametrize("steps", ENDS)
+def test_the_end_lies_between_two_checkpoints(harness, recipe, steps):
+    """A run that ends before it goes on, later, to the weights of the run that did not."""
+    run = harness.new_run(recipe)
+    whole = run.arguments
+    run.arguments = [*whole, "--trainer.max_steps", str(steps)]
+    assert run.fit() == [0] * run.recipe.ranks, run.log()
+    newest = run.checkpoints()[-1]
+    assert read_checkpoint(newest)["global_step"] == steps
+    run.arguments = whole
+    harness.recover("end of a run between two of its checkpoints", run, at_most=0)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+TRIALS = {
+    "fast_dev_run": ["--trainer.fast_dev_run", "2"],
+    "overfit_batches": ["--trainer.overfit_batches", "2", "--trainer.max_steps", "3"],
+}
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+def test_a_trial_in_the_folder_of_an_earlier_run(harness, trial):
+    run = harness.new_run()
+    assert run.fit(fault=["kill", 7]) == [-9]
+    root = Path(f"{run.folder}.root")
+    before = contents(run.folder), contents(root)
+    whole, run.arguments = run.arguments, [*run.arguments, *TRIALS[trial]]
+    noted = Path(f"{run.folder}.progress.0")
+    steps = noted.read_text()
+    assert run.fit() == [0], run.log()
+    noted.write_text(steps)
+    assert (contents(run.folder), contents(root)) == before
+    run.arguments = whole
+    harness.recover(f"{trial} in the folder of an earlier run", run)

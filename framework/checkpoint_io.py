@@ -87,7 +87,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        if path.is_dir():  # a distributed checkpoint of that name, which a rename cannot replace
+            publish(partial, path)
+        else:
+            os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -103,12 +106,12 @@ def needs_consolidating(path: str | Path) -> ConfigurationError:
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Give a finished folder its name in one step, once all of it is on the disk; an older one of that name goes.
+    """Give a finished folder, or file, its name once all of it is on the disk; an older one of that name goes.
 
     A run that dies between the two renames leaves the older one under another name: :func:`remove_leftovers` gives it
     its own back.
     """
-    for path in [*partial.iterdir(), partial]:
+    for path in [*(partial.iterdir() if partial.is_dir() else ()), partial]:
         _sync(path)
     old = target.with_name(f".{target.name}{OLD_SUFFIX}")
     shutil.rmtree(old, ignore_errors=True)

@@ -9,7 +9,8 @@ from importlib import metadata
 from typing import NoReturn
 
 from orthotrain.config_files import resolve_config_arguments
-from orthotrain.errors import ConfigurationError, TrainingDiverged
+from orthotrain.errors import ConfigurationError
+from orthotrain.failures import explain, quiet_threads, working_folder
 from orthotrain.noise import drop_noise
 from orthotrain.termination import INTERRUPTED, Terminated, terminable
 
@@ -46,7 +47,7 @@ MEANT = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; bad input ends in one line on standard error and exit code 2, a diverged run in exit code 1."""
+    """Run a command; a known failure ends in one line on standard error (:mod:`orthotrain.failures`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]
@@ -58,21 +59,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"orthotrain {metadata.version('orthotrain')}")
         return
     drop_noise()
+    quiet_threads()
     try:
         with terminable():
+            working_folder()
             _run(command, arguments)
     except KeyboardInterrupt:
         fail(INTERRUPTED, code=128 + signal.SIGINT)
     except Terminated:
         fail(INTERRUPTED, code=128 + signal.SIGTERM)
-    except ConfigurationError as error:
-        fail(str(error))
-    except OSError as error:  # a folder that cannot be written, a full disk
-        if error.filename is None:
+    except Exception as error:
+        told = explain(error)
+        if told is None:
             raise
-        fail(f"{str(error.filename)!r} cannot be read or written: {error.strerror}")
-    except TrainingDiverged as error:
-        fail(str(error), code=1)
+        fail(*told)
 
 
 def _run(command: str, arguments: list[str]) -> None:

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.failures import naming
 
 MADE_BY = {
     "models/smollm2-135m-instruct": "`make smollm2` makes it",
@@ -78,20 +80,26 @@ def check_new_folder(folder: str | Path) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield the path of a folder to make, which takes the place of ``folder`` when all of it is written.
 
-    Its files are then readable for whom the umask lets read what is made there.
+    Its files are then readable for whom the umask lets read what is made there. If anything fails, nothing is left.
 
     Raises:
         ConfigurationError: See :func:`check_new_folder`.
+        OSError: If it cannot be written (a full disk), naming ``folder``.
     """
     check_new_folder(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    yield partial
-    for path in partial.iterdir():
-        if path.is_file():  # safetensors makes files that their owner alone can read
-            path.chmod(0o666 & partial.stat().st_mode)
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    try:
+        with naming(folder):
+            yield partial
+            for path in partial.iterdir():
+                if path.is_file():  # safetensors makes files that their owner alone can read
+                    path.chmod(0o666 & partial.stat().st_mode)
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _check_name(name: object, index: Path) -> None:

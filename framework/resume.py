@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint
 from orthotrain.callbacks.agreement import of_all_ranks
-from orthotrain.checkpoint import check_checkpoint
+from orthotrain.checkpoint import check_checkpoint, read_checkpoint
 from orthotrain.checkpoint_io import PARTIAL_SUFFIX, remove_leftovers
 from orthotrain.errors import ConfigurationError
 from orthotrain.progress import waiting
@@ -52,11 +52,12 @@ def adapt_ranks(checkpoint: dict[str, Any], ranks: int) -> None:
             progress[name] += more
 
 
-def newest_good_checkpoint(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
+def newest_good_checkpoint(folders: Iterable[Path], resumes: bool = False) -> tuple[Path | None, list[str]]:
     """Find the newest checkpoint, by the time it was written, that reads as a whole.
 
     Args:
         folders: Searched, with the folders in them, for ``*.ckpt``: files, and the folders of distributed checkpoints.
+        resumes: Whether training is to go on from the checkpoint, for which weights alone are not enough.
 
     Returns:
         The path, None if there is no checkpoint at all; and a line for every newer one that was skipped, saying why.
@@ -71,13 +72,31 @@ def newest_good_checkpoint(folders: Iterable[Path]) -> tuple[Path | None, list[s
     for path in newest_first:
         try:
             check_checkpoint(path)
+            if resumes:
+                check_resumable(path)
         except ConfigurationError as error:
             skipped.append(str(error))
         else:
             return path, skipped
     if skipped:
-        raise ConfigurationError("no checkpoint is whole: " + "; ".join(skipped))
+        raise ConfigurationError(f"no checkpoint {'can be resumed' if resumes else 'is whole'}: " + "; ".join(skipped))
     return None, []
+
+
+def check_resumable(path: str | Path) -> None:
+    """Make sure that a checkpoint holds what training goes on from, and not the weights alone.
+
+    Raises:
+        ConfigurationError: Naming the checkpoint, and what can be done with it.
+    """
+    kept = _plain_part(path)
+    if kept is None or "lr_schedulers" in kept:
+        return
+    raise ConfigurationError(
+        f"checkpoint {str(path)!r} holds the weights alone (save_weights_only: true), and fit cannot go on from it: "
+        "set save_weights_only to false in the run's ModelCheckpoint, or begin a run from these weights with "
+        "--model.model CheckpointModel; validate, predict and export take it"
+    )
 
 
 def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
@@ -92,20 +111,30 @@ def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
     return folders
 
 
-def last_checkpoint(trainer: L.Trainer) -> str | None:
+def written_folders(trainer: L.Trainer) -> list[Path]:
+    """Return the folders that a run writes to: its own, and those of its checkpoints."""
+    return [Path(trainer.log_dir or trainer.default_root_dir), *checkpoint_folders(trainer)]
+
+
+def last_checkpoint(trainer: L.Trainer, resumes: bool) -> str | None:
     """Return what ``--ckpt_path last`` means: the newest checkpoint of the run's folder that is whole.
 
     What is skipped is said, with the reason; without any checkpoint a run begins at its first step, so that a
     scheduler can start a job and restart it by one command.
 
+    Args:
+        trainer: Says where the checkpoints lie.
+        resumes: Whether training goes on from it; an evaluation takes weights alone too, and removes nothing of a run
+            that may be under way.
+
     Raises:
         ConfigurationError: If none of the checkpoints is whole.
     """
     folders = checkpoint_folders(trainer)
-    for folder in folders:
+    for folder in folders if resumes else ():
         remove_leftovers(folder)
     with waiting("checking the newest checkpoint"):
-        path, skipped = newest_good_checkpoint(folders)
+        path, skipped = newest_good_checkpoint(folders, resumes)
     for reason in skipped:
         rank_zero_warn(f"skipped: {reason}")
     if path is None:
@@ -154,8 +183,17 @@ def agree_on_step(step: int) -> None:
 
 
 def _step_of(path: str) -> int | None:
-    """Return the step of a checkpoint, without reading its tensors; None of one that lies elsewhere (``s3://``)."""
+    """Return the step of a checkpoint; None of one that lies elsewhere (``s3://``)."""
+    kept = _plain_part(path)
+    return None if kept is None else kept.get("global_step")
+
+
+def _plain_part(path: str | Path) -> dict[str, Any] | None:
+    """Return a checkpoint without reading its tensors; None of one that lies elsewhere (``s3://``)."""
     file = Path(path) / REST if Path(path).is_dir() else Path(path)
     if not file.is_file():
         return None
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=True).get("global_step")
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception:  # whatever the bytes of a damaged file ask for: the error of the full reading says what is wrong
+        return read_checkpoint(file)

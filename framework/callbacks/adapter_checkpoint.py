@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.checkpoint_io import FROZEN, partial_of, publish, remove_folder
 from orthotrain.errors import ConfigurationError
+from orthotrain.failures import naming
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import whole
 
@@ -129,22 +130,29 @@ class AdapterCheckpoint(Checkpoint):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self._tensors = {}
+        self._saved, dropped = self._saved[-self.keep :], self._saved[: -self.keep]
         try:
-            trainer.save_checkpoint(partial / RESUME_FILE)
-            tensors = self._tensors
+            with naming(target):
+                trainer.save_checkpoint(partial / RESUME_FILE)
+                if trainer.is_global_zero:
+                    self._write_adapter(partial, self._tensors, self._description(trainer, pl_module, self._tensors))
+                    publish(partial, target)
+        except BaseException:
+            if trainer.is_global_zero:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         finally:
             self._tensors = None
-        self._saved, dropped = self._saved[-self.keep :], self._saved[: -self.keep]
         if trainer.is_global_zero:
-            save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-            description = self._description(trainer, pl_module, tensors)
-            (partial / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
-            publish(partial, target)
             for name in dropped:
                 with suppress(OSError):
                     remove_folder(folder / name)
         self.last_model_path = str(target / RESUME_FILE)
         trainer.strategy.barrier("AdapterCheckpoint")
+
+    def _write_adapter(self, folder: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
 
     def _description(
         self, trainer: L.Trainer, pl_module: L.LightningModule, tensors: dict[str, Tensor]

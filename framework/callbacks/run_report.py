@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from orthotrain.callbacks.pictures import draw_lines, panels, run_folder, save
+from orthotrain.callbacks.pictures import draw_lines, panels, run_folder, save, write_text
 from orthotrain.callbacks.spectrum_monitor import spectrum
 from orthotrain.callbacks.throughput import Throughput, logs_at
 from orthotrain.kernels.backend import describe
@@ -73,9 +73,9 @@ class RunReport(L.Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         values = self._values(trainer, pl_module, drift)
-        (folder / "summary.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+        write_text(folder / "summary.json", json.dumps(values, indent=1))
         text = "\n".join([*self._lines(values, folder), *self._sample(trainer, pl_module)])
-        (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
+        write_text(folder / "summary.txt", text + "\n")
         print("\n" + text, flush=True)
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 
+from orthotrain.failures import naming
 from orthotrain.generation import generated_tokens
 
 
@@ -32,7 +33,7 @@ class SampleWriter(L.Callback):
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is None or not isinstance(batch, dict):
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             for prompt, output in zip(batch["input_ids"], outputs, strict=True):
                 answer = generated_tokens(getattr(pl_module, "model", None), output, len(prompt))
                 row = {

@@ -79,8 +79,13 @@ def newest_good_checkpoint(folders: Iterable[Path], resumes: bool = False) -> tu
         else:
             return path, skipped
     if skipped:
-        raise ConfigurationError(f"no checkpoint {'can be resumed' if resumes else 'is whole'}: " + "; ".join(skipped))
+        raise ConfigurationError(f"no checkpoint {'can be resumed' if resumes else 'is whole'}: {_listed(skipped)}")
     return None, []
+
+
+def _listed(reasons: list[str], most: int = 3) -> str:
+    more = [f"and {len(reasons) - most} more"] if len(reasons) > most else []
+    return "; ".join([*reasons[:most], *more])
 
 
 def check_resumable(path: str | Path) -> None:
@@ -93,9 +98,8 @@ def check_resumable(path: str | Path) -> None:
     if kept is None or "lr_schedulers" in kept:
         return
     raise ConfigurationError(
-        f"checkpoint {str(path)!r} holds the weights alone (save_weights_only: true), and fit cannot go on from it: "
-        "set save_weights_only to false in the run's ModelCheckpoint, or begin a run from these weights with "
-        "--model.model CheckpointModel; validate, predict and export take it"
+        f"checkpoint {str(path)!r} holds the weights alone (save_weights_only: true): fit cannot go on from it, but "
+        "validate, predict and export take it, and CheckpointModel begins another run with its weights"
     )
 
 

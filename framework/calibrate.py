@@ -196,8 +196,11 @@ def write_table(entry: dict[str, Any], path: Path | None = None) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps({"unit": "ns", "devices": [entry]}, indent=1) + "\n")
-        part.replace(path)
+        try:
+            part.write_text(json.dumps({"unit": "ns", "devices": [entry]}, indent=1) + "\n")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigurationError(f"table of costs {path} cannot be written: {error.strerror}") from error
     cached_costs.cache_clear()

@@ -13,7 +13,7 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.plain_files import read_file
 from orthotrain.restorable import check_layout
 from orthotrain.stored_paths import is_own_checkpoint
-from orthotrain.temporary import remove_folder, write_atomically
+from orthotrain.temporary import remove_folder, remove_leftovers, write_atomically
 
 FROZEN = "frozen_fingerprints"
 """The entry of a checkpoint that leaves out what is frozen."""
@@ -49,6 +49,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def _write(self, path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
         try:
+            if self.folders is not None:  # a run has its folder for itself, and may remove what a killed one has left
+                remove_leftovers(Path(path).parent)
             write_atomically(Path(path), write)
         except ConfigurationError:
             raise

@@ -47,7 +47,7 @@ MEANT = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; bad input ends in one line on standard error and exit code 2, a diverged run in exit code 1.
+    """Run a command; a known failure ends in one line on standard error (:mod:`orthotrain.failures`).
 
     SIGTERM and Ctrl-C end the command at its next safe point (:mod:`orthotrain.termination`), with exit code 143 or
     130 whatever else has happened.
@@ -70,28 +70,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    from orthotrain.errors import ConfigurationError, TrainingDiverged
-
     if not open_standard_streams():
         fail("standard output is closed: write it to a file, or to /dev/null")
     try:
         _dispatch(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:
-        if not reader_is_gone():
-            raise
-        silence_standard_output()
-        fail("standard output was closed before everything was written (`| head`): write it to a file", code=1)
     except KeyboardInterrupt:
         fail(INTERRUPTED, code=130)
-    except ConfigurationError as error:
-        fail(str(error))
-    except OSError as error:  # a folder that cannot be written, a full disk
-        if error.filename is None:
+    except Exception as error:
+        from orthotrain.failures import explain
+
+        told = explain(error)
+        if told is None:
             raise
-        fail(f"{str(error.filename)!r} cannot be read or written: {error.strerror}")
-    except TrainingDiverged as error:
-        fail(str(error), code=1)
+        if reader_is_gone():
+            silence_standard_output()
+        fail(*told)
 
 
 def _end_as_asked(signum: int, error: BaseException | None) -> None:
@@ -119,9 +113,12 @@ def _dispatch(arguments: list[str]) -> None:
         return
     from orthotrain.config_files import resolve_config_arguments
     from orthotrain.errors import ConfigurationError
+    from orthotrain.failures import quiet_threads, working_folder
     from orthotrain.noise import drop_noise
 
     drop_noise()
+    quiet_threads()
+    working_folder()
     check()
     if command in TRAINER_COMMANDS:
         run_trainer(resolve_config_arguments(arguments))

@@ -1,6 +1,11 @@
 """LightningCLI with one-line errors, self-describing checkpoints and the planner."""
 
+import contextlib
+import re
+import signal
+import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +14,7 @@ import torch
 import yaml
 from jsonargparse import _typehints
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -26,11 +31,14 @@ from orthotrain.callbacks.sample_writer import SampleWriter
 from orthotrain.checkpoint import refuse_run_folder
 from orthotrain.config_errors import one_line
 from orthotrain.errors import ConfigurationError
+from orthotrain.failures import naming
 from orthotrain.layers.kernel_choice import check_kernels
 from orthotrain.models import CausalLM, ModelBuilder, check_vocabulary
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
 from orthotrain.plugins import Parameterization
-from orthotrain.resume import checkpoint_folders, last_checkpoint
+from orthotrain.resume import check_resumable, checkpoint_folders, last_checkpoint, written_folders
+from orthotrain.run_lock import holding
+from orthotrain.temporary import write_atomically
 from orthotrain.termination import check
 
 CONFIGURABLE = (
@@ -88,7 +96,7 @@ class OrthotrainCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=RunConfig,
             trainer_defaults={"callbacks": [SampleWriter()]},
             parser_class=OneLineParser,
             auto_configure_optimizers=False,
@@ -137,17 +145,30 @@ class OrthotrainCLI(LightningCLI):
         if Path(path).is_file() and not zipfile.is_zipfile(path):
             raise ConfigurationError(f"--ckpt_path {path!r} is no checkpoint or is truncated; take an earlier one")
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; only ``fit`` keeps other runs out of its folders, so that an evaluation can run beside it."""
+        writes = subcommand == "fit" and self.trainer.is_global_zero and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        folders = written_folders(self.trainer) if writes else []
+        for folder in folders:
+            if not folder.exists():  # CSVLogger warns of older logs where only the lock lies
+                message = rf"Experiment logs directory {re.escape(str(folder))}/? exists"
+                warnings.filterwarnings("ignore", message=message)
+        with holding(folders), no_child_left(self.trainer):
+            super()._run_subcommand(subcommand)
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Let ``--ckpt_path last`` be the newest checkpoint that is whole, and ``best`` the one that it names."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs.get("ckpt_path") == "last":
-            kwargs["ckpt_path"] = last_checkpoint(self.trainer)
+            kwargs["ckpt_path"] = last_checkpoint(self.trainer, resumes=subcommand == "fit")
             if kwargs["ckpt_path"] is None and subcommand != "fit":
                 raise ConfigurationError(f"--ckpt_path last: this run has no checkpoint to {subcommand}; fit it first")
         elif kwargs.get("ckpt_path") == "best":
             kwargs["ckpt_path"] = best_checkpoint(self.trainer)
         elif kwargs.get("ckpt_path") is None:
             self._tell_without_checkpoint(subcommand)
+        if kwargs.get("ckpt_path") is not None and subcommand == "fit":
+            check_resumable(kwargs["ckpt_path"])
         self.model.resume_from = kwargs.get("ckpt_path")
         check()
         return kwargs
@@ -194,6 +215,35 @@ class OrthotrainCLI(LightningCLI):
         if self.subcommand is not None:
             config = config[self.subcommand]
         self.model.save_hyperparameters(config["model"])
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the config of a run to its folder, whole or not at all; an evaluation leaves the run's own in place."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write ``config.yaml`` when fitting begins."""
+        if stage != "fit" or self.already_saved:
+            return
+        folder = trainer.log_dir  # a broadcast, in which every rank takes part
+        if folder is not None and trainer.is_global_zero:
+            text = self.parser.dump(self.config, skip_none=False)
+            path = Path(folder) / self.config_filename
+            with naming(path):
+                write_atomically(path, lambda file: file.write(text.encode()))
+        self.already_saved = True
+
+
+@contextlib.contextmanager
+def no_child_left(trainer: L.Trainer) -> Iterator[None]:
+    """End the processes that this one has started as ranks when it fails: one that is stopped would stay for ever."""
+    try:
+        yield
+    except Exception:
+        launcher: Any = trainer.strategy.launcher
+        if getattr(launcher, "procs", None):
+            launcher.kill(signal.SIGKILL)
+            launcher.procs.clear()  # Lightning's observer would kill this process for the end of one of them
+        raise
 
 
 class PlanCLI(OrthotrainCLI):

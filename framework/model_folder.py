@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.failures import naming
 from orthotrain.paths import check_folder_files, local_path, read_json
-from orthotrain.temporary import discard, folder_beside, remove_leftovers
+from orthotrain.temporary import discard, folder_beside
 
 MADE_BY = {
     "models/smollm2-135m-instruct": "`make smollm2` makes it",
@@ -83,24 +84,25 @@ def check_new_folder(folder: str | Path) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yield the path of a new, empty folder, which takes the place of ``folder`` when all of it is written.
 
-    Its files are then readable for whom the umask lets read what is made there.
+    Its files are then readable for whom the umask lets read what is made there. If anything fails, nothing is left.
 
     Raises:
         ConfigurationError: See :func:`check_new_folder`.
+        OSError: If it cannot be written (a full disk), naming ``folder``.
     """
     check_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder.parent)
     partial = folder_beside(folder)
     try:
-        yield partial
-        for path in partial.iterdir():
-            if path.is_file():  # safetensors makes files that their owner alone can read
-                path.chmod(0o666 & partial.stat().st_mode)
-        check_new_folder(folder)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        with naming(folder):
+            yield partial
+            for path in partial.iterdir():
+                if path.is_file():  # safetensors makes files that their owner alone can read
+                    path.chmod(0o666 & partial.stat().st_mode)
+            check_new_folder(folder)
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
     finally:
         discard(partial)
 

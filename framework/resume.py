@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint
 from orthotrain.callbacks.agreement import of_all_ranks
-from orthotrain.checkpoint import check_checkpoint, newest_first, step_of
+from orthotrain.checkpoint import check_checkpoint, describe_checkpoint, newest_first, step_of
 from orthotrain.errors import ConfigurationError
 from orthotrain.progress import waiting
 from orthotrain.sharded_checkpoint import REST
@@ -51,13 +51,14 @@ def adapt_ranks(checkpoint: dict[str, Any], ranks: int) -> None:
             progress[name] += more
 
 
-def newest_good_checkpoint(folders: Iterable[Path]) -> tuple[Path | None, list[str]]:
+def newest_good_checkpoint(folders: Iterable[Path], resumes: bool = False) -> tuple[Path | None, list[str]]:
     """Find the newest checkpoint, by the optimizer step that it was saved at, that reads as a whole.
 
     Of two checkpoints of one step the one that was written later is the newer one.
 
     Args:
         folders: Searched, with the folders in them, for ``*.ckpt``: files, and the folders of distributed checkpoints.
+        resumes: Whether training is to go on from the checkpoint, for which weights alone are not enough.
 
     Returns:
         The path, None if there is no checkpoint at all; and a line, saying why, for each that was skipped: newer ones,
@@ -70,13 +71,34 @@ def newest_good_checkpoint(folders: Iterable[Path]) -> tuple[Path | None, list[s
     for path in newest_first(folders):
         try:
             check_checkpoint(path)
+            if resumes:
+                check_resumable(path)
         except ConfigurationError as error:
             skipped.append(str(error))
         else:
             return path, skipped
     if skipped:
-        raise ConfigurationError("no checkpoint is whole: " + "; ".join(skipped))
+        raise ConfigurationError(f"no checkpoint {'can be resumed' if resumes else 'is whole'}: {_listed(skipped)}")
     return None, []
+
+
+def _listed(reasons: list[str], most: int = 3) -> str:
+    more = [f"and {len(reasons) - most} more"] if len(reasons) > most else []
+    return "; ".join([*reasons[:most], *more])
+
+
+def check_resumable(path: str | Path) -> None:
+    """Make sure that a checkpoint holds what training goes on from, and not the weights alone.
+
+    Raises:
+        ConfigurationError: Naming the checkpoint, and what can be done with it.
+    """
+    if not _lies_here(path) or "lr_schedulers" in describe_checkpoint(path):
+        return
+    raise ConfigurationError(
+        f"checkpoint {str(path)!r} holds the weights alone (save_weights_only: true): fit cannot go on from it, but "
+        "validate, predict and export take it, and CheckpointModel begins another run with its weights"
+    )
 
 
 def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
@@ -96,20 +118,30 @@ def checkpoint_folder_of(callback: ModelCheckpoint, trainer: L.Trainer) -> Path:
     return Path(callback._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
 
 
-def last_checkpoint(trainer: L.Trainer) -> str | None:
+def written_folders(trainer: L.Trainer) -> list[Path]:
+    """Return the folders that a run writes to: its own, and those of its checkpoints."""
+    return [Path(trainer.log_dir or trainer.default_root_dir), *checkpoint_folders(trainer)]
+
+
+def last_checkpoint(trainer: L.Trainer, resumes: bool) -> str | None:
     """Return what ``--ckpt_path last`` means: the newest checkpoint of the run's folder that is whole.
 
     What is skipped is said, with the reason; without any checkpoint a run begins at its first step, so that a
     scheduler can start a job and restart it by one command.
 
+    Args:
+        trainer: Says where the checkpoints lie.
+        resumes: Whether training goes on from it; an evaluation takes weights alone too, and removes nothing of a run
+            that may be under way.
+
     Raises:
         ConfigurationError: If none of the checkpoints is whole.
     """
     folders = checkpoint_folders(trainer)
-    for folder in folders:
+    for folder in folders if resumes else ():
         remove_leftovers(folder)
     with waiting("checking the newest checkpoint"):
-        path, skipped = newest_good_checkpoint(folders)
+        path, skipped = newest_good_checkpoint(folders, resumes)
     for reason in skipped:
         rank_zero_warn(f"skipped: {reason}")
     if path is None:
@@ -159,7 +191,8 @@ def agree_on_step(step: int) -> None:
 
 def _step_of(path: str) -> int | None:
     """Return the step of a checkpoint, without reading its tensors; None of one that lies elsewhere (``s3://``)."""
-    file = Path(path) / REST if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        return None
-    return step_of(path)
+    return step_of(path) if _lies_here(path) else None
+
+
+def _lies_here(path: str | Path) -> bool:
+    return (Path(path) / REST if Path(path).is_dir() else Path(path)).is_file()

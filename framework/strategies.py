@@ -60,7 +60,7 @@ class ShardedStrategy(ModelParallelStrategy):
         save_distributed_checkpoint: Whether each rank writes its own shard, into a folder, instead of one file. Such a
             checkpoint resumes on as many ranks, or is made one file by ``orthotrain consolidate FOLDER FILE``.
         process_group_backend: None for that of the device.
-        timeout: How long a collective waits for a rank that does not answer.
+        timeout: How long a collective waits for a rank that does not answer, in YAML as HH:MM:SS.
     """
 
     def __init__(
@@ -112,14 +112,17 @@ class ShardedStrategy(ModelParallelStrategy):
         Raises:
             ConfigurationError: If it cannot be written, naming why.
         """
+        path = Path(self.broadcast(filepath))
         if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, Path(filepath), storage_options)
+            # Lightning's own removes a folder of that name, on every rank, before it begins to write
+            if self.is_global_zero:
+                self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
             return
         shards = {"state_dict": checkpoint.pop("state_dict")}
         states = [split_state(state) for state in checkpoint.pop("optimizer_states", [])]
         shards |= {optimizer_key(number): tensors for number, (tensors, _) in enumerate(states)}
         rest = {**checkpoint, "optimizer_states": [rest for _, rest in states]}
-        save_shards(shards, rest, Path(self.broadcast(filepath)), lambda failed: on_any_rank(failed, self.root_device))
+        save_shards(shards, rest, path, lambda failed: on_any_rank(failed, self.root_device))
 
     def load_checkpoint(self, checkpoint_path: str | os.PathLike, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint without running code from it; the shards of a distributed one are loaded at once.

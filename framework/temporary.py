@@ -84,26 +84,28 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         write: Gets the open file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent)
     file = file_beside(path)
     try:
         with file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        finish(Path(file.name), path)
+        if path.is_dir() and not path.is_symlink():  # a distributed checkpoint, which a rename cannot replace
+            publish(Path(file.name), path)
+        else:
+            finish(Path(file.name), path)
     except BaseException:
         discard(Path(file.name))
         raise
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Give a finished folder its name in one step, once all of it is on the disk; an older one of that name goes.
+    """Give a finished folder, or file, its name once all of it is on the disk; an older one of that name goes.
 
     A run that dies between the two renames leaves the older one under another name: :func:`remove_leftovers` gives it
     its own back.
     """
-    for path in [*partial.iterdir(), partial]:
+    for path in [*(partial.iterdir() if partial.is_dir() else ()), partial]:
         sync(path)
     if target.is_symlink():  # what it leads to is not this program's to remove
         target.unlink()

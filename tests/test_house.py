@@ -22,7 +22,7 @@ FOLDERS = {"framework": "orthotrain", "plugins": "orthotrain.plugins", "kernels"
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "plugins": {"plugins", "kernels"},
-    "data": {"data", "errors", "limited", "model_folder", "paths", "progress", "temporary", "termination"},
+    "data": {"data", "errors", "failures", "limited", "model_folder", "paths", "progress", "temporary", "termination"},
     "paths": {"errors"},
     "limited": set(),
     "model_size": {"errors", "limited"},
@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "optimizers": {"optimizers", "kernels.skew", "layers.generators", "errors"},
     "callbacks": {
         "callbacks",
+        "failures",
         "checkpoint_io",
         "plain_files",
         "temporary",
@@ -78,7 +79,10 @@ MAY_IMPORT = {
     "shard_description": {"plain_files", "plain_pickle"},
     "sharded_checkpoint": {"checkpoint_io", "plain_files", "shard_description", "temporary", "errors", "progress"},
     "checkpoint_io": {"plain_files", "restorable", "stored_paths", "temporary", "errors"},
-    "model_folder": {"temporary", "errors", "paths"},
+    "model_folder": {"failures", "temporary", "errors", "paths"},
+    "streams": set(),
+    "failures": {"errors", "streams"},
+    "run_lock": {"errors"},
     "adapters": {"adapter_set", "adapter_values"},
     "adapter_set": {"adapter_values", "layers", "plugins", "checkpoint", "errors", "progress"},
     "adapter_values": {"layers", "plugins", "checkpoint", "plain_files", "errors"},

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.checkpoint_io import FROZEN
 from orthotrain.errors import ConfigurationError
+from orthotrain.failures import naming
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import whole
 from orthotrain.plain_files import crc32_of
@@ -160,16 +161,18 @@ class AdapterCheckpoint(Checkpoint):
         """Fill the folder ``partial``, the same on all ranks, and give it its name."""
         self._tensors = {}
         try:
-            trainer.save_checkpoint(partial / RESUME_FILE)
-            tensors = self._tensors
+            with naming(target):
+                trainer.save_checkpoint(partial / RESUME_FILE)
+                if trainer.is_global_zero:
+                    self._write_adapter(partial, self._tensors, self._description(trainer, pl_module, self._tensors))
+                    publish(partial, target)
         finally:
             self._tensors = None
-        if trainer.is_global_zero:
-            save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-            description = self._description(trainer, pl_module, tensors)
-            description["crc32"] = {WEIGHTS_FILE: crc32_of(partial / WEIGHTS_FILE)}
-            (partial / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
-            publish(partial, target)
+
+    def _write_adapter(self, folder: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        description["crc32"] = {WEIGHTS_FILE: crc32_of(folder / WEIGHTS_FILE)}
+        (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1, default=str), encoding="utf-8")
 
     def _description(
         self, trainer: L.Trainer, pl_module: L.LightningModule, tensors: dict[str, Tensor]

@@ -1,8 +1,11 @@
-"""PNG pictures for the run folder, drawn without a display."""
+"""PNG pictures and texts for the run folder; pictures are drawn without a display."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from orthotrain.failures import naming
+from orthotrain.temporary import write_atomically
 
 Series = Sequence[tuple[float, float]]
 
@@ -36,7 +39,14 @@ def draw_lines(axes: Any, lines: Mapping[str, Iterable[tuple[float, float]]], **
         axes.legend(fontsize="small")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with naming(path):
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def save(figure: Any, path: Path) -> Path:
-    """Write the picture and return its path."""
-    figure.savefig(path, dpi=120)
+    """Write the picture, whole or not at all, and return its path."""
+    with naming(path):
+        write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
     return path

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from orthotrain.callbacks.pictures import draw_lines, panels, save
+from orthotrain.callbacks.pictures import draw_lines, panels, save, write_text
 from orthotrain.callbacks.run_files import run_folder
 from orthotrain.callbacks.spectrum_monitor import spectrum
 from orthotrain.callbacks.throughput import Throughput, logs_at
@@ -77,9 +77,9 @@ class RunReport(L.Callback):
         if not trainer.is_global_zero:
             return
         values = self._values(trainer, pl_module, drift)
-        (folder / "summary.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+        write_text(folder / "summary.json", json.dumps(values, indent=1))
         text = "\n".join([*self._lines(values, folder), *self._sample(trainer, pl_module)])
-        (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
+        write_text(folder / "summary.txt", text + "\n")
         print("\n" + text, flush=True)
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 
 from orthotrain.callbacks.run_files import run_folder
+from orthotrain.failures import naming
 from orthotrain.generation import generated_tokens
 
 
@@ -35,7 +36,7 @@ class SampleWriter(L.Callback):
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if self.path is None or tokenizer is None or not isinstance(batch, dict):
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             for prompt, output in zip(batch["input_ids"], outputs, strict=True):
                 answer = generated_tokens(getattr(pl_module, "model", None), output, len(prompt))
                 row = {

@@ -17,6 +17,7 @@ from orthotrain.data.sources import CACHE_MARK, Corpus, location
 from orthotrain.data.token_cache import VERSION, CorruptCacheError, TokenCache
 from orthotrain.data.tokenizers import fingerprint, load_tokenizer, load_trained_tokenizer
 from orthotrain.errors import ConfigurationError
+from orthotrain.failures import naming
 from orthotrain.progress import waiting
 from orthotrain.temporary import remove_leftovers, write_atomically
 from orthotrain.termination import check
@@ -39,7 +40,8 @@ def prepare_folder(
 ) -> PreTrainedTokenizerFast:
     """Make sure that a folder holds the caches of a corpus, building them if they are missing or of other inputs.
 
-    Safe when several processes start at once: one builds, the others wait for it and find everything done.
+    Safe when several processes start at once: one builds, the others wait for it and find everything done. Finished
+    caches are only read: their folder may belong to another user, or lie on a disk that cannot be written.
 
     Args:
         folder: Where the files are or go.
@@ -55,11 +57,13 @@ def prepare_folder(
         CorruptCacheError: A file in the folder is truncated or altered.
         ConfigurationError: The source or the tokenizer cannot be used.
     """
+    source = corpus.fingerprint()
+    # finished caches are read without a lock: their folder may belong to another user
+    if (finished := _finished_tokenizer(folder, source, tokenizer_name, vocab_size)) is not None:
+        return finished
     with _locked(folder):
-        source = corpus.fingerprint()
-        tokenizer = _present_tokenizer(folder, tokenizer_name, vocab_size)
-        if tokenizer is not None and _is_fresh(folder, fingerprint(tokenizer), source):
-            return tokenizer
+        if (finished := _finished_tokenizer(folder, source, tokenizer_name, vocab_size)) is not None:
+            return finished  # another process has built them meanwhile
         rank_zero_info(f"building the token caches in {folder}")
         remove_leftovers(folder)  # of a build that was killed: holding the lock, none is running
         if next(corpus.documents(), None) is None:
@@ -67,7 +71,8 @@ def prepare_folder(
         if tokenizer_name is None:
             tokenizer = learn_tokenizer(corpus, splitter, vocab_size)
             _save(tokenizer, folder / "tokenizer.json")
-        assert tokenizer is not None
+        else:
+            tokenizer = load_tokenizer(tokenizer_name, vocab_size)
         build_caches(corpus, splitter, tokenizer, vocab_size, folder, source)
         check()
         return tokenizer
@@ -88,13 +93,27 @@ def _locked(folder: Path) -> Iterator[None]:
                     with contextlib.suppress(Timeout):
                         lock.acquire(timeout=1)
     except OSError as error:
-        raise ConfigurationError(
-            f"cache_dir: {folder} cannot be written ({error.strerror or error}); set cache_dir or $ORTHOTRAIN_CACHE"
-        ) from error
+        raise _unusable(f"{folder} has no finished token caches of this text and cannot be written", error) from error
     try:
         yield
     finally:
         lock.release()
+
+
+def _unusable(problem: str, error: OSError) -> ConfigurationError:
+    reason = error.strerror or str(error)
+    return ConfigurationError(f"{problem} ({reason}): name another folder by --data.cache_dir or $ORTHOTRAIN_CACHE")
+
+
+def _finished_tokenizer(folder: Path, source: str, name: str | None, vocab_size: int) -> PreTrainedTokenizerFast | None:
+    """Return the tokenizer of a folder whose caches are whole and of this source; None if they have to be built."""
+    try:
+        tokenizer = _present_tokenizer(folder, name, vocab_size)
+        if tokenizer is None or not _is_fresh(folder, fingerprint(tokenizer), source):
+            return None
+    except PermissionError as error:
+        raise _unusable(f"the token caches in {folder} cannot be read", error) from error
+    return tokenizer
 
 
 def _present_tokenizer(folder: Path, name: str | None, vocab_size: int) -> PreTrainedTokenizerFast | None:
@@ -119,4 +138,5 @@ def _is_fresh(folder: Path, tokenizer: str, source: str) -> bool:
 
 def _save(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     text = tokenizer.backend_tokenizer.to_str(pretty=True)
-    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    with naming(path):
+        write_atomically(path, lambda file: file.write(text.encode("utf-8")))

@@ -6,6 +6,7 @@ Layout: a header of exactly 4096 bytes, then the tokens as raw little-endian uns
     8 bytes            4 bytes       4 bytes                  up to 4048 bytes                 32 bytes
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.failures import naming
 from orthotrain.temporary import discard, file_beside, finish
 
 MAGIC = b"ORTHOTOK"
@@ -209,13 +211,18 @@ class TokenCacheWriter:
 
     def append(self, tokens: list[int], text_bytes: int, documents: int = 1) -> None:
         """Add tokens that stand for ``text_bytes`` bytes of text."""
-        self._file.write(np.asarray(tokens, _DTYPES[self.dtype]).tobytes())
+        with naming(self.path):
+            self._file.write(np.asarray(tokens, _DTYPES[self.dtype]).tobytes())
         self.tokens += len(tokens)
         self.text_bytes += text_bytes
         self.documents += documents
 
     def commit(self, tokenizer_fingerprint: str, source_fingerprint: str) -> None:
         """Write the header, flush to disk and move the file into place."""
+        with naming(self.path):
+            self._finish(tokenizer_fingerprint, source_fingerprint)
+
+    def _finish(self, tokenizer_fingerprint: str, source_fingerprint: str) -> None:
         self._file.flush()
         mapped = np.memmap(self._temporary, np.uint8, mode="r", offset=HEADER_BYTES) if self.tokens else b""
         counts = (self.dtype, self.tokens, self.text_bytes, self.documents)
@@ -231,5 +238,6 @@ class TokenCacheWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # the rest of the buffer does not fit on a full disk
+            self._file.close()
         discard(self._temporary)

@@ -1,5 +1,6 @@
 """One process that runs the command line of ``JOB``, with a fault built in; run as ``__main__``."""
 
+import multiprocessing
 import os
 import runpy
 import sys
@@ -19,6 +20,9 @@ if __name__ == "__main__":
         os.dup2(log, 1), os.dup2(log, 2)
     sys.argv = ["orthotrain", *JOB["arguments"]]
     torch.set_num_threads(1)
+    # this process is to start workers as one from a shell does: it is no daemon, and forks
+    multiprocessing.current_process()._config["daemon"] = False
+    multiprocessing.set_start_method("fork", force=True)
     code = 0
     try:
         if "progress" in JOB:

@@ -136,6 +136,17 @@ class Harness:
         # what is repeated lies behind the last checkpoint
         assert lost <= at_most, f"{fault}: {lost} steps were repeated, {before} had been reached"
 
+    def note(self, fault, recovered, note=""):
+        """Note the outcome of a fault after which there is nothing to train again."""
+        self.outcomes.append(Outcome(fault, recovered, 0, note))
+
+    def new_folder(self):
+        """An empty folder of its own."""
+        self.runs += 1
+        folder = self.folder / f"folder{self.runs}"
+        folder.mkdir()
+        return folder
+
     def table(self):
         """The outcomes as the README shows them."""
         names = list(dict.fromkeys(outcome.fault for outcome in self.outcomes))

@@ -3,6 +3,7 @@
 A fault is ``[kind, number, rank]``: what goes wrong, at which step, batch or call, on which rank (0 if left out).
 """
 
+import multiprocessing
 import os
 import resource
 import shutil
@@ -53,12 +54,27 @@ class Progress(L.Callback):
             return
         if self.kind == "kill":
             die()
+        if self.kind == "stop":
+            self.kind = None  # an accumulated step has several batches
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.kind == "worker":
+            kill_a_worker()
         if self.kind == "terminate":
             os.kill(os.getpid(), signal.SIGTERM)
         if self.kind == "vanish":
             for path in self.job["vanish"]:
                 os.rename(path, path + ".gone")
             die()
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        here = self.kind == "validating worker" and self.job["rank"] == self.rank
+        if here and trainer.global_step >= self.number:
+            kill_a_worker()
+
+
+def kill_a_worker():
+    """End a process that prepares batches, as a machine without memory does."""
+    multiprocessing.active_children()[-1].kill()
 
 
 def poison(embedding):
@@ -131,7 +147,7 @@ def inject(job):
     kind, number, rank = [*(job.get("fault") or [None, 0]), 0][:3]
     if job["rank"] != rank:
         return
-    if kind == "limit":
+    if kind == "limit":  # Python ignores SIGXFSZ: a write beyond the limit is an error (EFBIG)
         resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
     calls = {
         "merge": [(PoetLinear, "merge_", die), (StepwiseLinear, "fold_", die)],

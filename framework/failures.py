@@ -1,0 +1,192 @@
+"""The table of failures that end a command in one line: what went wrong, what to do, and the exit code.
+
+An error that the table does not know is a fault of the program and keeps its traceback.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from orthotrain.errors import ConfigurationError, TrainingDiverged
+from orthotrain.streams import reader_is_gone
+
+CHANGE_FIRST, START_AGAIN = 2, 1
+"""Exit codes: the user has to change something first (input, a full disk); the same command may go on as it is."""
+
+WRITE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE})
+"""Errors of the file system that say enough without the name of the file."""
+
+_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpect)")
+_RUST = re.compile(r"\(os error (\d+)\)")
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc")
+_SILENT = re.compile(r"[Tt]imed out|[Tt]imeout|failed to pass monitoredBarrier")
+_RANKS = re.compile(r"gloo/transport|monitoredBarrier|Connection (?:closed|reset) by peer|ncclRemoteError")
+_AGAIN = "the checkpoints are whole: start the command again, fit with --ckpt_path last"
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """Return the line and the exit code for an error; None for an error that needs its traceback.
+
+    Args:
+        error: What ended the command. The errors that it was raised from are looked at too: the death of a data loader
+            worker interrupts the program anywhere, also in the middle of a write.
+    """
+    for told in (_killed_worker, _lost_rank):
+        for link in _causes(error):
+            if message := told(link):
+                return message, START_AGAIN
+    for told, code in _TABLE:
+        if message := told(error):
+            return message, code
+    return None
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let an error of the file system name the file or the folder that was written.
+
+    Python and the libraries that write files (safetensors, tokenizers, torch, matplotlib) often leave the name out.
+
+    Args:
+        path: The final place of the file or the folder.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _number(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def quiet_threads() -> None:
+    """Print no traceback of a thread for a known failure: the main thread meets the same failure and tells it."""
+    usual = threading.excepthook
+    if getattr(usual, "__module__", None) == __name__:
+        return
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if told.exc_value is None or explain(told.exc_value) is None:
+            usual(told)
+
+    threading.excepthook = hook
+
+
+def working_folder() -> None:
+    """Refuse to work in a folder that was removed: no relative path leads anywhere there.
+
+    Raises:
+        ConfigurationError: Saying what to do.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            "the working folder has been removed: change to a folder that exists, and start the command again"
+        ) from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _bad_input(error: BaseException) -> str | None:
+    return str(error) if isinstance(error, ConfigurationError) else None
+
+
+def _diverged(error: BaseException) -> str | None:
+    return str(error) if isinstance(error, TrainingDiverged) else None
+
+
+def _killed_worker(error: BaseException) -> str | None:
+    match = _WORKER.search(str(error)) if isinstance(error, RuntimeError) else None
+    if match is None:
+        return None
+    how = f"was killed ({_signal_name(match[2])})" if match[2] else "ended unexpectedly"
+    return (
+        f"the data loader worker with process id {match[1]} {how}; most often memory has run out: lower "
+        f"--data.num_workers or --data.batch_size, or give the machine more memory; {_AGAIN}"
+    )
+
+
+def _signal_name(said: str) -> str:
+    """Return SIGKILL for the C library's description of it."""
+    known = {signal.strsignal(number): number.name for number in signal.Signals}
+    return known.get(said.strip(), said.strip())
+
+
+def _lost_rank(error: BaseException) -> str | None:
+    # torch has classes for the errors of its stores and of NCCL; those of gloo are known by their text
+    kind, silent = type(error).__name__, _SILENT.search(str(error))
+    ranks = kind in ("DistNetworkError", "DistStoreError") or _RANKS.search(str(error))
+    if not isinstance(error, RuntimeError) or not (ranks or (kind == "DistBackendError" and silent)):
+        return None
+    if silent:
+        return (
+            "another rank has not answered within the time limit (its process is stopped, or its host is down); "
+            f"{_AGAIN}; --trainer.strategy.init_args.timeout HH:MM:SS sets another limit"
+        )
+    return f"the connection to another rank is lost: that rank has ended, and its last line says why; {_AGAIN}"
+
+
+def _closed_output(error: BaseException) -> str | None:
+    if not isinstance(error, BrokenPipeError) or not reader_is_gone():
+        return None
+    return "standard output was closed before everything was written (`| head`): write it to a file"
+
+
+def _no_working_folder(error: BaseException) -> str | None:
+    if isinstance(error, FileNotFoundError):
+        try:
+            working_folder()
+        except ConfigurationError as gone:
+            return str(gone)
+    return None
+
+
+def _named_file(error: BaseException) -> str | None:
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    return f"{str(error.filename)!r} cannot be read or written: {error.strerror}"
+
+
+def _unnamed_file(error: BaseException) -> str | None:
+    number = _number(error)
+    if number is None:
+        return None
+    return f"a file cannot be written: {os.strerror(number)}; make room, or name another --run_folder"
+
+
+def _number(error: BaseException) -> int | None:
+    """Return the number of the file system's error behind an exception; None if there is no such error."""
+    link: BaseException | None = error
+    while isinstance(link, Exception):
+        if isinstance(link, OSError) and link.errno in WRITE_ERRORS:
+            return link.errno
+        if (match := _RUST.search(str(link))) and int(match[1]) in WRITE_ERRORS:
+            return int(match[1])
+        if not _TORCH_WRITER.search(str(link)):
+            return None
+        # torch's writer reports a failed write without its reason, which is in the context if Python wrote the file
+        if link.__cause__ is None and link.__context__ is None:
+            return errno.EIO
+        link = link.__cause__ or link.__context__
+    return None
+
+
+_TABLE: tuple[tuple[Callable[[BaseException], str | None], int], ...] = (
+    (_bad_input, CHANGE_FIRST),
+    (_diverged, START_AGAIN),
+    (_closed_output, START_AGAIN),
+    (_no_working_folder, CHANGE_FIRST),
+    (_named_file, CHANGE_FIRST),
+    (_unnamed_file, CHANGE_FIRST),
+)

@@ -1,0 +1,198 @@
+"""States of callbacks whose paths decide what the next save removes, and files planted where a save may write."""
+
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hostile.rows import EITHER, Call, Place, Row
+
+RESUME, PLANTED = "deletion", "planted"
+MODEL = "ModelCheckpoint"
+PATHS = {
+    "file": "{canary}/last.ckpt", "folder": "{canary}", "sub-folder": "{canary}/sub", "local": "local://{canary}",
+    "local file": "local://{canary}/a.txt", "file url": "file://{canary}", "memory": "memory://x", "upwards":
+    "{saves}/../../../canary", "upwards twice": "{saves}/x/../../../../canary/sub", "local upwards": "local://{saves}/../../../canary",
+    "relative": "../canary", "relative link": "run/checkpoints/link/a.txt", "through a link": "{saves}/link/last.ckpt",
+    "link to a folder": "{saves}/link", "trailing dots": "{saves}/../..", "double slash": "//{canary}", "own config":
+    "{run}/config.yaml", "own folder": "{saves}", "run": "{run}", "parent": "{saves}/..", "dot": ".", "empty": "", "root of work":
+    "{work}", "with spaces": " {canary}", "tilde": "~/../canary", "newline": "{canary}\n",
+}  # fmt: skip
+FIELDS = ("best_model_path", "last_model_path", "kth_best_model_path", "best_k_models")
+WRONG = {"none": None, "number": 7, "list": ["{canary}"], "dict": {"{canary}": 1}, "bytes": b"{canary}", "missing": "MISSING",
+         "nested": [["{canary}"]], "true": True}  # fmt: skip
+SAVED = {
+    "upwards": "../../../canary", "up one": "..", "dot": ".", "empty": "", "absolute": "{canary}", "sub": "../../../canary/sub",
+    "link": "link", "link and file": "link/a.txt", "own config": "../config.yaml", "nul": "a\0b", "number": 3, "none": None,
+    "list": ["../../../canary"], "dict": {"a": 1}, "name of no step": "x.old", "upwards from a step": "step-000001/../../../../canary",
+}  # fmt: skip
+
+
+def fill(value: Any, place: Place) -> Any:
+    """Put the paths of a place into a value."""
+    folders = {"canary": place.canary, "run": place.run, "saves": place.run / "checkpoints", "work": place.work}
+    if isinstance(value, str):
+        for name, path in folders.items():
+            value = value.replace(f"{{{name}}}", str(path))
+        return value
+    if isinstance(value, bytes):
+        return fill(value.decode(), place).encode()
+    if isinstance(value, list):
+        return [fill(inner, place) for inner in value]
+    if isinstance(value, dict):
+        return {fill(key, place): fill(inner, place) for key, inner in value.items()}
+    return value
+
+
+def resumed(name: str, field: str, path: Any, last: bool) -> Row:
+    """A run that goes on from a checkpoint whose ModelCheckpoint state names a path, and saves."""
+
+    def make(place: Place) -> Call:
+        saves = place.run / "checkpoints"
+        saves.mkdir(parents=True)
+        (saves / "link").symlink_to(place.canary)
+        (saves / "notes.txt").write_text("a user's own file")
+        contents = place.contents()
+        key = next(key for key in contents["callbacks"] if key.startswith(MODEL))
+        state = {**contents["callbacks"].pop(key), "dirpath": str(saves)}
+        watched = field in FIELDS[2:]
+        if watched:
+            key = key.replace("'monitor': None, 'mode': 'min'", "'monitor': 'step', 'mode': 'max'")
+            state |= {"monitor": "step", "best_k_models": {}, "kth_value": torch.tensor(-1.0)}
+        value = fill(path, place)
+        if value == "MISSING":
+            state.pop(field)
+        elif field in FIELDS[2:] and isinstance(value, str):
+            state |= {"kth_best_model_path": value, "best_k_models": {value: torch.tensor(-1.0)}}
+        else:
+            state[field] = value
+        contents["callbacks"][key] = state
+        changes = {"monitor": "step", "mode": "max"} if watched else {}
+        config = place.config()
+        if changes:
+            options = place.good.config()["trainer"]["callbacks"][0]["init_args"]
+            saver = {"class_path": MODEL, "init_args": {**options, **changes, "dirpath": str(saves)}}
+            config = place.config("pretrain", {"trainer.callbacks": [saver], "data.init_args.cache_dir": str(place.work / "cache")})
+        saved = place.save(contents, "run/checkpoints/last.ckpt" if last else "bad.ckpt")
+        own = place.write("run/config.yaml", config.read_bytes())
+        return Call(["fit", "-c", own, "--ckpt_path", "last" if last else saved, "--trainer.logger", "false"],
+                    keep=[saves / "notes.txt", config])  # fmt: skip
+
+    return Row(RESUME, f"{field} {name}{' last' if last else ''}", "fit", make, EITHER, ("last.ckpt", "bad.ckpt"))
+
+
+def adapter(name: str, saved: Any) -> Row:
+    """A finetuning run that goes on from a checkpoint whose AdapterCheckpoint state names folders."""
+
+    def make(place: Place) -> Call:
+        folder = place.run / "adapters"
+        folder.mkdir(parents=True)
+        (folder / "link").symlink_to(place.canary)
+        contents = place.contents("resume")
+        value = fill(saved, place)
+        contents["callbacks"]["AdapterCheckpoint"] = {"saved": [value] * 6 + ["step-000001", "step-000002"]}
+        config = place.config("finetune")
+        return Call(["fit", "-c", config, "--ckpt_path", place.save(contents)], keep=[config])
+
+    return Row(RESUME, f"saved {name}", "fit", make, EITHER, ("bad.ckpt", "saved"))
+
+
+def rows() -> Iterator[Row]:
+    """All of them."""
+    turns = cycle((False, True))
+    for name, path in PATHS.items():
+        yield resumed(name, "best_model_path", path, next(turns))
+        yield resumed(name, "last_model_path", path, next(turns))
+    for name in ("file", "folder", "local", "upwards", "through a link", "run"):
+        yield resumed(name, "kth_best_model_path", PATHS[name], False)
+    for (name, value), field in zip(WRONG.items(), cycle(FIELDS)):
+        yield resumed(f"is {name}", field, value, False)
+    for name, value in SAVED.items():
+        yield adapter(name, value)
+    yield from planted_rows()
+
+
+def _planted(name: str, command: str, make: Any, codes: tuple[int, ...] = EITHER) -> Row:
+    return Row(PLANTED, name, command, make, codes, ("out", "one.ckpt", "last.ckpt", "run", "cache"))
+
+
+TEMPORARY = (".out.{pid}.partial", ".out.partial", "out.partial", ".out.tmp", "out.{pid}.tmp", ".out.{pid}.tmp")
+
+
+def planted_rows() -> Iterator[Row]:
+    """Links at names that a writer could choose, and files of others that look like leftovers."""
+    for link in TEMPORARY:
+        for target in ("sub", "a.txt", "new"):
+            for command in ("export",) if target != "sub" else ("export", "export-peft"):
+                def exported(place, link=link, target=target, command=command):
+                    format, ckpt = ("peft", place.good.resume) if command == "export-peft" else ("hf", place.good.checkpoint)
+                    arguments = ["export", "--ckpt", ckpt, "--out", "out", "--format", format]
+                    return Call(arguments, links=[(link, str(place.canary / target))])
+
+                yield _planted(f"{link} to {target}", command, exported)
+    for link in (".one.ckpt.partial", "one.ckpt.partial", ".one.ckpt.{pid}.partial", ".one.ckpt.tmp"):
+        for target in ("a.txt", "new"):
+            def one_file(place, link=link, target=target):
+                return Call(["consolidate", place.good.shards, "one.ckpt"], links=[(link, str(place.canary / target))])
+
+            yield _planted(f"{link} to {target}", "consolidate", one_file)
+    for link in (".last.ckpt.partial", ".epoch=0-step=3.ckpt.partial", "last.ckpt.tmp", ".last.ckpt.{pid}.partial", ".last.ckpt.old"):
+        for target in ("a.txt", "sub"):
+            def trained(place, link=link, target=target):
+                (place.run / "checkpoints").mkdir(parents=True)
+                config = place.config()
+                return Call(["fit", "-c", config], links=[(f"run/checkpoints/{link}", str(place.canary / target))])
+
+            yield _planted(f"{link} to {target}", "fit", trained)
+    for link in ("train.tokens.{pid}.tmp", "train.tokens.tmp", "tokenizer.json.tmp", "tokenizer.json.{pid}.tmp"):
+        def cached(place, link=link):
+            config = place.config()
+            folder = next((place.work / "cache").iterdir())
+            for file in folder.iterdir():
+                file.unlink()
+            return Call(["fit", "-c", config], links=[(str(folder / link), str(place.canary / "a.txt"))])
+
+        yield _planted(f"cache {link}", "fit", cached)
+    for link in (".step-000001.partial", ".step-000001.old", ".step-000001.{pid}.partial"):
+        def adapters(place, link=link):
+            (place.run / "adapters").mkdir(parents=True)
+            config = place.config("finetune")
+            return Call(["fit", "-c", config], links=[(f"run/adapters/{link}", str(place.canary / "sub"))])
+
+        yield _planted(f"{link} to a folder", "fit", adapters)
+    yield from foreign_rows()
+
+
+FOREIGN = (".thesis.old", ".draft.partial", "thesis.old", "draft.partial", ".last.ckpt.old", ".step-000009.partial", ".a.b.old", ".old", ".partial")
+
+
+def foreign_rows() -> Iterator[Row]:
+    """Files and folders of somebody else in the folders that a run, a consolidation and an adapter write to."""
+    for name in FOREIGN:
+        for folder in (False, True):
+            for command in ("fit", "fit-last", "consolidate", "finetune"):
+                if command != "fit" and (folder != (len(name) % 2 == 0) or command == "fit-last" and name == ".last.ckpt.old"):
+                    continue
+
+                def beside(place, name=name, folder=folder, command=command):
+                    homes = {"consolidate": place.work, "finetune": place.run / "adapters"}
+                    home = homes.get(command, place.run / "checkpoints")
+                    home.mkdir(parents=True, exist_ok=True)
+                    own: Path = home / name
+                    if folder:
+                        own.mkdir()
+                        (own / "chapter").write_text("years of work")
+                    else:
+                        own.write_text("years of work")
+                    if command == "consolidate":
+                        return Call(["consolidate", place.good.shards, "one.ckpt"], keep=[own])
+                    config = place.config("finetune" if command == "finetune" else "pretrain")
+                    if command == "fit-last":
+                        place.save(place.contents(), "run/checkpoints/last.ckpt")
+                    more = ["--ckpt_path", "last"] if command == "fit-last" else []
+                    return Call(["fit", "-c", config, *more], keep=[own])
+
+                kind = "folder" if folder else "file"
+                yield _planted(f"foreign {kind} {name}", command, beside, (0,))

@@ -1,0 +1,220 @@
+"""Class names and values in the description of a checkpoint: none chooses code, another file or another host."""
+
+import copy
+import json
+from collections.abc import Iterator
+from itertools import cycle
+from typing import Any
+
+import yaml
+
+from hostile.rows import DESCRIBED, Call, Place, Row, put, use
+
+KIND = "description"
+MODULE = "hyper_parameters.init_args"
+POSITIONS = {
+    "model": f"{MODULE}.model",
+    "optimizer": f"{MODULE}.optimization.optimizer",
+    "scheduler": f"{MODULE}.optimization.scheduler",
+    "rotation_optimizer": f"{MODULE}.optimization.rotation_optimizer",
+    "optimizer_overrides": f"{MODULE}.optimization.optimizer_overrides.*proj*",
+    "parameterization": f"{MODULE}.layers.parameterization",
+    "override": f"{MODULE}.layers.overrides.*mlp*.parameterization",
+    "layers": f"{MODULE}.layers",
+    "optimization": f"{MODULE}.optimization",
+    "clip_ramp": f"{MODULE}.clip_ramp",
+    "arguments": MODULE,
+    "module": "hyper_parameters",
+}
+
+
+def shell(place: Place) -> dict[str, Any]:
+    """A description that runs a command."""
+    return {"class_path": "os.system", "init_args": {"command": f"mkdir {place.sprung}"}}
+
+
+def _yaml_file(place: Place, value: Any) -> str:
+    return str(place.write("evil.yaml", yaml.safe_dump(value)))
+
+
+FORMS = {
+    "dict": lambda place, value: value,
+    "json": lambda place, value: json.dumps(value),
+    "json in json": lambda place, value: json.dumps(json.dumps(value)),
+    "json arguments": lambda place, value: {**value, "init_args": json.dumps(value["init_args"])},
+    "json with spaces": lambda place, value: f" \n\t{json.dumps(value, indent=1)}\n",
+    "yaml": lambda place, value: yaml.safe_dump(value),
+    "yaml flow": lambda place, value: f"{{class_path: {value['class_path']}, init_args: {value['init_args']}}}",
+    "dotted": lambda place, value: {"class_path": value["class_path"],
+                                    **{f"init_args.{name}": inner for name, inner in value["init_args"].items()}},
+    "keywords": lambda place, value: {"class_path": value["class_path"], "dict_kwargs": value["init_args"]},
+    "yaml file": _yaml_file,
+    "relative file": lambda place, value: _yaml_file(place, value) and "evil.yaml",
+    "file url": lambda place, value: f"file://{_yaml_file(place, value)}",
+    "local url": lambda place, value: f"local://{_yaml_file(place, value)}",
+    "https": lambda place, value: "https://127.0.0.1:9/evil.yaml",
+    "in a list": lambda place, value: [json.dumps(value)],
+    "class only": lambda place, value: value["class_path"],
+}  # fmt: skip
+"""The ways to write a description down."""
+
+CALLABLES = {
+    "os.system": {"command": "mkdir SPRUNG"}, "posix.system": {"command": "mkdir SPRUNG"}, "os.mkdir": {"path": "SPRUNG"},
+    "subprocess.Popen": {"args": ["mkdir", "SPRUNG"]}, "subprocess.run": {"args": ["mkdir", "SPRUNG"]},
+    "builtins.eval": {"source": "__import__('os').mkdir('SPRUNG')"}, "builtins.exec": {"source": "1"},
+    "shutil.rmtree": {"path": "CANARY"}, "os.remove": {"path": "CANARY/a.txt"}, "pathlib.Path.touch": {"self": "SPRUNG"},
+    "importlib.import_module": {"name": "antigravity"}, "torch.hub.load": {"repo_or_dir": "a/b", "model": "c"},
+    "torch.load": {"f": "x"}, "torch.hub.download_url_to_file": {"url": "http://127.0.0.1:9/", "dst": "SPRUNG"},
+    "functools.partial": {"func": "os.mkdir", "args": ["SPRUNG"]}, "pickle.loads": {"data": "cos\nabort\n(tR."},
+    "runpy.run_path": {"path_name": "trap_module.py"}, "runpy.run_module": {"mod_name": "trap_module"},
+    "code.interact": {}, "webbrowser.open": {"url": "http://127.0.0.1:9/"}, "antigravity.fly": {}, "this.d": {},
+    "trap_module.Network": {}, "trap_module.Network.inner": {}, "turtle.Turtle": {}, "os.abort": {},
+    "yaml.unsafe_load": {"stream": "!!python/object/apply:os.mkdir ['SPRUNG']"}, "urllib.request.urlopen": {"url": "x"},
+    "orthotrain.cli.main": {"argv": ["calibrate"]}, "orthotrain.export.export_checkpoint": {"checkpoint": "x", "out": "y"},
+    "orthotrain.checkpoint_io.remove_folder": {"folder": "CANARY"}, "torch.nn.Module.load_state_dict": {},
+    "torch.utils.cpp_extension.load": {"name": "x", "sources": ["x"]}, "torch.nn.Sequential": {"args": ["os.abort"]},
+    "lightning.pytorch.callbacks.LambdaCallback": {"setup": "os.abort"}, "lightning.pytorch.Trainer": {},
+    "torch.nn.modules.module.Module": {}, "torch.optim.optimizer.Optimizer": {}, "bitsandbytes.optim.nothing": {},
+}  # fmt: skip
+"""Names that are no network, optimizer, schedule or parameterization -> their arguments."""
+
+NAMES = {
+    "relative": ".os.system", "two dots": "os..system", "ends in a dot": "os.", "empty": "", "space": " ", "no module": "x.Y",
+    "look-alike letter": "\u043es.system", "full width": "ｏｓ.system", "padded": " os.system ", "newline": "os.system\n",
+    "no-break space": "os.system\u00a0", "zero width": "os\u200b.system", "walk": "os.__class__", "globals":
+    "os.system.__init__.__globals__", "call": "os.system()", "colon": "os:system", "path": "/bin/sh", "long": "a." * 5000 + "b",
+    "nul": "os\0.system", "number": 3, "none": None, "list": ["os.system"], "dict": {"class_path": "os.system"},
+    "escape": "\x1b]0;owned\x07os.system", "override": "\u202emetsys.so", "bytes": b"os.system",
+    "our module of functions": "orthotrain.export", "private": "orthotrain.export._rebuilt", "case": "OS.System",
+}  # fmt: skip
+"""Other things in the place of a class name."""
+
+
+def with_description(place: Place, position: str, value: Any) -> dict[str, Any]:
+    """Return the contents of a checkpoint with a value in a position of its description."""
+    contents = copy.deepcopy(place.contents())
+    *path, last = POSITIONS[position].split(".")
+    inner = contents
+    for part in path:
+        if inner.get(part) is None:
+            inner[part] = {}
+        inner = inner[part]
+    inner[last] = value
+    return contents
+
+
+def filled(value: Any, place: Place) -> Any:
+    """Put the paths of a place into the arguments of a callable."""
+    text = json.dumps(value).replace("SPRUNG", str(place.sprung)).replace("CANARY", str(place.canary))
+    return json.loads(text)
+
+
+def _row(name: str, command: str, position: str, value: Any) -> Row:
+    def make(place: Place) -> Call:
+        return use(command, place, place.save(with_description(place, position, value(place))))
+
+    return Row(KIND, name, command, make)
+
+
+def rows() -> Iterator[Row]:
+    """Every form in every position, every callable, every odd name, by the commands in turn."""
+    commands, positions = cycle(DESCRIBED), cycle(POSITIONS)
+    for form, write in FORMS.items():
+        for position in POSITIONS:
+            def hostile(place, write=write):
+                return write(place, shell(place))
+
+            yield _row(f"{position} as {form}", next(commands), position, hostile)
+    for target, arguments in CALLABLES.items():
+        for form in ("dict", "json"):
+            def called(place, target=target, arguments=arguments, form=form):
+                return FORMS[form](place, {"class_path": target, "init_args": filled(arguments, place)})
+
+            yield _row(f"{target} as {form}", next(commands), next(positions), called)
+    for name, odd in NAMES.items():
+        def named(place, odd=odd):
+            return {"class_path": odd, "init_args": {}}
+
+        yield _row(f"name {name}", next(commands), next(positions), named)
+    yield from special_rows()
+
+
+def _special(name: str, command: str, change: Any, codes: tuple[int, ...] = (2,)) -> Row:
+    def make(place: Place) -> Call:
+        contents = copy.deepcopy(place.contents())
+        for key, value in change(place).items():
+            put(contents, key, value)
+        return use(command, place, place.save(contents))
+
+    return Row(KIND, name, command, make, codes)
+
+
+def special_rows() -> Iterator[Row]:
+    """Keys that Lightning or jsonargparse give a meaning, names that widen what is allowed, chains of checkpoints."""
+    for key in ("_instantiator", "_class_path", "__class__", "__path__", "__default_config__", "cls", "config"):
+        for target in ("os.system", "trap_module.Network"):
+            def hidden(place, key=key, target=target):
+                return {f"hyper_parameters.{key}": target, "hparams_name": "kwargs", f"{MODULE}.{key}": target}
+
+            yield _special(f"key {key} {target}", "load_from_checkpoint", hidden, (0, 2))
+            yield _special(f"key {key} {target}", "export", hidden, (0, 2))
+    own = "orthotrain.export.CheckpointModel"
+    for name, allow in {"allows": ["os.system"], "allows all": ["*"], "allows by text": "os.system", "allows one": [shell]}.items():
+        def widened(place, allow=allow):
+            allow = [shell(place)] if allow == [shell] else allow
+            inner = with_description(place, "optimizer", shell(place))
+            path = str(place.save(inner, "inner.ckpt"))
+            return {f"{MODULE}.model": {"class_path": own, "init_args": {"path": path, "allow": allow}}}
+
+        for command in ("export", "fit-from", "checkpoint_model"):
+            yield _special(f"a checkpoint that {name}", command, widened)
+    for command in ("export", "checkpoint_model", "plan-from"):
+        def itself(place):
+            return {f"{MODULE}.model": {"class_path": own, "init_args": {"path": str(place.work / "bad.ckpt")}}}
+
+        yield _special("names itself", command, itself)
+
+        def chain(place):
+            for number in range(40):
+                model = {"class_path": own, "init_args": {"path": str(place.work / f"{number + 1}.ckpt")}}
+                small = {"state_dict": {}, "hyper_parameters": {**place.contents()["hyper_parameters"]}} if not number else small
+                small["hyper_parameters"]["init_args"]["model"] = model
+                place.save(small, f"{number}.ckpt")
+            return {f"{MODULE}.model": {"class_path": own, "init_args": {"path": str(place.work / "0.ckpt")}}}
+
+        yield _special("names a chain of 40", command, chain)
+    yield from remote_code_rows()
+
+
+def remote_code_rows() -> Iterator[Row]:
+    """A model folder with code, which the description asks to run."""
+    asked = {
+        "plain": {"trust_remote_code": True}, "number": {"trust_remote_code": 1}, "text": {"trust_remote_code": "true"},
+        "yes": {"trust_remote_code": "yes"}, "options": {"options": {"trust_remote_code": True}},
+        "json options": {"options": '{"trust_remote_code": true}'}, "list": {"trust_remote_code": [True]},
+        "kernels": {"options": {"use_kernels": True}}, "attention": {"options": {"attn_implementation": "a/kernel"}},
+        "pickles": {"options": {"weights_only": False}}, "nothing": {},
+    }  # fmt: skip
+    for (name, more), command in zip(asked.items(), cycle(("export", "checkpoint_model", "fit-from"))):
+        def remote(place, more=more):
+            arguments = {"name": str(model_with_code(place)), **more}
+            return {f"{MODULE}.model": {"class_path": "orthotrain.models.PretrainedModel", "init_args": arguments}}
+
+        yield _special(f"remote code {name}", command, remote)
+    for form in ("dotted", "json", "yaml", "keywords", "json arguments"):
+        def spelt(place, form=form):
+            arguments = {"name": str(model_with_code(place)), "trust_remote_code": True}
+            value = {"class_path": "orthotrain.models.PretrainedModel", "init_args": arguments}
+            return {f"{MODULE}.model": FORMS[form](place, value)}
+
+        yield _special(f"remote code as {form}", "export", spelt)
+
+
+def model_with_code(place: Place) -> Any:
+    """Copy the good model folder and let its config name a module of its own, which makes ``sprung``."""
+    folder = place.copy("model", "model_with_code")
+    place.write("model_with_code/modeling_own.py", (place.work / "trap_module.py").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "modeling_own.C", "AutoModelForCausalLM": "modeling_own.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

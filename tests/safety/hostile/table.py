@@ -1,0 +1,7 @@
+"""The whole table."""
+
+from hostile import deletions, descriptions
+
+ROWS = [*descriptions.rows(), *deletions.rows()]
+KINDS = {"description"}
+COMMANDS = set()

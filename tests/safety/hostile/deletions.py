@@ -101,12 +101,11 @@ def adapter(name: str, saved: Any) -> Row:
 
 def rows() -> Iterator[Row]:
     """All of them."""
-    turns = cycle((False, True))
-    for name, path in PATHS.items():
-        yield resumed(name, "best_model_path", path, next(turns))
-        yield resumed(name, "last_model_path", path, next(turns))
-    for name in ("file", "folder", "local", "upwards", "through a link", "run"):
-        yield resumed(name, "kth_best_model_path", PATHS[name], False)
+    for (name, path), field, last in zip(PATHS.items(), cycle(FIELDS[:2]), cycle((False, False, True, True))):
+        yield resumed(name, field, path, last)
+        if name in ("local", "upwards", "through a link", "parent"):
+            yield resumed(name, FIELDS[0] if field == FIELDS[1] else FIELDS[1], path, not last)
+            yield resumed(name, "kth_best_model_path", path, False)
     for (name, value), field in zip(WRONG.items(), cycle(FIELDS)):
         yield resumed(f"is {name}", field, value, False)
     for name, value in SAVED.items():
@@ -118,7 +117,7 @@ def _planted(name: str, command: str, make: Any, codes: tuple[int, ...] = EITHER
     return Row(PLANTED, name, command, make, codes, ("out", "one.ckpt", "last.ckpt", "run", "cache"))
 
 
-TEMPORARY = (".out.{pid}.partial", ".out.partial", "out.partial", ".out.tmp", "out.{pid}.tmp", ".out.{pid}.tmp")
+TEMPORARY = (".out.{pid}.partial", ".out.partial", ".out.{pid}.tmp")
 
 
 def planted_rows() -> Iterator[Row]:
@@ -132,21 +131,21 @@ def planted_rows() -> Iterator[Row]:
                     return Call(arguments, links=[(link, str(place.canary / target))])
 
                 yield _planted(f"{link} to {target}", command, exported)
-    for link in (".one.ckpt.partial", "one.ckpt.partial", ".one.ckpt.{pid}.partial", ".one.ckpt.tmp"):
+    for link in (".one.ckpt.partial", ".one.ckpt.{pid}.partial", ".one.ckpt.tmp"):
         for target in ("a.txt", "new"):
             def one_file(place, link=link, target=target):
                 return Call(["consolidate", place.good.shards, "one.ckpt"], links=[(link, str(place.canary / target))])
 
             yield _planted(f"{link} to {target}", "consolidate", one_file)
-    for link in (".last.ckpt.partial", ".epoch=0-step=3.ckpt.partial", "last.ckpt.tmp", ".last.ckpt.{pid}.partial", ".last.ckpt.old"):
-        for target in ("a.txt", "sub"):
+    for link in (".last.ckpt.partial", ".epoch=0-step=3.ckpt.partial", ".last.ckpt.{pid}.partial", ".last.ckpt.old"):
+        for target in ("a.txt", "sub") if link == ".last.ckpt.partial" else ("a.txt",):
             def trained(place, link=link, target=target):
                 (place.run / "checkpoints").mkdir(parents=True)
                 config = place.config()
                 return Call(["fit", "-c", config], links=[(f"run/checkpoints/{link}", str(place.canary / target))])
 
             yield _planted(f"{link} to {target}", "fit", trained)
-    for link in ("train.tokens.{pid}.tmp", "train.tokens.tmp", "tokenizer.json.tmp", "tokenizer.json.{pid}.tmp"):
+    for link in ("train.tokens.{pid}.tmp", "tokenizer.json.{pid}.tmp"):
         def cached(place, link=link):
             config = place.config()
             folder = next((place.work / "cache").iterdir())
@@ -165,15 +164,16 @@ def planted_rows() -> Iterator[Row]:
     yield from foreign_rows()
 
 
-FOREIGN = (".thesis.old", ".draft.partial", "thesis.old", "draft.partial", ".last.ckpt.old", ".step-000009.partial", ".a.b.old", ".old", ".partial")
+FOREIGN = (".thesis.old", ".draft.partial", "thesis.old", ".last.ckpt.old", ".step-000009.partial", ".partial")
 
 
 def foreign_rows() -> Iterator[Row]:
     """Files and folders of somebody else in the folders that a run, a consolidation and an adapter write to."""
+    turns = cycle((False, True))
     for name in FOREIGN:
-        for folder in (False, True):
-            for command in ("fit", "fit-last", "consolidate", "finetune"):
-                if command != "fit" and (folder != (len(name) % 2 == 0) or command == "fit-last" and name == ".last.ckpt.old"):
+        for command in ("fit", "fit-last", "consolidate", "finetune"):
+            for folder in (False, True) if command == "fit" else (next(turns),):
+                if command == "fit-last" and name == ".last.ckpt.old":
                     continue
 
                 def beside(place, name=name, folder=folder, command=command):

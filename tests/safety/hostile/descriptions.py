@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from hostile.rows import DESCRIBED, Call, Place, Row, put, use
+from hostile.rows import Call, Place, Row, put, use
 
 KIND = "description"
 MODULE = "hyper_parameters.init_args"
@@ -26,6 +26,11 @@ POSITIONS = {
     "arguments": MODULE,
     "module": "hyper_parameters",
 }
+
+
+TURNS = ("export", "checkpoint_model", "load_network", "fit-from", "load_from_checkpoint", "export", "checkpoint_model",
+         "load_network", "export-peft", "plan-from", "load_network")  # fmt: skip
+"""The commands in turn; those that parse a config take longest."""
 
 
 def shell(place: Place) -> dict[str, Any]:
@@ -118,7 +123,7 @@ def _row(name: str, command: str, position: str, value: Any) -> Row:
 
 def rows() -> Iterator[Row]:
     """Every form in every position, every callable, every odd name, by the commands in turn."""
-    commands, positions = cycle(DESCRIBED), cycle(POSITIONS)
+    commands, positions = cycle(TURNS), cycle(POSITIONS)
     for form, write in FORMS.items():
         for position in POSITIONS:
             def hostile(place, write=write):

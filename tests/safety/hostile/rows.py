@@ -143,15 +143,16 @@ class Row:
         return f"{self.kind}-{self.command}-{self.name}".replace(" ", "_").encode("ascii", "replace").decode()
 
 
-DESCRIBED = ("export", "export-peft", "checkpoint_model", "load_from_checkpoint", "fit-from", "plan-from", "load_network")
-"""What rebuilds a network from the description in a checkpoint."""
-
 RESUMED = ("fit", "validate", "test")
 """What loads a checkpoint into the network that the config describes."""
 
 
 def use(command: str, place: Place, path: Path | str) -> Call:
-    """Return what reads a checkpoint file by a command, a name out of DESCRIBED, RESUMED or tokenizer."""
+    """Return what reads a checkpoint file by a command.
+
+    Those that read its description rebuild a network (export, fit-from, ...), those of RESUMED load it into a network
+    that the config describes, tokenizer takes the tokenizer out of it.
+    """
     network = {"model.init_args.model": {"class_path": "CheckpointModel", "init_args": {"path": str(path)}}}
     if command in ("export", "export-peft"):
         more = ["--format", "peft"] if command == "export-peft" else []

@@ -4,6 +4,7 @@ A request is one line of JSON on standard input, the answer one line on standard
 transformers takes seconds, a fork some milliseconds: so hundreds of hostile inputs can have a process each.
 """
 
+import gc
 import json
 import os
 import resource
@@ -140,6 +141,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     assert all((accelerate, lightning, psutil, transformers, orthotrain.plan, torch.nn.attention.flex_attention))
     assert all((AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast))
+    gc.collect()
+    gc.freeze()  # no child looks through what the imports have made
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(serve(json.loads(line))), flush=True)

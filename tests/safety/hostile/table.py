@@ -1,7 +1,7 @@
 """The whole table."""
 
-from hostile import deletions, descriptions
+from hostile import bombs, deletions, descriptions, text_bombs
 
-ROWS = [*descriptions.rows(), *deletions.rows()]
+ROWS = [*descriptions.rows(), *deletions.rows(), *bombs.rows(), *text_bombs.rows()]
 KINDS = {"description"}
 COMMANDS = set()

@@ -4,7 +4,6 @@ Each prints what main would: one line for a ConfigurationError, which then ends 
 """
 
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,18 +93,9 @@ def pretrained(name: str, options: dict) -> None:
     PretrainedModel(name, **options)()
 
 
-def many(calls: list) -> None:
-    """Call several entries one after the other, and print how each ended; used for cheap mutations."""
-    import json
-    import traceback
+@entry
+def tokenizer(name: str) -> None:
+    """Load the tokenizer of a model folder."""
+    from orthotrain.data.chat import load_instruction_tokenizer
 
-    for name, arguments in calls:
-        before = set(sys.modules)
-        try:
-            globals()[name](*arguments)
-            said = [0, ""]
-        except SystemExit as stop:
-            said = [stop.code, ""]
-        except BaseException:
-            said = [1, traceback.format_exc()[-1500:]]
-        print(json.dumps([*said, sorted(set(sys.modules) - before)]), flush=True)
+    load_instruction_tokenizer(name)

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SERVER = Path(__file__).parent / "server.py"
-SECONDS = 60
+SECONDS = int(os.environ.get("ORTHOTRAIN_SAFETY_SECONDS", "60"))
 REFUSED, DIVERGED, FINE = 2, 1, 0
 ERROR = "orthotrain: error: "
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+"""What libraries write around words; it changes nothing but colours."""
 BAD_ADVICE = re.compile(r"weights_only ?= ?False|weights_only.{0,40}to .?False|trusted source|add_safe_globals", re.I)
 # what a terminal acts upon, and what turns the direction of a line around
 ESCAPES = re.compile("[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -153,7 +155,7 @@ def faults(outcome: Outcome, codes: tuple[int, ...], names: tuple[str, ...] = ()
             wrong.append(f"the error is {len(errors[0])} characters long")
     if not outcome.code and errors:
         wrong.append("an error and exit code 0")
-    if found := ESCAPES.search(both):
+    if found := ESCAPES.search(COLOURS.sub("", both)):
         wrong.append(f"the output holds {found.group()!r}")
     if BAD_ADVICE.search(both):
         wrong.append("the output advises to read a file unsafely")

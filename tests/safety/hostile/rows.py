@@ -135,7 +135,7 @@ class Row:
     command: str
     make: Callable[[Place], Call]
     codes: tuple[int, ...] = (REFUSED,)
-    names: tuple[str, ...] = ("bad",)
+    names: tuple[str, ...] = ("bad", "the checkpoint")
 
     @property
     def id(self) -> str:

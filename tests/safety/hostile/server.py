@@ -36,6 +36,8 @@ HERE = Path(__file__).parent
 ENTRIES = runpy.run_path(str(HERE / "entries.py"))
 WATCH = runpy.run_path(str(HERE / "watch.py"))["watch"]
 GIB = 1 << 30
+FULL = -1
+"""In the place of a closed stream: standard output is a device without room."""
 
 
 def address_space() -> int:
@@ -59,7 +61,9 @@ def redirect(folder: Path, closed: list[int]) -> None:
         descriptor = os.open(source, flags if number else os.O_RDONLY)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    for number in closed:
+    if FULL in closed:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    for number in set(closed) - {FULL}:
         os.close(number)
         setattr(sys, {1: "stdout", 2: "stderr"}[number], None)
 

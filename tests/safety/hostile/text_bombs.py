@@ -176,8 +176,8 @@ def corpus_rows() -> Iterator[Row]:
                 yield Row(KIND, f"{column} of 16 MiB of {name}", "fit", prompted, EITHER)
 
     def predicted(place):
-        path = place.write("bad.txt", "a" * (16 * pickles.MIB))
-        config = place.config("pretrain", {"data.init_args.predict_prompts": [path.read_text()[: 1 << 24]]})
+        config = place.config("pretrain", {"data.init_args.predict_prompts": ["PROMPT"]})
+        config.write_text(config.read_text().replace("PROMPT", "a" * (16 * pickles.MIB)))
         return Call(["predict", "-c", config, "--ckpt_path", place.good.checkpoint])
 
     yield Row(KIND, "prompt of 16 MiB", "predict", predicted, EITHER, ("prompt",))

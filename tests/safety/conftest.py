@@ -7,8 +7,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))  # the package hostile
 
-from hostile.good import make_good  # noqa: E402
-from hostile.harness import Server  # noqa: E402
+from hostile.good import make_good
+from hostile.harness import Server
 
 
 @pytest.fixture(scope="session")

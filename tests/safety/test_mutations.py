@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 EXAMPLES = settings(max_examples=30, derandomize=True, deadline=None, database=None, phases=(Phase.generate,),
                     suppress_health_check=list(HealthCheck))  # fmt: skip
-KNOWN = {"accelerate", "bitsandbytes", "encodings", "galore_torch", "huggingface_hub", "jsonargparse", "lightning", "numpy", "orthotrain",
+KNOWN = {"accelerate", "bitsandbytes", "encodings", "galore_torch", "huggingface_hub", "jsonargparse", "lightning",
+"numpy", "orthotrain",
          "safetensors", "tokenizers", "torch", "torchvision", "transformers", "triton", "yaml"}  # fmt: skip
 """What any run may import, whatever a file says; besides what the good runs do import."""
 
@@ -77,7 +78,10 @@ def test_plain_values_of_checkpoints(judge, good, command, data):
     contents = good.contents()
     mutant = data.draw(mutated(plain(contents)))
     kept = {key: value for key, value in contents.items() if key in ("state_dict", "optimizer_states")}
-    judge(lambda place: use(command, place, place.save({**mutant, **kept} if isinstance(mutant, dict) else mutant)), mutant)
+    judge(
+        lambda place: use(command, place, place.save({**mutant, **kept} if isinstance(mutant, dict) else mutant)),
+        mutant,
+    )
 
 
 def in_folder(copied, name, entry):
@@ -88,7 +92,11 @@ def in_folder(copied, name, entry):
         (folder / name).write_text(json.dumps(mutant))
         if entry == "consolidate":
             return Call(["consolidate", folder, "one.ckpt"])
-        arguments = {"import_peft": [str(place.good.model), str(folder)], "pretrained": [str(folder), {}], "tokenizer": [str(folder)]}
+        arguments = {
+            "import_peft": [str(place.good.model), str(folder)],
+            "pretrained": [str(folder), {}],
+            "tokenizer": [str(folder)],
+        }
         return Call(arguments[entry], entry=entry)
 
     return make

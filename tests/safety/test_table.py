@@ -1,4 +1,7 @@
-"""Every row of the table: a hostile or damaged input, a command, and how that must end."""
+"""Every row of the table: a hostile or damaged input, a command, and how that must end.
+
+``make test`` runs a part of each kind, ``make safety`` (ORTHOTRAIN_SAFETY=all) every row.
+"""
 
 import shutil
 

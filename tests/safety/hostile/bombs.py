@@ -50,9 +50,11 @@ VALUES = {
     "storage": lambda: pickles.Call(torch.UntypedStorage, 10**11),
     "bytearray": lambda: pickles.Call(bytearray, 10**11),
     "bytearrays": lambda: [pickles.Call(bytearray, 1 << 30) for _ in range(9)],
-    "claimed size": lambda: pickles.Call(_rebuild_tensor_v2, torch.zeros(1).storage(), 0, (1 << 40,), (0,), False, OrderedDict()),
+    "claimed size": lambda: pickles.Call(_rebuild_tensor_v2, torch.zeros(1).storage(), 0, (1 << 40,), (0,), False,
+    OrderedDict()),
     "meta tensor": lambda: torch.empty(1 << 40, device="meta"),
-    "sparse tensor": lambda: torch.sparse_coo_tensor(torch.zeros(2, 0), torch.zeros(0), (1 << 31, 1 << 31), check_invariants=False),
+    "sparse tensor": lambda: torch.sparse_coo_tensor(torch.zeros(2, 0), torch.zeros(0), (1 << 31, 1 << 31),
+    check_invariants=False),
     "host name": lambda: pickles.Call(_codecs.encode, "a" * (1 << 18), "idna"),
     "number of 600 digits": lambda: 10**600,
     "long text": lambda: "x" * (1 << 25),
@@ -61,12 +63,15 @@ VALUES = {
     "infinite": lambda: float("inf"),
 }  # fmt: skip
 PLACES = {
-    "extra": "extra", "weight": "state_dict", "callback": "callbacks.MergeRotations", "optimizer": "optimizer_states", "loops": "loops",
-    "argument": f"{MODULE}.merge_every", "network": f"{MODULE}.model.init_args.config", "tokenizer": "TextData.tokenizer",
+    "extra": "extra", "weight": "state_dict", "callback": "callbacks.MergeRotations", "optimizer": "optimizer_states",
+    "loops": "loops",
+    "argument": f"{MODULE}.merge_every", "network": f"{MODULE}.model.init_args.config",
+    "tokenizer": "TextData.tokenizer",
 }  # fmt: skip
 READ_BY = {
     "extra": ("export", "validate", "fit"), "weight": ("export", "validate", "checkpoint_model"), "callback": ("fit",),
-    "optimizer": ("fit",), "loops": ("fit",), "argument": ("export", "load_network"), "network": ("load_network", "export"),
+    "optimizer": ("fit",), "loops": ("fit",), "argument": ("export", "load_network"),
+    "network": ("load_network", "export"),
     "tokenizer": ("export", "tokenizer"),
 }  # fmt: skip
 
@@ -111,11 +116,15 @@ ARCHIVES = {
     "lists in lists": lambda place: pickles.archive(place.work / "bad.ckpt", pickles.nested(100_000)),
     "lists in a dictionary": lambda place: pickles.archive(
         place.work / "bad.ckpt", pickles.pickled({"state_dict": {}, "hyper_parameters": pickles.nested(100_000)})),
-    "number of an object": lambda place: pickles.archive(place.work / "bad.ckpt", b"}r" + struct.pack("<I", (1 << 31) - 1)),
-    "length of a text": lambda place: pickles.archive(place.work / "bad.ckpt", b"X" + struct.pack("<I", (1 << 32) - 1) + b"a"),
-    "length of a number": lambda place: pickles.archive(place.work / "bad.ckpt", b"\x8b" + struct.pack("<i", (1 << 31) - 1)),
+    "number of an object": lambda place: pickles.archive(place.work / "bad.ckpt", b"}r" + struct.pack("<I",
+    (1 << 31) - 1)),
+    "length of a text": lambda place: pickles.archive(place.work / "bad.ckpt", b"X" + struct.pack("<I",
+    (1 << 32) - 1) + b"a"),
+    "length of a number": lambda place: pickles.archive(place.work / "bad.ckpt", b"\x8b" + struct.pack("<i",
+    (1 << 31) - 1)),
     "many marks": lambda place: pickles.archive(place.work / "bad.ckpt", b"(" * 1_000_000),
-    "compressed archive": lambda place: pickles.archive(place.work / "bad.ckpt", pickles.pickled({"a": "b" * 9999}), compressed=True),
+    "compressed archive": lambda place: pickles.archive(place.work / "bad.ckpt", pickles.pickled({"a": "b" * 9999}),
+    compressed=True),
     "sparse file": lambda place: _sparse(place, 8 << 30),
     "sparse file after an archive": lambda place: _sparse(place, 8 << 30, place.good.checkpoint.read_bytes()),
     "cut in half": lambda place: _patched(place, place.good.checkpoint.read_bytes()[: 1 << 17]),
@@ -136,6 +145,7 @@ def archive_rows() -> Iterator[Row]:
     commands = cycle((("export", "validate"), ("fit", "checkpoint_model"), ("tokenizer", "load_network")))
     for name, write in ARCHIVES.items():
         for command in next(commands):
+
             def make(place, write=write, command=command):
                 return use(command, place, write(place))
 
@@ -154,8 +164,10 @@ def archive_rows() -> Iterator[Row]:
 
 
 SIZES = {
-    "num_hidden_layers": 10**8, "hidden_size": 1 << 40, "intermediate_size": 1 << 40, "vocab_size": 1 << 40, "num_attention_heads": 10**9,
-    "max_position_embeddings": 1 << 60, "head_dim": 1 << 40, "rope_theta": 1e400, "layers of text": "x", "num_key_value_heads": 0,
+    "num_hidden_layers": 10**8, "hidden_size": 1 << 40, "intermediate_size": 1 << 40, "vocab_size": 1 << 40,
+    "num_attention_heads": 10**9,
+    "max_position_embeddings": 1 << 60, "head_dim": 1 << 40, "rope_theta": 1e400, "layers of text": "x",
+    "num_key_value_heads": 0,
 }  # fmt: skip
 
 
@@ -186,6 +198,8 @@ def size_rows() -> Iterator[Row]:
         if key != "max_position_embeddings":
             yield Row(KIND, f"{name} {size}", "fit", own, odd, words)
             if size in (10**8, 1 << 40):
-                yield Row(KIND, f"{name} {size}", "plan", lambda place, own=own: own(place, command="plan"), EITHER, words)
+                yield Row(
+                    KIND, f"{name} {size}", "plan", lambda place, own=own: own(place, command="plan"), EITHER, words
+                )
         yield Row(KIND, f"{name} {size}", "load_network", described, odd)
         yield Row(KIND, f"{name} {size}", "pretrained", folder, odd)

@@ -14,19 +14,25 @@ MODEL = "ModelCheckpoint"
 PATHS = {
     "file": "{canary}/last.ckpt", "folder": "{canary}", "sub-folder": "{canary}/sub", "local": "local://{canary}",
     "local file": "local://{canary}/a.txt", "file url": "file://{canary}", "memory": "memory://x", "upwards":
-    "{saves}/../../../canary", "upwards twice": "{saves}/x/../../../../canary/sub", "local upwards": "local://{saves}/../../../canary",
+    "{saves}/../../../canary", "upwards twice": "{saves}/x/../../../../canary/sub",
+    "local upwards": "local://{saves}/../../../canary",
     "relative": "../canary", "relative link": "run/checkpoints/link/a.txt", "through a link": "{saves}/link/last.ckpt",
     "link to a folder": "{saves}/link", "trailing dots": "{saves}/../..", "double slash": "//{canary}", "own config":
-    "{run}/config.yaml", "own folder": "{saves}", "run": "{run}", "parent": "{saves}/..", "dot": ".", "empty": "", "root of work":
+    "{run}/config.yaml", "own folder": "{saves}", "run": "{run}", "parent": "{saves}/..", "dot": ".", "empty": "",
+    "root of work":
     "{work}", "with spaces": " {canary}", "tilde": "~/../canary", "newline": "{canary}\n",
 }  # fmt: skip
 FIELDS = ("best_model_path", "last_model_path", "kth_best_model_path", "best_k_models")
-WRONG = {"none": None, "number": 7, "list": ["{canary}"], "dict": {"{canary}": 1}, "bytes": b"{canary}", "missing": "MISSING",
+WRONG = {"none": None, "number": 7, "list": ["{canary}"], "dict": {"{canary}": 1}, "bytes": b"{canary}",
+"missing": "MISSING",
          "nested": [["{canary}"]], "true": True}  # fmt: skip
 SAVED = {
-    "upwards": "../../../canary", "up one": "..", "dot": ".", "empty": "", "absolute": "{canary}", "sub": "../../../canary/sub",
-    "link": "link", "link and file": "link/a.txt", "own config": "../config.yaml", "nul": "a\0b", "number": 3, "none": None,
-    "list": ["../../../canary"], "dict": {"a": 1}, "name of no step": "x.old", "upwards from a step": "step-000001/../../../../canary",
+    "upwards": "../../../canary", "up one": "..", "dot": ".", "empty": "", "absolute": "{canary}",
+    "sub": "../../../canary/sub",
+    "link": "link", "link and file": "link/a.txt", "own config": "../config.yaml", "nul": "a\0b", "number": 3,
+    "none": None,
+    "list": ["../../../canary"], "dict": {"a": 1}, "name of no step": "x.old",
+    "upwards from a step": "step-000001/../../../../canary",
 }  # fmt: skip
 
 
@@ -74,7 +80,9 @@ def resumed(name: str, field: str, path: Any, last: bool) -> Row:
         if changes:
             options = place.good.config()["trainer"]["callbacks"][0]["init_args"]
             saver = {"class_path": MODEL, "init_args": {**options, **changes, "dirpath": str(saves)}}
-            config = place.config("pretrain", {"trainer.callbacks": [saver], "data.init_args.cache_dir": str(place.work / "cache")})
+            config = place.config(
+                "pretrain", {"trainer.callbacks": [saver], "data.init_args.cache_dir": str(place.work / "cache")}
+            )
         saved = place.save(contents, "run/checkpoints/last.ckpt" if last else "bad.ckpt")
         own = place.write("run/config.yaml", config.read_bytes())
         return Call(["fit", "-c", own, "--ckpt_path", "last" if last else saved, "--trainer.logger", "false"],
@@ -125,20 +133,25 @@ def planted_rows() -> Iterator[Row]:
     for link in TEMPORARY:
         for target in ("sub", "a.txt", "new"):
             for command in ("export",) if target != "sub" else ("export", "export-peft"):
+
                 def exported(place, link=link, target=target, command=command):
-                    format, ckpt = ("peft", place.good.resume) if command == "export-peft" else ("hf", place.good.checkpoint)
+                    format, ckpt = (
+                        ("peft", place.good.resume) if command == "export-peft" else ("hf", place.good.checkpoint)
+                    )
                     arguments = ["export", "--ckpt", ckpt, "--out", "out", "--format", format]
                     return Call(arguments, links=[(link, str(place.canary / target))])
 
                 yield _planted(f"{link} to {target}", command, exported)
     for link in (".one.ckpt.partial", ".one.ckpt.{pid}.partial", ".one.ckpt.tmp"):
         for target in ("a.txt", "new"):
+
             def one_file(place, link=link, target=target):
                 return Call(["consolidate", place.good.shards, "one.ckpt"], links=[(link, str(place.canary / target))])
 
             yield _planted(f"{link} to {target}", "consolidate", one_file)
     for link in (".last.ckpt.partial", ".epoch=0-step=3.ckpt.partial", ".last.ckpt.{pid}.partial", ".last.ckpt.old"):
         for target in ("a.txt", "sub") if link == ".last.ckpt.partial" else ("a.txt",):
+
             def trained(place, link=link, target=target):
                 (place.run / "checkpoints").mkdir(parents=True)
                 config = place.config()
@@ -146,6 +159,7 @@ def planted_rows() -> Iterator[Row]:
 
             yield _planted(f"{link} to {target}", "fit", trained)
     for link in ("train.tokens.{pid}.tmp", "tokenizer.json.{pid}.tmp"):
+
         def cached(place, link=link):
             config = place.config()
             folder = next((place.work / "cache").iterdir())
@@ -155,6 +169,7 @@ def planted_rows() -> Iterator[Row]:
 
         yield _planted(f"cache {link}", "fit", cached)
     for link in (".step-000001.partial", ".step-000001.old", ".step-000001.{pid}.partial"):
+
         def adapters(place, link=link):
             (place.run / "adapters").mkdir(parents=True)
             config = place.config("finetune")

@@ -64,10 +64,12 @@ FORMS = {
 """The ways to write a description down."""
 
 CALLABLES = {
-    "os.system": {"command": "mkdir SPRUNG"}, "posix.system": {"command": "mkdir SPRUNG"}, "os.mkdir": {"path": "SPRUNG"},
+    "os.system": {"command": "mkdir SPRUNG"}, "posix.system": {"command": "mkdir SPRUNG"},
+    "os.mkdir": {"path": "SPRUNG"},
     "subprocess.Popen": {"args": ["mkdir", "SPRUNG"]}, "subprocess.run": {"args": ["mkdir", "SPRUNG"]},
     "builtins.eval": {"source": "__import__('os').mkdir('SPRUNG')"}, "builtins.exec": {"source": "1"},
-    "shutil.rmtree": {"path": "CANARY"}, "os.remove": {"path": "CANARY/a.txt"}, "pathlib.Path.touch": {"self": "SPRUNG"},
+    "shutil.rmtree": {"path": "CANARY"}, "os.remove": {"path": "CANARY/a.txt"},
+    "pathlib.Path.touch": {"self": "SPRUNG"},
     "importlib.import_module": {"name": "antigravity"}, "torch.hub.load": {"repo_or_dir": "a/b", "model": "c"},
     "torch.load": {"f": "x"}, "torch.hub.download_url_to_file": {"url": "http://127.0.0.1:9/", "dst": "SPRUNG"},
     "functools.partial": {"func": "os.mkdir", "args": ["SPRUNG"]}, "pickle.loads": {"data": "cos\nabort\n(tR."},
@@ -75,7 +77,8 @@ CALLABLES = {
     "code.interact": {}, "webbrowser.open": {"url": "http://127.0.0.1:9/"}, "antigravity.fly": {}, "this.d": {},
     "trap_module.Network": {}, "trap_module.Network.inner": {}, "turtle.Turtle": {}, "os.abort": {},
     "yaml.unsafe_load": {"stream": "!!python/object/apply:os.mkdir ['SPRUNG']"}, "urllib.request.urlopen": {"url": "x"},
-    "orthotrain.cli.main": {"argv": ["calibrate"]}, "orthotrain.export.export_checkpoint": {"checkpoint": "x", "out": "y"},
+    "orthotrain.cli.main": {"argv": ["calibrate"]}, "orthotrain.export.export_checkpoint": {"checkpoint": "x",
+    "out": "y"},
     "orthotrain.checkpoint_io.remove_folder": {"folder": "CANARY"}, "torch.nn.Module.load_state_dict": {},
     "torch.utils.cpp_extension.load": {"name": "x", "sources": ["x"]}, "torch.nn.Sequential": {"args": ["os.abort"]},
     "lightning.pytorch.callbacks.LambdaCallback": {"setup": "os.abort"}, "lightning.pytorch.Trainer": {},
@@ -84,10 +87,13 @@ CALLABLES = {
 """Names that are no network, optimizer, schedule or parameterization -> their arguments."""
 
 NAMES = {
-    "relative": ".os.system", "two dots": "os..system", "ends in a dot": "os.", "empty": "", "space": " ", "no module": "x.Y",
-    "look-alike letter": "\u043es.system", "full width": "ｏｓ.system", "padded": " os.system ", "newline": "os.system\n",
+    "relative": ".os.system", "two dots": "os..system", "ends in a dot": "os.", "empty": "", "space": " ",
+    "no module": "x.Y",
+    "look-alike letter": "\u043es.system", "full width": "\uff4f\uff53.system", "padded": " os.system ",
+    "newline": "os.system\n",
     "no-break space": "os.system\u00a0", "zero width": "os\u200b.system", "walk": "os.__class__", "globals":
-    "os.system.__init__.__globals__", "call": "os.system()", "colon": "os:system", "path": "/bin/sh", "long": "a." * 5000 + "b",
+    "os.system.__init__.__globals__", "call": "os.system()", "colon": "os:system", "path": "/bin/sh",
+    "long": "a." * 5000 + "b",
     "nul": "os\0.system", "number": 3, "none": None, "list": ["os.system"], "dict": {"class_path": "os.system"},
     "escape": "\x1b]0;owned\x07os.system", "override": "\u202emetsys.so", "bytes": b"os.system",
     "our module of functions": "orthotrain.export", "private": "orthotrain.export._rebuilt", "case": "OS.System",
@@ -126,17 +132,20 @@ def rows() -> Iterator[Row]:
     commands, positions = cycle(TURNS), cycle(POSITIONS)
     for form, write in FORMS.items():
         for position in POSITIONS:
+
             def hostile(place, write=write):
                 return write(place, shell(place))
 
             yield _row(f"{position} as {form}", next(commands), position, hostile)
     for target, arguments in CALLABLES.items():
         for form in ("dict", "json"):
+
             def called(place, target=target, arguments=arguments, form=form):
                 return FORMS[form](place, {"class_path": target, "init_args": filled(arguments, place)})
 
             yield _row(f"{target} as {form}", next(commands), next(positions), called)
     for name, odd in NAMES.items():
+
         def named(place, odd=odd):
             return {"class_path": odd, "init_args": {}}
 
@@ -158,13 +167,20 @@ def special_rows() -> Iterator[Row]:
     """Keys that Lightning or jsonargparse give a meaning, names that widen what is allowed, chains of checkpoints."""
     for key in ("_instantiator", "_class_path", "__class__", "__path__", "__default_config__", "cls", "config"):
         for target in ("os.system", "trap_module.Network"):
+
             def hidden(place, key=key, target=target):
                 return {f"hyper_parameters.{key}": target, "hparams_name": "kwargs", f"{MODULE}.{key}": target}
 
             yield _special(f"key {key} {target}", "load_from_checkpoint", hidden, (0, 2))
             yield _special(f"key {key} {target}", "export", hidden, (0, 2))
     own = "orthotrain.export.CheckpointModel"
-    for name, allow in {"allows": ["os.system"], "allows all": ["*"], "allows by text": "os.system", "allows one": [shell]}.items():
+    for name, allow in {
+        "allows": ["os.system"],
+        "allows all": ["*"],
+        "allows by text": "os.system",
+        "allows one": [shell],
+    }.items():
+
         def widened(place, allow=allow):
             allow = [shell(place)] if allow == [shell] else allow
             inner = with_description(place, "optimizer", shell(place))
@@ -174,15 +190,16 @@ def special_rows() -> Iterator[Row]:
         for command in ("export", "fit-from", "checkpoint_model"):
             yield _special(f"a checkpoint that {name}", command, widened)
     for command in ("export", "checkpoint_model", "plan-from"):
+
         def itself(place):
             return {f"{MODULE}.model": {"class_path": own, "init_args": {"path": str(place.work / "bad.ckpt")}}}
 
         yield _special("names itself", command, itself)
 
         def chain(place):
+            small = {"state_dict": {}, "hyper_parameters": place.contents()["hyper_parameters"]}
             for number in range(40):
                 model = {"class_path": own, "init_args": {"path": str(place.work / f"{number + 1}.ckpt")}}
-                small = {"state_dict": {}, "hyper_parameters": {**place.contents()["hyper_parameters"]}} if not number else small
                 small["hyper_parameters"]["init_args"]["model"] = model
                 place.save(small, f"{number}.ckpt")
             return {f"{MODULE}.model": {"class_path": own, "init_args": {"path": str(place.work / "0.ckpt")}}}
@@ -201,12 +218,14 @@ def remote_code_rows() -> Iterator[Row]:
         "pickles": {"options": {"weights_only": False}}, "nothing": {},
     }  # fmt: skip
     for (name, more), command in zip(asked.items(), cycle(("export", "checkpoint_model", "fit-from"))):
+
         def remote(place, more=more):
             arguments = {"name": str(model_with_code(place)), **more}
             return {f"{MODULE}.model": {"class_path": "orthotrain.models.PretrainedModel", "init_args": arguments}}
 
         yield _special(f"remote code {name}", command, remote)
     for form in ("dotted", "json", "yaml", "keywords", "json arguments"):
+
         def spelt(place, form=form):
             arguments = {"name": str(model_with_code(place)), "trust_remote_code": True}
             value = {"class_path": "orthotrain.models.PretrainedModel", "init_args": arguments}
@@ -220,6 +239,9 @@ def model_with_code(place: Place) -> Any:
     folder = place.copy("model", "model_with_code")
     place.write("model_with_code/modeling_own.py", (place.work / "trap_module.py").read_text())
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "modeling_own.C", "AutoModelForCausalLM": "modeling_own.M"}}
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "modeling_own.C", "AutoModelForCausalLM": "modeling_own.M"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -1,10 +1,7 @@
-"""Adapters, PEFT folders, model folders, tokenizers, token caches and distributed checkpoints with values that lie."""
+"""Adapters, PEFT folders, model folders and tokenizers with values that lie."""
 
-import hashlib
 import json
-import pickle
 import struct
-import zlib
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
@@ -18,12 +15,18 @@ from hostile.rows import EITHER, Call, Place, Row
 from hostile.text_bombs import DEEP
 
 KIND = "folder"
-ODD = {"none": None, "-1": -1, "2^70": 1 << 70, "text": "x", "list": [], "dictionary": {}, "true": True, "nan": float("nan"),
-       "nested": [[[1], {}]], "escape": "\x1b]0;owned\x07\x1b[2J\u202e", "path": "../../canary/a.txt", "class": "os.system"}  # fmt: skip
-PEFT_KEYS = ("peft_type", "oft_block_size", "r", "target_modules", "modules_to_save", "bias", "eps", "num_cayley_neumann_terms", "module_dropout",
-             "base_model_name_or_path", "coft", "block_share", "auto_mapping", "peft_version", "task_type", "unknown")  # fmt: skip
-MODEL_KEYS = ("model_type", "architectures", "auto_map", "dtype", "quantization_config", "rope_parameters", "hidden_act", "num_attention_heads", "vocab_size",
-              "tie_word_embeddings", "transformers_version", "_name_or_path", "pad_token_id", "rms_norm_eps", "attn_implementation", "layer_types")  # fmt: skip
+ODD = {"none": None, "-1": -1, "2^70": 1 << 70, "text": "x", "list": [], "dictionary": {}, "true": True,
+"nan": float("nan"),
+       "nested": [[[1], {}]], "escape": "\x1b]0;owned\x07\x1b[2J\u202e", "path": "../../canary/a.txt",
+       "class": "os.system"}  # fmt: skip
+PEFT_KEYS = ("peft_type", "oft_block_size", "r", "target_modules", "modules_to_save", "bias", "eps",
+"num_cayley_neumann_terms", "module_dropout",
+             "base_model_name_or_path", "coft", "block_share", "auto_mapping", "peft_version", "task_type",
+             "unknown")  # fmt: skip
+MODEL_KEYS = ("model_type", "architectures", "auto_map", "dtype", "quantization_config", "rope_parameters",
+"hidden_act", "num_attention_heads", "vocab_size",
+              "tie_word_embeddings", "transformers_version", "_name_or_path", "pad_token_id", "rms_norm_eps",
+              "attn_implementation", "layer_types")  # fmt: skip
 
 
 def _json(path: Path, change: Callable[[Any], Any]) -> None:
@@ -31,7 +34,9 @@ def _json(path: Path, change: Callable[[Any], Any]) -> None:
     path.write_text(json.dumps(change(content)))
 
 
-def _keyed(copied: str, name: str, key: str, value: Any, call: Callable[[Place, Path], Call]) -> Callable[[Place], Call]:
+def _keyed(
+    copied: str, name: str, key: str, value: Any, call: Callable[[Place, Path], Call]
+) -> Callable[[Place], Call]:
     def make(place: Place) -> Call:
         folder = place.copy(copied, "bad")
         _json(folder / name, lambda content: {**content, key: value})
@@ -66,18 +71,43 @@ def rows() -> Iterator[Row]:
         for name in (next(some), next(some)):
             make = _keyed("model", "config.json", key, ODD[name], model)
             yield Row(KIND, f"model {key} is {name}", "pretrained", make, EITHER)
-    for key in ("tokenizer_class", "eos_token", "chat_template", "added_tokens_decoder", "auto_map", "model_max_length", "extra_special_tokens"):
+    for key in (
+        "tokenizer_class",
+        "eos_token",
+        "chat_template",
+        "added_tokens_decoder",
+        "auto_map",
+        "model_max_length",
+        "extra_special_tokens",
+    ):
         name = next(some)
-        yield Row(KIND, f"tokenizer {key} is {name}", "tokenizer", _keyed("model", "tokenizer_config.json", key, ODD[name], tokenizer), EITHER)
+        yield Row(
+            KIND,
+            f"tokenizer {key} is {name}",
+            "tokenizer",
+            _keyed("model", "tokenizer_config.json", key, ODD[name], tokenizer),
+            EITHER,
+        )
     for key in ("model", "pre_tokenizer", "decoder", "added_tokens", "normalizer", "post_processor", "version"):
         name = next(some)
-        yield Row(KIND, f"tokenizer.json {key} is {name}", "tokenizer", _keyed("model", "tokenizer.json", key, ODD[name], tokenizer), EITHER)
-    files = {"adapter_config.json": ("peft", peft), "config.json": ("model", model), "tokenizer.json": ("model", tokenizer),
-             "tokenizer_config.json": ("model", tokenizer), "model.safetensors.index.json": ("model", model)}  # fmt: skip
-    texts = {"lists in lists": "[" * DEEP, "dictionaries": '{"a":' * DEEP, "a list": "[1]", "text": '"x"', "a number": "9" * 5000, "nothing": "", "NUL": "\0" * 64,
-             "not UTF-8": b'{"a": "\xff"}', "null": "null", "twice": "{}{}", "surrogates": '{"\\ud800": 1}', "NaN": "NaN"}  # fmt: skip
+        yield Row(
+            KIND,
+            f"tokenizer.json {key} is {name}",
+            "tokenizer",
+            _keyed("model", "tokenizer.json", key, ODD[name], tokenizer),
+            EITHER,
+        )
+    files = {"adapter_config.json": ("peft", peft), "config.json": ("model", model),
+    "tokenizer.json": ("model", tokenizer),
+             "tokenizer_config.json": ("model", tokenizer),
+             "model.safetensors.index.json": ("model", model)}  # fmt: skip
+    texts = {"lists in lists": "[" * DEEP, "dictionaries": '{"a":' * DEEP, "a list": "[1]", "text": '"x"',
+    "a number": "9" * 5000, "nothing": "", "NUL": "\0" * 64,
+             "not UTF-8": b'{"a": "\xff"}', "null": "null", "twice": "{}{}", "surrogates": '{"\\ud800": 1}',
+             "NaN": "NaN"}  # fmt: skip
     for file, (copied, call) in files.items():
         for name, text in texts.items():
+
             def whole(place, copied=copied, call=call, file=file, text=text):
                 folder = place.copy(copied, "bad")
                 (folder / file).write_bytes(text.encode() if isinstance(text, str) else text)
@@ -85,18 +115,21 @@ def rows() -> Iterator[Row]:
 
             if (len(name) + len(file)) % 2 or name == "lists in lists":
                 command = {peft: "import_peft", model: "pretrained", tokenizer: "tokenizer"}[call]
-                yield Row(KIND, f"{file} is {name}", command, whole, EITHER if file == "tokenizer_config.json" else (2,))
+                yield Row(
+                    KIND, f"{file} is {name}", command, whole, EITHER if file == "tokenizer_config.json" else (2,)
+                )
     yield from index_rows()
     yield from tensor_rows()
-    yield from shard_rows()
-    yield from cache_rows()
 
 
 def index_rows() -> Iterator[Row]:
     """Indexes of weight files that name files elsewhere."""
-    names = {"upwards": "../canary/a.txt", "absolute": "/etc/passwd", "zeros": "zeros", "pickle": "pytorch_model.bin", "url": "https://127.0.0.1:9/x.safetensors",
-             "number": 3, "itself": "model.safetensors.index.json", "fifo": "fifo", "escape": "\x1b[2Jx.safetensors"}  # fmt: skip
+    names = {"upwards": "../canary/a.txt", "absolute": "/etc/passwd", "zeros": "zeros", "pickle": "pytorch_model.bin",
+    "url": "https://127.0.0.1:9/x.safetensors",
+             "number": 3, "itself": "model.safetensors.index.json", "fifo": "fifo",
+             "escape": "\x1b[2Jx.safetensors"}  # fmt: skip
     for name, target in names.items():
+
         def indexed(place, target=target):
             folder = place.copy("model", "bad")
             tensors = load_file(folder / "model.safetensors")
@@ -111,8 +144,10 @@ def index_rows() -> Iterator[Row]:
 
 
 HEADERS = {
-    "length 2^63": struct.pack("<Q", 1 << 63) + b"{}", "length 2^40": struct.pack("<Q", 1 << 40) + b"{}", "deep": struct.pack("<Q", 20_000) + b'{"a":' * 4000,
-    "no dictionary": struct.pack("<Q", 2) + b"[]", "a tensor of 2^40": b"HUGE", "overlap": b"OVERLAP", "NaN": b"NAN", "other shapes": b"SHAPE", "more tensors": b"MORE",
+    "length 2^63": struct.pack("<Q", 1 << 63) + b"{}", "length 2^40": struct.pack("<Q", 1 << 40) + b"{}",
+    "deep": struct.pack("<Q", 20_000) + b'{"a":' * 4000,
+    "no dictionary": struct.pack("<Q", 2) + b"[]", "a tensor of 2^40": b"HUGE", "overlap": b"OVERLAP", "NaN": b"NAN",
+    "other shapes": b"SHAPE", "more tensors": b"MORE",
     "no tensors": b"NONE", "text": b"TEXT", "escapes": b"ESCAPE",
 }  # fmt: skip
 
@@ -121,15 +156,18 @@ def _weights(path: Path, what: bytes) -> None:
     tensors = load_file(path)
     first = next(iter(tensors))
     changed = {
-        b"NAN": {name: tensor * float("nan") for name, tensor in tensors.items()}, b"SHAPE": {name: tensor[:1].clone() for name, tensor in tensors.items()},
-        b"MORE": {**tensors, "more": torch.zeros(1)}, b"NONE": {"none": torch.zeros(0)}, b"ESCAPE": {"\x1b]0;owned\x07\x1b[2J": torch.zeros(1)},
+        b"NAN": {name: tensor * float("nan") for name, tensor in tensors.items()},
+        b"SHAPE": {name: tensor[:1].clone() for name, tensor in tensors.items()},
+        b"MORE": {**tensors, "more": torch.zeros(1)}, b"NONE": {"none": torch.zeros(0)},
+        b"ESCAPE": {"\x1b]0;owned\x07\x1b[2J": torch.zeros(1)},
     }  # fmt: skip
     if what in changed:
         save_file(changed[what], path)
         return
     size = 1 << 40
     entry = {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}
-    lies = {b"HUGE": {first: entry}, b"OVERLAP": {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in tensors},
+    lies = {b"HUGE": {first: entry}, b"OVERLAP": {name: {"dtype": "F32", "shape": [1],
+    "data_offsets": [0, 4]} for name in tensors},
             b"TEXT": {first: {"dtype": "os.system", "shape": "x", "data_offsets": None}}}  # fmt: skip
     header = json.dumps(lies[what]).encode() if what in lies else b""
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64) if header else what)
@@ -138,6 +176,7 @@ def _weights(path: Path, what: bytes) -> None:
 def tensor_rows() -> Iterator[Row]:
     """Tensor files that lie about their size, their shapes and their values."""
     for (name, what), turn in zip(HEADERS.items(), cycle(range(3))):
+
         def weights(place, what=what):
             folder = place.copy("model", "bad")
             _weights(folder / "model.safetensors", what)
@@ -160,86 +199,3 @@ def tensor_rows() -> Iterator[Row]:
             yield Row(KIND, f"peft weights of {name}", "import_peft", in_peft)
         if turn != 2 or what in (b"NAN", b"ESCAPE"):
             yield Row(KIND, f"weights of {name}", "pretrained", weights, EITHER if fitting else (2,))
-
-
-def sum_again(folder: Path) -> None:
-    """Make the checksums of a distributed checkpoint right again, as whoever makes a hostile one would."""
-    names = [file.name for file in folder.iterdir() if file.name != "checksums.json"]
-    index = {name: [(folder / name).stat().st_size, zlib.crc32((folder / name).read_bytes())] for name in names}
-    (folder / "checksums.json").write_text(json.dumps(index))
-
-
-def _sharded(change: Callable[[Place, Path], None]) -> Callable[[Place], Call]:
-    def make(place: Place) -> Call:
-        folder = place.copy("shards", "bad.ckpt")
-        change(place, folder)
-        return Call(["consolidate", folder, "one.ckpt"])
-
-    return make
-
-
-def _rest(**entries: Any) -> Callable[[Place, Path], None]:
-    def change(place: Place, folder: Path) -> None:
-        rest = torch.load(folder / "meta.pt", weights_only=True)
-        for name, value in entries.items():
-            if value is None:
-                rest.pop(name)
-            else:
-                rest[name] = value
-        torch.save(rest, folder / "meta.pt")
-        sum_again(folder)
-
-    return change
-
-
-def _description(code: Callable[[Place], bytes]) -> Callable[[Place, Path], None]:
-    def change(place: Place, folder: Path) -> None:
-        (folder / ".metadata").write_bytes(code(place))
-        sum_again(folder)
-
-    return change
-
-
-def _sums(text: str) -> Callable[[Place, Path], None]:
-    return lambda place, folder: (folder / "checksums.json").write_text(text)  # type: ignore[return-value]
-
-
-def shard_rows() -> Iterator[Row]:
-    """Distributed checkpoints whose description, rest or sums are hostile."""
-    trap = "mkdir {}".format
-    changes = {
-        "without optimizer states": _rest(optimizer_states=None), "optimizer states of text": _rest(optimizer_states="x"),
-        "optimizer states of numbers": _rest(optimizer_states=[1, 2]), "more optimizer states": _rest(optimizer_states=[{}, {}, {}]),
-        "optimizer states in themselves": _rest(optimizer_states=pickles.doubling(50)), "sums in lists": _sums("[" * DEEP), "sums of text": _sums('{"meta.pt": "x"}'),
-        "sums of another folder": _sums('{"../../canary/a.txt": [1, 1]}'), "sums of numbers": _sums("3"), "sums with escapes": _sums('{"\\u001b[2J": [1, 1]}'),
-        "description runs": _description(lambda place: f"cposix\nsystem\n(S'{trap(place.sprung)}'\ntR.".encode()),
-        "description imports": _description(lambda place: b"cantigravity\nfly\n."), "description of a number": _description(lambda place: pickle.dumps(3)),
-        "description numbers": _description(lambda place: b"\x80\x02}r" + struct.pack("<I", (1 << 31) - 1) + b"."),
-        "description in lists": _description(lambda place: b"\x80\x02" + pickles.nested(DEEP) + b"."),
-        "description of text": _description(lambda place: b"\x80\x02X" + struct.pack("<I", (1 << 32) - 1) + b"a."),
-        "description frames": _description(lambda place: b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"."),
-    }  # fmt: skip
-    for name, change in changes.items():
-        yield Row(KIND, f"shards {name}", "consolidate", _sharded(change))
-
-
-CACHE = {"tokens": 1 << 62, "tokens -1": -1, "dtype": "object", "text_bytes": "x", "documents": 1 << 70, "none": None, "checksum": 3}
-
-
-def cache_rows() -> Iterator[Row]:
-    """Token caches with a right checksum of a header that lies, and with tokens beyond the vocabulary."""
-    for name, value in CACHE.items():
-        def lying(place, name=name, value=value):
-            config = place.config()
-            path = next((place.work / "cache").iterdir()) / "train.tokens"
-            raw = path.read_bytes()
-            length = struct.unpack_from("<I", raw, 12)[0]
-            metadata = json.loads(raw[16 : 16 + length])
-            metadata[name.split()[0] if name != "none" else "tokens"] = value
-            body = json.dumps(metadata).encode()
-            room = raw.index(b"\0", 16 + length) and 4096
-            header = raw[:12] + struct.pack("<I", len(body)) + body.ljust(room - 48, b"\0")
-            path.write_bytes(header + hashlib.sha256(header).digest() + raw[room:])
-            return Call(["fit", "-c", config])
-
-        yield Row(KIND, f"cache {name}", "fit", lying, EITHER, ("train.tokens",))

@@ -82,11 +82,15 @@ class Place:
 
     def contents(self, name: str = "checkpoint") -> dict[str, Any]:
         """Return a good checkpoint; what it says of its own run's folder is true of the run of this place."""
-        return relocate(self.good.contents(name), {str(self.good.run): str(self.run), str(self.good.folder / "tune"): str(self.run)})
+        return relocate(
+            self.good.contents(name), {str(self.good.run): str(self.run), str(self.good.folder / "tune"): str(self.run)}
+        )
 
     def config(self, base: str = "pretrain", changes: dict[str, Any] | None = None, name: str = "config.yaml") -> Path:
         """Write a good config, changed at dotted keys, for a run in this place that takes three steps."""
-        config = relocate(self.good.config(base), {str(self.good.run): str(self.run), str(self.good.folder / "tune"): str(self.run)})
+        config = relocate(
+            self.good.config(base), {str(self.good.run): str(self.run), str(self.good.folder / "tune"): str(self.run)}
+        )
         config["trainer"]["max_steps"] = 3
         if base == "pretrain" and not (self.work / "cache").exists():
             self.copy("cache")

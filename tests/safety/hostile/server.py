@@ -17,14 +17,21 @@ import time
 import traceback
 from pathlib import Path
 
+import accelerate
+
 # what LightningCLI's commands import while they run is imported here too: a child would import it anew each time
 import lightning
-import accelerate
-import torch
 import psutil
+import torch
 import torch.nn.attention.flex_attention
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import orthotrain.consolidate
 import orthotrain.lightning_cli
@@ -41,7 +48,10 @@ FULL = -1
 
 
 def address_space() -> int:
-    """Return the limit in bytes: 3 GiB, or 1.5 GiB more than a CUDA build of torch maps by itself (1.1 GiB on a CPU)."""
+    """Return the limit in bytes: 3 GiB, or 1.5 GiB more than the imports map.
+
+    A CPU build of torch maps 1.1 GiB; a CUDA build maps more than 3 GiB by itself.
+    """
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     return max(3 * GIB, mapped + 3 * GIB // 2)
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
 from hostile import pickles
 from hostile.rows import EITHER, Call, Place, Row
 
@@ -21,9 +20,10 @@ def _laughs(levels: int) -> str:
 
 YAMLS = {
     "aliases": f"{_laughs(12)}\nmodel: *a11\n",
-    "aliases of dictionaries": "x: &a {k: v}\ny: &b {a: *a, b: *a}\n" + "".join(
-        f"z{n}: &c{n} {{a: *{'b' if not n else f'c{n - 1}'}, b: *{'b' if not n else f'c{n - 1}'}}}\n" for n in range(40)) + "model: *c39\n",
-    "merge keys": "a0: &a0 {k: v}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 30)) + "model: *a29\n",
+    "aliases of dictionaries": "x: &c0 {k: v}\n" + "".join(
+        f"z{n}: &c{n} {{a: *c{n - 1}, b: *c{n - 1}}}\n" for n in range(1, 40)) + "model: *c39\n",
+    "merge keys": "a0: &a0 {k: v}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1,
+    30)) + "model: *a29\n",
     "list in itself": "model: &a [*a]\n",
     "dictionary in itself": "model: &a {init_args: *a}\n",
     "trainer in itself": "trainer: &a\n  callbacks: [*a]\n",
@@ -44,36 +44,60 @@ YAMLS = {
 }  # fmt: skip
 
 TEMPLATES = {
-    "power": "{{ 'x' * 10**10 }}", "powers of powers": "{{ 9**9**9**9 }}", "nested ranges": "{% for a in range(99999) %}" * 4 + "x" +
-    "{% endfor %}" * 4, "long range": "{% for a in range(10**12) %}{% endfor %}", "center": "{{ 'x'.center(10**10) }}", "format":
-    "{{ '%10000000000d' % 1 }}", "format method": "{{ '{:>10000000000}'.format(1) }}", "list times": "{{ [0] * 10**10 }}", "join":
+    "power": "{{ 'x' * 10**10 }}", "powers of powers": "{{ 9**9**9**9 }}",
+    "nested ranges": "{% for a in range(99999) %}" * 4 + "x" +
+    "{% endfor %}" * 4, "long range": "{% for a in range(10**12) %}{% endfor %}",
+    "center": "{{ 'x'.center(10**10) }}", "format":
+    "{{ '%10000000000d' % 1 }}", "format method": "{{ '{:>10000000000}'.format(1) }}",
+    "list times": "{{ [0] * 10**10 }}", "join":
     "{{ ('x' * 10**5).join('y' * 10**6) }}", "replace": "{{ ('x' * 10**5).replace('x', 'y' * 10**6) }}", "growing":
     "{% set n = namespace(t='x') %}{% for i in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}{{ n.t }}", "macro":
-    "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}", "globals": "{{ cycler.__init__.__globals__.os.mkdir('SPRUNG') }}", "subclasses":
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "attr": "{{ ''|attr('__class__') }}", "include": "{% include '/etc/passwd' %}", "raise":
-    "{{ raise_exception('\x1b]0;owned\x07 no') }}", "syntax": "{% for %}", "open": "{{ open('SPRUNG', 'w') }}", "json": "{{ range(10**9)|list|tojson }}",
-    "batch": "{{ range(10**9)|batch(2)|list }}", "indent": "{{ 'x\n' * 10**5 | indent(10**6) }}", "not text": 3, "lists": [["a"]],
+    "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
+    "globals": "{{ cycler.__init__.__globals__.os.mkdir('SPRUNG') }}", "subclasses":
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "attr": "{{ ''|attr('__class__') }}",
+    "include": "{% include '/etc/passwd' %}", "raise":
+    "{{ raise_exception('\x1b]0;owned\x07 no') }}", "syntax": "{% for %}", "open": "{{ open('SPRUNG', 'w') }}",
+    "json": "{{ range(10**9)|list|tojson }}",
+    "batch": "{{ range(10**9)|batch(2)|list }}", "indent": "{{ 'x\n' * 10**5 | indent(10**6) }}", "not text": 3,
+    "lists": [["a"]],
 }  # fmt: skip
 
 
 def rows() -> Iterator[Row]:
     """All of them."""
     for name, text in YAMLS.items():
+
         def configured(place, text=text):
             return Call(["fit", "-c", place.write("bad.yaml", text.replace("{sprung}", str(place.sprung)))])
 
-        yield Row(KIND, f"yaml {name}", "fit", configured, names=("bad.yaml", "model", "max_steps", "a0", "trainer", "key", "callbacks"))
+        yield Row(
+            KIND,
+            f"yaml {name}",
+            "fit",
+            configured,
+            names=("bad.yaml", "model", "max_steps", "a0", "trainer", "key", "callbacks"),
+        )
     for name in ("aliases", "list in itself", "lists in lists"):
         value = YAMLS[name].replace("model: ", "").splitlines()[-1] if name != "aliases" else json.dumps(["x"])
         yield Row(KIND, f"option {name}", "fit", lambda place, value=value: Call(
-            ["fit", "-c", place.config(), "--model.layers.overrides", value]), names=("overrides", "layers", "model"))  # fmt: skip
-        yield Row(KIND, f"yaml {name}", "plan", lambda place, name=name: Call(["plan", "-c", place.write("bad.yaml", YAMLS[name])]),
+            ["fit", "-c", place.config(), "--model.layers.overrides", value]), names=("overrides", "layers",
+            "model"))  # fmt: skip
+        yield Row(KIND, f"yaml {name}", "plan", lambda place, name=name: Call(["plan", "-c", place.write("bad.yaml",
+        YAMLS[name])]),
                   names=("bad.yaml", "model", "a0", "key"))  # fmt: skip
     for name, template in TEMPLATES.items():
         if isinstance(template, str) and "SPRUNG" not in template and len(name) % 3 == 0:
-            yield Row(KIND, f"template {name} of a checkpoint", "tokenizer", lambda place, t=template: _from_checkpoint(place, t),
+            yield Row(KIND, f"template {name} of a checkpoint", "tokenizer", lambda place,
+            t=template: _from_checkpoint(place, t),
                       EITHER, ("template", "bad", "rows"))  # fmt: skip
-        yield Row(KIND, f"template {name}", "fit", lambda place, t=template: _templated(place, t), EITHER, ("template", "bad", "rows"))
+        yield Row(
+            KIND,
+            f"template {name}",
+            "fit",
+            lambda place, t=template: _templated(place, t),
+            EITHER,
+            ("template", "bad", "rows"),
+        )
     yield from token_rows()
     yield from corpus_rows()
 
@@ -99,7 +123,8 @@ def _from_checkpoint(place: Place, template: str) -> Call:
     return Call(["fit", "-c", place.config("finetune", changes)])
 
 
-TOKENS = {"2^31": 1 << 31, "2^31-1": (1 << 31) - 1, "2^32-1": (1 << 32) - 1, "2^32": 1 << 32, "2^63": 1 << 63, "-1": -1, "1.5": 1.5,
+TOKENS = {"2^31": 1 << 31, "2^31-1": (1 << 31) - 1, "2^32-1": (1 << 32) - 1, "2^32": 1 << 32, "2^63": 1 << 63,
+"-1": -1, "1.5": 1.5,
           "text": "1", "none": None, "beyond the embedding": 320, "100 million": 10**8}  # fmt: skip
 
 
@@ -116,6 +141,7 @@ def with_token(place: Place, token: Any, added: bool) -> dict[str, Any]:
 def token_rows() -> Iterator[Row]:
     """Numbers of tokens that no embedding has."""
     for number, (name, token) in enumerate(TOKENS.items()):
+
         def tuned(place, token=token, added=bool(number % 2)):
             folder = place.copy("model", "bad")
             (folder / "tokenizer.json").write_text(json.dumps(with_token(place, token, added)))
@@ -158,15 +184,22 @@ CORPORA = {
 
 def corpus_rows() -> Iterator[Row]:
     """Corpora and instructions of any size in a small file, and prompts of 16 MiB."""
-    for number, (name, write) in enumerate(CORPORA.items()):
+    for name, write in CORPORA.items():
         for base in ("pretrain", "finetune") if "txt" not in name and "members" not in name else ("pretrain",):
+
             def read(place, write=write, base=base):
                 return Call(["fit", "-c", place.config(base, {"data.init_args.source": str(write(place))})])
 
             yield Row(KIND, f"corpus {name} {base}", "fit", read, EITHER if name == "digits.jsonl" else (2,))
-    texts = {"letters": "a" * (16 * pickles.MIB), "words": "many words " * (3 << 19), "lines": "line\n" * (3 << 20), "bytes": "\u00e9\u4e2d" * (3 << 20)}
+    texts = {
+        "letters": "a" * (16 * pickles.MIB),
+        "words": "many words " * (3 << 19),
+        "lines": "line\n" * (3 << 20),
+        "bytes": "\u00e9\u4e2d" * (3 << 20),
+    }
     for name, text in texts.items():
         for column in ("prompt", "response"):
+
             def prompted(place, text=text, column=column):
                 row = {"prompt": "a", "response": "b", column: text}
                 path = place.write("bad.jsonl", place.good.rows.read_text() + json.dumps(row) + "\n")
@@ -180,6 +213,4 @@ def corpus_rows() -> Iterator[Row]:
         config.write_text(config.read_text().replace("PROMPT", "a" * (16 * pickles.MIB)))
         return Call(["predict", "-c", config, "--ckpt_path", place.good.checkpoint])
 
-    yield Row(KIND, "prompt of 16 MiB", "predict", predicted, EITHER, ("prompt",))
-
-
+    yield Row(KIND, "prompt of 16 MiB", "predict", predicted, EITHER, ("prompt", "config"))

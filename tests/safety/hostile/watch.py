@@ -13,6 +13,13 @@ CHANGES = {"os.remove": 1, "os.rename": 2, "os.rmdir": 1, "os.mkdir": 1, "os.lin
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
+def changed(event: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the paths that an event changes."""
+    if event == "open":
+        return arguments[:1] if isinstance(arguments[2], int) and arguments[2] & WRITES else ()
+    return arguments[: CHANGES.get(event, 0)]
+
+
 def watch(folder: Path, home: str, log: int) -> None:
     """Write a line of JSON to the file ``log`` for everything of interest that this process does from now on.
 
@@ -44,9 +51,7 @@ def watch(folder: Path, home: str, log: int) -> None:
                 kind = "program"
             elif event in HOSTS:
                 kind = "host"
-            elif event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES and outside(arguments[0]):
-                kind = "change"
-            elif event in CHANGES and any(outside(path) for path in arguments[: CHANGES[event]]):
+            elif any(outside(path) for path in changed(event, arguments)):
                 kind = "change"
             if kind is not None:
                 os.write(log, (json.dumps([kind, event, repr(arguments)[:300]]) + "\n").encode())

@@ -42,10 +42,8 @@ VALUES = {
     "stride 0 square": lambda: pickles.expanded(1 << 20, 1 << 20),
     "stride 0 integers": lambda: pickles.expanded(1 << 36, dtype=torch.int64),
     "one stride 0": lambda: torch.zeros(64)[None].expand(1 << 34, 64),
-    "shared lists": lambda: pickles.doubling(64),
-    "shared dictionaries": lambda: _shared_dict(64),
-    "list in itself": _cycle_list,
-    "dictionary in itself": _cycle_dict,
+    "shared lists": lambda: pickles.doubling(64), "shared dictionaries": lambda: _shared_dict(64),
+    "list in itself": _cycle_list, "dictionary in itself": _cycle_dict,
     "tensor type": lambda: pickles.Call(torch.FloatTensor, 10**10),
     "storage": lambda: pickles.Call(torch.UntypedStorage, 10**11),
     "bytearray": lambda: pickles.Call(bytearray, 10**11),
@@ -56,23 +54,19 @@ VALUES = {
     "sparse tensor": lambda: torch.sparse_coo_tensor(torch.zeros(2, 0), torch.zeros(0), (1 << 31, 1 << 31),
     check_invariants=False),
     "host name": lambda: pickles.Call(_codecs.encode, "a" * (1 << 18), "idna"),
-    "number of 600 digits": lambda: 10**600,
-    "long text": lambda: "x" * (1 << 25),
-    "many keys": lambda: dict.fromkeys(range(200_000)),
-    "counter": lambda: Counter({"a": 10**600}),
+    "number of 600 digits": lambda: 10**600, "long text": lambda: "x" * (1 << 25),
+    "many keys": lambda: dict.fromkeys(range(200_000)), "counter": lambda: Counter({"a": 10**600}),
     "infinite": lambda: float("inf"),
 }  # fmt: skip
 PLACES = {
     "extra": "extra", "weight": "state_dict", "callback": "callbacks.MergeRotations", "optimizer": "optimizer_states",
-    "loops": "loops",
-    "argument": f"{MODULE}.merge_every", "network": f"{MODULE}.model.init_args.config",
+    "loops": "loops", "argument": f"{MODULE}.merge_every", "network": f"{MODULE}.model.init_args.config",
     "tokenizer": "TextData.tokenizer",
 }  # fmt: skip
 READ_BY = {
-    "extra": ("export", "validate", "fit"), "weight": ("export", "validate", "checkpoint_model"), "callback": ("fit",),
-    "optimizer": ("fit",), "loops": ("fit",), "argument": ("export", "load_network"),
-    "network": ("load_network", "export"),
-    "tokenizer": ("export", "tokenizer"),
+    "extra": ("export", "validate", "fit"), "weight": ("export", "validate", "checkpoint_model"),
+    "callback": ("fit",), "optimizer": ("fit",), "loops": ("fit",), "argument": ("export", "load_network"),
+    "network": ("load_network", "export"), "tokenizer": ("export", "tokenizer"),
 }  # fmt: skip
 
 
@@ -165,9 +159,8 @@ def archive_rows() -> Iterator[Row]:
 
 SIZES = {
     "num_hidden_layers": 10**8, "hidden_size": 1 << 40, "intermediate_size": 1 << 40, "vocab_size": 1 << 40,
-    "num_attention_heads": 10**9,
-    "max_position_embeddings": 1 << 60, "head_dim": 1 << 40, "rope_theta": 1e400, "layers of text": "x",
-    "num_key_value_heads": 0,
+    "num_attention_heads": 10**9, "max_position_embeddings": 1 << 60, "head_dim": 1 << 40, "rope_theta": 1e400,
+    "layers of text": "x", "num_key_value_heads": 0,
 }  # fmt: skip
 
 

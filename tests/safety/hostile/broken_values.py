@@ -16,8 +16,7 @@ MISSING = object()
 VALUES = {
     "none": None, "-1": -1, "2^70": 1 << 70, "text": "x", "bytes": b"x", "list": [], "dictionary": {}, "true": True,
     "tensor": torch.zeros(2), "meta tensor": torch.empty(3, device="meta"), "nan": float("nan"),
-    "nested": [[[1], {}]], "missing": MISSING,
-    "escape": "\x1b]0;owned\x07\x1b[2J\u202e\r\n",
+    "nested": [[[1], {}]], "missing": MISSING, "escape": "\x1b]0;owned\x07\x1b[2J\u202e\r\n",
 }  # fmt: skip
 FIT = "loops.fit_loop"
 ENTRIES = {

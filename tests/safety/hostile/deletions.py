@@ -13,26 +13,25 @@ RESUME, PLANTED = "deletion", "planted"
 MODEL = "ModelCheckpoint"
 PATHS = {
     "file": "{canary}/last.ckpt", "folder": "{canary}", "sub-folder": "{canary}/sub", "local": "local://{canary}",
-    "local file": "local://{canary}/a.txt", "file url": "file://{canary}", "memory": "memory://x", "upwards":
-    "{saves}/../../../canary", "upwards twice": "{saves}/x/../../../../canary/sub",
-    "local upwards": "local://{saves}/../../../canary",
-    "relative": "../canary", "relative link": "run/checkpoints/link/a.txt", "through a link": "{saves}/link/last.ckpt",
-    "link to a folder": "{saves}/link", "trailing dots": "{saves}/../..", "double slash": "//{canary}", "own config":
-    "{run}/config.yaml", "own folder": "{saves}", "run": "{run}", "parent": "{saves}/..", "dot": ".", "empty": "",
-    "root of work":
-    "{work}", "with spaces": " {canary}", "tilde": "~/../canary", "newline": "{canary}\n",
+    "local file": "local://{canary}/a.txt", "file url": "file://{canary}", "memory": "memory://x",
+    "upwards": "{saves}/../../../canary", "upwards twice": "{saves}/x/../../../../canary/sub",
+    "local upwards": "local://{saves}/../../../canary", "relative": "../canary",
+    "relative link": "run/checkpoints/link/a.txt", "through a link": "{saves}/link/last.ckpt",
+    "link to a folder": "{saves}/link", "trailing dots": "{saves}/../..", "double slash": "//{canary}",
+    "own config": "{run}/config.yaml", "own folder": "{saves}", "run": "{run}", "parent": "{saves}/..", "dot": ".",
+    "empty": "", "root of work": "{work}", "with spaces": " {canary}", "tilde": "~/../canary",
+    "newline": "{canary}\n",
 }  # fmt: skip
 FIELDS = ("best_model_path", "last_model_path", "kth_best_model_path", "best_k_models")
-WRONG = {"none": None, "number": 7, "list": ["{canary}"], "dict": {"{canary}": 1}, "bytes": b"{canary}",
-"missing": "MISSING",
-         "nested": [["{canary}"]], "true": True}  # fmt: skip
+WRONG = {
+    "none": None, "number": 7, "list": ["{canary}"], "dict": {"{canary}": 1}, "bytes": b"{canary}",
+    "missing": "MISSING", "nested": [["{canary}"]], "true": True,
+}  # fmt: skip
 SAVED = {
     "upwards": "../../../canary", "up one": "..", "dot": ".", "empty": "", "absolute": "{canary}",
-    "sub": "../../../canary/sub",
-    "link": "link", "link and file": "link/a.txt", "own config": "../config.yaml", "nul": "a\0b", "number": 3,
-    "none": None,
-    "list": ["../../../canary"], "dict": {"a": 1}, "name of no step": "x.old",
-    "upwards from a step": "step-000001/../../../../canary",
+    "sub": "../../../canary/sub", "link": "link", "link and file": "link/a.txt", "own config": "../config.yaml",
+    "nul": "a\0b", "number": 3, "none": None, "list": ["../../../canary"], "dict": {"a": 1},
+    "name of no step": "x.old", "upwards from a step": "step-000001/../../../../canary",
 }  # fmt: skip
 
 

@@ -28,8 +28,10 @@ POSITIONS = {
 }
 
 
-TURNS = ("export", "checkpoint_model", "load_network", "fit-from", "load_from_checkpoint", "export", "checkpoint_model",
-         "load_network", "export-peft", "plan-from", "load_network")  # fmt: skip
+TURNS = (
+    "export", "checkpoint_model", "load_network", "fit-from", "load_from_checkpoint", "export", "checkpoint_model",
+    "load_network", "export-peft", "plan-from", "load_network",
+)  # fmt: skip
 """The commands in turn; those that parse a config take longest."""
 
 
@@ -43,8 +45,7 @@ def _yaml_file(place: Place, value: Any) -> str:
 
 
 FORMS = {
-    "dict": lambda place, value: value,
-    "json": lambda place, value: json.dumps(value),
+    "dict": lambda place, value: value, "json": lambda place, value: json.dumps(value),
     "json in json": lambda place, value: json.dumps(json.dumps(value)),
     "json arguments": lambda place, value: {**value, "init_args": json.dumps(value["init_args"])},
     "json with spaces": lambda place, value: f" \n\t{json.dumps(value, indent=1)}\n",
@@ -58,43 +59,45 @@ FORMS = {
     "file url": lambda place, value: f"file://{_yaml_file(place, value)}",
     "local url": lambda place, value: f"local://{_yaml_file(place, value)}",
     "https": lambda place, value: "https://127.0.0.1:9/evil.yaml",
-    "in a list": lambda place, value: [json.dumps(value)],
-    "class only": lambda place, value: value["class_path"],
+    "in a list": lambda place, value: [json.dumps(value)], "class only": lambda place, value: value["class_path"],
 }  # fmt: skip
 """The ways to write a description down."""
 
 CALLABLES = {
     "os.system": {"command": "mkdir SPRUNG"}, "posix.system": {"command": "mkdir SPRUNG"},
-    "os.mkdir": {"path": "SPRUNG"},
-    "subprocess.Popen": {"args": ["mkdir", "SPRUNG"]}, "subprocess.run": {"args": ["mkdir", "SPRUNG"]},
-    "builtins.eval": {"source": "__import__('os').mkdir('SPRUNG')"}, "builtins.exec": {"source": "1"},
-    "shutil.rmtree": {"path": "CANARY"}, "os.remove": {"path": "CANARY/a.txt"},
-    "pathlib.Path.touch": {"self": "SPRUNG"},
-    "importlib.import_module": {"name": "antigravity"}, "torch.hub.load": {"repo_or_dir": "a/b", "model": "c"},
-    "torch.load": {"f": "x"}, "torch.hub.download_url_to_file": {"url": "http://127.0.0.1:9/", "dst": "SPRUNG"},
-    "functools.partial": {"func": "os.mkdir", "args": ["SPRUNG"]}, "pickle.loads": {"data": "cos\nabort\n(tR."},
-    "runpy.run_path": {"path_name": "trap_module.py"}, "runpy.run_module": {"mod_name": "trap_module"},
-    "code.interact": {}, "webbrowser.open": {"url": "http://127.0.0.1:9/"}, "antigravity.fly": {}, "this.d": {},
-    "trap_module.Network": {}, "trap_module.Network.inner": {}, "turtle.Turtle": {}, "os.abort": {},
-    "yaml.unsafe_load": {"stream": "!!python/object/apply:os.mkdir ['SPRUNG']"}, "urllib.request.urlopen": {"url": "x"},
-    "orthotrain.cli.main": {"argv": ["calibrate"]}, "orthotrain.export.export_checkpoint": {"checkpoint": "x",
+    "os.mkdir": {"path": "SPRUNG"}, "subprocess.Popen": {"args": ["mkdir", "SPRUNG"]},
+    "subprocess.run": {"args": ["mkdir", "SPRUNG"]},
+    "builtins.eval": {"source": "__import__('os').mkdir('SPRUNG')"},
+    "builtins.exec": {"source": "1"}, "shutil.rmtree": {"path": "CANARY"}, "os.remove": {"path": "CANARY/a.txt"},
+    "pathlib.Path.touch": {"self": "SPRUNG"}, "importlib.import_module": {"name": "antigravity"},
+    "torch.hub.load": {"repo_or_dir": "a/b", "model": "c"}, "torch.load": {"f": "x"},
+    "torch.hub.download_url_to_file": {"url": "http://127.0.0.1:9/", "dst": "SPRUNG"},
+    "functools.partial": {"func": "os.mkdir", "args": ["SPRUNG"]},
+    "pickle.loads": {"data": "cos\nabort\n(tR."}, "runpy.run_path": {"path_name": "trap_module.py"},
+    "runpy.run_module": {"mod_name": "trap_module"}, "code.interact": {},
+    "webbrowser.open": {"url": "http://127.0.0.1:9/"}, "antigravity.fly": {}, "this.d": {}, "trap_module.Network": {},
+    "trap_module.Network.inner": {}, "turtle.Turtle": {}, "os.abort": {},
+    "yaml.unsafe_load": {"stream": "!!python/object/apply:os.mkdir ['SPRUNG']"},
+    "urllib.request.urlopen": {"url": "x"}, "orthotrain.cli.main": {"argv": ["calibrate"]},
+    "orthotrain.export.export_checkpoint": {"checkpoint": "x",
     "out": "y"},
-    "orthotrain.checkpoint_io.remove_folder": {"folder": "CANARY"}, "torch.nn.Module.load_state_dict": {},
-    "torch.utils.cpp_extension.load": {"name": "x", "sources": ["x"]}, "torch.nn.Sequential": {"args": ["os.abort"]},
-    "lightning.pytorch.callbacks.LambdaCallback": {"setup": "os.abort"}, "lightning.pytorch.Trainer": {},
-    "torch.nn.modules.module.Module": {}, "torch.optim.optimizer.Optimizer": {}, "bitsandbytes.optim.nothing": {},
+    "orthotrain.checkpoint_io.remove_folder": {"folder": "CANARY"},
+    "torch.nn.Module.load_state_dict": {},
+    "torch.utils.cpp_extension.load": {"name": "x", "sources": ["x"]},
+    "torch.nn.Sequential": {"args": ["os.abort"]},
+    "lightning.pytorch.callbacks.LambdaCallback": {"setup": "os.abort"},
+    "lightning.pytorch.Trainer": {}, "torch.nn.modules.module.Module": {}, "torch.optim.optimizer.Optimizer": {},
+    "bitsandbytes.optim.nothing": {},
 }  # fmt: skip
 """Names that are no network, optimizer, schedule or parameterization -> their arguments."""
 
 NAMES = {
     "relative": ".os.system", "two dots": "os..system", "ends in a dot": "os.", "empty": "", "space": " ",
-    "no module": "x.Y",
-    "look-alike letter": "\u043es.system", "full width": "\uff4f\uff53.system", "padded": " os.system ",
-    "newline": "os.system\n",
-    "no-break space": "os.system\u00a0", "zero width": "os\u200b.system", "walk": "os.__class__", "globals":
-    "os.system.__init__.__globals__", "call": "os.system()", "colon": "os:system", "path": "/bin/sh",
-    "long": "a." * 5000 + "b",
-    "nul": "os\0.system", "number": 3, "none": None, "list": ["os.system"], "dict": {"class_path": "os.system"},
+    "no module": "x.Y", "look-alike letter": "\u043es.system", "full width": "\uff4f\uff53.system",
+    "padded": " os.system ", "newline": "os.system\n", "no-break space": "os.system\u00a0",
+    "zero width": "os\u200b.system", "walk": "os.__class__", "globals": "os.system.__init__.__globals__",
+    "call": "os.system()", "colon": "os:system", "path": "/bin/sh", "long": "a." * 5000 + "b", "nul": "os\0.system",
+    "number": 3, "none": None, "list": ["os.system"], "dict": {"class_path": "os.system"},
     "escape": "\x1b]0;owned\x07os.system", "override": "\u202emetsys.so", "bytes": b"os.system",
     "our module of functions": "orthotrain.export", "private": "orthotrain.export._rebuilt", "case": "OS.System",
 }  # fmt: skip
@@ -211,10 +214,12 @@ def special_rows() -> Iterator[Row]:
 def remote_code_rows() -> Iterator[Row]:
     """A model folder with code, which the description asks to run."""
     asked = {
-        "plain": {"trust_remote_code": True}, "number": {"trust_remote_code": 1}, "text": {"trust_remote_code": "true"},
-        "yes": {"trust_remote_code": "yes"}, "options": {"options": {"trust_remote_code": True}},
+        "plain": {"trust_remote_code": True}, "number": {"trust_remote_code": 1},
+        "text": {"trust_remote_code": "true"}, "yes": {"trust_remote_code": "yes"},
+        "options": {"options": {"trust_remote_code": True}},
         "json options": {"options": '{"trust_remote_code": true}'}, "list": {"trust_remote_code": [True]},
-        "kernels": {"options": {"use_kernels": True}}, "attention": {"options": {"attn_implementation": "a/kernel"}},
+        "kernels": {"options": {"use_kernels": True}},
+        "attention": {"options": {"attn_implementation": "a/kernel"}},
         "pickles": {"options": {"weights_only": False}}, "nothing": {},
     }  # fmt: skip
     for (name, more), command in zip(asked.items(), cycle(("export", "checkpoint_model", "fit-from"))):

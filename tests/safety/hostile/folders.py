@@ -15,18 +15,21 @@ from hostile.rows import EITHER, Call, Place, Row
 from hostile.text_bombs import DEEP
 
 KIND = "folder"
-ODD = {"none": None, "-1": -1, "2^70": 1 << 70, "text": "x", "list": [], "dictionary": {}, "true": True,
-"nan": float("nan"),
-       "nested": [[[1], {}]], "escape": "\x1b]0;owned\x07\x1b[2J\u202e", "path": "../../canary/a.txt",
-       "class": "os.system"}  # fmt: skip
-PEFT_KEYS = ("peft_type", "oft_block_size", "r", "target_modules", "modules_to_save", "bias", "eps",
-"num_cayley_neumann_terms", "module_dropout",
-             "base_model_name_or_path", "coft", "block_share", "auto_mapping", "peft_version", "task_type",
-             "unknown")  # fmt: skip
-MODEL_KEYS = ("model_type", "architectures", "auto_map", "dtype", "quantization_config", "rope_parameters",
-"hidden_act", "num_attention_heads", "vocab_size",
-              "tie_word_embeddings", "transformers_version", "_name_or_path", "pad_token_id", "rms_norm_eps",
-              "attn_implementation", "layer_types")  # fmt: skip
+ODD = {
+    "none": None, "-1": -1, "2^70": 1 << 70, "text": "x", "list": [], "dictionary": {}, "true": True,
+    "nan": float("nan"), "nested": [[[1], {}]], "escape": "\x1b]0;owned\x07\x1b[2J\u202e",
+    "path": "../../canary/a.txt", "class": "os.system",
+}  # fmt: skip
+PEFT_KEYS = (
+    "peft_type", "oft_block_size", "r", "target_modules", "modules_to_save", "bias", "eps",
+    "num_cayley_neumann_terms", "module_dropout", "base_model_name_or_path", "coft", "block_share", "auto_mapping",
+    "peft_version", "task_type", "unknown",
+)  # fmt: skip
+MODEL_KEYS = (
+    "model_type", "architectures", "auto_map", "dtype", "quantization_config", "rope_parameters", "hidden_act",
+    "num_attention_heads", "vocab_size", "tie_word_embeddings", "transformers_version", "_name_or_path",
+    "pad_token_id", "rms_norm_eps", "attn_implementation", "layer_types",
+)  # fmt: skip
 
 
 def _json(path: Path, change: Callable[[Any], Any]) -> None:
@@ -97,14 +100,16 @@ def rows() -> Iterator[Row]:
             _keyed("model", "tokenizer.json", key, ODD[name], tokenizer),
             EITHER,
         )
-    files = {"adapter_config.json": ("peft", peft), "config.json": ("model", model),
-    "tokenizer.json": ("model", tokenizer),
-             "tokenizer_config.json": ("model", tokenizer),
-             "model.safetensors.index.json": ("model", model)}  # fmt: skip
-    texts = {"lists in lists": "[" * DEEP, "dictionaries": '{"a":' * DEEP, "a list": "[1]", "text": '"x"',
-    "a number": "9" * 5000, "nothing": "", "NUL": "\0" * 64,
-             "not UTF-8": b'{"a": "\xff"}', "null": "null", "twice": "{}{}", "surrogates": '{"\\ud800": 1}',
-             "NaN": "NaN"}  # fmt: skip
+    files = {
+        "adapter_config.json": ("peft", peft), "config.json": ("model", model),
+        "tokenizer.json": ("model", tokenizer), "tokenizer_config.json": ("model", tokenizer),
+        "model.safetensors.index.json": ("model", model),
+    }  # fmt: skip
+    texts = {
+        "lists in lists": "[" * DEEP, "dictionaries": '{"a":' * DEEP, "a list": "[1]", "text": '"x"',
+        "a number": "9" * 5000, "nothing": "", "NUL": "\0" * 64, "not UTF-8": b'{"a": "\xff"}', "null": "null",
+        "twice": "{}{}", "surrogates": '{"\\ud800": 1}', "NaN": "NaN",
+    }  # fmt: skip
     for file, (copied, call) in files.items():
         for name, text in texts.items():
 
@@ -124,10 +129,11 @@ def rows() -> Iterator[Row]:
 
 def index_rows() -> Iterator[Row]:
     """Indexes of weight files that name files elsewhere."""
-    names = {"upwards": "../canary/a.txt", "absolute": "/etc/passwd", "zeros": "zeros", "pickle": "pytorch_model.bin",
-    "url": "https://127.0.0.1:9/x.safetensors",
-             "number": 3, "itself": "model.safetensors.index.json", "fifo": "fifo",
-             "escape": "\x1b[2Jx.safetensors"}  # fmt: skip
+    names = {
+        "upwards": "../canary/a.txt", "absolute": "/etc/passwd", "zeros": "zeros", "pickle": "pytorch_model.bin",
+        "url": "https://127.0.0.1:9/x.safetensors", "number": 3, "itself": "model.safetensors.index.json",
+        "fifo": "fifo", "escape": "\x1b[2Jx.safetensors",
+    }  # fmt: skip
     for name, target in names.items():
 
         def indexed(place, target=target):
@@ -145,10 +151,9 @@ def index_rows() -> Iterator[Row]:
 
 HEADERS = {
     "length 2^63": struct.pack("<Q", 1 << 63) + b"{}", "length 2^40": struct.pack("<Q", 1 << 40) + b"{}",
-    "deep": struct.pack("<Q", 20_000) + b'{"a":' * 4000,
-    "no dictionary": struct.pack("<Q", 2) + b"[]", "a tensor of 2^40": b"HUGE", "overlap": b"OVERLAP", "NaN": b"NAN",
-    "other shapes": b"SHAPE", "more tensors": b"MORE",
-    "no tensors": b"NONE", "text": b"TEXT", "escapes": b"ESCAPE",
+    "deep": struct.pack("<Q", 20_000) + b'{"a":' * 4000, "no dictionary": struct.pack("<Q", 2) + b"[]",
+    "a tensor of 2^40": b"HUGE", "overlap": b"OVERLAP", "NaN": b"NAN", "other shapes": b"SHAPE",
+    "more tensors": b"MORE", "no tensors": b"NONE", "text": b"TEXT", "escapes": b"ESCAPE",
 }  # fmt: skip
 
 
@@ -166,9 +171,12 @@ def _weights(path: Path, what: bytes) -> None:
         return
     size = 1 << 40
     entry = {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}
-    lies = {b"HUGE": {first: entry}, b"OVERLAP": {name: {"dtype": "F32", "shape": [1],
+    lies = {
+        b"HUGE": {first: entry},
+        b"OVERLAP": {name: {"dtype": "F32", "shape": [1],
     "data_offsets": [0, 4]} for name in tensors},
-            b"TEXT": {first: {"dtype": "os.system", "shape": "x", "data_offsets": None}}}  # fmt: skip
+        b"TEXT": {first: {"dtype": "os.system", "shape": "x", "data_offsets": None}},
+    }  # fmt: skip
     header = json.dumps(lies[what]).encode() if what in lies else b""
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64) if header else what)
 

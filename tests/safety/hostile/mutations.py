@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 
 ODD = [
     None, True, -1, 0, 1 << 31, 1 << 70, 0.5, float("nan"), float("inf"), "", "x", "antigravity.fly", "this.d",
-    "trap_module.Network", "os.system",
-    "../../canary/a.txt", "https://127.0.0.1:9/", "file:///dev/zero", "\x1b]0;owned\x07", "a\0b", "\u202e", [], [[]],
-    {}, {"class_path": "trap_module.Network"},
+    "trap_module.Network", "os.system", "../../canary/a.txt", "https://127.0.0.1:9/", "file:///dev/zero",
+    "\x1b]0;owned\x07", "a\0b", "\u202e", [], [[]], {}, {"class_path": "trap_module.Network"},
     {"class_path": "os.abort",
-    "init_args": {}}, {"trust_remote_code": True}, '{"class_path": "antigravity.fly"}', "!!python/name:os.system",
-    "9" * 400,
+    "init_args": {}},
+    {"trust_remote_code": True}, '{"class_path": "antigravity.fly"}', "!!python/name:os.system", "9" * 400,
 ]  # fmt: skip
 KEYS = [
     "class_path",

@@ -118,31 +118,25 @@ def _adapter(place: Place) -> tuple[Path, Call]:
 
 SLOTS = {
     "checkpoint": _checkpoint("export"), "checkpoint of a run": _checkpoint("validate"),
-    "start": _checkpoint("checkpoint_model"),
-    "resumed": _checkpoint("fit"), "tokenizer of": _checkpoint("tokenizer"),
-    "module": _checkpoint("load_from_checkpoint"),
-    "config": _config("fit"), "plan": _config("plan"), "text": _source(".txt", "pretrain"),
-    "rows": _source(".jsonl", "pretrain"),
-    "json": _source(".json", "finetune"), "parquet": _source(".parquet", "pretrain"),
-    "gz": _source(".jsonl.gz", "finetune"),
+    "start": _checkpoint("checkpoint_model"), "resumed": _checkpoint("fit"), "tokenizer of": _checkpoint("tokenizer"),
+    "module": _checkpoint("load_from_checkpoint"), "config": _config("fit"), "plan": _config("plan"),
+    "text": _source(".txt", "pretrain"), "rows": _source(".jsonl", "pretrain"), "json": _source(".json", "finetune"),
+    "parquet": _source(".parquet", "pretrain"), "gz": _source(".jsonl.gz", "finetune"),
     "config.json": _in_model("config.json"), "weights": _in_model("model.safetensors"),
-    "index": _in_model("model.safetensors.index.json"),
-    "tokenizer.json": _in_model("tokenizer.json", True),
+    "index": _in_model("model.safetensors.index.json"), "tokenizer.json": _in_model("tokenizer.json", True),
     "tokenizer_config.json": _in_model("tokenizer_config.json", True),
     "adapter": _adapter, "peft config": _in_peft("adapter_config.json"),
-    "peft weights": _in_peft("adapter_model.safetensors"),
-    "shards .metadata": _in_shards(".metadata"), "shards meta.pt": _in_shards("meta.pt"),
-    "shards sums": _in_shards("checksums.json"),
+    "peft weights": _in_peft("adapter_model.safetensors"), "shards .metadata": _in_shards(".metadata"),
+    "shards meta.pt": _in_shards("meta.pt"), "shards sums": _in_shards("checksums.json"),
     "shard": _in_shards("__0_0.distcp"), "cache": _in_cache("train.tokens"),
-    "cache tokenizer": _in_cache("tokenizer.json"),
-    "cache lock": _in_cache(".orthotrain.lock"),
+    "cache tokenizer": _in_cache("tokenizer.json"), "cache lock": _in_cache(".orthotrain.lock"),
 }  # fmt: skip
-COMMANDS = {"checkpoint of a run": "validate", "start": "checkpoint_model", "module": "load_from_checkpoint",
-"plan": "plan",
-            "config.json": "pretrained", "weights": "pretrained", "index": "pretrained", "adapter": "load_adapter",
-            "peft config": "import_peft", "peft weights": "import_peft", "checkpoint": "export",
-            "tokenizer.json": "tokenizer",
-            "tokenizer_config.json": "tokenizer", "tokenizer of": "tokenizer"}  # fmt: skip
+COMMANDS = {
+    "checkpoint of a run": "validate", "start": "checkpoint_model", "module": "load_from_checkpoint", "plan": "plan",
+    "config.json": "pretrained", "weights": "pretrained", "index": "pretrained", "adapter": "load_adapter",
+    "peft config": "import_peft", "peft weights": "import_peft", "checkpoint": "export",
+    "tokenizer.json": "tokenizer", "tokenizer_config.json": "tokenizer", "tokenizer of": "tokenizer",
+}  # fmt: skip
 ODD = ("cache", "cache tokenizer", "cache lock", "tokenizer_config.json", "index", "tokenizer.json", "config.json")
 SOON = ("fifo", "link to zeros", "folder")
 """What each slot gets; of the others each gets two."""
@@ -202,11 +196,11 @@ OPTIONS: dict[str, tuple[str, Callable[[Place, str], Call]]] = {
     "pretrained": ("pretrained", lambda place, path: Call([path, {}], entry="pretrained")),
     "calibrate out": ("calibrate", lambda place, path: Call(["calibrate", "--device", "cuda", "--out", path])),
 }  # fmt: skip
-ODD_PATHS = {"nul": "a\0bad", "not UTF-8": "bad\udcff\udcfe", "escape": "bad\x1b]0;owned\x07\x1b[2J",
-"newline": "bad\nname\rback",
-             "right to left": "bad\u202etxt.", "too long": "bad" * 2000, "too deep": "bad/" * 2000, "empty": "",
-             "file url":
-             "file:///bad", "dev": "/dev/zero/bad", "dash": "-bad"}  # fmt: skip
+ODD_PATHS = {
+    "nul": "a\0bad", "not UTF-8": "bad\udcff\udcfe", "escape": "bad\x1b]0;owned\x07\x1b[2J",
+    "newline": "bad\nname\rback", "right to left": "bad\u202etxt.", "too long": "bad" * 2000,
+    "too deep": "bad/" * 2000, "empty": "", "file url": "file:///bad", "dev": "/dev/zero/bad", "dash": "-bad",
+}  # fmt: skip
 WORDS = ("bad", "a", "ckpt", "path", "out", "-c", "config", "folder", "file", "empty")
 
 

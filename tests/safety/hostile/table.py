@@ -32,24 +32,22 @@ KINDS = {
     "state",
     "option",
     "folder",
+    "shards",
 }
 COMMANDS = {
     "fit", "validate", "test", "predict", "plan", "export", "export-peft", "consolidate", "checkpoint_model",
-    "load_network",
-    "load_from_checkpoint", "load_adapter", "import_peft", "pretrained", "tokenizer", "fit-from", "plan-from", "main",
-    "calibrate", "finetune", "fit-last",
+    "load_network", "load_from_checkpoint", "load_adapter", "import_peft", "pretrained", "tokenizer", "fit-from",
+    "plan-from", "main", "calibrate", "finetune", "fit-last",
 }  # fmt: skip
 SLOW = {"fit", "validate", "test", "predict", "plan", "tokenizer", "fit-from", "plan-from", "finetune", "fit-last"}
 """Commands that parse a config, which takes half a second; all others take a tenth."""
 
 ALWAYS = (
     "optimizer as json", "scheduler as json", "model as json", "parameterization as json", "optimizer as dotted",
-    "model as file url",
-    "optimizer as yaml file", "key _instantiator os.system", "best_model_path local", "last_model_path upwards",
-    "saved upwards",
-    "foreign folder .thesis.old", ".out.{pid}.partial to sub", "negative seed", "accumulate 0", "stdout closed",
-    "yaml aliases", "template power",
-    "token 2^31", "without optimizer states", "permutation repeats", "zeros.json.gz", "prompt of 16 MiB of letters",
+    "model as file url", "optimizer as yaml file", "key _instantiator os.system", "best_model_path local",
+    "last_model_path upwards", "saved upwards", "foreign folder .thesis.old", ".out.{pid}.partial to sub",
+    "negative seed", "accumulate 0", "stdout closed", "yaml aliases", "template power", "token 2^31",
+    "without optimizer states", "permutation repeats", "zeros.json.gz", "prompt of 16 MiB of letters",
     "stride 0 as weight",
 )  # fmt: skip
 """Beginnings of the names of rows that are never left out: the faults that led to this table."""

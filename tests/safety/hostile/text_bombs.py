@@ -24,40 +24,34 @@ YAMLS = {
         f"z{n}: &c{n} {{a: *c{n - 1}, b: *c{n - 1}}}\n" for n in range(1, 40)) + "model: *c39\n",
     "merge keys": "a0: &a0 {k: v}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1,
     30)) + "model: *a29\n",
-    "list in itself": "model: &a [*a]\n",
-    "dictionary in itself": "model: &a {init_args: *a}\n",
-    "trainer in itself": "trainer: &a\n  callbacks: [*a]\n",
-    "lists in lists": "model: " + "[" * DEEP + "]" * DEEP,
+    "list in itself": "model: &a [*a]\n", "dictionary in itself": "model: &a {init_args: *a}\n",
+    "trainer in itself": "trainer: &a\n  callbacks: [*a]\n", "lists in lists": "model: " + "[" * DEEP + "]" * DEEP,
     "dictionaries in dictionaries": "model: " + "{a: " * 5000 + "}" * 5000,
     "indents": "".join(" " * n + "a:\n" for n in range(3000)),
     "python object": "model: !!python/object/apply:os.mkdir [{sprung}]\n",
-    "python name": "model: !!python/name:os.system\n",
-    "long text": "model: " + "x" * (1 << 24),
-    "many documents": "a: 1\n---\n" * 1000,
-    "control characters": "model: \"a\x1b[2Jb\"\n",
+    "python name": "model: !!python/name:os.system\n", "long text": "model: " + "x" * (1 << 24),
+    "many documents": "a: 1\n---\n" * 1000, "control characters": "model: \"a\x1b[2Jb\"\n",
     "number of digits": "trainer: {max_steps: " + "9" * 5000 + "}\n",
     "sexagesimal": "trainer: {max_steps: " + ":".join(["59"] * 3000) + "}\n",
-    "date": "trainer: {max_steps: 9999-99-99}\n",
-    "nul": "model: a\0b\n",
-    "binary": "\x89PNG\r\n\x1a\n",
+    "date": "trainer: {max_steps: 9999-99-99}\n", "nul": "model: a\0b\n", "binary": "\x89PNG\r\n\x1a\n",
     "list": "[1, 2]\n",
 }  # fmt: skip
 
 TEMPLATES = {
     "power": "{{ 'x' * 10**10 }}", "powers of powers": "{{ 9**9**9**9 }}",
     "nested ranges": "{% for a in range(99999) %}" * 4 + "x" +
-    "{% endfor %}" * 4, "long range": "{% for a in range(10**12) %}{% endfor %}",
-    "center": "{{ 'x'.center(10**10) }}", "format":
-    "{{ '%10000000000d' % 1 }}", "format method": "{{ '{:>10000000000}'.format(1) }}",
-    "list times": "{{ [0] * 10**10 }}", "join":
-    "{{ ('x' * 10**5).join('y' * 10**6) }}", "replace": "{{ ('x' * 10**5).replace('x', 'y' * 10**6) }}", "growing":
-    "{% set n = namespace(t='x') %}{% for i in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}{{ n.t }}", "macro":
-    "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
-    "globals": "{{ cycler.__init__.__globals__.os.mkdir('SPRUNG') }}", "subclasses":
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "attr": "{{ ''|attr('__class__') }}",
-    "include": "{% include '/etc/passwd' %}", "raise":
-    "{{ raise_exception('\x1b]0;owned\x07 no') }}", "syntax": "{% for %}", "open": "{{ open('SPRUNG', 'w') }}",
-    "json": "{{ range(10**9)|list|tojson }}",
+    "{% endfor %}" * 4,
+    "long range": "{% for a in range(10**12) %}{% endfor %}", "center": "{{ 'x'.center(10**10) }}",
+    "format": "{{ '%10000000000d' % 1 }}", "format method": "{{ '{:>10000000000}'.format(1) }}",
+    "list times": "{{ [0] * 10**10 }}", "join": "{{ ('x' * 10**5).join('y' * 10**6) }}",
+    "replace": "{{ ('x' * 10**5).replace('x', 'y' * 10**6) }}",
+    "growing": "{% set n = namespace(t='x') %}{% for i in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}{{ n.t }}",
+    "macro": "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
+    "globals": "{{ cycler.__init__.__globals__.os.mkdir('SPRUNG') }}",
+    "subclasses": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "attr": "{{ ''|attr('__class__') }}", "include": "{% include '/etc/passwd' %}",
+    "raise": "{{ raise_exception('\x1b]0;owned\x07 no') }}", "syntax": "{% for %}",
+    "open": "{{ open('SPRUNG', 'w') }}", "json": "{{ range(10**9)|list|tojson }}",
     "batch": "{{ range(10**9)|batch(2)|list }}", "indent": "{{ 'x\n' * 10**5 | indent(10**6) }}", "not text": 3,
     "lists": [["a"]],
 }  # fmt: skip
@@ -123,9 +117,10 @@ def _from_checkpoint(place: Place, template: str) -> Call:
     return Call(["fit", "-c", place.config("finetune", changes)])
 
 
-TOKENS = {"2^31": 1 << 31, "2^31-1": (1 << 31) - 1, "2^32-1": (1 << 32) - 1, "2^32": 1 << 32, "2^63": 1 << 63,
-"-1": -1, "1.5": 1.5,
-          "text": "1", "none": None, "beyond the embedding": 320, "100 million": 10**8}  # fmt: skip
+TOKENS = {
+    "2^31": 1 << 31, "2^31-1": (1 << 31) - 1, "2^32-1": (1 << 32) - 1, "2^32": 1 << 32, "2^63": 1 << 63, "-1": -1,
+    "1.5": 1.5, "text": "1", "none": None, "beyond the embedding": 320, "100 million": 10**8,
+}  # fmt: skip
 
 
 def with_token(place: Place, token: Any, added: bool) -> dict[str, Any]:

@@ -16,7 +16,10 @@ REFUSED, DIVERGED, FINE = 2, 1, 0
 ERROR = "orthotrain: error: "
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 """What libraries write around words; it changes nothing but colours."""
-BAD_ADVICE = re.compile(r"weights_only ?= ?False|weights_only.{0,40}to .?False|trusted source|add_safe_globals", re.I)
+BAD_ADVICE = re.compile(
+    r"\b(re-?running|set|setting|pass|passing|use|using|change|changing|try)\b[^.;]{0,60}weights_only|trusted source|safe_globals",
+    re.IGNORECASE,
+)
 # what a terminal acts upon, and what turns the direction of a line around
 ESCAPES = re.compile("[\x00-\x08\x0b-\x1f\x7f\x80-\x9f\u202a-\u202e\u2066-\u2069]")
 TRAPS = {"antigravity", "this", "trap_module", "turtle", "idlelib", "ensurepip", "lib2to3", "turtledemo"}

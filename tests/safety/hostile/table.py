@@ -8,9 +8,11 @@ from hostile import (
     bombs,
     broken_values,
     deletions,
+    description_keys,
     descriptions,
     folders,
     options,
+    planted,
     shards,
     special_files,
     states,
@@ -18,22 +20,15 @@ from hostile import (
 )
 from hostile.rows import Row
 
-MODULES = (descriptions, deletions, bombs, text_bombs, special_files, broken_values, states, options, folders, shards)
+MODULES = (
+    descriptions, description_keys, deletions, planted, bombs, text_bombs, special_files, broken_values, states,
+    options, folders, shards,
+)  # fmt: skip
 ALL = [row for module in MODULES for row in module.rows()]
 KINDS = {
-    "description",
-    "deletion",
-    "planted",
-    "bomb",
-    "text bomb",
-    "special file",
-    "path",
-    "broken value",
-    "state",
-    "option",
-    "folder",
-    "shards",
-}
+    "description", "deletion", "planted", "bomb", "text bomb", "special file", "path", "broken value", "state",
+    "option", "folder", "shards",
+}  # fmt: skip
 COMMANDS = {
     "fit", "validate", "test", "predict", "plan", "export", "export-peft", "consolidate", "checkpoint_model",
     "load_network", "load_from_checkpoint", "load_adapter", "import_peft", "pretrained", "tokenizer", "fit-from",

@@ -12,6 +12,7 @@ CHANGES = {
     "os.remove": 1, "os.rename": 2, "os.rmdir": 1, "os.mkdir": 1, "os.link": 2, "os.symlink": 2, "os.truncate": 1,
     "os.chmod": 1, "os.chown": 1, "shutil.rmtree": 1, "shutil.move": 2,
 }  # fmt: skip
+KIND_OF = {"import": "import", **dict.fromkeys(PROGRAMS, "program"), **dict.fromkeys(HOSTS, "host")}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -46,16 +47,9 @@ def watch(folder: Path, home: str, log: int) -> None:
             return
         noting = True
         try:
-            kind = None
-            if event == "import":
-                kind, arguments = "import", arguments[:1]
-            elif event in PROGRAMS:
-                kind = "program"
-            elif event in HOSTS:
-                kind = "host"
-            elif any(outside(path) for path in changed(event, arguments)):
-                kind = "change"
+            kind = KIND_OF.get(event) or ("change" if any(map(outside, changed(event, arguments))) else None)
             if kind is not None:
+                arguments = arguments[:1] if kind == "import" else arguments
                 os.write(log, (json.dumps([kind, event, repr(arguments)[:300]]) + "\n").encode())
         except (OSError, ValueError):
             pass

@@ -17,7 +17,8 @@ ERROR = "orthotrain: error: "
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 """What libraries write around words; it changes nothing but colours."""
 BAD_ADVICE = re.compile(
-    r"\b(re-?running|set|setting|pass|passing|use|using|change|changing|try)\b[^.;]{0,60}weights_only|trusted source|safe_globals",
+    r"\b(re-?running|set(ting)?|pass(ing)?|us(e|ing)|chang(e|ing)|try)\b[^.;]{0,60}weights_only"
+    r"|trusted source|safe_globals",
     re.IGNORECASE,
 )
 # what a terminal acts upon, and what turns the direction of a line around

@@ -10,7 +10,6 @@ sys.path.append(str(Path(__file__).parent))  # the package hostile
 from hostile.good import make_good
 from hostile.harness import Server
 
-
 collect_ignore_glob = [] if sys.platform == "linux" else ["test_*"]  # limits, pidfd and /proc are those of Linux
 
 

@@ -155,7 +155,7 @@ def faults(outcome: Outcome, codes: tuple[int, ...], names: tuple[str, ...] = ()
             wrong.append(f"{len(errors)} lines of error, the last line must be the only one")
         elif names and not any(name.lower() in errors[0].lower() for name in names):
             wrong.append(f"the error names none of {names}: {errors[0][:300]}")
-        elif len(errors[0]) > 2000:
+        elif len(errors[0]) > 10_000:
             wrong.append(f"the error is {len(errors[0])} characters long")
     if not outcome.code and errors:
         wrong.append("an error and exit code 0")

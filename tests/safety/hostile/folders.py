@@ -32,6 +32,9 @@ MODEL_KEYS = (
 )  # fmt: skip
 
 
+WORDS = ("bad", "adapter", "generators")
+
+
 def _json(path: Path, change: Callable[[Any], Any]) -> None:
     content = json.loads(path.read_text())
     path.write_text(json.dumps(change(content)))
@@ -69,7 +72,7 @@ def rows() -> Iterator[Row]:
     for key in PEFT_KEYS:
         for name in (next(some), next(some)):
             make = _keyed("peft", "adapter_config.json", key, ODD[name], peft)
-            yield Row(KIND, f"peft {key} is {name}", "import_peft", make, EITHER, ("bad", "adapter_config.json"))
+            yield Row(KIND, f"peft {key} is {name}", "import_peft", make, EITHER, WORDS)
     for key in MODEL_KEYS:
         for name in (next(some), next(some)):
             make = _keyed("model", "config.json", key, ODD[name], model)
@@ -209,6 +212,6 @@ def tensor_rows() -> Iterator[Row]:
         if turn != 0 or fitting:
             yield Row(KIND, f"adapter of {name}", "load_adapter", adapter, names=("bad", "finite"))
         if turn != 1 or fitting:
-            yield Row(KIND, f"peft weights of {name}", "import_peft", in_peft)
+            yield Row(KIND, f"peft weights of {name}", "import_peft", in_peft, names=WORDS)
         if turn != 2 or what in (b"NAN", b"ESCAPE"):
             yield Row(KIND, f"weights of {name}", "pretrained", weights, EITHER if fitting else (2,))

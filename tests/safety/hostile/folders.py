@@ -131,7 +131,12 @@ def file_rows() -> Iterator[Row]:
             if (len(name) + len(file)) % 2 or name == "lists in lists":
                 command = {peft: "import_peft", model: "pretrained", tokenizer: "tokenizer"}[call]
                 yield Row(
-                    KIND, f"{file} is {name}", command, whole, EITHER if file == "tokenizer_config.json" else (2,)
+                    KIND,
+                    f"{file} is {name}",
+                    command,
+                    whole,
+                    EITHER if file == "tokenizer_config.json" else (2,),
+                    WORDS,
                 )
 
 

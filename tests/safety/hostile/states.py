@@ -119,4 +119,4 @@ def rows() -> Iterator[Row]:
                 return use(command, place, place.save(contents))
 
             codes = EITHER if name in HARMLESS else (1, 2) if "NaN" in name or "infinite" in name else (2,)
-            yield Row(KIND, name, command, make, codes, ("bad", "finite", "NaN"))
+            yield Row(KIND, name, command, make, codes, ("bad", "the checkpoint", "finite", "NaN"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch._utils import _rebuild_tensor_v2
+from torch.storage import TypedStorage
 
 from hostile import pickles
 from hostile.descriptions import MODULE, with_description
@@ -30,6 +31,11 @@ def _cycle_dict() -> dict:
     return value
 
 
+def _claimed(size: int) -> pickles.Call:
+    data = TypedStorage(wrap_storage=torch.zeros(1).untyped_storage(), dtype=torch.float32, _internal=True)
+    return pickles.Call(_rebuild_tensor_v2, data, 0, (size,), (0,), False, OrderedDict())
+
+
 def _shared_dict(depth: int) -> dict:
     value: dict = {}
     for _ in range(depth):
@@ -48,8 +54,7 @@ VALUES = {
     "storage": lambda: pickles.Call(torch.UntypedStorage, 10**11),
     "bytearray": lambda: pickles.Call(bytearray, 10**11),
     "bytearrays": lambda: [pickles.Call(bytearray, 1 << 30) for _ in range(9)],
-    "claimed size": lambda: pickles.Call(_rebuild_tensor_v2, torch.zeros(1).storage(), 0, (1 << 40,), (0,), False,
-    OrderedDict()),
+    "claimed size": lambda: _claimed(1 << 40),
     "meta tensor": lambda: torch.empty(1 << 40, device="meta"),
     "sparse tensor": lambda: torch.sparse_coo_tensor(torch.zeros(2, 0), torch.zeros(0), (1 << 31, 1 << 31),
     check_invariants=False),

@@ -15,6 +15,12 @@ ODD = [
     "init_args": {}},
     {"trust_remote_code": True}, '{"class_path": "antigravity.fly"}', "!!python/name:os.system", "9" * 400,
 ]  # fmt: skip
+CLASSES = [
+    '{"class_path": "antigravity.fly"}', '{"class_path": "trap_module.Network", "init_args": {}}',
+    "trap_module.Network",
+    "class_path: antigravity.fly", {"class_path": "antigravity.fly"}, {"class_path": "this.d", "init_args.x": 1},
+]  # fmt: skip
+"""What replaces the description of a class."""
 KEYS = [
     "class_path",
     "init_args",
@@ -68,9 +74,19 @@ def other_type(value: Any) -> Any:
     return str(value)
 
 
+def _describes(value: Any) -> bool:
+    return isinstance(value, dict) and "class_path" in value
+
+
 def changed(draw: Any, value: Any) -> None:
     """Change one place of nested plain values."""
-    path = draw(st.sampled_from(list(places(value)) or [()]))
+    found = list(places(value)) or [()]
+    classes = [path for path in found if path and _describes(holder_of(value, path)[path[-1]])]
+    if classes and draw(st.integers(0, 2)) == 0:
+        path = draw(st.sampled_from(classes))
+        holder_of(value, path)[path[-1]] = copy.deepcopy(draw(st.sampled_from(CLASSES)))
+        return
+    path = draw(st.sampled_from(found))
     if not path:
         return
     holder, key, operation = holder_of(value, path), path[-1], draw(st.sampled_from(OPERATIONS))

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PYTHONUNBUFFERED := 1
 
-.PHONY: fit finetune smollm2 test faults lint docs clean
+.PHONY: fit finetune smollm2 test faults safety lint docs clean
 
 fit: $(VENV)/.installed
 	$(BIN)/orthotrain fit -c pretrain/quickstart.yaml
@@ -29,6 +29,10 @@ test: $(VENV)/.installed-test
 # every way for a run to die, at each of its steps and at random moments; ends with the README's table
 faults: $(VENV)/.installed-test
 	ORTHOTRAIN_FAULTS=20 OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/faults
+
+# every hostile input of the table, of which make test runs a part
+safety: $(VENV)/.installed-test
+	ORTHOTRAIN_SAFETY=all OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests/safety
 
 lint: $(VENV)/.installed-test typing-tree
 	$(BIN)/ruff check .

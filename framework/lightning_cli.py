@@ -1,6 +1,6 @@
 """LightningCLI with one-line errors, self-describing checkpoints and the planner."""
 
-import zipfile
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from jsonargparse import _typehints
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim.lr_scheduler import LRScheduler
@@ -23,9 +24,9 @@ import orthotrain.schedules  # noqa: F401
 from orthotrain.best_checkpoint import best_checkpoint
 from orthotrain.callbacks.run_progress import RunProgress
 from orthotrain.callbacks.sample_writer import SampleWriter
-from orthotrain.checkpoint import refuse_run_folder
+from orthotrain.checkpoint import describe_checkpoint, refuse_run_folder
 from orthotrain.config_errors import one_line
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.layers.kernel_choice import check_kernels
 from orthotrain.models import CausalLM, ModelBuilder, check_vocabulary
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
@@ -129,11 +130,12 @@ class OrthotrainCLI(LightningCLI):
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if path is None or path in ("last", "best", "hpc"):
             return
+        if "\0" in path:
+            raise ConfigurationError(f"--ckpt_path {path!r} is no path: it has a NUL character")
         if not Path(path).exists():
             raise ConfigurationError(f"--ckpt_path {path!r} does not exist; give a file of a run, or last, or best")
         refuse_run_folder(Path(path))
-        if Path(path).is_file() and not zipfile.is_zipfile(path):
-            raise ConfigurationError(f"--ckpt_path {path!r} is no checkpoint or is truncated; take an earlier one")
+        describe_checkpoint(path)  # before the data is prepared; its values are compared with checksums when it is read
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Let ``--ckpt_path last`` be the newest checkpoint that is whole, and ``best`` the one that it names."""
@@ -148,6 +150,20 @@ class OrthotrainCLI(LightningCLI):
             self._tell_without_checkpoint(subcommand)
         self.model.resume_from = kwargs.get("ckpt_path")
         return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run, and name the checkpoint where what it holds could not be restored."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (ConfigurationError, TrainingDiverged, OSError):
+            raise
+        except Exception as error:
+            if not raised_while_restoring(error):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise ConfigurationError(
+                f"checkpoint {self.model.resume_from!r} cannot be restored in this run: {reason}"
+            ) from error
 
     def _tell_without_checkpoint(self, subcommand: str) -> None:
         """Say what a user who left out ``--ckpt_path`` may not have meant."""
@@ -190,6 +206,13 @@ class OrthotrainCLI(LightningCLI):
         if self.subcommand is not None:
             config = config[self.subcommand]
         self.model.save_hyperparameters(config["model"])
+
+
+def raised_while_restoring(error: BaseException) -> bool:
+    """Tell whether an error was raised while Lightning restored a checkpoint, and not by training or evaluating."""
+    frames = [frame.frame.f_code for frame in inspect.getinnerframes(error.__traceback__, context=0)]
+    names = [code.co_name for code in frames if code.co_filename == checkpoint_connector.__file__]
+    return any(name.lstrip("_").startswith(("restore", "resume_start")) for name in names)
 
 
 class PlanCLI(OrthotrainCLI):

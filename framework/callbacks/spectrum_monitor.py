@@ -16,6 +16,7 @@ from orthotrain.layers.mergeable import Covering, Mergeable, Scaled, mergeable_l
 from orthotrain.layers.sharding import gathered
 from orthotrain.progress import shown
 from orthotrain.spectrum import singular_values, spectral_drift, svd_entropy
+from orthotrain.stored_values import stored_count, stored_curves, stored_tensors
 
 DECOMPOSING = "measuring spectra"
 
@@ -160,8 +161,8 @@ class SpectrumMonitor(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what was seen before."""
-        self.start, self.now = state_dict["start"], state_dict["now"]
-        self.coverage, self._last_step = state_dict["coverage"], state_dict["last_step"]
+        self.start, self.now = stored_tensors(state_dict, "start"), stored_tensors(state_dict, "now")
+        self.coverage, self._last_step = stored_curves(state_dict, "coverage"), stored_count(state_dict, "last_step")
 
 
 @torch.no_grad()

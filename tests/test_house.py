@@ -85,7 +85,7 @@ MAY_IMPORT = {
     "modules": {
         *("modules", "callbacks", "layers", "optimizers", "plugins", "models"),
         *("metrics", "generation", "generation_metrics", "checkpoint", "checkpoint_io"),
-        *("resume", "restorable", "stored_paths", "strategies", "errors", "seeding", "progress"),
+        *("temporary", "resume", "restorable", "stored_paths", "strategies", "errors", "seeding", "progress"),
     },
 }
 

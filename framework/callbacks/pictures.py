@@ -6,6 +6,8 @@ from typing import Any
 
 import lightning as L
 
+from orthotrain.temporary import write_atomically
+
 Series = Sequence[tuple[float, float]]
 
 
@@ -50,5 +52,5 @@ def draw_lines(axes: Any, lines: Mapping[str, Iterable[tuple[float, float]]], **
 
 def save(figure: Any, path: Path) -> Path:
     """Write the picture and return its path."""
-    figure.savefig(path, dpi=120)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix[1:]))
     return path

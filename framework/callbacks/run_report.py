@@ -17,6 +17,7 @@ from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import is_sharded
 from orthotrain.spectrum import spectral_drift
 from orthotrain.stored_values import stored_curves, stored_numbers, stored_tensors
+from orthotrain.temporary import write_text
 
 
 class RunReport(L.Callback):
@@ -74,9 +75,9 @@ class RunReport(L.Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         values = self._values(trainer, pl_module, drift)
-        (folder / "summary.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+        write_text(folder / "summary.json", json.dumps(values, indent=1))
         text = "\n".join([*self._lines(values, folder), *self._sample(trainer, pl_module)])
-        (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
+        write_text(folder / "summary.txt", text + "\n")
         print("\n" + text, flush=True)
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 
 from orthotrain.generation import generated_tokens
+from orthotrain.temporary import open_to_append, write_text
 
 
 class SampleWriter(L.Callback):
@@ -17,7 +18,7 @@ class SampleWriter(L.Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"samples-{trainer.global_rank}.jsonl"
-        self.path.write_text("")
+        write_text(self.path, "")
 
     def on_predict_batch_end(
         self,
@@ -32,7 +33,7 @@ class SampleWriter(L.Callback):
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is None or not isinstance(batch, dict):
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with open_to_append(self.path) as file:
             for prompt, output in zip(batch["input_ids"], outputs, strict=True):
                 answer = generated_tokens(getattr(pl_module, "model", None), output, len(prompt))
                 row = {

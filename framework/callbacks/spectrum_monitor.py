@@ -17,6 +17,7 @@ from orthotrain.layers.sharding import gathered
 from orthotrain.progress import shown
 from orthotrain.spectrum import singular_values, spectral_drift, svd_entropy
 from orthotrain.stored_values import stored_count, stored_curves, stored_tensors
+from orthotrain.temporary import open_to_append
 
 DECOMPOSING = "measuring spectra"
 
@@ -135,7 +136,7 @@ class SpectrumMonitor(L.Callback):
                     logger.experiment.add_histogram(f"spectrum/{name}", values, trainer.global_step)
         path = folder / "spectra.csv"
         fresh = not path.exists()
-        with path.open("a", encoding="utf-8", newline="") as file:
+        with open_to_append(path) as file:
             rows = csv.writer(file)
             rows.writerows([["step", "layer", "index", "value"]] * fresh)
             for name, values in self.now.items():

@@ -17,7 +17,7 @@ from orthotrain.data.sources import CACHE_MARK, Corpus, location
 from orthotrain.data.token_cache import VERSION, CorruptCacheError, TokenCache
 from orthotrain.data.tokenizers import fingerprint, load_tokenizer, load_trained_tokenizer
 from orthotrain.errors import ConfigurationError
-from orthotrain.temporary import remove_leftovers, write_atomically
+from orthotrain.temporary import remove_leftovers, write_text
 
 
 def folder_name(sources: list[str], settings: dict[str, Any]) -> str:
@@ -112,4 +112,4 @@ def _is_fresh(folder: Path, tokenizer: str, source: str) -> bool:
 
 def _save(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     text = tokenizer.backend_tokenizer.to_str(pretty=True)
-    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    write_text(path, text)

@@ -1,7 +1,6 @@
 """Measuring what the parts of a POET layer cost on a device, for the choice between its centres."""
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from orthotrain.kernels.poet_linear import poet_linear, serves
 from orthotrain.layers.centre import Costs, cached_costs, default_path, device_name
 from orthotrain.layers.poet_settings import PoetSettings
 from orthotrain.progress import Progress
+from orthotrain.temporary import write_text
 
 DTYPES = {"float32": torch.float32, "half": torch.bfloat16}
 
@@ -194,13 +194,7 @@ def write_table(entry: dict[str, Any], path: Path | None = None) -> Path:
     """Write a table of costs of one device, from which layers take it; return where."""
     path = path or default_path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(json.dumps({"unit": "ns", "devices": [entry]}, indent=1) + "\n")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_text(path, json.dumps({"unit": "ns", "devices": [entry]}, indent=1) + "\n")
     except OSError as error:
         raise ConfigurationError(f"table of costs {path} cannot be written: {error.strerror}") from error
     cached_costs.cache_clear()

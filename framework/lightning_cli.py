@@ -1,10 +1,10 @@
 """LightningCLI with one-line errors, self-describing checkpoints and the planner."""
 
 import contextlib
+import inspect
 import re
 import signal
 import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from jsonargparse import _typehints
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim.lr_scheduler import LRScheduler
@@ -28,17 +29,16 @@ import orthotrain.schedules  # noqa: F401
 from orthotrain.best_checkpoint import best_checkpoint
 from orthotrain.callbacks.run_progress import RunProgress
 from orthotrain.callbacks.sample_writer import SampleWriter
-from orthotrain.checkpoint import refuse_run_folder
+from orthotrain.checkpoint import describe_checkpoint, refuse_run_folder
 from orthotrain.config_errors import one_line
-from orthotrain.errors import ConfigurationError
-from orthotrain.failures import naming
+from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.layers.kernel_choice import check_kernels
 from orthotrain.models import CausalLM, ModelBuilder, check_vocabulary
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
 from orthotrain.plugins import Parameterization
 from orthotrain.resume import check_resumable, checkpoint_folders, last_checkpoint, written_folders
 from orthotrain.run_lock import holding
-from orthotrain.temporary import write_atomically
+from orthotrain.temporary import write_text
 from orthotrain.termination import check
 
 CONFIGURABLE = (
@@ -139,11 +139,12 @@ class OrthotrainCLI(LightningCLI):
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if path is None or path in ("last", "best", "hpc"):
             return
+        if "\0" in path:
+            raise ConfigurationError(f"--ckpt_path {path!r} is no path: it has a NUL character")
         if not Path(path).exists():
             raise ConfigurationError(f"--ckpt_path {path!r} does not exist; give a file of a run, or last, or best")
         refuse_run_folder(Path(path))
-        if Path(path).is_file() and not zipfile.is_zipfile(path):
-            raise ConfigurationError(f"--ckpt_path {path!r} is no checkpoint or is truncated; take an earlier one")
+        describe_checkpoint(path)  # before the data is prepared; its values are compared with checksums when it is read
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run; only ``fit`` keeps other runs out of its folders, so that an evaluation can run beside it."""
@@ -153,7 +154,7 @@ class OrthotrainCLI(LightningCLI):
             if not folder.exists():  # CSVLogger warns of older logs where only the lock lies
                 message = rf"Experiment logs directory {re.escape(str(folder))}/? exists"
                 warnings.filterwarnings("ignore", message=message)
-        with holding(folders), no_child_left(self.trainer):
+        with holding(folders), no_child_left(self.trainer), naming_checkpoint(self.model):
             super()._run_subcommand(subcommand)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -226,10 +227,7 @@ class RunConfig(SaveConfigCallback):
             return
         folder = trainer.log_dir  # a broadcast, in which every rank takes part
         if folder is not None and trainer.is_global_zero:
-            text = self.parser.dump(self.config, skip_none=False)
-            path = Path(folder) / self.config_filename
-            with naming(path):
-                write_atomically(path, lambda file: file.write(text.encode()))
+            write_text(Path(folder) / self.config_filename, self.parser.dump(self.config, skip_none=False))
         self.already_saved = True
 
 
@@ -244,6 +242,33 @@ def no_child_left(trainer: L.Trainer) -> Iterator[None]:
             launcher.kill(signal.SIGKILL)
             launcher.procs.clear()  # Lightning's observer would kill this process for the end of one of them
         raise
+
+
+@contextlib.contextmanager
+def naming_checkpoint(module: BaseModule) -> Iterator[None]:
+    """Name the checkpoint where what it holds could not be restored.
+
+    Raises:
+        ConfigurationError: In the place of whatever Lightning raised while it restored the checkpoint.
+    """
+    try:
+        yield
+    except (ConfigurationError, TrainingDiverged, OSError):
+        raise
+    except Exception as error:
+        if not raised_while_restoring(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ConfigurationError(
+            f"checkpoint {module.resume_from!r} cannot be restored in this run: {reason}"
+        ) from error
+
+
+def raised_while_restoring(error: BaseException) -> bool:
+    """Tell whether an error was raised while Lightning restored a checkpoint, and not by training or evaluating."""
+    frames = [frame.frame.f_code for frame in inspect.getinnerframes(error.__traceback__, context=0)]
+    names = [code.co_name for code in frames if code.co_filename == checkpoint_connector.__file__]
+    return any(name.lstrip("_").startswith(("restore", "resume_start")) for name in names)
 
 
 class PlanCLI(OrthotrainCLI):

@@ -4,8 +4,8 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-MOST_INSTRUCTIONS = 4_000_000
-"""What a checkpoint's pickle has at most, beside what it has for each tensor: two or three seconds of reading."""
+MOST_INSTRUCTIONS = 2_000_000
+"""What a checkpoint's pickle has at most, beside those for each tensor: seconds of reading."""
 
 _MARK = object()
 _LARGEST_KEY = 1 << 53
@@ -85,6 +85,9 @@ class Interpreter:
                     stack.append(_NEW[code]())
                 elif code == 0x28:  # MARK
                     stack.append(_MARK)
+                elif code == 0x4B:  # BININT1
+                    stack.append(data[self._at])
+                    self._at += 1
                 elif code in names:
                     names[code](code)
                 else:

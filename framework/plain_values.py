@@ -4,8 +4,10 @@ Refused by the name of their place are objects, tensors without values or with v
 file, and structures that are deep, that hold themselves, or that a shared part makes far larger than the file.
 """
 
+import gc
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,10 +73,23 @@ def read_description(archive: Archive) -> Any:
     if (size := archive.size_of("data.pkl")) > MOST_PICKLE_BYTES:
         raise ValueError(f"it describes its values in {size:,} bytes, more than a checkpoint needs")
     data = archive.read("data.pkl")
-    most = MOST_INSTRUCTIONS + _INSTRUCTIONS_OF_A_TENSOR * len(archive)
-    root = Interpreter(data, _known, _storage, _give_state, most=most).run()
-    _Walk(archive, _EXPANSION * len(data) + _SMALL).check(root)
+    most = MOST_INSTRUCTIONS + _INSTRUCTIONS_OF_A_TENSOR * len(archive) + archive.size // 256
+    with _without_collection():
+        root = Interpreter(data, _known, _storage, _give_state, most=most).run()
+        _Walk(archive, _EXPANSION * len(data) + _SMALL).check(root)
     return root
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep the garbage collector from walking through millions of new objects again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def read_values(root: Any, archive: Archive, verify: bool = True) -> Any:
@@ -196,8 +211,10 @@ def _known(module: str, name: str) -> Any:
     return _PLAIN.get((module.replace("__builtin__", "builtins"), name)) or Foreign(f"{module}.{name}")
 
 
-def _storage(identity: Any) -> Storage:
+def _storage(identity: Any) -> Storage | Foreign:
     kind, dtype, key, _, values = identity if isinstance(identity, tuple) and len(identity) == 5 else [None] * 5
+    if kind == "storage" and isinstance(dtype, Foreign):
+        return dtype
     if kind != "storage" or not isinstance(dtype, torch.dtype) or type(key) is not str or not _is_count(values):
         raise ValueError("it describes a storage of another kind")
     return Storage(dtype, key, values)
@@ -205,7 +222,7 @@ def _storage(identity: Any) -> Storage:
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Any:
     if not isinstance(storage, Storage):
-        return Foreign("a tensor without values")
+        return storage if isinstance(storage, Foreign) else Foreign("a tensor without values")
     dtype = next((option for option in rest if isinstance(option, torch.dtype)), storage.dtype)
     assert dtype is not None
     lists = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= 64
@@ -296,9 +313,7 @@ def _check_tensor(tensor: StoredTensor, archive: Archive, place: tuple[Any, ...]
     itemsize = tensor.dtype.itemsize
     assert storage.dtype is not None
     if storage.values * storage.dtype.itemsize != there:
-        raise ValueError(
-            f"{_at(place)} has a storage of {storage.values:,} values, and {max(there, 0):,} bytes of them"
-        )
+        raise ValueError(f"{_at(place)} has {storage.values:,} values in a storage of {max(there, 0):,} bytes")
     used = [(stride, size) for size, stride in zip(tensor.shape, tensor.strides, strict=True) if size != 1]
     if any(size == 0 for _, size in used):
         return

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from orthotrain.errors import ConfigurationError
 
+_MERGES_BY_HAND = 1000
 _TABLES = ("state_dict", "loops", "callbacks")
 _LISTS = ("optimizer_states", "lr_schedulers")
 _NEEDED_OF_SCHEDULE = ("last_epoch", "_step_count", "base_lrs", "_last_lr")
@@ -146,6 +147,22 @@ def check_optimizer(saved: Any, optimizer: Optimizer, number: int, origin: str) 
         for name, value in entry.items():
             shape = parameters[key].shape if strict and name in _LIKE_PARAMETER else None
             _check_moment(value, shape, f"{place}.state.{key}.{name}", origin)
+
+
+def check_merges(state: dict[str, Any], steps: Any) -> None:
+    """Refuse layers that were merged far more often than their run has taken steps: each merge is looked up again.
+
+    Args:
+        state: The network's part of a checkpoint.
+        steps: Optimizer steps of its run, None if that is not known.
+
+    Raises:
+        ConfigurationError: Naming the layer.
+    """
+    counts = ("merge_count", "fold_count", "resample_count")
+    for name in [name for name in state if name.endswith(counts)] if is_count(steps) else ():
+        if state[name].numel() == 1 and int(state[name]) > steps + _MERGES_BY_HAND:
+            raise ConfigurationError(f"{name} is {int(state[name]):,} in a checkpoint of optimizer step {steps:,}")
 
 
 def is_count(value: Any) -> bool:

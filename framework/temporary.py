@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.failures import naming
 
 PARTIAL_SUFFIX, OLD_SUFFIX = ".partial", ".old"
 JOURNAL = ".orthotrain-unfinished"
@@ -76,7 +77,23 @@ def finish(path: Path, target: Path) -> None:
         _settle(target.parent)
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a small file as :func:`write_atomically` does, in UTF-8."""
+    with naming(path):
+        write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def open_to_append(path: Path) -> IO[str]:
+    """Open a text file to add to it; a link in its place is not followed.
+
+    Raises:
+        OSError: If it cannot be opened, or is a link.
+    """
+    flags = getattr(os, "O_NOFOLLOW", 0)
+    return open(path, "a", encoding="utf-8", newline="", opener=lambda name, mode: os.open(name, mode | flags, 0o666))
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a file that takes its name only when it is whole and on the disk.
 
     Args:

@@ -6,6 +6,7 @@ import lightning as L
 import torch
 
 from orthotrain.seeding import seed_draws
+from orthotrain.stored_values import stored_count
 
 
 class BatchSeeds(L.Callback):
@@ -39,4 +40,4 @@ class BatchSeeds(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the seed that the run began with."""
-        self.seed = state_dict["seed"]
+        self.seed = stored_count(state_dict, "seed", optional=True, signed=True)

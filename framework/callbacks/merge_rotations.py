@@ -8,6 +8,7 @@ from orthotrain.callbacks.attached import given_callbacks, marked
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.folding import fold_rotations, layers_beyond, merge_rotations
 from orthotrain.layers.mergeable import Foldable, Mergeable, Stepwise, mergeable_layers
+from orthotrain.stored_values import stored_count
 
 
 class MergeRotations(L.Callback):
@@ -142,8 +143,10 @@ class MergeRotations(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the counters, so that a merge at the checkpoint's step is not repeated."""
-        self.merges, self.early_merges = state_dict["merges"], state_dict["early_merges"]
-        self.last_merge, self._last_step = state_dict["last_merge"], state_dict["last_step"]
+        self.merges, self.early_merges, self._last_step = (
+            stored_count(state_dict, name) for name in ("merges", "early_merges", "last_step")
+        )
+        self.last_merge = stored_count(state_dict, "last_merge", optional=True)
 
 
 def check_period(name: str, steps: int) -> None:

@@ -13,6 +13,7 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import gathered
 from orthotrain.layers.spectral_bound import spectral_bound
+from orthotrain.stored_values import stored_curves
 
 
 class OrthogonalityMonitor(L.Callback):
@@ -67,7 +68,7 @@ class OrthogonalityMonitor(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what was seen before."""
-        self.curves = state_dict["curves"]
+        self.curves = {**self.curves, **stored_curves(state_dict, "curves")}
 
 
 @torch.no_grad()

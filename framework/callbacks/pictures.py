@@ -39,14 +39,8 @@ def draw_lines(axes: Any, lines: Mapping[str, Iterable[tuple[float, float]]], **
         axes.legend(fontsize="small")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with naming(path):
-        write_atomically(path, lambda file: file.write(text.encode()))
-
-
 def save(figure: Any, path: Path) -> Path:
     """Write the picture, whole or not at all, and return its path."""
     with naming(path):
-        write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+        write_atomically(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix[1:]))
     return path

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from orthotrain.callbacks.pictures import draw_lines, panels, save, write_text
+from orthotrain.callbacks.pictures import draw_lines, panels, save
 from orthotrain.callbacks.run_files import run_folder
 from orthotrain.callbacks.spectrum_monitor import spectrum
 from orthotrain.callbacks.throughput import Throughput, logs_at
@@ -18,6 +18,8 @@ from orthotrain.kernels.backend import describe
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import is_sharded
 from orthotrain.spectrum import spectral_drift
+from orthotrain.stored_values import stored_curves, stored_numbers, stored_tensors
+from orthotrain.temporary import write_text
 
 
 class RunReport(L.Callback):
@@ -88,7 +90,9 @@ class RunReport(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what was seen before."""
-        self.before, self.curves, self.spectra = state_dict["before"], state_dict["curves"], state_dict["spectra"]
+        self.before = stored_numbers(state_dict, "before")
+        self.curves = {**self.curves, **stored_curves(state_dict, "curves")}
+        self.spectra = stored_tensors(state_dict, "spectra")
 
     def _values(self, trainer: L.Trainer, pl_module: L.LightningModule, drift: float | None) -> dict[str, Any]:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}

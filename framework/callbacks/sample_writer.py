@@ -9,6 +9,7 @@ import lightning as L
 from orthotrain.callbacks.run_files import run_folder
 from orthotrain.failures import naming
 from orthotrain.generation import generated_tokens
+from orthotrain.temporary import open_to_append, write_text
 
 
 class SampleWriter(L.Callback):
@@ -21,7 +22,7 @@ class SampleWriter(L.Callback):
         folder = run_folder(trainer)
         self.path = None if folder is None else folder / f"samples-{trainer.global_rank}.jsonl"
         if self.path is not None:
-            self.path.write_text("")
+            write_text(self.path, "")
 
     def on_predict_batch_end(
         self,
@@ -36,7 +37,7 @@ class SampleWriter(L.Callback):
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if self.path is None or tokenizer is None or not isinstance(batch, dict):
             return
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), open_to_append(self.path) as file:
             for prompt, output in zip(batch["input_ids"], outputs, strict=True):
                 answer = generated_tokens(getattr(pl_module, "model", None), output, len(prompt))
                 row = {

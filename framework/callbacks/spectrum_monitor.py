@@ -17,6 +17,8 @@ from orthotrain.layers.mergeable import Covering, Mergeable, Scaled, mergeable_l
 from orthotrain.layers.sharding import gathered
 from orthotrain.progress import shown
 from orthotrain.spectrum import singular_values, spectral_drift, svd_entropy
+from orthotrain.stored_values import stored_count, stored_curves, stored_tensors
+from orthotrain.temporary import open_to_append
 
 DECOMPOSING = "measuring spectra"
 
@@ -137,7 +139,7 @@ class SpectrumMonitor(L.Callback):
                     logger.experiment.add_histogram(f"spectrum/{name}", values, trainer.global_step)
         path = folder / "spectra.csv"
         fresh = not path.exists()
-        with path.open("a", encoding="utf-8", newline="") as file:
+        with open_to_append(path) as file:
             rows = csv.writer(file)
             rows.writerows([["step", "layer", "index", "value"]] * fresh)
             for name, values in self.now.items():
@@ -163,8 +165,8 @@ class SpectrumMonitor(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what was seen before."""
-        self.start, self.now = state_dict["start"], state_dict["now"]
-        self.coverage, self._last_step = state_dict["coverage"], state_dict["last_step"]
+        self.start, self.now = stored_tensors(state_dict, "start"), stored_tensors(state_dict, "now")
+        self.coverage, self._last_step = stored_curves(state_dict, "coverage"), stored_count(state_dict, "last_step")
 
 
 @torch.no_grad()

@@ -17,9 +17,8 @@ from orthotrain.data.sources import CACHE_MARK, Corpus, location
 from orthotrain.data.token_cache import VERSION, CorruptCacheError, TokenCache
 from orthotrain.data.tokenizers import fingerprint, load_tokenizer, load_trained_tokenizer
 from orthotrain.errors import ConfigurationError
-from orthotrain.failures import naming
 from orthotrain.progress import waiting
-from orthotrain.temporary import remove_leftovers, write_atomically
+from orthotrain.temporary import remove_leftovers, write_text
 from orthotrain.termination import check
 
 
@@ -138,5 +137,4 @@ def _is_fresh(folder: Path, tokenizer: str, source: str) -> bool:
 
 def _save(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
     text = tokenizer.backend_tokenizer.to_str(pretty=True)
-    with naming(path):
-        write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    write_text(path, text)

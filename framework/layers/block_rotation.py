@@ -148,8 +148,10 @@ class BlockRotation(nn.Module):
         super().__setstate__(state)
         self._mark()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.permutation is not None:
+            check_stored_permutation(state_dict.get(f"{prefix}permutation"), self.permutation, f"{prefix}permutation")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._mark()  # assign=True has taken another parameter
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -187,6 +189,25 @@ def check_order(permutation: Tensor | None, features: int) -> None:
             debug_permutation("BlockRotation", "permutation", permutation)
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
+
+
+def check_stored_permutation(stored: Any, own: Tensor, name: str) -> None:
+    """Refuse to load what is no permutation: kernels read and write where it says.
+
+    Args:
+        stored: What a state dict has for it, None if it has nothing.
+        own: The permutation in whose place it comes; another shape is refused by torch.
+        name: Its name in the state dict, which says the layer.
+
+    Raises:
+        ConfigurationError: Naming the layer and what it has.
+    """
+    if not isinstance(stored, Tensor) or stored.shape != own.shape or traced(stored):
+        return
+    if stored.dtype != torch.int64:
+        raise ConfigurationError(f"{name} is {stored.dtype}; a permutation is int64")
+    if not torch.equal(stored.sort().values, torch.arange(stored.numel(), device=stored.device)):
+        raise ConfigurationError(f"{name} is no permutation: it repeats or leaves out one of {stored.numel()} places")
 
 
 def check_parameterization(spec: Parameterization | str) -> None:

@@ -1,7 +1,7 @@
 """A low-rank update beside a frozen weight: the baseline that pretrains with as few parameters."""
 
 import math
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.guard import without_autocast
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight, plain_linear
+from orthotrain.layers.mergeable import check_stored_counts
 from orthotrain.seeding import generator
 
 
@@ -94,6 +95,10 @@ class LoraLinear(nn.Module):
     def unwrap(self) -> nn.Linear:
         """Return an ``nn.Linear`` that computes the same."""
         return plain_linear(self.merged_weight(), self.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        check_stored_counts(state_dict, prefix, ("merge_count",))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @torch.no_grad()
     def _effective_weight(self) -> Tensor:

@@ -1,10 +1,14 @@
 """What callbacks and export know of a layer: how to fold its rotation away."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from orthotrain.errors import ConfigurationError
 
 
 @runtime_checkable
@@ -84,3 +88,25 @@ def mergeable_layers(model: nn.Module) -> Iterator[tuple[str, Mergeable]]:
     for name, module in model.named_modules():
         if isinstance(module, Mergeable):
             yield name, module
+
+
+MOST_MERGES = 1 << 31
+
+
+def check_stored_counts(state: Mapping[str, Any], prefix: str, names: Iterable[str]) -> None:
+    """Refuse to load counts of merges that are none: seeds are made of them.
+
+    Args:
+        state: A state dict.
+        prefix: What the names of the layer begin with in it.
+        names: Its counts; those that are not in the state dict, or have another shape, are refused by torch.
+
+    Raises:
+        ConfigurationError: Naming the layer, the count and its value.
+    """
+    for name in names:
+        stored = state.get(f"{prefix}{name}")
+        if not isinstance(stored, Tensor) or stored.ndim or stored.is_meta or isinstance(stored, FakeTensor):
+            continue
+        if stored.dtype != torch.int64 or not 0 <= int(stored) < MOST_MERGES:
+            raise ConfigurationError(f"{prefix}{name} is {stored.item()} ({stored.dtype}), which is no count of merges")

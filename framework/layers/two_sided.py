@@ -1,7 +1,7 @@
 """What the POET layers share: a frozen weight with a learned block rotation on either side."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from orthotrain.kernels.block_rotate.chunks import Rows, columns_of
 from orthotrain.kernels.fold import fold
 from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.frozen_weight import FrozenWeight, check_storable, plain_linear
+from orthotrain.layers.mergeable import check_stored_counts
 from orthotrain.layers.poet_settings import PoetSettings, Side
 from orthotrain.layers.sharding import whole
 from orthotrain.layers.trained_scale import TrainedScale
@@ -141,6 +142,10 @@ class TwoSided(nn.Module):
     def trained_factor(self) -> float | None:
         """Return s, None for a layer without a trained scale; a collective where it is sharded."""
         return None if self.scale is None else float(whole(self.scale.log).exp())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        check_stored_counts(state_dict, prefix, ("merge_count", "fold_count", "resample_count"))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _scaled(self, tensor: Tensor) -> Tensor:
         return tensor if self.scale is None else self.scale(tensor)

@@ -33,7 +33,7 @@ from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
 from orthotrain.models import ModelBuilder, check_vocabulary
 from orthotrain.modules.optimization import Optimization
 from orthotrain.rebuild import rebuild_module
-from orthotrain.restorable import check_optimizers, check_progress
+from orthotrain.restorable import check_merges, check_optimizers, check_progress
 from orthotrain.resume import adapt_ranks, agree_on_checkpoint, agree_on_step, checkpoint_folder_of, checkpoint_folders
 from orthotrain.stored_paths import keep_own_paths
 from orthotrain.strategies import ShardedStrategy, check_merging
@@ -177,6 +177,7 @@ class BaseModule(L.LightningModule):
             raise ConfigurationError(
                 f"the checkpoint is of another model: {difference}; use the config it was made with"
             )
+        check_merges(checkpoint["state_dict"], checkpoint.get("global_step"))
         check_finite(checkpoint["state_dict"], [name for name, _ in self.named_parameters(remove_duplicate=False)])
 
     def _fit_to_run(self, checkpoint: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from orthotrain.modules.network_checks import check_attention, check_positions, 
 from orthotrain.modules.oft_layers import OftLayers
 from orthotrain.modules.optimization import Optimization
 from orthotrain.progress import shown
+from orthotrain.temporary import open_to_append
 
 Objective = Literal["next_token", "model"]
 
@@ -196,5 +197,5 @@ class OftModule(BaseModule):
             experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "add_text"):
                 experiment.add_text(f"{split}_samples", f"```\n{text}\n```", self.global_step)
-        with (folder / f"{split}_samples.txt").open("a", encoding="utf-8") as file:
+        with open_to_append(folder / f"{split}_samples.txt") as file:
             file.write(text + "\n")

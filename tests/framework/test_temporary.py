@@ -1,0 +1,191 @@
+"""Unfinished files and folders: names that nobody can guess, noted before they are made; nothing else is touched."""
+
+import io
+import os
+import stat
+
+import pytest
+
+from orthotrain.errors import ConfigurationError
+from orthotrain.model_folder import new_folder
+from orthotrain.temporary import (
+    JOURNAL,
+    OLD_SUFFIX,
+    file_beside,
+    folder_beside,
+    open_to_append,
+    publish,
+    remove_leftovers,
+    set_aside,
+    write_atomically,
+    write_text,
+)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fill(folder, text="x"):
+    folder.mkdir(exist_ok=True)
+    (folder / "inside").write_text(text)
+    return folder
+
+
+FOREIGN = (".last.ckpt.old", ".last.ckpt.partial", "notes.old", ".backup.old", "a.tmp", ".x.0123456789abcdef.partial",
+           ".x.0123456789abcdef.old")  # fmt: skip
+
+
+def test_what_is_not_noted_is_left_alone(tmp_path):
+    """Files, folders and links of the names that this package gives to what is unfinished, or gave once."""
+    (tmp_path / "elsewhere").mkdir()
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in FOREIGN:
+        fill(run / name)
+        (run / f"{name}.link.old").symlink_to(tmp_path / "elsewhere")
+    before = names(run)
+    remove_leftovers(run)
+    write_text(run / "last.ckpt", "new")
+    publish(fill(folder_beside(run / "step.ckpt")), run / "step.ckpt")
+    assert names(run) == sorted([*before, "last.ckpt", "step.ckpt"])
+    assert all((run / name / "inside").read_text() == "x" for name in FOREIGN)
+
+
+def test_what_is_noted_is_removed(tmp_path):
+    file_beside(tmp_path / "a.ckpt").close()
+    fill(folder_beside(tmp_path / "b.ckpt"))
+    set_aside(fill(tmp_path / "c.ckpt"))
+    set_aside(fill(tmp_path / "d.ckpt", "older"), OLD_SUFFIX)
+    set_aside(fill(tmp_path / "e.ckpt", "older"), OLD_SUFFIX)
+    fill(tmp_path / "e.ckpt", "newer")
+    assert len(names(tmp_path)) == 7
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["d.ckpt", "e.ckpt"], "the one between two names has its own again"
+    assert (tmp_path / "d.ckpt" / "inside").read_text() == "older"
+    assert (tmp_path / "e.ckpt" / "inside").read_text() == "newer"
+
+
+def test_a_name_with_any_character_is_noted(tmp_path):
+    for name in ("a\nb.ckpt", "\udcff.ckpt", " .ckpt", ".partial"):
+        file_beside(tmp_path / name).close()
+        remove_leftovers(tmp_path)
+        assert names(tmp_path) == []
+
+
+def test_links_in_the_place_of_what_is_noted_are_not_followed(tmp_path):
+    victim, run = fill(tmp_path / "victim"), tmp_path / "run"
+    run.mkdir()
+    for make in (lambda: folder_beside(run / "a"), lambda: set_aside(fill(run / "b"), OLD_SUFFIX)):
+        path = make()
+        path.rename(tmp_path / "moved")
+        path.symlink_to(victim)
+        remove_leftovers(run)
+        assert path.is_symlink() and names(victim) == ["inside"] and not (run / "b").exists()
+        (tmp_path / "moved").rename(tmp_path / f"moved {path.name}")
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "fifo", "large"])
+def test_a_journal_that_is_none_is_refused(tmp_path, kind):
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    run.mkdir()
+    journal = run / JOURNAL
+    if kind == "link":
+        victim.write_text("kept")
+    if kind in ("link", "dangling"):
+        journal.symlink_to(victim)
+    elif kind == "folder":
+        journal.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(journal)
+    else:
+        with journal.open("wb") as file:
+            file.truncate(1 << 30)
+    for act in (remove_leftovers, lambda folder: write_text(folder / "x", "y")):
+        with pytest.raises(ConfigurationError, match="is no list of unfinished files"):
+            act(run)
+    assert names(run) == [JOURNAL]
+    assert not victim.exists() if kind != "link" else victim.read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "line", [b"../victim", b"/etc/passwd", b"victim", b".x.old", b"..", b"", b".a/.b.0123456789abcdef.old"]
+)
+def test_a_journal_names_nothing_else(tmp_path, line):
+    run = fill(tmp_path / "run")
+    fill(tmp_path / "victim")
+    fill(run / "victim")
+    fill(run / ".x.old")
+    (run / JOURNAL).write_bytes(line + b"\0")
+    remove_leftovers(run)
+    assert names(tmp_path / "victim") == names(run / "victim") == names(run / ".x.old") == ["inside"]
+
+
+def test_files_and_folders_have_the_modes_of_others(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "file", "x")
+        publish(fill(folder_beside(tmp_path / "folder")), tmp_path / "folder")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_that_has_the_name_is_replaced_and_not_followed(tmp_path, there):
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    run.mkdir()
+    if there:
+        fill(victim)
+    (run / "file").symlink_to(victim / "inside" if there else victim)
+    (run / "folder").symlink_to(victim)
+    (run / "log").symlink_to(victim / "inside" if there else victim)
+    write_text(run / "file", "new")
+    publish(fill(folder_beside(run / "folder"), "new"), run / "folder")
+    assert (run / "file").read_text() == "new" and not (run / "file").is_symlink()
+    assert (run / "folder" / "inside").read_text() == "new" and not (run / "folder").is_symlink()
+    with pytest.raises(OSError, match="symbolic link"):
+        open_to_append(run / "log")
+    assert not victim.exists() if not there else (victim / "inside").read_text() == "x"
+    assert names(run) == ["file", "folder", "log"]
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    def fails(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "x", fails)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as partial:
+        (partial / "half").write_text("x")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_an_export_does_not_follow_links(tmp_path):
+    """Neither to the name that it gives its unfinished folder, nor where the folder itself is a link."""
+    victim = fill(tmp_path / "victim")
+    (tmp_path / f".out.{os.getpid()}.partial").symlink_to(victim)
+    with new_folder(tmp_path / "out") as partial:
+        (partial / "config.json").write_text("{}")
+    assert names(tmp_path / "out") == ["config.json"] and names(victim) == ["inside"]
+    for target in (tmp_path / "nowhere", victim):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(target)
+        with (
+            pytest.raises(ConfigurationError, match="link' is a link: name the folder itself"),
+            new_folder(tmp_path / "link"),
+        ):
+            pass
+    with pytest.raises(ConfigurationError, match="NUL"), new_folder(tmp_path / "a\0b"):
+        pass
+
+
+def test_two_writers_of_one_process_keep_their_files(tmp_path):
+    first, second = file_beside(tmp_path / "x"), file_beside(tmp_path / "x")
+    assert first.name != second.name and isinstance(first, io.IOBase)
+    first.close(), second.close()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == []

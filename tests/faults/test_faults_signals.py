@@ -61,7 +61,7 @@ def test_a_signal_at_a_random_moment(harness, name, moment):
     time.sleep(seconds)
     process.send_signal(signum)
     in_time = process.poll() is None
-    code, log = process.wait(60), run.log()
+    code, log = process.wait(180), run.log()
     if in_time or code != 0:  # else the command had ended before the signal was sent
         assert code in (128 + signum, -signum), (code, log)
     assert "Traceback" not in log or (not run.steps() and early(log)), log

@@ -24,7 +24,7 @@ def stepwise(**options):
 LAYERS = {
     **{f"step-wise, {centre}": stepwise(centre=centre) for centre in ("input", "weight", "auto")},
     "step-wise, scaled": stepwise(trained_scale=True),
-    "step-wise, int8": stepwise(storage="int8", group_size=32),
+    "step-wise, residual": stepwise(storage="residual"),
     "POET": lambda: PoetLinear.from_linear(nn.Linear(64, 32), block_size=8),
     "OFT": lambda: OftLinear.from_linear(nn.Linear(64, 32), 8),
     "LoRA": lambda: LoraLinear.from_linear(nn.Linear(64, 32), 4),

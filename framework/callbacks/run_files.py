@@ -35,7 +35,9 @@ def leave_nothing(trainer: L.Trainer | None) -> list[L.Callback]:
     if not trainer.fast_dev_run:  # type: ignore[attr-defined] # Lightning says so itself
         rank_zero_info("this run is a trial: it writes no checkpoint, no log and no report")
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    taken = [callback for callback in callbacks if isinstance(callback, Checkpoint | SaveConfigCallback)]
+    taken: list[L.Callback] = [
+        callback for callback in callbacks if isinstance(callback, Checkpoint | SaveConfigCallback)
+    ]
     trainer.callbacks = [callback for callback in callbacks if callback not in taken]  # type: ignore[attr-defined]
     returns = _Returns(taken, trainer.loggers)
     trainer.loggers = [DummyLogger()] if trainer.loggers else []

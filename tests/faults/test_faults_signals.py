@@ -3,6 +3,7 @@
 ``make test`` tries a few moments, ``make faults`` 50 of each signal.
 """
 
+import contextlib
 import os
 import random
 import runpy
@@ -73,6 +74,35 @@ def test_a_signal_at_a_random_moment(harness, name, moment):
 def early(log):
     """Whether Python itself was starting: no line of the package is on the stack of a KeyboardInterrupt's traceback."""
     return log.rstrip().endswith("KeyboardInterrupt") and "in main" not in log
+
+
+def left_of(run):
+    """The processes of a run that are still there."""
+    name = str(run.folder.with_suffix(".signals.yaml")).encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [path.parent.name] * (name in path.read_bytes())
+    return found
+
+
+@pytest.mark.skipif(not LONG, reason="ranks that agree in training are in test_faults.py")
+@pytest.mark.parametrize("moment", [0.2, 0.4, 0.6, 0.8, 0.9, 0.97])
+def test_sigterm_takes_the_ranks_along_that_the_command_has_started(harness, moment):
+    """Only the first of two ranks gets the signal, as from ``kill``; in training both save, before it nothing is lost."""
+    harness.undisturbed("DDP")
+    run = harness.new_run("DDP")
+    process = start(run)
+    time.sleep(moment * 1.5 * duration(harness))
+    process.send_signal(signal.SIGTERM)
+    code, log = process.wait(180), run.log()
+    assert code in (143, -signal.SIGTERM) and "Traceback" not in log, (code, log)
+    end = time.monotonic() + 60
+    while left_of(run) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left_of(run), log
+    if run.steps():
+        assert max(run.steps()) == read_checkpoint(run.folder / "last.ckpt")["global_step"]
 
 
 @pytest.mark.skipif(not LONG, reason="tests/framework/test_termination.py has it in a process without a network")

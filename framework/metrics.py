@@ -1,8 +1,8 @@
 """Metrics of language models on top of torchmetrics."""
 
 import math
-from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -15,9 +15,6 @@ class TokenLoss(MeanMetric):
 
     higher_is_better = False  # type: ignore[assignment]
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(nan_strategy="disable", **options)  # the default leaves out batches whose loss is NaN
-
     def update(self, loss: Tensor | float, targets: int) -> None:  # type: ignore[override]
         """Add a batch; one without targets has no loss (the mean over none of them is NaN) and adds nothing.
 
@@ -25,8 +22,9 @@ class TokenLoss(MeanMetric):
             loss: Mean loss of the batch. NaN makes the mean over all batches NaN.
             targets: How many tokens it is the mean of.
         """
-        if targets:
-            super().update(loss, targets)
+        if targets:  # not MeanMetric.update: it leaves out what is NaN, or else the weights
+            self.mean_value += torch.as_tensor(loss, dtype=self.dtype, device=self.device) * targets
+            self.weight += targets
 
 
 def count_targets(batch: object, ignore_index: int = -100) -> int:

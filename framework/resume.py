@@ -51,6 +51,32 @@ def adapt_ranks(checkpoint: dict[str, Any], ranks: int) -> None:
             progress[name] += more
 
 
+def forget_end_of_epoch(checkpoint: dict[str, Any]) -> bool:
+    """Take from a checkpoint, in place, that its batch was the last one of the epoch; return whether it was."""
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    was, progress["is_last_batch"] = bool(progress.get("is_last_batch")), False
+    return was
+
+
+def begin_next_epoch(fit_loop: Any, was_over: bool) -> None:
+    """Begin the next epoch if a resumed run has all batches of an epoch behind it.
+
+    Lightning asks the checkpoint for that, and repeats the data of an epoch in a run that is resumed at the end of two
+    epochs, one after the other.
+
+    Args:
+        fit_loop: The trainer's loop, reset for a run that goes on.
+        was_over: Whether the checkpoint was the end of its epoch, for data whose number of batches is not known.
+    """
+    if not fit_loop.restarted_mid_epoch:
+        return
+    seen, batches = fit_loop.epoch_loop.batch_progress.current.ready, fit_loop.max_batches
+    if was_over if batches == float("inf") else seen >= batches:
+        fit_loop.epoch_progress.increment_processed()
+        fit_loop.epoch_progress.increment_completed()
+        fit_loop.reset_restart_stage()
+
+
 def newest_good_checkpoint(folders: Iterable[Path], resumes: bool = False) -> tuple[Path | None, list[str]]:
     """Find the newest checkpoint, by the optimizer step that it was saved at, that reads as a whole.
 

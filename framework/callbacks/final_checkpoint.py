@@ -35,14 +35,14 @@ class FinalCheckpoint(Checkpoint):
 
     def __init__(self) -> None:
         self._step_before = 0
-        self._whole_step = True
+        self._whole_step, self._in_training = True, False
         self._common_batches = 0
         self._loops: dict[str, Any] | None = None
         self._loops_step = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Have the trainer note signals where it would set its own handlers."""
-        self._loops, self._whole_step = None, True
+        self._loops, self._whole_step, self._in_training = None, True, False
         connector: Any = trainer._signal_connector
         connector.register_signal_handlers = partial(_register, connector)
         check()
@@ -55,7 +55,7 @@ class FinalCheckpoint(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note the step, so that a micro-batch without an optimizer step is not mistaken for one."""
-        self._step_before = trainer.global_step
+        self._step_before, self._in_training = trainer.global_step, True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -63,13 +63,15 @@ class FinalCheckpoint(Checkpoint):
         """Save and stop when an optimizer step has been taken and some rank has been told to end."""
         self._whole_step = trainer.global_step != self._step_before
         if self._whole_step:
-            self._loops, self._loops_step = trainer.fit_loop.state_dict(), trainer.global_step
+            self._loops, self._loops_step = within_epoch(trainer.fit_loop.state_dict()), trainer.global_step
             self._end_if_asked(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say of the loops what they were after the last whole optimizer step."""
         if self._loops is not None and self._loops_step == trainer.global_step:
             checkpoint["loops"]["fit_loop"] = self._loops
+        elif self._in_training:
+            within_epoch(checkpoint["loops"]["fit_loop"])
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count the batches that every rank has: no rank may ask the others after its last."""
@@ -138,6 +140,17 @@ def _register(connector: Any) -> None:
     type(connector).register_signal_handlers(connector)
     listen()
     hold()
+
+
+def within_epoch(loops: dict[str, Any]) -> dict[str, Any]:
+    """Count the epoch, in place, as begun and not over, also in a run that was resumed at the end of an epoch.
+
+    Lightning leaves out the beginning of such an epoch, and would take the next one for it.
+    """
+    for counts in loops["epoch_progress"].values():
+        counts["ready"] = counts["started"] = counts["processed"] + 1
+        counts["completed"] = counts["processed"]
+    return loops
 
 
 def save_end(trainer: L.Trainer, pl_module: L.LightningModule) -> str:

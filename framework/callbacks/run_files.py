@@ -5,29 +5,55 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
 def is_trial(trainer: L.Trainer) -> bool:
-    """Tell whether a run is a trial, of which nothing is kept: ``fast_dev_run``, or training on ``overfit_batches``."""
+    """Tell whether a run is a trial, of which nothing is kept.
+
+    Trials are ``fast_dev_run``, training on ``overfit_batches``, and the searches of Lightning's Tuner for a learning
+    rate or a batch size, which end before the training.
+    """
     overfits = trainer.overfit_batches and trainer.state.fn == "fit"  # type: ignore[attr-defined]
-    return bool(trainer.fast_dev_run or overfits)  # type: ignore[attr-defined]
+    searches = any(getattr(c, "_early_exit", False) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    return bool(trainer.fast_dev_run or overfits or searches)  # type: ignore[attr-defined]
 
 
-def leave_nothing(trainer: L.Trainer | None) -> None:
+def leave_nothing(trainer: L.Trainer | None) -> list[L.Callback]:
     """Take from a trial what would write files: every callback that saves checkpoints or the config, and the loggers.
 
     So a trial changes nothing in the folder of an earlier run. Lightning's own callbacks save at the end of a
-    ``fast_dev_run`` too, and log ``overfit_batches`` over the earlier run's metrics.
+    ``fast_dev_run`` too, and its loggers delete the earlier run's metrics.
+
+    Returns:
+        A callback that gives all of it back when the trial is over, for a trainer that is used again; no callback for a
+        run that is no trial.
     """
     if trainer is None or not is_trial(trainer):
-        return
-    if trainer.checkpoint_callbacks and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        rank_zero_info("overfit_batches: a trial, which writes no checkpoint, no log and no report")
-    kept = [c for c in trainer.callbacks if not isinstance(c, Checkpoint | SaveConfigCallback)]  # type: ignore
-    trainer.callbacks = kept  # type: ignore[attr-defined]
+        return []
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined] # Lightning says so itself
+        rank_zero_info("this run is a trial: it writes no checkpoint, no log and no report")
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    taken: list[L.Callback] = [
+        callback for callback in callbacks if isinstance(callback, Checkpoint | SaveConfigCallback)
+    ]
+    trainer.callbacks = [callback for callback in callbacks if callback not in taken]  # type: ignore[attr-defined]
+    returns = _Returns(taken, trainer.loggers)
     trainer.loggers = [DummyLogger()] if trainer.loggers else []
+    return [returns]
+
+
+class _Returns(L.Callback):
+    """Holds what was taken from a trial."""
+
+    def __init__(self, callbacks: list[L.Callback], loggers: list[Logger]) -> None:
+        self.taken, self.loggers = callbacks, loggers
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [c for c in callbacks if c is not self] + self.taken  # type: ignore[attr-defined]
+        trainer.loggers = self.loggers
 
 
 def run_folder(trainer: L.Trainer) -> Path | None:

@@ -34,7 +34,15 @@ from orthotrain.models import ModelBuilder, check_vocabulary
 from orthotrain.modules.optimization import Optimization
 from orthotrain.rebuild import rebuild_module
 from orthotrain.restorable import check_merges, check_optimizers, check_progress
-from orthotrain.resume import adapt_ranks, agree_on_checkpoint, agree_on_step, checkpoint_folder_of, checkpoint_folders
+from orthotrain.resume import (
+    adapt_ranks,
+    agree_on_checkpoint,
+    agree_on_step,
+    begin_next_epoch,
+    checkpoint_folder_of,
+    checkpoint_folders,
+    forget_end_of_epoch,
+)
 from orthotrain.stored_paths import keep_own_paths
 from orthotrain.strategies import ShardedStrategy, check_merging
 from orthotrain.termination import check
@@ -61,7 +69,7 @@ class BaseModule(L.LightningModule):
         self._builder = None if isinstance(model, nn.Module) else model
         self.optimization = optimization
         self.resume_from: str | None = None  # said by the command line, for ranks to compare
-        self._wrapped = self._sharded = False
+        self._wrapped = self._sharded = self._epoch_was_over = False
         self._restored: dict[str, Any] | None = None  # until its optimizers can be compared
         self.evaluation_loss = nn.ModuleDict({split: TokenLoss() for split in ("val", "test")})
 
@@ -155,10 +163,8 @@ class BaseModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach the callbacks that every run wants, unless the trainer has some; a subclass adds its own to them."""
-        leave_nothing(self._trainer)
-        return unless_given(
-            self._trainer, [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard()]
-        )
+        wanted = [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard()]
+        return [*leave_nothing(self._trainer), *unless_given(self._trainer, wanted)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fit the checkpoint to this run: its paths, the number of ranks, and the frozen weights of an adapter.
@@ -169,6 +175,7 @@ class BaseModule(L.LightningModule):
         """
         if self._trainer is not None:
             self._fit_to_run(checkpoint)
+            self._epoch_was_over = forget_end_of_epoch(checkpoint)
         if "state_dict" not in checkpoint:  # ModelParallelStrategy has loaded the network by now
             return
         restore_frozen(checkpoint, self)
@@ -209,13 +216,15 @@ class BaseModule(L.LightningModule):
         """Put the training data where the checkpoint left it.
 
         Lightning does so when it sets the data up, but with ``max_epochs`` it does that early, to count the steps for
-        the schedule, when the place is not known yet, and would begin the epoch's data anew.
+        the schedule, when the place is not known yet, and would begin the epoch's data anew. Where the epoch ends is up
+        to this run, whose ``limit_train_batches`` may be larger.
 
         Raises:
             ConfigurationError: If ranks begin with different steps.
         """
         agree_on_step(self.trainer.global_step)
         self.trainer.fit_loop._load_combined_loader_states()
+        begin_next_epoch(self.trainer.fit_loop, self._epoch_was_over)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network; one of transformers without the cache of generation, which copies all keys and values."""

@@ -281,6 +281,7 @@ def test_an_interrupt_before_training_is_one_line(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_while_the_caches_are_built_is_one_line(small_config, tmp_path, monkeypatch, capsys, name, code):
+
     def interrupted(*arguments):
         os.kill(os.getpid(), getattr(signal, name))
         build_caches(*arguments)  # some item of it is the safe point at which it ends

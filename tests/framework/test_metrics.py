@@ -21,6 +21,19 @@ def test_is_torchmetrics_perplexity_over_uneven_batches():
     assert math.exp(mean.compute()) == pytest.approx(float(reference.compute()), rel=1e-5)
 
 
+def test_a_batch_that_is_nan_shows_and_one_without_targets_does_not():
+    """The default of torchmetrics leaves out NaN, and the mean of the other batches looks well."""
+    mean = TokenLoss()
+    mean.update(torch.tensor(2.0), 3)
+    mean.update(torch.tensor(float("nan")), 0)  # what cross_entropy returns where no label counts
+    assert float(mean.compute()) == 2.0
+    mean.update(torch.tensor(float("nan")), 1)
+    mean.update(torch.tensor(1.0), 5)
+    assert math.isnan(mean.compute())
+    mean.reset()
+    assert math.isnan(mean.compute()), "nothing was evaluated"
+
+
 def test_bits_per_byte_of_a_uniform_byte_model_is_eight():
     assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8.0)
     assert bits_per_byte(math.log(256), 4.0) == pytest.approx(2.0)

@@ -174,3 +174,21 @@ def test_an_adapter_run_saves_its_end_once_and_goes_on(tiny_llama, corpus, tmp_p
         second, found, _ = fit(tiny_llama, corpus, tmp_path / "b", module=oft, resume=str(last))
         assert {**first.losses, **second.losses} == whole.losses
         assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_a_run_in_parts_is_the_uninterrupted_one(tiny_llama, corpus, tmp_path, uninterrupted):
+    """Each part ends where an epoch ends, or where a limit that the next one has not made it end."""
+    _, expected, _ = uninterrupted(tiny_llama)
+    part, last = Losses(), None
+    for steps, batches in ((3, 6), (4, 10), (5, 10), (10, 10)):
+        saves = [ModelCheckpoint(tmp_path / str(steps), every_n_train_steps=20, save_last=True)]
+        options = {"max_steps": steps, "limit_train_batches": batches}
+        _, found, _ = fit(tiny_llama, corpus, tmp_path, saves, record=part, resume=last, **options)
+        last = str(tmp_path / str(steps) / "last.ckpt")
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    whole, expected, _ = fit(tiny_llama, corpus, tmp_path, max_steps=20)
+    parts = fit(tiny_llama, corpus, tmp_path, saves, resume=last, max_steps=15)[0].losses
+    last = read_checkpoint(last) and str(saves[0].last_model_path)
+    after, found, _ = fit(tiny_llama, corpus, tmp_path, resume=last, max_steps=20)
+    assert {**part.losses, **parts, **after.losses} == whole.losses
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []

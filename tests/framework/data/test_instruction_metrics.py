@@ -45,3 +45,13 @@ def test_token_accuracy_counts_responses_only():
     accuracy.update(logits, torch.tensor([[-100, 2, 1], [4, -100, -100]]))
     accuracy.update(logits[:1], torch.tensor([[-100, -100, -100]]))
     assert float(accuracy.compute()) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(("place", "shows"), [((0, 1, 4), True), ((0, 0, 0), False)])
+def test_token_accuracy_of_logits_that_are_nan_is_nan_where_they_count(place, shows):
+    accuracy = TokenAccuracy()
+    logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3]]), 5).float()
+    logits[place] = float("nan")
+    accuracy.update(logits, torch.tensor([[-100, 2, 3]]))
+    accuracy.update(torch.nn.functional.one_hot(torch.tensor([[1, 2, 3]]), 5).float(), torch.tensor([[1, 2, 3]]))
+    assert bool(accuracy.compute().isnan()) == shows

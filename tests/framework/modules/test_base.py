@@ -1,6 +1,7 @@
 """What a module logs depends on its objective: perplexity and bits per byte only where the loss is nats per token."""
 
 import lightning as L
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -63,6 +64,35 @@ def test_a_classification_head_has_no_perplexity():
     assert BaseModule(nn.Linear(2, 2)).logs_perplexity and OftModule(nn.Linear(2, 2)).logs_perplexity
     assert not OftModule(nn.Linear(2, 2), objective="model").logs_perplexity
     assert not Classification(nn.Linear(2, 2)).logs_perplexity
+
+
+class Poisoned(L.Callback):
+    """Makes the network's output NaN in the first batch of an evaluation."""
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 0:
+            batch[0, 0] = float("nan")
+
+    on_test_batch_start = on_validation_batch_start
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_nan_in_one_batch_of_an_evaluation_is_in_every_metric_of_it(split, tmp_path):
+    class Rows(Data):
+        def val_dataloader(self):
+            return DataLoader(torch.ones(16, 8), batch_size=4)
+
+        test_dataloader = val_dataloader
+
+    module = Bytes(nn.Linear(8, 8), PoetLayers(block_size=4, init="keep", exclude=[]), merge_every=10)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=[Poisoned()],
+    )  # fmt: skip
+    (trainer.validate if split == "val" else trainer.test)(module, Rows(), verbose=False)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert set(metrics) == {f"{split}_{name}" for name in ("loss", "perplexity", "bits_per_byte")}
+    assert all(value != value for value in metrics.values()), metrics
 
 
 def test_training_fills_no_cache_of_keys_and_values():

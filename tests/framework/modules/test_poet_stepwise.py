@@ -235,3 +235,23 @@ def test_layers_of_both_kinds_have_both_monitors():
     layers = PoetLayers(block_size=4, exclude=[], overrides={"0": {"stepwise": True}})
     kinds = {type(c) for c in Poet(net, layers, merge_every=1).configure_callbacks()}
     assert {MovementMonitor, OrthogonalityMonitor} <= kinds
+
+
+class EvaluationMode(L.Callback):
+    """Trains with dropout and all else off, as a finetuning may."""
+
+    def on_train_start(self, trainer, module):
+        module.eval()
+
+
+def test_training_in_evaluation_mode_takes_the_same_steps(tmp_path):
+    trained = []
+    for callbacks in ([], [EvaluationMode()]):
+        module = stepwise()
+        trainer_for(tmp_path, 6, callbacks=callbacks, enable_checkpointing=False).fit(module, Regression())
+        trained.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+    start = stepwise()
+    start.configure_model()
+    moved = [name for name, tensor in start.state_dict().items() if not torch.equal(tensor, trained[1][name])]
+    assert any("weight" in name for name in moved)

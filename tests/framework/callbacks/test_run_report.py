@@ -1,0 +1,46 @@
+"""The report of a run leaves the module as it found it."""
+
+import lightning as L
+import torch
+
+from orthotrain.callbacks import RunReport
+from orthotrain.data import TextData
+from orthotrain.generation import evaluating
+from orthotrain.models import CausalLM
+from orthotrain.modules import PoetLayers, PoetModule
+
+
+def test_a_second_fit_trains_the_module_that_a_report_was_made_of(tiny_llama, corpus, tmp_path):
+    module = PoetModule(CausalLM({**tiny_llama, "vocab_size": 320}), PoetLayers(block_size=8, stepwise=True), 1)
+    module.configure_model()
+    module.model.model.layers[0].mlp.eval()  # the user's own choice
+    modes = {name: part.training for name, part in module.named_modules()}
+    assert len(set(modes.values())) == 2
+    states = []
+    for _ in range(2):
+        data = TextData(
+            str(corpus), vocab_size=320, sequence_length=16, batch_size=2, cache_dir=str(corpus / ".cache"),
+            val_fraction=0.1, test_fraction=0.0,
+        )  # fmt: skip
+        trainer = L.Trainer(
+            accelerator="cpu", max_steps=2, limit_val_batches=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+            callbacks=[RunReport(sample_tokens=2, spectrum_layers=1)],
+        )  # fmt: skip
+        trainer.fit(module, data)
+        assert "sample" in (tmp_path / "summary.txt").read_text()
+        assert {name: part.training for name, part in module.named_modules()} == modes
+        states.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
+    still = [name for name in states[0] if "q_proj" in name and torch.equal(states[0][name], states[1][name])]
+    assert not [name for name in still if name.endswith("weight")]
+
+
+def test_modes_come_back_after_an_error_too():
+    network = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout().eval()))
+    try:
+        with evaluating(network):
+            assert not any(part.training for part in network.modules())
+            raise KeyError
+    except KeyError:
+        pass
+    assert [part.training for part in network.modules()] == [True, True, True, False]

@@ -22,7 +22,9 @@ FOLDERS = {"framework": "orthotrain", "plugins": "orthotrain.plugins", "kernels"
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "plugins": {"plugins", "kernels"},
-    "data": {"data", "errors", "model_folder", "progress"},
+    "data": {"data", "errors", "failures", "model_folder", "progress"},
+    "failures": {"errors"},
+    "run_lock": {"errors"},
     "spectrum": set(),
     "terminal": set(),
     "progress": {"terminal"},
@@ -40,6 +42,7 @@ MAY_IMPORT = {
         "layers.spectral_bound",
         "generation",
         "errors",
+        "failures",
         "progress",
     },
     "generation": set(),

@@ -7,16 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthotrain.checkpoint import read_checkpoint
 from orthotrain.cli import COMMANDS, TRAINER_COMMANDS, main
 from orthotrain.export import load_network
+from orthotrain.lightning_cli import no_child_left
 
 QUICK = ["-c", "pretrain/quickstart.yaml"]
 
@@ -362,3 +366,22 @@ def test_help_names_every_command(arguments, capsys):
     main(arguments)
     printed = capsys.readouterr().out
     assert all(f"\n  {command} " in printed for command in (*TRAINER_COMMANDS, *COMMANDS))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a rank is silent"), SystemExit(143)])
+def test_a_run_that_fails_leaves_no_stopped_rank_behind(error):
+    """One that ends as a signal asks lets its ranks end by themselves."""
+    launcher = _SubprocessScriptLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    launcher.procs = observed = [child]
+    child.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(type(error)), no_child_left(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher))):
+            raise error
+        if isinstance(error, RuntimeError):
+            assert child.wait(30) == -signal.SIGKILL and observed == []
+        else:
+            assert child.poll() is None and observed == [child]
+    finally:
+        child.kill()
+        child.wait()

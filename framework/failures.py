@@ -23,7 +23,7 @@ WRITE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, er
 
 _WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpect)")
 _RUST = re.compile(r"\(os error (\d+)\)")
-_TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc")
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc|iostream error")
 _SILENT = re.compile(r"[Tt]imed out|[Tt]imeout|failed to pass monitoredBarrier")
 _RANKS = re.compile(r"gloo/transport|monitoredBarrier|Connection (?:closed|reset) by peer|ncclRemoteError")
 _AGAIN = "the checkpoints are whole: start the command again, fit with --ckpt_path last"

@@ -57,6 +57,8 @@ class Progress(L.Callback):
         if self.kind == "stop":
             self.kind = None  # an accumulated step has several batches
             os.kill(os.getpid(), signal.SIGSTOP)
+        if self.kind == "full":
+            limit_files(256)
         if self.kind == "worker":
             kill_a_worker()
         if self.kind == "terminate":
@@ -70,6 +72,11 @@ class Progress(L.Callback):
         here = self.kind == "validating worker" and self.job["rank"] == self.rank
         if here and trainer.global_step >= self.number:
             kill_a_worker()
+
+
+def limit_files(size):
+    """Let every file end at a size. Python ignores SIGXFSZ: a write beyond is an error (EFBIG), as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def kill_a_worker():
@@ -147,8 +154,8 @@ def inject(job):
     kind, number, rank = [*(job.get("fault") or [None, 0]), 0][:3]
     if job["rank"] != rank:
         return
-    if kind == "limit":  # Python ignores SIGXFSZ: a write beyond the limit is an error (EFBIG)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
+    if kind == "limit":
+        limit_files(number)
     calls = {
         "merge": [(PoetLinear, "merge_", die), (StepwiseLinear, "fold_", die)],
         "save": [(checkpoint_io, "write_atomically", half_written)],

@@ -89,7 +89,7 @@ def left_of(run):
 @pytest.mark.skipif(not LONG, reason="ranks that agree in training are in test_faults.py")
 @pytest.mark.parametrize("moment", [0.2, 0.4, 0.6, 0.8, 0.9, 0.97])
 def test_sigterm_takes_the_ranks_along_that_the_command_has_started(harness, moment):
-    """Only the first of two ranks gets the signal, as from ``kill``; in training both save, before it nothing is lost."""
+    """Only the first of two ranks gets the signal, as from ``kill``; both save if they are training."""
     harness.undisturbed("DDP")
     run = harness.new_run("DDP")
     process = start(run)

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from orthotrain.checkpoint import compare_state, read_checkpoint
+from orthotrain.checkpoint import check_checkpoint, compare_state, read_checkpoint
 from orthotrain.checkpoint_io import AtomicCheckpointIO
 from orthotrain.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
@@ -43,6 +43,35 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ConfigurationError, match="short.ckpt' cannot be read"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("before", ["folder", "file"])
+def test_a_checkpoint_takes_the_place_of_one_of_the_other_kind(tmp_path, before):
+    """A file in the place of a distributed checkpoint's folder, and the other way round; nothing else is left."""
+    path, state = tmp_path / "last.ckpt", {"state_dict": {"w": torch.ones(2)}}
+    writers = [
+        lambda: save_shards({"state_dict": dict(state["state_dict"])}, {"global_step": 1}, path, lambda failed: failed),
+        lambda: AtomicCheckpointIO().save_checkpoint(state, path),
+    ]
+    for write in writers if before == "folder" else reversed(writers):
+        write()
+    assert path.is_file() == (before == "folder")
+    check_checkpoint(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_folder_that_is_replaced_stays_whole_until_the_file_is(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    save_shards({"state_dict": {"w": torch.ones(2)}}, {"global_step": 1}, path, lambda failed: failed)
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(ConfigurationError, match="No space left on device"):
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, path)
+    check_checkpoint(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_missing_file_is_named():

@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +22,7 @@ from orthotrain.cli import COMMANDS, TRAINER_COMMANDS, main
 from orthotrain.data.building import build_caches
 from orthotrain.errors import ConfigurationError
 from orthotrain.export import load_network
+from orthotrain.lightning_cli import no_child_left
 from orthotrain.modules import PoetModule
 
 QUICK = ["-c", "pretrain/quickstart.yaml"]
@@ -401,3 +405,22 @@ def test_messages_show_escape_sequences_and_do_not_send_them(capsys):
     message = refuse(capsys, "export", "--ckpt", name, "--out", "o")
     assert r"x\x1b]0;title\x07\x1b[2J\u202e\udcff.ckpt" in message
     assert str(ConfigurationError(f"a\n{name}")).isprintable()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a rank is silent"), SystemExit(143)])
+def test_a_run_that_fails_leaves_no_stopped_rank_behind(error):
+    """One that ends as a signal asks lets its ranks end by themselves."""
+    launcher = _SubprocessScriptLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    launcher.procs = observed = [child]
+    child.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(type(error)), no_child_left(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher))):
+            raise error
+        if isinstance(error, RuntimeError):
+            assert child.wait(30) == -signal.SIGKILL and observed == []
+        else:
+            assert child.poll() is None and observed == [child]
+    finally:
+        child.kill()
+        child.wait()

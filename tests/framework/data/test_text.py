@@ -238,7 +238,7 @@ def test_sources_that_hold_nothing(make_data, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX")
 def test_a_cache_folder_that_cannot_be_made(make_data, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigurationError, match=r"cache_dir: .* cannot be written"):
+    with pytest.raises(ConfigurationError, match=r"no finished token caches .* cannot be written .*--data.cache_dir"):
         make_data(cache_dir=str(tmp_path / "file")).setup("fit")
 
 

@@ -184,23 +184,24 @@ def tokenizer_from_state(state: dict[str, Any]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def check_same_tokenizer(state: dict[str, Any], tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
-    """See that a checkpoint was trained with this run's tokenizer: with another one its embedding means other tokens.
+def tokenizer_difference(state: dict[str, Any], tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> str | None:
+    """Say how a checkpoint's tokenizer differs from this run's: with another one its embedding means other tokens.
 
     Args:
         state: ``TextData.state_dict()`` from the checkpoint.
         tokenizer: This run's tokenizer.
         vocab_size: This run's vocabulary.
 
-    Raises:
-        ConfigurationError: The two differ.
+    Returns:
+        The difference and what to do about it; None where there is none.
     """
     saved, found = str(state.get("tokenizer_fingerprint")), fingerprint(tokenizer)
-    if saved != found:
-        settings = state.get("settings", {})
-        inputs = ", ".join(f"{name} {settings.get(name)!r}" for name in ("source", "vocab_size", "seed"))
-        raise ConfigurationError(
-            f"the tokenizer of this run (vocab {vocab_size}, sha {found[:12]}) differs from the checkpoint's (vocab "
-            f"{state.get('vocab_size')}, sha {saved[:12]}): set tokenizer to the one exported with the checkpoint, or "
-            f"use what it was trained from: {inputs}"
-        )
+    if saved == found:
+        return None
+    settings = state.get("settings", {})
+    inputs = ", ".join(f"{name} {settings.get(name)!r:.200}" for name in ("source", "vocab_size", "seed"))
+    return (
+        f"the tokenizer of this run (vocab {vocab_size}, sha {found[:12]}) differs from the checkpoint's (vocab "
+        f"{state.get('vocab_size')!s:.20}, sha {saved[:12]}): set tokenizer to the one exported with the checkpoint, "
+        f"or use what it was trained from: {inputs}"
+    )

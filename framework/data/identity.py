@@ -70,6 +70,23 @@ UNKNOWN = DataIdentity("", "")
 """Of a loader that nobody told what it reads."""
 
 
+MOST_TOKENS, MOST_WORKERS = 1 << 31, 1024
+
+
+def check_sizes(batch_size: int, length: int, workers: int) -> None:
+    """Refuse a batch or a number of processes that no machine can hold.
+
+    Raises:
+        ConfigurationError: Naming the sizes.
+    """
+    if batch_size * length > MOST_TOKENS:
+        raise ConfigurationError(
+            f"batch_size {batch_size} times a length of {length}: a batch has at most {MOST_TOKENS:,} tokens"
+        )
+    if workers > MOST_WORKERS:
+        raise ConfigurationError(f"num_workers {workers}: must be at most {MOST_WORKERS}")
+
+
 def check_data_state(state: Any) -> dict[str, Any]:
     """Return the state of a data module from a checkpoint, once it is known to be what such a module saves.
 

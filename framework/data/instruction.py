@@ -11,7 +11,7 @@ from orthotrain.data.building import Splitter
 from orthotrain.data.chat import load_instruction_tokenizer
 from orthotrain.data.docstrings import STDLIB_DOCSTRINGS
 from orthotrain.data.encoding import OnTooLong, encode_rows
-from orthotrain.data.identity import DataIdentity, check_data_state
+from orthotrain.data.identity import DataIdentity, check_data_state, check_sizes
 from orthotrain.data.instruction_loaders import Loading, eval_loader, train_loader
 from orthotrain.data.instruction_rows import Columns, Example
 from orthotrain.data.instruction_sources import count_rows, read_examples
@@ -136,6 +136,7 @@ class InstructionData(LightningDataModule):
         for name, least in (("max_length", 2), ("batch_size", 1), ("num_workers", 0), ("generation_samples", 1)):
             if given[name] < least:
                 raise ConfigurationError(f"{name} {given[name]}: must be at least {least}")
+        check_sizes(self.batch_size, self.max_length, given.num_workers)
         if not 0 <= given.val_fraction < 1:
             raise ConfigurationError(f"val_fraction {given.val_fraction}: must be at least 0 and below 1")
         if given.on_too_long not in ("drop", "truncate", "error"):

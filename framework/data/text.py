@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from orthotrain.data.building import SPLITS, Splitter
 from orthotrain.data.encoding import most_characters
 from orthotrain.data.evaluation import EvalBatches, document_beginnings
-from orthotrain.data.identity import DataIdentity, check_data_state
+from orthotrain.data.identity import DataIdentity, check_data_state, check_sizes
 from orthotrain.data.sampling import EpochProgress, ResumableLoader, TokenWindows, TrainSampler
 from orthotrain.data.sources import open_corpus
 from orthotrain.data.store import folder_name, prepare_folder
@@ -105,6 +105,7 @@ class TextData(LightningDataModule):
         for name, least in (("sequence_length", 1), ("batch_size", 1), ("num_workers", 0), ("limit_bytes", 1)):
             if given[name] is not None and given[name] < least:
                 raise ConfigurationError(f"{name} {given[name]}: must be at least {least}")
+        check_sizes(self.batch_size, self.sequence_length, given.num_workers)
         for name in ("val_fraction", "test_fraction"):
             if not 0 <= given[name] < 1:
                 raise ConfigurationError(f"{name} {given[name]}: must be at least 0 and below 1")

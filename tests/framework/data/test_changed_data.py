@@ -36,7 +36,9 @@ class Recorder(L.LightningModule):
 def trainer(folder=None, steps=3):
     callbacks = [ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")] if folder else []
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    return L.Trainer(accelerator="cpu", max_steps=steps, callbacks=callbacks, enable_checkpointing=bool(folder), **quiet)
+    return L.Trainer(
+        accelerator="cpu", max_steps=steps, callbacks=callbacks, enable_checkpointing=bool(folder), **quiet
+    )
 
 
 def write(path, texts):
@@ -141,7 +143,8 @@ def test_a_damaged_place_is_one_line(make, begun, tmp_path, place):
 
 
 @pytest.mark.parametrize(
-    "state", [5, "x", [1], {"settings": 3}, {"special_tokens": []}, {"tokenizer_fingerprint": None}, {"chat_template": 1}]
+    "state",
+    [5, "x", [1], {"settings": 3}, {"special_tokens": []}, {"tokenizer_fingerprint": None}, {"chat_template": 1}],
 )
 def test_a_damaged_data_state_is_one_line(make, begun, state):
     source, path = begun

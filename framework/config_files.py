@@ -1,12 +1,15 @@
 """Finding config files: the user's own first, then those that ship with the package."""
 
 import difflib
+import os
 from pathlib import Path
 
 import yaml
 
 import orthotrain.configs
 from orthotrain.errors import ConfigurationError
+from orthotrain.paths import check_regular_file, local_path
+from orthotrain.yaml_check import MAX_CHARACTERS, check_yaml
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -23,7 +26,8 @@ def resolve_config(name: str) -> str:
             keys.
     """
     shipped = shipped_configs()
-    path = Path(name) if Path(name).is_file() else shipped.get(name)
+    local_path(name, "config")
+    path = Path(name) if _is_there(name) else shipped.get(name)
     if path is not None:
         _check_syntax(path)
         return str(path)
@@ -35,14 +39,40 @@ def resolve_config(name: str) -> str:
     raise ConfigurationError(f"config {name!r} is neither a file nor shipped; {hint}")
 
 
-def _check_syntax(path: Path) -> None:
+def _is_there(name: str) -> bool:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return Path(name).exists() and not Path(name).is_dir()
+    except OSError as error:  # a name that is too long
+        raise ConfigurationError(f"config {name!r} cannot be read: {error.strerror or error}") from error
+
+
+def _check_syntax(path: Path) -> None:
+    where = f"config {str(path)!r}"
+    check_regular_file(path, "config")
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+        check_yaml(text, where)
+        content = yaml.safe_load(text)
+    except ConfigurationError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"config {str(path)!r} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         found = "is empty" if content is None else f"holds a {type(content).__name__}"
         raise ConfigurationError(f"config {str(path)!r} {found}: it must have keys, such as trainer, model and data")
+
+
+def _check_argument(argument: str) -> None:
+    """Refuse a value that is no text, or names a fifo, a socket or a device: a file of values may stand there."""
+    if any("\ud800" <= character <= "\udfff" for character in argument):
+        raise ConfigurationError(
+            f"argument {argument!r}: is not UTF-8, as configs and checkpoints that record it are; rename the file, or "
+            "name its folder"
+        )
+    value = argument.partition("=")[2] if argument.startswith("-") else argument
+    if value and os.path.exists(value) and not os.path.isdir(value):
+        check_regular_file(value, "argument")
 
 
 def resolve_config_arguments(arguments: list[str]) -> list[str]:
@@ -53,6 +83,7 @@ def resolve_config_arguments(arguments: list[str]) -> list[str]:
     """
     resolved, expects = [], False
     for argument in arguments:
+        _check_argument(argument)
         option, equals, value = argument.partition("=")
         if expects:
             argument, expects = resolve_config(argument), False

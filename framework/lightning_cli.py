@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from jsonargparse import _typehints
+from jsonargparse import _typehints, get_loader, set_loader
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
@@ -35,11 +35,14 @@ from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.layers.kernel_choice import check_kernels
 from orthotrain.models import CausalLM, ModelBuilder, check_vocabulary
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
+from orthotrain.paths import local_path
 from orthotrain.plugins import Parameterization
 from orthotrain.resume import check_resumable, checkpoint_folders, last_checkpoint, written_folders
 from orthotrain.run_lock import holding
 from orthotrain.temporary import write_text
 from orthotrain.termination import check
+from orthotrain.trainer_numbers import check_trainer_numbers
+from orthotrain.yaml_check import check_yaml
 
 CONFIGURABLE = (
     BaseModule, ModelBuilder, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers, Parameterization,
@@ -51,12 +54,26 @@ HELP_OF = {"--model.help": (BaseModule,), "--data.help": (L.LightningDataModule,
 """Options that name a class -> what it has to subclass."""
 
 
+_load_yaml = get_loader("yaml")
+
+
+def load_yaml(text: str) -> Any:
+    """Parse a value or a file that a user gives, as jsonargparse does, once it is known to be of bounded size."""
+    shown = text if len(text) <= 40 else f"{text[:40]}..."
+    check_yaml(text, f"the value {shown!r}")
+    try:
+        return _load_yaml(text)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from error
+
+
 class OneLineParser(LightningArgumentParser):
     """A parser whose complaints are a single line, and which knows an option by its whole name alone."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # an abbreviation may be a misspelling: --trainer.max_step is max_steps
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        set_loader("yaml", load_yaml, (yaml.YAMLError,))
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise what ``main`` prints: the innermost cause, not the whole tree of attempts."""
@@ -116,9 +133,12 @@ class OrthotrainCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Put the run where ``--run_folder`` says."""
+        """Refuse paths that no folder can have; put the run where ``--run_folder`` says."""
         check()
         config = self.config[self.subcommand] if self.subcommand else self.config
+        for name, path in (("run_folder", config.run_folder), ("default_root_dir", config.trainer.default_root_dir)):
+            if path is not None:
+                local_path(path, name)
         if config.run_folder is None:
             return
         config.trainer.default_root_dir = config.run_folder
@@ -130,6 +150,9 @@ class OrthotrainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without LightningCLI's warning about arguments that do not come from ``sys.argv``."""
         self.config = parser.parse_args(args)
+        command = self.config.get("subcommand")
+        config = self.config[command] if command else self.config
+        check_trainer_numbers(config.trainer, config.seed_everything)
 
     def _parse_ckpt_path(self) -> None:
         """Check the checkpoint, but leave the config as the user wrote it.
@@ -139,8 +162,7 @@ class OrthotrainCLI(LightningCLI):
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if path is None or path in ("last", "best", "hpc"):
             return
-        if "\0" in path:
-            raise ConfigurationError(f"--ckpt_path {path!r} is no path: it has a NUL character")
+        local_path(path, "--ckpt_path")
         if not Path(path).exists():
             raise ConfigurationError(f"--ckpt_path {path!r} does not exist; give a file of a run, or last, or best")
         refuse_run_folder(Path(path))

@@ -1,7 +1,6 @@
 """From a conversation to tokens, and which of them are responses: the tokens that count in the loss."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from orthotrain.data.template_process import TemplateError, TemplateProcess
 from orthotrain.data.tokenizers import load_tokenizer, tokenizer_from_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.model_folder import check_there
+from orthotrain.paths import check_regular_file, local_path
 
 PLAIN_TEMPLATE = "{prompt}\n"
 _ANY_VOCABULARY = 1 << 31
@@ -177,13 +177,16 @@ def load_instruction_tokenizer(name: str | None) -> PreTrainedTokenizerFast:
 
 def _from_checkpoint(path: str) -> PreTrainedTokenizerFast:
     check_there(path)
+    check_regular_file(path, "tokenizer")
     try:
         checkpoint: dict[str, Any] = torch.load(
-            Path(path).expanduser(), map_location="cpu", weights_only=True, mmap=True
+            local_path(path, "tokenizer"), map_location="cpu", weights_only=True, mmap=True
         )
     except Exception as error:  # a missing file, a damaged one and one that holds code raise unrelated types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigurationError(f"tokenizer {path!r}: cannot be read as a checkpoint ({reason:.120})") from error
+    if not isinstance(checkpoint, dict):
+        raise ConfigurationError(f"tokenizer {path!r}: no checkpoint but a {type(checkpoint).__name__}")
     for state in checkpoint.values():
         if isinstance(state, dict) and "tokenizer_fingerprint" in state:
             return tokenizer_from_state(state)

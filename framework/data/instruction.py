@@ -10,6 +10,7 @@ from orthotrain.data.building import Splitter
 from orthotrain.data.chat import load_instruction_tokenizer
 from orthotrain.data.docstrings import STDLIB_DOCSTRINGS
 from orthotrain.data.encoding import OnTooLong, encode_rows
+from orthotrain.data.identity import DataIdentity, check_data_state, check_sizes
 from orthotrain.data.instruction_loaders import Loading, eval_loader, train_loader
 from orthotrain.data.instruction_rows import Columns, Example
 from orthotrain.data.instruction_sources import count_rows, read_examples
@@ -21,7 +22,7 @@ from orthotrain.data.prompts import choose_rows, generation_batch
 from orthotrain.data.readers import Document
 from orthotrain.data.sampling import EpochProgress, ResumableLoader
 from orthotrain.data.token_rows import TokenRows
-from orthotrain.data.tokenizers import check_same_tokenizer, fingerprint, tokenizer_state, tokens_in
+from orthotrain.data.tokenizers import fingerprint, tokenizer_difference, tokenizer_state, tokens_in
 from orthotrain.errors import ConfigurationError
 
 _STAGE_SPLITS = {
@@ -31,6 +32,11 @@ _STAGE_SPLITS = {
     "predict": (),
     None: ("train", "val"),
 }
+
+_DECIDES_CONTENT = (
+    *("source", "val_source", "prompt_column", "response_column", "messages_column", "prompt_template", "layout"),
+    *("max_length", "max_response_length", "on_too_long", "packing", "val_fraction", "seed"),
+)
 
 
 class InstructionData(DataModule):
@@ -67,6 +73,8 @@ class InstructionData(DataModule):
         generation_samples: Rows of `generation_batches` and of ``predict``.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         seed: Seed of the split and of the order of the rows.
+        allow_changed: Whether a run that is resumed may go on with other training data, or another tokenizer, than the
+            checkpoint's; what differs is then said in a line.
 
     Raises:
         ConfigurationError: An argument that cannot work; rows are checked in `setup`.
@@ -97,6 +105,7 @@ class InstructionData(DataModule):
         generation_samples: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        allow_changed: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -127,6 +136,7 @@ class InstructionData(DataModule):
         for name, least in (("max_length", 2), ("batch_size", 1), ("num_workers", 0), ("generation_samples", 1)):
             if given[name] < least:
                 raise ConfigurationError(f"{name} {given[name]}: must be at least {least}")
+        check_sizes(self.batch_size, self.max_length, given.num_workers)
         if not 0 <= given.val_fraction < 1:
             raise ConfigurationError(f"val_fraction {given.val_fraction}: must be at least 0 and below 1")
         if given.on_too_long not in ("drop", "truncate", "error"):
@@ -234,9 +244,18 @@ class InstructionData(DataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Batches in the order of (seed, epoch), resuming mid-epoch; see `LengthGroupedSampler`, `TrainSampler`."""
         loader = train_loader(self._dataset("train"), self._loading)
+        loader.identity = self._identity
         if self.trainer is not None:
             loader.progress = EpochProgress(self.trainer)
         return loader
+
+    @property
+    def _identity(self) -> DataIdentity:
+        """What training reads."""
+        given, rows = self._given, self._split_rows("train")
+        settings = {name: given[name] for name in _DECIDES_CONTENT} | {"tokenizer": self.tokenizer_fingerprint[:12]}
+        packed = f", packed to {self.max_length}" if given.packing else ""
+        return DataIdentity(rows.digest() + packed, f"{len(rows):,} rows{packed}", settings, given.allow_changed)
 
     def val_dataloader(self) -> DataLoader | list:
         """Every validation row once, rows of similar length together; nothing where there is no such split."""
@@ -285,16 +304,18 @@ class InstructionData(DataModule):
         Raises:
             ConfigurationError: The two differ, or their chat templates do.
         """
-        self._restored = state_dict
+        self._restored = check_data_state(state_dict)
         if self._tokenizer is not None:
             self._compare_tokenizers()
 
     def _compare_tokenizers(self) -> None:
         if not self._restored:
             return
-        check_same_tokenizer(self._restored, self.tokenizer, tokens_in(self.tokenizer))
-        if self._restored.get("chat_template") != tokenizer_state(self.tokenizer)["chat_template"]:
-            raise ConfigurationError(
+        difference = tokenizer_difference(self._restored, self.tokenizer, tokens_in(self.tokenizer))
+        if not difference and self._restored.get("chat_template") != tokenizer_state(self.tokenizer)["chat_template"]:
+            difference = (
                 f"tokenizer {self._given.tokenizer!r}: its chat template differs from the checkpoint's; use the "
                 "tokenizer that the run began with"
             )
+        if difference:
+            DataIdentity("", "", allow_changed=self._given.allow_changed).refuse(difference)

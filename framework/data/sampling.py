@@ -1,7 +1,7 @@
 """Windows of tokens in a deterministic order that any number of ranks share and that resumes mid-epoch."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,8 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from orthotrain.data.identity import UNKNOWN, DataIdentity
 from orthotrain.data.token_cache import TokenCache
-from orthotrain.errors import ConfigurationError
 
 
 def as_batch(windows: np.ndarray) -> dict[str, torch.Tensor]:
@@ -110,6 +110,9 @@ class ResumableLoader(DataLoader):
     progress: EpochProgress | None = None
     """What to save as done; without it, the number of batches handed out."""
 
+    identity: DataIdentity = UNKNOWN
+    """What the loader reads, saved with the place and compared with a checkpoint's."""
+
     _started: tuple[int, int] | None = None
     """Epoch and batches handed out of the iteration under way."""
 
@@ -137,7 +140,7 @@ class ResumableLoader(DataLoader):
             return {}
         return {name: int(getattr(self.sampler, name)) for name in ("windows", "batch_size", "num_replicas", "seed")}
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Epoch and batches done, with what the order depends on; the same on every rank."""
         if self._started is None:
             epoch = getattr(self.sampler, "epoch", 0)
@@ -145,22 +148,31 @@ class ResumableLoader(DataLoader):
         else:
             epoch, handed_out = self._started
             place = {"epoch": epoch, "batches": handed_out if self.progress is None else self.progress.processed}
-        return {**place, **self._settings()}
+        return {**place, **self._settings(), "data": self.identity.state()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved place at the next iteration.
 
         Raises:
-            ConfigurationError: The place is inside an epoch whose order was another one.
+            ConfigurationError: The place is damaged, of other data, or inside an epoch whose order was another one.
         """
         here = self._settings()
+        self.identity.compare(state.get("data") if isinstance(state, dict) else state)
+        if not is_place(state, ("epoch", "batches", *(("windows", "batch_size", "num_replicas") if here else ()))):
+            self.identity.refuse(f"the checkpoint holds no place in training data of this kind ({state!s:.80})")
+            return
         differing = [name for name in here if state.get(name) != here[name]]
-        if differing and 0 < state["batches"] < state["windows"] // (state["batch_size"] * state["num_replicas"]):
+        if differing and 0 < state["batches"] < state["windows"] // max(1, state["batch_size"] * state["num_replicas"]):
             saved = ", ".join(f"{name} {state.get(name)}" for name in differing)
             found = ", ".join(f"{name} {here[name]}" for name in differing)
-            raise ConfigurationError(
+            self.identity.refuse(
                 f"the checkpoint is {state['batches']} batches into epoch {state['epoch']} with {saved}; this run has "
                 f"{found}: resume with the same values or from a checkpoint at the end of an epoch"
             )
         self._pending = {"epoch": state["epoch"], "batches": state["batches"]}
         self._started = None
+
+
+def is_place(state: Any, names: Iterable[str]) -> bool:
+    """Whether what a checkpoint says is a dictionary with these numbers, none of them negative."""
+    return isinstance(state, dict) and all(type(state.get(name)) is int and state[name] >= 0 for name in names)

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data.building import Splitter, encode
+from orthotrain.data.identity import UNKNOWN, DataIdentity
 from orthotrain.data.readers import Document
-from orthotrain.data.sampling import EpochProgress, as_batch
+from orthotrain.data.sampling import EpochProgress, as_batch, is_place
 from orthotrain.data.sources import Corpus
 
 Position = tuple[int, int]
@@ -106,6 +107,9 @@ class StreamLoader(DataLoader):
     progress: EpochProgress | None = None
     """What to save as done; without it, the number of batches handed out."""
 
+    identity: DataIdentity = UNKNOWN
+    """What the stream begins with, saved with the place and compared with a checkpoint's."""
+
     _MEMORY = 16
 
     def __init__(self, stream: TokenStream, **options: Any) -> None:
@@ -128,8 +132,11 @@ class StreamLoader(DataLoader):
             yield batch
         self._exhausted = True
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Batches done and the position after them; the stream's start once the epoch is complete."""
+        return {**self._saved_place(), "data": self.identity.state()}
+
+    def _saved_place(self) -> dict[str, int]:
         latest = self._recent[-1]
         done = latest["batches"] if self.progress is None else self.progress.processed
         complete = self.progress is not None and self.progress.complete
@@ -137,7 +144,16 @@ class StreamLoader(DataLoader):
             return {"batches": 0, "document": 0, "token": 0}
         return next((place for place in self._recent if place["batches"] == done), latest)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a saved position at the next iteration."""
-        self._place = {name: int(state[name]) for name in ("batches", "document", "token")}
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved position at the next iteration.
+
+        Raises:
+            ConfigurationError: The position is damaged, or of other data.
+        """
+        self.identity.compare(state.get("data") if isinstance(state, dict) else state)
+        names = ("batches", "document", "token")
+        if not is_place(state, names):
+            self.identity.refuse(f"the checkpoint holds no place in training data of this kind ({state!s:.80})")
+            return
+        self._place = {name: state[name] for name in names}
         self._recent = deque([self._place], maxlen=self._MEMORY)

@@ -11,14 +11,16 @@ from transformers import PreTrainedTokenizerFast
 from orthotrain.data.building import SPLITS, Splitter
 from orthotrain.data.encoding import most_characters
 from orthotrain.data.evaluation import EvalBatches, document_beginnings
+from orthotrain.data.identity import DataIdentity, check_data_state, check_sizes
 from orthotrain.data.module import DataModule
 from orthotrain.data.sampling import EpochProgress, ResumableLoader, TokenWindows, TrainSampler
 from orthotrain.data.sources import open_corpus
 from orthotrain.data.store import folder_name, prepare_folder
 from orthotrain.data.streaming import StreamLoader, TokenStream
 from orthotrain.data.token_cache import TokenCache
-from orthotrain.data.tokenizers import check_same_tokenizer, check_vocabulary_size, fingerprint, tokenizer_state
+from orthotrain.data.tokenizers import check_vocabulary_size, fingerprint, tokenizer_difference, tokenizer_state
 from orthotrain.errors import ConfigurationError
+from orthotrain.paths import local_path
 
 STREAM_HEAD_BYTES = 64 << 20
 """How much of a stream is read to train the tokenizer and to set validation and test documents aside."""
@@ -55,6 +57,8 @@ class TextData(DataModule):
         seed: Seed of the split and of the order of the sequences.
         limit_bytes: Read at most about this much text from the source; by default all of it.
         predict_prompts: Texts to continue in ``predict``; by default the beginnings of held-out documents.
+        allow_changed: Whether a run that is resumed may go on with other training data, or another tokenizer, than the
+            checkpoint's; what differs is then said in a line.
 
     Raises:
         ConfigurationError: An argument that cannot work; sources and tokenizers are checked when data is prepared.
@@ -76,6 +80,7 @@ class TextData(DataModule):
         seed: int = 0,
         limit_bytes: int | None = None,
         predict_prompts: list[str] | None = None,
+        allow_changed: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -100,6 +105,7 @@ class TextData(DataModule):
         for name, least in (("sequence_length", 1), ("batch_size", 1), ("num_workers", 0), ("limit_bytes", 1)):
             if given[name] is not None and given[name] < least:
                 raise ConfigurationError(f"{name} {given[name]}: must be at least {least}")
+        check_sizes(self.batch_size, self.sequence_length, given.num_workers)
         for name in ("val_fraction", "test_fraction"):
             if not 0 <= given[name] < 1:
                 raise ConfigurationError(f"{name} {given[name]}: must be at least 0 and below 1")
@@ -116,8 +122,8 @@ class TextData(DataModule):
         """Folder of this corpus: one for each combination of the settings that decide its content."""
         given = self._given
         sources = [given.source] if isinstance(given.source, str) else given.source
-        root = Path(given.cache_dir or os.environ.get("ORTHOTRAIN_CACHE") or "~/.cache/orthotrain")
-        return root.expanduser() / folder_name(sources, {name: given[name] for name in _DECIDES_CONTENT})
+        root = given.cache_dir or os.environ.get("ORTHOTRAIN_CACHE") or "~/.cache/orthotrain"
+        return local_path(root, "cache_dir") / folder_name(sources, {name: given[name] for name in _DECIDES_CONTENT})
 
     def prepare_data(self) -> None:
         """Train the tokenizer and write the token caches, unless they are there and made from the same inputs."""
@@ -140,8 +146,7 @@ class TextData(DataModule):
         """
         if self._tokenizer is None:
             self.prepare_data()
-        if self._restored:
-            check_same_tokenizer(self._restored, self.tokenizer, self.vocab_size)
+        self._compare_tokenizers()
         if stage in ("validate", "test") and not self._has(name := "val" if stage == "validate" else "test"):
             raise ConfigurationError(f"{name}_fraction 0: there is no {name} split; set {name}_fraction above 0")
         for split in _STAGE_SPLITS[stage]:
@@ -222,9 +227,18 @@ class TextData(DataModule):
             windows = self._windows("train")
             sampler = TrainSampler(len(windows), self.batch_size, rank, ranks, given.seed)
             loader = ResumableLoader(windows, sampler=sampler, drop_last=True, **self._loader_options)
+        loader.identity = self._identity
         if self.trainer is not None:
             loader.progress = EpochProgress(self.trainer)
         return loader
+
+    @property
+    def _identity(self) -> DataIdentity:
+        """What training reads; of a stream, its beginning."""
+        given, metadata = self._given, self._cache("train").metadata
+        settings = {name: given[name] for name in ("source", *_DECIDES_CONTENT) if name != "tokenizer"}
+        settings["tokenizer"] = self.tokenizer_fingerprint[:12]
+        return DataIdentity(metadata.content, f"{metadata.tokens:,} tokens", settings, given.allow_changed)
 
     @property
     def _loader_options(self) -> dict[str, Any]:
@@ -280,6 +294,12 @@ class TextData(DataModule):
         Raises:
             ConfigurationError: The two differ, so the model's embedding would mean other tokens.
         """
-        self._restored = state_dict
+        self._restored = check_data_state(state_dict)
         if self._tokenizer is not None:
-            check_same_tokenizer(state_dict, self._tokenizer, self.vocab_size)
+            self._compare_tokenizers()
+
+    def _compare_tokenizers(self) -> None:
+        if not self._restored:
+            return
+        if difference := tokenizer_difference(self._restored, self.tokenizer, self.vocab_size):
+            DataIdentity("", "", allow_changed=self._given.allow_changed).refuse(difference)

@@ -22,7 +22,7 @@ from orthotrain.failures import naming
 from orthotrain.temporary import discard, file_beside, finish
 
 MAGIC = b"ORTHOTOK"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 4096
 FULL_CHECK_BYTES = 1 << 30
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 20
@@ -47,6 +47,7 @@ class Metadata:
         tokenizer_fingerprint: Sha256 of the tokenizer that made the tokens.
         source_fingerprint: Fingerprint of the source and the settings that chose the text.
         checksum: Checksum of the tokens, see `checksum`.
+        content: Blake2b of all tokens, which tells one corpus from another.
     """
 
     dtype: str
@@ -56,6 +57,7 @@ class Metadata:
     tokenizer_fingerprint: str
     source_fingerprint: str
     checksum: str
+    content: str
 
 
 def checksum(data: Any) -> str:
@@ -205,14 +207,17 @@ class TokenCacheWriter:
         self.path = path
         self.dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
         self.tokens = self.text_bytes = self.documents = 0
+        self._content = hashlib.blake2b(digest_size=32)
         self._file = file_beside(path)
         self._temporary = Path(self._file.name)
         self._file.seek(HEADER_BYTES)
 
     def append(self, tokens: list[int], text_bytes: int, documents: int = 1) -> None:
         """Add tokens that stand for ``text_bytes`` bytes of text."""
+        packed = np.asarray(tokens, _DTYPES[self.dtype]).tobytes()
         with naming(self.path):
-            self._file.write(np.asarray(tokens, _DTYPES[self.dtype]).tobytes())
+            self._file.write(packed)
+        self._content.update(packed)
         self.tokens += len(tokens)
         self.text_bytes += text_bytes
         self.documents += documents
@@ -226,7 +231,9 @@ class TokenCacheWriter:
         self._file.flush()
         mapped = np.memmap(self._temporary, np.uint8, mode="r", offset=HEADER_BYTES) if self.tokens else b""
         counts = (self.dtype, self.tokens, self.text_bytes, self.documents)
-        metadata = Metadata(*counts, tokenizer_fingerprint, source_fingerprint, checksum(mapped))
+        metadata = Metadata(
+            *counts, tokenizer_fingerprint, source_fingerprint, checksum(mapped), self._content.hexdigest()
+        )
         self._file.seek(0)
         self._file.write(encode_header(metadata))
         self._file.flush()

@@ -1,5 +1,6 @@
 """Tokenized rows of instruction data in memory."""
 
+import hashlib
 from array import array
 from typing import ClassVar, Literal
 
@@ -34,6 +35,13 @@ class TokenRows:
         self._starts.append(len(self._tokens))
         self._prompt_lengths.append(row.prompt_length)
         self.references.append(reference)
+
+    def digest(self) -> str:
+        """Blake2b of the tokens, and of which are to be predicted, in their order."""
+        content = hashlib.blake2b(digest_size=32)
+        for part in (self._starts, self._tokens, self._targets):
+            content.update(memoryview(part).cast("B"))
+        return content.hexdigest()
 
     def __len__(self) -> int:
         return len(self.references)

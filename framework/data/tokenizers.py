@@ -9,13 +9,24 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from orthotrain.data.identity import check_data_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.model_folder import check_there
+from orthotrain.paths import check_folder_files, local_path, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 SMALLEST_VOCABULARY = 256 + 2 + 1
 """Every byte, the two special tokens and one merge."""
+
+LARGEST_VOCABULARY = 1 << 22
+"""Most tokens: training reserves memory for all of them before it begins, and the largest in use have 2^18."""
+_LARGEST_NUMBER = 1 << 31
+MOST_EXTRA_TOKENS = 1 << 22
+"""Largest number in a tokenizer's settings, some of which are counts of tokens to make."""
+MOST_GROWTH = 1000
+"""How many times as long as it was a text may become before it is cut into tokens."""
+_SPECIAL_NAMES = frozenset({"eos_token", "bos_token", "pad_token", "unk_token"})
 
 _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
@@ -74,12 +85,12 @@ def check_vocabulary_size(vocab_size: int) -> None:
     """Refuse a vocabulary that cannot be trained.
 
     Raises:
-        ConfigurationError: Fewer tokens than bytes and special tokens, or more than 32 bits can count.
+        ConfigurationError: Fewer tokens than bytes and special tokens, or so many that training reserves gigabytes.
     """
-    if not SMALLEST_VOCABULARY <= vocab_size <= 1 << 31:
+    if not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
         raise ConfigurationError(
             f"vocab_size {vocab_size}: a byte-level BPE needs at least {SMALLEST_VOCABULARY} "
-            "(256 bytes, 2 special tokens, 1 merge) and at most 2^31"
+            f"(256 bytes, 2 special tokens, 1 merge) and at most {LARGEST_VOCABULARY:,}"
         )
 
 
@@ -94,14 +105,18 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerFast:
         ConfigurationError: It cannot be loaded, has no end-of-text token, or has more tokens than ``vocab_size``.
     """
     check_there(name)
-    path = Path(name).expanduser()
+    path = local_path(name, "tokenizer")
+    if path.exists():
+        _check_files(path)
     try:
         if path.is_file():
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
         else:
             source = str(path) if path.is_dir() else name
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exception, the hub client many types
+    except BaseException as error:  # tokenizers raises bare Exception and panics, the hub client many types
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigurationError(
             f"tokenizer {name!r}: cannot be loaded ({reason}); give a tokenizer.json, a folder that holds one, or a "
@@ -115,6 +130,62 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerFast:
             f"tokenizer {name!r}: {size} tokens do not fit vocab_size {vocab_size}; set vocab_size to at least {size}"
         )
     return tokenizer
+
+
+def _check_files(path: Path) -> None:
+    """Refuse a tokenizer's files that are no regular ones, or whose numbers ask for loops and lists without bound."""
+    if path.is_dir():
+        check_folder_files(path, "tokenizer folder")
+        files = sorted(path.glob("*token*.json"))
+    else:
+        files = [path]
+    for file in files:
+        content = read_json(file, "tokenizer")
+        if file.name == "tokenizer.json" or file == path:
+            check_tokenizer_json(content, str(file))
+            continue
+        pending = [("", content)]
+        while pending:
+            name, value = pending.pop()
+            if isinstance(value, dict):
+                pending += value.items()
+            elif isinstance(value, list):
+                pending += [(name, item) for item in value]
+            elif type(value) is int and value > MOST_EXTRA_TOKENS and not name.endswith("max_length"):
+                raise ConfigurationError(f"tokenizer {str(file)!r}: {name} is {value}, more than {MOST_EXTRA_TOKENS:,}")
+
+
+def check_tokenizer_json(content: Any, where: str) -> None:
+    """Refuse the content of a tokenizer.json that would take memory without bound, or that no tokenizer has.
+
+    Args:
+        content: The parsed file.
+        where: The file, for messages.
+
+    Raises:
+        ConfigurationError: Not an object, a token beyond 2^31, or replacements that multiply the length of a text.
+    """
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"tokenizer {where}: not a tokenizer.json (a {type(content).__name__}, no object)")
+    growth, pending = 1, [content.get("normalizer"), content.get("pre_tokenizer"), content.get("decoder")]
+    while pending:
+        step = pending.pop()
+        if isinstance(step, dict):
+            replacement = step.get("content")
+            growth *= max(1, len(replacement)) if isinstance(replacement, str) else 1
+            pending += step.values()
+        elif isinstance(step, list):
+            pending += step
+    if growth > MOST_GROWTH:
+        raise ConfigurationError(f"tokenizer {where}: its replacements make a text up to {growth} times as long")
+    added = content.get("added_tokens")
+    ids = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids += vocabulary.values() if isinstance(vocabulary, dict) else []
+    largest = max((number for number in ids if type(number) is int), default=0)
+    if largest >= _LARGEST_NUMBER:
+        raise ConfigurationError(f"tokenizer {where}: token {largest} does not fit 31 bits")
 
 
 def tokens_in(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -171,10 +242,18 @@ def tokenizer_from_state(state: dict[str, Any]) -> PreTrainedTokenizerFast:
         ConfigurationError: The state holds no tokenizer, or not the one its fingerprint names.
     """
     try:
+        check_data_state(state)
+        check_tokenizer_json(json.loads(state["tokenizer"]), "of the checkpoint")
         backend = Tokenizer.from_str(state["tokenizer"])
+        vocabulary = backend.get_vocab()
+        for name, token in state["special_tokens"].items():
+            if name not in _SPECIAL_NAMES or token not in vocabulary:
+                raise ConfigurationError(f"special token {name!s:.40} {token!s:.40} is none of its own")
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **state["special_tokens"])
         expected = state["tokenizer_fingerprint"]
-    except Exception as error:  # tokenizers raises bare Exception
+    except BaseException as error:  # tokenizers raises bare Exception, and panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ConfigurationError(f"the checkpoint's data state holds no readable tokenizer ({error!r:.200})") from error
     if (found := fingerprint(tokenizer)) != expected:
         raise ConfigurationError(
@@ -184,23 +263,24 @@ def tokenizer_from_state(state: dict[str, Any]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def check_same_tokenizer(state: dict[str, Any], tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
-    """See that a checkpoint was trained with this run's tokenizer: with another one its embedding means other tokens.
+def tokenizer_difference(state: dict[str, Any], tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> str | None:
+    """Say how a checkpoint's tokenizer differs from this run's: with another one its embedding means other tokens.
 
     Args:
         state: ``TextData.state_dict()`` from the checkpoint.
         tokenizer: This run's tokenizer.
         vocab_size: This run's vocabulary.
 
-    Raises:
-        ConfigurationError: The two differ.
+    Returns:
+        The difference and what to do about it; None where there is none.
     """
     saved, found = str(state.get("tokenizer_fingerprint")), fingerprint(tokenizer)
-    if saved != found:
-        settings = state.get("settings", {})
-        inputs = ", ".join(f"{name} {settings.get(name)!r}" for name in ("source", "vocab_size", "seed"))
-        raise ConfigurationError(
-            f"the tokenizer of this run (vocab {vocab_size}, sha {found[:12]}) differs from the checkpoint's (vocab "
-            f"{state.get('vocab_size')}, sha {saved[:12]}): set tokenizer to the one exported with the checkpoint, or "
-            f"use what it was trained from: {inputs}"
-        )
+    if saved == found:
+        return None
+    settings = state.get("settings", {})
+    inputs = ", ".join(f"{name} {settings.get(name)!r:.200}" for name in ("source", "vocab_size", "seed"))
+    return (
+        f"the tokenizer of this run (vocab {vocab_size}, sha {found[:12]}) differs from the checkpoint's (vocab "
+        f"{state.get('vocab_size')!s:.20}, sha {saved[:12]}): set tokenizer to the one exported with the checkpoint, "
+        f"or use what it was trained from: {inputs}"
+    )

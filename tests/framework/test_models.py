@@ -1,10 +1,13 @@
 """Model builders: from a configuration, from a folder, and what they refuse."""
 
 import json
+import os
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from orthotrain import model_size
 from orthotrain.errors import ConfigurationError
 from orthotrain.models import CausalLM, PretrainedModel
 
@@ -64,3 +67,53 @@ def test_gradient_checkpointing_changes_memory_and_not_the_gradients(tiny_llama)
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6, msg=name)
     sizes = [saved_bytes(n, lambda n=n: n(input_ids=tokens, labels=tokens)) for n in (plain, checkpointed)]
     assert sizes[1] < 0.8 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("num_hidden_layers", 10**8, "too large to be counted"),
+        ("hidden_size", 2**40, "no network that can be built: RuntimeError"),
+        ("vocab_size", 2**40, "a network of 70,368,744,195,248 values, more than"),
+        ("vocab_size", 2**70, "no network that can be built"),
+        ("vocab_size", 10**10, "GiB in torch.float32; this machine has"),
+        ("num_attention_heads", 0, "ZeroDivisionError"),
+        ("vocab_size", -3, "negative dimension"),
+        ("hidden_size", "wide", "no network that can be built"),
+    ],
+)
+def test_descriptions_that_no_machine_can_build_are_one_line(tiny_llama, monkeypatch, key, value, said):
+    monkeypatch.setattr(model_size, "_SECONDS", 2.0)
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        CausalLM({**tiny_llama, key: value})()
+    assert "\n" not in str(caught.value) and "the llama configuration describes" in str(caught.value)
+
+
+def test_a_plan_refuses_them_too(tiny_llama):
+    with FakeTensorMode(), pytest.raises(ConfigurationError, match="values, more than 10,000,000,000,000"):
+        CausalLM({**tiny_llama, "vocab_size": 2**40})()
+    with FakeTensorMode():
+        assert CausalLM({**tiny_llama, "vocab_size": 10**9})().config.vocab_size == 10**9
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("num_hidden_layers", 10**8, "too large"), ("vocab_size", 2**40, "more than"), ("vocab_size", 10**11, "GiB")],
+)
+def test_a_folder_that_describes_such_a_network(tiny_llama, tmp_path, monkeypatch, key, value, said):
+    monkeypatch.setattr(model_size, "_SECONDS", 2.0)
+    CausalLM(tiny_llama)().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: value, "layer_types": None}))
+    with pytest.raises(ConfigurationError, match=said):
+        PretrainedModel(str(tmp_path))()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_a_folder_with_what_is_no_regular_file(tiny_llama, tmp_path, name, kind):
+    CausalLM(tiny_llama)().save_pretrained(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name) if kind == "fifo" else (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(ConfigurationError, match=f"{name}' is no regular file but a {kind}"):
+        PretrainedModel(str(tmp_path))()

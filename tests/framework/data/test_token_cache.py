@@ -7,7 +7,7 @@ from orthotrain.data import CorruptCacheError, TokenCache, token_cache
 from orthotrain.data.token_cache import HEADER_BYTES, Metadata, TokenCacheWriter, decode_header, encode_header
 from orthotrain.errors import ConfigurationError
 
-METADATA = Metadata("uint16", 5, 17, 2, "a" * 64, "b" * 64, "c" * 64)
+METADATA = Metadata("uint16", 5, 17, 2, "a" * 64, "b" * 64, "c" * 64, "d" * 64)
 
 
 def write(path, tokens, vocab_size=300):

@@ -11,9 +11,9 @@ from orthotrain.data.tokenizers import (
     END_OF_TEXT,
     PADDING,
     SMALLEST_VOCABULARY,
-    check_same_tokenizer,
     fingerprint,
     load_tokenizer,
+    tokenizer_difference,
     tokenizer_state,
     train_tokenizer,
 )
@@ -75,11 +75,9 @@ def test_another_tokenizer_names_both(tokenizer):
         "vocab_size": 280,
         "settings": {"source": "here", "vocab_size": 280, "seed": 0},
     }
-    check_same_tokenizer(state, tokenizer, 280)
+    assert tokenizer_difference(state, tokenizer, 280) is None
     other = train_tokenizer(TEXTS, 270)
-    with pytest.raises(ConfigurationError) as caught:
-        check_same_tokenizer(state, other, 270)
-    message = str(caught.value)
+    message = tokenizer_difference(state, other, 270)
     assert all(
         part in message for part in ("vocab 270", "vocab 280", fingerprint(other)[:12], fingerprint(tokenizer)[:12])
     )
@@ -108,3 +106,94 @@ def test_tokenizers_that_cannot_be_used(tmp_path, monkeypatch):
     words.save(str(tmp_path / "words.json"))
     with pytest.raises(ConfigurationError, match="no end-of-text token"):
         load_tokenizer(str(tmp_path / "words.json"), 300)
+
+
+def altered(tokenizer, change):
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(content)
+    return content
+
+
+HOSTILE = {
+    "token of 2^31": lambda c: c["model"]["vocab"].update(beyond=2**31),
+    "added token of 2^31": lambda c: c["added_tokens"][0].update(id=2**31),
+    "added token of 2^70": lambda c: c["added_tokens"][0].update(id=2**70),
+    "no vocabulary": lambda c: c["model"].update(vocab=5),
+    "no model": lambda c: c.pop("model"),
+    "unknown model": lambda c: c["model"].update(type="Evil"),
+    "doubling": lambda c: c.update(
+        normalizer={
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40,
+        }
+    ),
+    "long replacement": lambda c: c.update(
+        normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10**6}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_tokenizers_are_one_line(tokenizer, tmp_path, bounded, name):
+    tokenizer.save_pretrained(tmp_path)
+    content = altered(tokenizer, HOSTILE[name])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        said = bounded(lambda path=path: load_tokenizer(str(path), 1 << 31))
+        assert str(said).startswith("ConfigurationError: tokenizer") and "\n" not in said
+    state = {**tokenizer_state(tokenizer), "tokenizer": json.dumps(content)}
+    said = bounded(lambda: tokenizer_from_state(state))
+    assert str(said).startswith("ConfigurationError: the checkpoint's data state holds no readable tokenizer")
+
+
+@pytest.mark.parametrize("content", ["5", "[]", '"x"', "[" * 100_000, "", "\0", "null"])
+def test_what_is_no_tokenizer_is_one_line(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(ConfigurationError, match="tokenizer"):
+        load_tokenizer(str(path), 300)
+
+
+def test_numbers_in_the_settings_that_count_tokens_are_bounded(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "extra_ids": 10**9, "model_max_length": 10**30}))
+    with pytest.raises(ConfigurationError, match=r"extra_ids is 1000000000, more than"):
+        load_tokenizer(str(tmp_path), 300)
+
+
+@pytest.mark.parametrize("state", [5, None, [], {}, {"tokenizer": 5}, {"tokenizer": "{}", "special_tokens": {}}])
+def test_a_state_that_holds_no_tokenizer_is_one_line(state):
+    with pytest.raises(ConfigurationError, match="the checkpoint's data state holds no readable tokenizer"):
+        tokenizer_from_state(state)
+
+
+@pytest.mark.parametrize("special", [{"tokenizer_file": "/etc/passwd"}, {"eos_token": "new"}, {"eos_token": 5}])
+def test_a_state_names_only_special_tokens_of_its_own(tokenizer, special):
+    with pytest.raises(ConfigurationError, match="is none of its own"):
+        tokenizer_from_state({**tokenizer_state(tokenizer), "special_tokens": special})
+
+
+@pytest.mark.parametrize("size", [(1 << 22) + 1, 2**31, 2**70])
+def test_sizes_of_a_vocabulary_that_training_would_reserve_memory_for(size):
+    with pytest.raises(ConfigurationError, match=f"^vocab_size {size}: "):
+        train_tokenizer(["a"], size)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "~nobody-of-this-name", "x\ud800"])
+def test_names_that_no_tokenizer_has(name):
+    with pytest.raises(ConfigurationError, match=r"(no path can hold|no such user)"):
+        load_tokenizer(name, 300)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"batch_size": 10**12}, {"sequence_length": 10**12}, {"num_workers": 10**6}, {"batch_size": 2**70}]
+)
+def test_sizes_that_no_machine_can_hold(make_data, sizes):
+    with pytest.raises(ConfigurationError, match=f"^{'num_workers' if 'num_workers' in sizes else 'batch_size'} "):
+        make_data(**sizes)
+
+
+def test_a_cache_folder_that_no_path_can_name(make_data):
+    with pytest.raises(ConfigurationError, match=r"^cache_dir 'a\\x00b': holds a NUL character"):
+        make_data(cache_dir="a\0b").prepare_data()

@@ -1,0 +1,62 @@
+"""Numbers of the trainer that Lightning takes and divides by, counts down from or seeds with."""
+
+import math
+from typing import Any
+
+from orthotrain.errors import ConfigurationError
+
+_LEAST = {
+    "accumulate_grad_batches": 1,
+    "max_steps": -1,
+    "max_epochs": -1,
+    "min_steps": 0,
+    "min_epochs": 0,
+    "check_val_every_n_epoch": 1,
+    "log_every_n_steps": 0,
+    "num_sanity_val_steps": -1,
+    "num_nodes": 1,
+    "reload_dataloaders_every_n_epochs": 0,
+    "fast_dev_run": 0,
+}
+_SHARES = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
+MOST_SEED = 2**32 - 1
+
+
+def check_trainer_numbers(trainer: Any, seed: Any) -> None:
+    """Refuse numbers of a parsed config that no run can have.
+
+    Args:
+        trainer: The trainer's part, name to value.
+        seed: ``seed_everything``.
+
+    Raises:
+        ConfigurationError: Naming the first such number and what it may be.
+    """
+    for name, least in _LEAST.items():
+        value = trainer.get(name)
+        if _is_number(value) and not value >= least:
+            _refuse(name, value, f"at least {least}")
+    for name in _SHARES:
+        value = trainer.get(name)
+        if isinstance(value, float) and not 0 <= value <= 1:
+            _refuse(name, value, "a share from 0.0 to 1.0, or a whole number of batches")
+        if _is_number(value) and not value >= 0:
+            _refuse(name, value, "at least 0")
+    interval = trainer.get("val_check_interval")
+    if isinstance(interval, float) and not 0 < interval <= 1:
+        _refuse("val_check_interval", interval, "a share of an epoch above 0.0 up to 1.0, or a number of batches")
+    if _is_number(interval) and not interval > 0:
+        _refuse("val_check_interval", interval, "at least 1 batch, or a share of an epoch")
+    clip = trainer.get("gradient_clip_val")
+    if _is_number(clip) and not (clip >= 0 and math.isfinite(clip)):
+        _refuse("gradient_clip_val", clip, "a finite number, at least 0")
+    if _is_number(seed) and not 0 <= seed <= MOST_SEED:
+        raise ConfigurationError(f"seed_everything {seed}: must be from 0 to {MOST_SEED}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _refuse(name: str, value: float, wanted: str) -> None:
+    raise ConfigurationError(f"trainer.{name} {value}: must be {wanted}")

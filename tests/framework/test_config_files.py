@@ -1,0 +1,111 @@
+"""Configs: what is read, and what is refused before it can take time or memory or run anything."""
+
+import os
+import socket
+
+import pytest
+
+from orthotrain.cli import main
+from orthotrain.config_files import resolve_config_arguments
+from orthotrain.errors import ConfigurationError
+from orthotrain.trainer_numbers import check_trainer_numbers
+from orthotrain.yaml_check import check_yaml
+
+HOSTILE = {
+    "a: &a [*a]": r"the alias \*a within the value",
+    "a: &a {b: {c: [*a]}}": r"the alias \*a within the value",
+    "a: &a {<<: *a}": r"the alias \*a within the value",
+    "".join(f"k{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 10)}]\n" for n in range(12)): "50,000 values",
+    "a: &a {x: 1}\n" + "b: [" + "*a, " * 30_000 + "]": "50,000 values",
+    "a: " + "[" * 100_000: "nested more than 60 deep",
+    "a: " + "{b: " * 100 + "1" + "}" * 100: "nested more than 60 deep",
+    "".join(" " * n + "a:\n" for n in range(100)): "nested more than 60 deep",
+    "a: !!python/object/apply:os.system [id]": "the tag 'tag:yaml.org,2002:python/object/apply:os.system'",
+    "a: !mine 3": "the tag '!mine'",
+    "a: " + "x" * 600_000: "at most 524,288",
+    "a: " + "9" * 5000: "is not valid YAML",
+    "a: 2001-99-99": "is not valid YAML",
+    "a: [1": "is not valid YAML",
+    "- 1": "it must have keys",
+}
+
+
+@pytest.mark.parametrize("number", range(len(HOSTILE)))
+def test_hostile_yaml_is_one_line(tmp_path, number):
+    content, said = list(HOSTILE.items())[number]
+    (tmp_path / "x.yaml").write_text(content)
+    with pytest.raises(ConfigurationError, match=said):
+        resolve_config_arguments(["-c", str(tmp_path / "x.yaml")])
+
+
+def test_what_people_write_passes():
+    check_yaml("a: &a {x: [1, 2.5, true, null, 'b']}\nb: {<<: *a, y: !!str 3}\nc: |\n  *a !!python\n", "x")
+    check_yaml("prompt: {x} & [y", "x")
+
+
+def test_values_of_options_are_bounded_too(capsys):
+    for value, said in (("{a: &a [*a]}", "the alias *a"), ("{a: !!python/name:os.system x}", "has the tag")):
+        with pytest.raises(SystemExit):
+            main(["fit", "-c", "pretrain/quickstart.yaml", "--model", value])
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "socket"])
+def test_what_is_no_regular_file_is_never_opened(tmp_path, kind):
+    path = tmp_path / "x.yaml"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    for arguments in (["-c", str(path)], [f"--config={path}"], ["--model", str(path)], [f"--data={path}"]):
+        with pytest.raises(ConfigurationError, match=f"no regular file but a {kind}"):
+            resolve_config_arguments(arguments)
+
+
+@pytest.mark.parametrize("name", ["a\0.yaml", "x" * 300, "~nobody-of-this-name/a.yaml", "a\udce9.yaml", "\n"])
+def test_names_that_no_config_has_are_one_line(name):
+    with pytest.raises(ConfigurationError):
+        resolve_config_arguments(["-c", name])
+
+
+BAD_NUMBERS = [
+    *(("accumulate_grad_batches", n) for n in (0, -1)),
+    *(("max_steps", -5), ("max_epochs", -2), ("min_steps", -3), ("min_epochs", -1), ("fast_dev_run", -1)),
+    *(("val_check_interval", n) for n in (0, -1, 0.0, 1.7, float("nan"))),
+    *(("limit_train_batches", n) for n in (-1, -0.5, 1.5, float("nan"), float("inf"))),
+    *(("gradient_clip_val", n) for n in (-1, float("nan"), float("inf"))),
+    *(("check_val_every_n_epoch", 0), ("log_every_n_steps", -1), ("num_sanity_val_steps", -7), ("num_nodes", 0)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_NUMBERS)
+def test_numbers_that_no_trainer_can_have(name, value):
+    with pytest.raises(ConfigurationError, match=rf"^trainer.{name} {value}: must be "):
+        check_trainer_numbers({name: value}, 0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70])
+def test_seeds_out_of_range(seed):
+    with pytest.raises(ConfigurationError, match=rf"^seed_everything {seed}: must be from 0 to"):
+        check_trainer_numbers({}, seed)
+
+
+def test_numbers_that_a_trainer_can_have():
+    good = {
+        "max_steps": -1,
+        "limit_val_batches": 1.0,
+        "val_check_interval": 0.25,
+        "gradient_clip_val": 0,
+        "log_every_n_steps": 0,
+    }
+    check_trainer_numbers({**good, "limit_train_batches": 7, "max_epochs": None, "fast_dev_run": True}, True)
+
+
+def test_the_command_line_says_so_before_anything_is_seeded(capsys):
+    for option, value in (("--seed_everything", "-1"), ("--trainer.accumulate_grad_batches", "0")):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "-c", "pretrain/quickstart.yaml", option, value])
+        assert stop.value.code == 2
+        assert "must be " in capsys.readouterr().err

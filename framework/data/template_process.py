@@ -69,7 +69,7 @@ def _serve(connection: Connection, tokenizer: Any) -> None:
             return
         limit_seconds(seconds)
         try:
-            answer = True, [_render(tokenizer, *request) for request in requests]
+            answer: tuple[bool, Any] = True, [_render(tokenizer, *request) for request in requests]
         except MemoryError:
             answer = False, f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"
         except Exception as error:  # templates are programs: they raise jinja2's and their own errors

@@ -139,7 +139,7 @@ BAD = [
     (["--data.batch_size", "eight"], "data: batch_size: expected int, got 'eight'"),
     (["--trainer.precision", "fp16"], "bf16-mixed or 32-true or 64-true or 64 or 32 or 16 or bf16, got 'fp16'"),
     (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "CosineWithWarmup needs the length of the run"),
-    (["--trainer.max_steps", "-5"], "trainer: `max_steps` must be a non-negative integer or -1"),
+    (["--trainer.max_steps", "-5"], "trainer.max_steps -5: must be at least -1"),
     (["--trainer.accelerator", "gpus"], "trainer: You selected an invalid accelerator name"),
     (["--trainer.devices", "0"], "trainer: `Trainer(devices='0')` value is not a valid input"),
     (["--trainer.callbacks", "RunReprt"], "trainer.callbacks: unknown class 'RunReprt'; did you mean RunReport?"),

@@ -79,7 +79,7 @@ def test_large_files_are_checked_by_blocks_from_the_first_byte_to_the_last(monke
 def test_another_version_and_another_kind_of_file_are_told_apart():
     header = bytearray(encode_header(METADATA))
     header[8] = 9
-    with pytest.raises(CorruptCacheError, match="version 1, found 9"):
+    with pytest.raises(CorruptCacheError, match="version 2, found 9"):
         decode_header(bytes(header), "x")
     with pytest.raises(CorruptCacheError, match="not a token cache"):
         decode_header(b"PK\x03\x04" + bytes(HEADER_BYTES), "x")

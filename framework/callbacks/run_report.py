@@ -12,6 +12,7 @@ from torch import nn
 from orthotrain.callbacks.pictures import draw_lines, panels, run_folder, save
 from orthotrain.callbacks.spectrum_monitor import spectrum
 from orthotrain.callbacks.throughput import Throughput, logs_at
+from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.backend import describe
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import is_sharded
@@ -46,6 +47,9 @@ class RunReport(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the spectrum at the start; a resumed run has it from its checkpoint."""
         self._throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore
+        names = [name for name, _ in mergeable_layers(pl_module)][: self.spectrum_layers]
+        if self.spectra and set(self.spectra) != set(names):
+            raise ConfigurationError("RunReport: the checkpoint has spectra of other layers; take an earlier one")
         if not self.spectra:
             self.spectra = singular_values(pl_module, self.spectrum_layers)
 

@@ -154,6 +154,9 @@ class ResumableLoader(DataLoader):
             ConfigurationError: The place is inside an epoch whose order was another one.
         """
         here = self._settings()
+        needed = ("epoch", "batches", "windows", "batch_size", "num_replicas")
+        if not isinstance(state, dict) or any(type(state.get(name)) is not int or state[name] < 0 for name in needed):
+            raise ConfigurationError("the checkpoint has no place in the training data; take an earlier one")
         differing = [name for name in here if state.get(name) != here[name]]
         if differing and 0 < state["batches"] < state["windows"] // (state["batch_size"] * state["num_replicas"]):
             saved = ", ".join(f"{name} {state.get(name)}" for name in differing)

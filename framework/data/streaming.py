@@ -14,6 +14,7 @@ from orthotrain.data.building import Splitter, encode
 from orthotrain.data.readers import Document
 from orthotrain.data.sampling import EpochProgress, as_batch
 from orthotrain.data.sources import Corpus
+from orthotrain.errors import ConfigurationError
 
 Position = tuple[int, int]
 """Index of a document in the stream and of the token inside it that the next window starts with."""
@@ -139,5 +140,8 @@ class StreamLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from a saved position at the next iteration."""
+        needed = ("batches", "document", "token")
+        if not isinstance(state, dict) or any(type(state.get(name)) is not int or state[name] < 0 for name in needed):
+            raise ConfigurationError("the checkpoint has no place in the stream of documents; take an earlier one")
         self._place = {name: int(state[name]) for name in ("batches", "document", "token")}
         self._recent = deque([self._place], maxlen=self._MEMORY)

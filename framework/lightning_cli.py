@@ -1,6 +1,6 @@
 """LightningCLI with one-line errors, self-describing checkpoints and the planner."""
 
-import inspect
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +210,8 @@ class OrthotrainCLI(LightningCLI):
 
 def raised_while_restoring(error: BaseException) -> bool:
     """Tell whether an error was raised while Lightning restored a checkpoint, and not by training or evaluating."""
-    frames = [frame.frame.f_code for frame in inspect.getinnerframes(error.__traceback__, context=0)]
-    names = [code.co_name for code in frames if code.co_filename == checkpoint_connector.__file__]
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [code.co_name for code in codes if code.co_filename == checkpoint_connector.__file__]
     return any(name.lstrip("_").startswith(("restore", "resume_start")) for name in names)
 
 

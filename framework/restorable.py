@@ -114,13 +114,13 @@ def check_optimizers(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     for number, optimizer in enumerate(trainer.optimizers):
         check_optimizer(checkpoint["optimizer_states"][number], optimizer, number, origin)
     for number, config in enumerate(trainer.lr_scheduler_configs):
-        saved, own = checkpoint["lr_schedulers"][number], config.scheduler.state_dict()
+        saved, expected = checkpoint["lr_schedulers"][number], config.scheduler.state_dict()
         place = f"lr_schedulers.{number}"
-        if unknown := [key for key in saved if key not in own]:
+        if unknown := [key for key in saved if key not in expected]:
             raise _refused(
                 origin, f"{place} has {_short(unknown[0])}, which a {type(config.scheduler).__name__} has not"
             )
-        needed = {key: value for key, value in own.items() if key in saved or key in _NEEDED_OF_SCHEDULE}
+        needed = {key: value for key, value in expected.items() if key in saved or key in _NEEDED_OF_SCHEDULE}
         _compare(saved, needed, place, origin)
 
 
@@ -220,9 +220,10 @@ def _check_place(place: Any, origin: str) -> None:
     """Refuse a place in the training data that is none."""
     if place is not None and not isinstance(place, dict):
         raise _refused(origin, f"the place in the training data is {_kind(place)} and no table by names")
-    for name in _COUNTS_OF_PLACE if place else ():
-        if name in place and not is_count(place[name]):
-            raise _refused(origin, f"the place in the training data has {name} {_short(place[name])}, no count")
+    counts: dict[str, Any] = place or {}
+    for name in _COUNTS_OF_PLACE:
+        if name in counts and not is_count(counts[name]):
+            raise _refused(origin, f"the place in the training data has {name} {_short(counts[name])}, no count")
 
 
 def _compare(saved: Any, expected: Any, place: str, origin: str) -> None:

@@ -1,5 +1,6 @@
 """``--ckpt_path FILE`` of the command line: what is no checkpoint ends in one line, whatever the command."""
 
+import itertools
 import os
 import pickle
 
@@ -39,10 +40,10 @@ def write(path, kind, trap):
         torch.save({"list": [1], "string": "x", "tensor": torch.ones(2), "empty": {}}[kind], path)
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "predict"])
-@pytest.mark.parametrize(
-    "kind", ["object", "pickle", "legacy", "meta", "text", "list", "string", "tensor", "empty", "fifo", "zero"]
-)
+KINDS = ("object", "pickle", "legacy", "meta", "text", "list", "string", "tensor", "empty", "fifo", "zero")
+
+
+@pytest.mark.parametrize(("command", "kind"), zip(itertools.cycle(["fit", "validate", "predict"]), KINDS, strict=False))
 def test_what_is_no_checkpoint_ends_in_one_line(command, kind, small_config, tmp_path, capfd):
     path = tmp_path / "bad.ckpt"
     write(path, kind, tmp_path / "sprung")

@@ -1,9 +1,9 @@
 """LightningCLI with one-line errors, self-describing checkpoints and the planner."""
 
 import contextlib
-import inspect
 import re
 import signal
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -288,8 +288,8 @@ def naming_checkpoint(module: BaseModule) -> Iterator[None]:
 
 def raised_while_restoring(error: BaseException) -> bool:
     """Tell whether an error was raised while Lightning restored a checkpoint, and not by training or evaluating."""
-    frames = [frame.frame.f_code for frame in inspect.getinnerframes(error.__traceback__, context=0)]
-    names = [code.co_name for code in frames if code.co_filename == checkpoint_connector.__file__]
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [code.co_name for code in codes if code.co_filename == checkpoint_connector.__file__]
     return any(name.lstrip("_").startswith(("restore", "resume_start")) for name in names)
 
 

@@ -83,7 +83,7 @@ def _opened(path: Path) -> Iterator[tuple[Archive, tuple[Any, ...]]]:
     try:
         with io.BufferedReader(io.FileIO(path)) as stream:
             found = os.fstat(stream.fileno())
-            yield Archive(stream), (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+            yield Archive(stream), (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     except ConfigurationError:
         raise
     except Exception as error:  # a damaged archive raises whatever its bytes happen to ask for

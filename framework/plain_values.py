@@ -206,13 +206,14 @@ def _known(module: str, name: str) -> Any:
         return _STORAGES[name]
     if (module, name) == ("torch.storage", "UntypedStorage"):
         return torch.uint8
-    if module == "torch" and name.isidentifier() and isinstance(found := getattr(torch, name, None), torch.dtype):
+    if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
         return found
     return _PLAIN.get((module.replace("__builtin__", "builtins"), name)) or Foreign(f"{module}.{name}")
 
 
 def _storage(identity: Any) -> Storage | Foreign:
-    kind, dtype, key, _, values = identity if isinstance(identity, tuple) and len(identity) == 5 else [None] * 5
+    parts: Any = identity if isinstance(identity, tuple) and len(identity) == 5 else [None] * 5
+    kind, dtype, key, _, values = parts
     if kind == "storage" and isinstance(dtype, Foreign):
         return dtype
     if kind != "storage" or not isinstance(dtype, torch.dtype) or type(key) is not str or not _is_count(values):

@@ -1,7 +1,6 @@
 """Whether a checkpoint has what this run restores from it: each entry of the right kind, before any of it is taken."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -19,7 +18,16 @@ _TABLES = ("state_dict", "loops", "callbacks")
 _LISTS = ("optimizer_states", "lr_schedulers")
 _NEEDED_OF_SCHEDULE = ("last_epoch", "_step_count", "base_lrs", "_last_lr")
 _NEEDED_OF_GROUP = ("lr", "initial_lr", "betas", "eps", "weight_decay", "momentum")
-_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "exp_inf")
+_LIKE_PARAMETER = (
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "momentum_buffer",
+    "square_avg",
+    "grad_avg",
+    "exp_inf",
+    "momentum",
+)
 _COUNTS_OF_PLACE = ("epoch", "batches", "num_replicas", "windows", "batch_size", "document", "token")
 
 
@@ -78,7 +86,10 @@ def check_progress(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     if name is not None and saved is not None:
         expected = {key: value for key, value in getattr(trainer, name).state_dict().items()}
         _compare(saved.get(name), expected, f"loops.{name}", origin)
-        for place in (saved[name].get("state_dict") or {}).get("combined_loader") or []:
+        loaders = (saved[name].get("state_dict") or {}).get("combined_loader") or []
+        if not isinstance(loaders, list):
+            raise _refused(origin, f"the places in the training data are {_kind(loaders)} and no list")
+        for place in loaders:
             _check_place(place, origin)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         state = checkpoint.get("callbacks", {}).get(callback.state_key)
@@ -103,13 +114,13 @@ def check_optimizers(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     for number, optimizer in enumerate(trainer.optimizers):
         check_optimizer(checkpoint["optimizer_states"][number], optimizer, number, origin)
     for number, config in enumerate(trainer.lr_scheduler_configs):
-        saved, own = checkpoint["lr_schedulers"][number], config.scheduler.state_dict()
+        saved, expected = checkpoint["lr_schedulers"][number], config.scheduler.state_dict()
         place = f"lr_schedulers.{number}"
-        if unknown := [key for key in saved if key not in own]:
+        if unknown := [key for key in saved if key not in expected]:
             raise _refused(
                 origin, f"{place} has {_short(unknown[0])}, which a {type(config.scheduler).__name__} has not"
             )
-        needed = {key: value for key, value in own.items() if key in saved or key in _NEEDED_OF_SCHEDULE}
+        needed = {key: value for key, value in expected.items() if key in saved or key in _NEEDED_OF_SCHEDULE}
         _compare(saved, needed, place, origin)
 
 
@@ -140,13 +151,16 @@ def check_optimizer(saved: Any, optimizer: Optimizer, number: int, origin: str) 
         parameters.update(zip(numbers, here["params"], strict=True))
         common = {k: v for k, v in here.items() if k != "params" and (k in group or k in _NEEDED_OF_GROUP)}
         _compare(group, common, f"{place}.param_groups.{at}", origin)
-    strict = type(optimizer).__module__.startswith("torch.optim")
+    owners = {id(p): part for part in getattr(optimizer, "parts", [optimizer]) for p in parameters_of(part)}
     for key, entry in state.items():
         if key not in parameters or not isinstance(entry, dict):
             raise _refused(origin, f"{place}.state.{_short(key)} is of no parameter of this run")
-        for name, value in entry.items():
-            shape = parameters[key].shape if strict and name in _LIKE_PARAMETER else None
-            _check_moment(value, shape, f"{place}.state.{key}.{name}", origin)
+        _check_entry(entry, parameters[key], owners[id(parameters[key])], f"{place}.state.{key}", origin)
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters of an optimizer in the order of its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def check_merges(state: dict[str, Any], steps: Any) -> None:
@@ -170,11 +184,20 @@ def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def _check_moment(value: Any, shape: torch.Size | None, place: str, origin: str) -> None:
-    if shape is None:
-        return
-    if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
-        raise _refused(origin, f"{place} is {_kind(value)} and not of the shape {tuple(shape)} of its parameter")
+def _check_entry(entry: dict[Any, Any], parameter: Tensor, owner: Optimizer, place: str, origin: str) -> None:
+    """Refuse moments that are not those of their parameter, and a step that is none."""
+    needed = ("step", "exp_avg", "exp_avg_sq") if entry and type(owner) in (torch.optim.Adam, torch.optim.AdamW) else ()
+    if missing := [name for name in needed if name not in entry]:
+        raise _refused(origin, f"{place} has no {missing[0]}")
+    if "step" in entry and (not _is_number(entry["step"]) or not 0 <= float(entry["step"]) < 1 << 62):
+        raise _refused(origin, f"{place}.step is {_short(entry['step'])}, which is no count")
+    plain = type(owner).__module__.startswith(("torch.optim", "orthotrain.optimizers.lie"))
+    for name in _LIKE_PARAMETER if plain else ():
+        value, shape = entry.get(name), parameter.shape
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+            raise _refused(origin, f"{place}.{name} is {_kind(value)}, its parameter has the shape {tuple(shape)}")
 
 
 def _check_watching(state: dict[str, Any], place: str, origin: str) -> None:
@@ -195,11 +218,12 @@ def _check_watching(state: dict[str, Any], place: str, origin: str) -> None:
 
 def _check_place(place: Any, origin: str) -> None:
     """Refuse a place in the training data that is none."""
-    ours = isinstance(place, dict) and ("windows" in place or "document" in place)
-    needed: Iterable[str] = ("batches", "windows", "batch_size", "num_replicas") if ours and "windows" in place else ()
-    for name in _COUNTS_OF_PLACE if isinstance(place, dict) else ():
-        if (name in needed or name in place) and not is_count(place.get(name)):
-            raise _refused(origin, f"the place in the training data has {name} {_short(place.get(name))}, no count")
+    if place is not None and not isinstance(place, dict):
+        raise _refused(origin, f"the place in the training data is {_kind(place)} and no table by names")
+    counts: dict[str, Any] = place or {}
+    for name in _COUNTS_OF_PLACE:
+        if name in counts and not is_count(counts[name]):
+            raise _refused(origin, f"the place in the training data has {name} {_short(counts[name])}, no count")
 
 
 def _compare(saved: Any, expected: Any, place: str, origin: str) -> None:

@@ -83,7 +83,7 @@ def own_name(name: Any) -> str:
 def _known(module: str, name: str) -> Any:
     if _RECORDS.get(name) == module or name == "StorageMeta":
         return lambda *arguments: _Record(name, *arguments)
-    if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+    if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
         return found
     if (module, name) == ("torch", "Size"):
         return lambda values: torch.Size(_counts(values))

@@ -143,7 +143,7 @@ def _state_of(file: Path) -> tuple[int, ...] | None:
     if not file.is_file():
         return None
     found = file.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class _PlainReader(dcp.FileSystemReader):

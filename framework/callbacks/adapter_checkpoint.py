@@ -139,7 +139,7 @@ class AdapterCheckpoint(Checkpoint):
         folder = Path(trainer.strategy.broadcast(self.dirpath or Path(trainer.log_dir or ".") / "adapters"))
         target = folder / _folder_name(trainer.global_step)
         self._saved = [name for name in self._saved if name != target.name] + [target.name]
-        partial = None
+        partial: Any = None  # rank 0 makes it and tells the others
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)

@@ -13,6 +13,7 @@ from orthotrain.callbacks.pictures import draw_lines, panels, save
 from orthotrain.callbacks.run_files import run_folder
 from orthotrain.callbacks.spectrum_monitor import spectrum
 from orthotrain.callbacks.throughput import Throughput, logs_at
+from orthotrain.errors import ConfigurationError
 from orthotrain.generation import evaluating
 from orthotrain.kernels.backend import describe
 from orthotrain.layers.mergeable import mergeable_layers
@@ -48,6 +49,9 @@ class RunReport(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the spectrum at the start; a resumed run has it from its checkpoint."""
         self._throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore
+        names = [name for name, _ in mergeable_layers(pl_module)][: self.spectrum_layers]
+        if self.spectra and set(self.spectra) != set(names):
+            raise ConfigurationError("RunReport: the checkpoint has spectra of other layers; take an earlier one")
         if not self.spectra:
             self.spectra = singular_values(pl_module, self.spectrum_layers)
 

@@ -65,8 +65,13 @@ class SpectrumMonitor(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the spectra of the start; a resumed run has them from its checkpoint."""
+        watched = self.watched(pl_module)
+        if self.start and not watched.keys() == self.start.keys() == self.now.keys():
+            raise ConfigurationError(
+                "SpectrumMonitor: the checkpoint has spectra of other layers than those that are watched: set include "
+                "and max_layers as they were, or take an earlier checkpoint"
+            )
         if not self.start:
-            watched = self.watched(pl_module)
             self.start = {name: spectrum(layer) for name, layer in shown(watched.items(), DECOMPOSING, "layers")}
             self.now = dict(self.start)
             self._write_values(trainer)

@@ -190,13 +190,13 @@ class BaseModule(L.LightningModule):
     def _fit_to_run(self, checkpoint: dict[str, Any]) -> None:
         trainer = self.trainer
         check_progress(checkpoint, trainer)
-        adapt_ranks(checkpoint, trainer.world_size)
         for callback in trainer.checkpoint_callbacks:
             state = checkpoint.get("callbacks", {}).get(callback.state_key)
             if isinstance(callback, ModelCheckpoint) and state:
                 keep_own_paths(state, callback, checkpoint_folder_of(callback, trainer))
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        adapt_ranks(checkpoint, trainer.world_size)
         if trainer.optimizers:
             check_optimizers(checkpoint, trainer)
         else:  # they are built after the network has been restored

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import nn
 from torch.optim import Optimizer
@@ -245,6 +246,8 @@ class PoetModule(BaseModule):
             ConfigurationError: Naming the setting that differs.
         """
         before, now = checkpoint.get("poet", {}), {"seed": self.seed, **self.layers.meaning()}
+        if not isinstance(before, dict) or any(isinstance(value, torch.Tensor) for value in before.values()):
+            raise ConfigurationError("the checkpoint does not say what its rotations mean (poet); take an earlier one")
         for name, value in before.items():
             if name in now and value != now[name]:
                 raise ConfigurationError(

@@ -160,3 +160,40 @@ def test_a_nan_in_a_batch(harness, recipe, batch):
         tensors = HARNESS["trained"](path)[1].items()
         assert all(torch.isfinite(tensor).all() for _, tensor in tensors if tensor.is_floating_point())
     harness.recover("NaN in a batch", run)
+
+
+LATER = ["POET"] if not LONG else ["POET", "STEPWISE", "ADAPTER", "STEPWISE_SHARDED"]
+
+
+@pytest.mark.parametrize("recipe", LATER)
+def test_an_earlier_checkpoint_has_a_later_time(harness, recipe):
+    """A copy that did not keep the times: the step that is recorded in the file decides."""
+    run = harness.new_run(recipe)
+    codes = run.fit(fault=["kill", 7, run.recipe.ranks - 1])
+    assert codes[-1] == -9, run.log()
+    earlier = next(path for path in run.checkpoints() if HARNESS["trained"](path)[0] == 4)
+    times = earlier.stat()
+    os.utime(earlier, ns=(times.st_atime_ns + 10**12, times.st_mtime_ns + 10**12))
+    harness.recover("an earlier checkpoint has a later time", run, at_most=7 - 6)
+    assert f"going on from {earlier}" not in run.log()
+
+
+@pytest.mark.parametrize("recipe", ["POET"] if not LONG else ["POET", "ADAPTER"])
+def test_stored_paths_lead_elsewhere(harness, recipe):
+    """What the callbacks remember of their files was changed: nothing outside of the run's folder is removed."""
+    run = harness.new_run(recipe)
+    assert run.fit(fault=["kill", 7]) == [-9]
+    elsewhere = harness.folder / f"{run.folder.name} elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "other.ckpt").write_text("mine")
+    for path in run.checkpoints():
+        checkpoint = torch.load(path, weights_only=True)
+        for state in checkpoint["callbacks"].values():
+            state.update({name: f"local://{elsewhere}" for name in state if name.endswith("model_path")})
+            if "best_k_models" in state:
+                state["best_k_models"] = {str(elsewhere / "other.ckpt"): torch.tensor(0.0)}
+            if "saved" in state:
+                state["saved"] = [f"../{elsewhere.name}", "step-000004"]
+        torch.save(checkpoint, path)
+    harness.recover("stored paths lead elsewhere", run)
+    assert (elsewhere / "other.ckpt").read_text() == "mine"

@@ -1,5 +1,6 @@
 """Paths that a checkpoint stores decide nothing outside the folder of the run, in a real Trainer."""
 
+import itertools
 import json
 import shutil
 
@@ -67,8 +68,7 @@ PLACES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("monitor", ["score", None])
+@pytest.mark.parametrize(("place", "monitor"), zip(PLACES, itertools.cycle(["score", None]), strict=False))
 def test_a_stored_path_elsewhere_is_forgotten(place, monitor, tmp_path):
     """Every path that a ModelCheckpoint remembers leads to one place; the run goes on and removes its own alone."""
     run, other = tmp_path / "run", tmp_path / "other"

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orthotrain.adapters import adapter_state, load_adapter_state
+from orthotrain.adapters import adapter_state, load_adapter, load_adapter_state
 from orthotrain.callbacks import AdapterCheckpoint, FiniteGuard, MergeRotations
 from orthotrain.data import TextData
 from orthotrain.errors import ConfigurationError
@@ -173,3 +173,49 @@ def test_refusals(config, data, tmp_path):
         fit(Finetune(config), data, tmp_path, 1, [AdapterCheckpoint(1), FiniteGuard(), MergeRotations(1)])
     with pytest.raises(ConfigurationError, match="AsyncCheckpointIO"):
         fit(Finetune(config), data, tmp_path, 1, [AdapterCheckpoint(1)], plugins=[AsyncCheckpointIO()])
+
+
+def test_an_adapter_is_compared_with_its_checksum(config, data, tmp_path):
+    """The one that is written beside it; a file without a description is read as ever."""
+    fit(Finetune(config), data, tmp_path, 1, [AdapterCheckpoint(1, dirpath=tmp_path / "a")])
+    folder, network = tmp_path / "a" / "step-000001", Finetune(config)
+    network.configure_model()
+    load_adapter(network.model, folder)
+    path = folder / "adapter.safetensors"
+    original = path.read_bytes()
+    path.write_bytes(original[:-3] + bytes([original[-3] ^ 1]) + original[-2:])
+    for name in (folder, path):
+        with pytest.raises(ConfigurationError, match="adapter.safetensors' does not match its checksum"):
+            load_adapter(network.model, name)
+    (folder / "adapter.json").rename(folder / "notes.json")
+    load_adapter(network.model, folder)
+    for text in ("[1]", '{"crc32": 3}', "{", "\xff", "[" * 10**5):
+        (folder / "adapter.json").write_text(text, encoding="latin1")
+        with pytest.raises(ConfigurationError, match="adapter.json' is no description of an adapter"):
+            load_adapter(network.model, folder)
+    with pytest.raises(ConfigurationError, match="NUL"):
+        load_adapter(network.model, "a\0b")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_is_refused(config, value):
+    network = Finetune(config)
+    network.configure_model()
+    state = adapter_state(network.model)
+    name = next(iter(state))
+    state[name].view(-1)[3] = value
+    before = adapter_state(network.model)
+    with pytest.raises(ConfigurationError, match=f"the adapter holds NaN or infinite values in {name}"):
+        load_adapter_state(network.model, state)
+    assert all(torch.equal(before[key], tensor) for key, tensor in adapter_state(network.model).items())
+
+
+@pytest.mark.parametrize("failing", ["save_file", "publish"])
+def test_a_failure_leaves_nothing_half_written(config, data, tmp_path, monkeypatch, failing):
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"orthotrain.callbacks.adapter_checkpoint.{failing}", fail)
+    with pytest.raises(OSError, match="No space"):
+        fit(Finetune(config), data, tmp_path, 1, [AdapterCheckpoint(1, dirpath=tmp_path / "a")])
+    assert list((tmp_path / "a").iterdir()) == []

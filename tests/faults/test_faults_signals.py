@@ -87,13 +87,16 @@ def left_of(run):
 
 
 @pytest.mark.skipif(not LONG, reason="ranks that agree in training are in test_faults.py")
-@pytest.mark.parametrize("moment", [0.2, 0.4, 0.6, 0.8, 0.9, 0.97])
-def test_sigterm_takes_the_ranks_along_that_the_command_has_started(harness, moment):
-    """Only the first of two ranks gets the signal, as from ``kill``; both save if they are training."""
+@pytest.mark.parametrize(("seconds", "step"), [(1.0, 0), (3.0, 0), (5.0, 0), (0.0, 1), (0.0, 6), (0.0, 11)])
+def test_sigterm_takes_the_ranks_along_that_the_command_has_started(harness, seconds, step):
+    """Only the first of two ranks gets the signal, as from ``kill``; in training both save what they have."""
     harness.undisturbed("DDP")
     run = harness.new_run("DDP")
     process = start(run)
-    time.sleep(moment * 1.5 * duration(harness))
+    time.sleep(seconds)
+    while step not in [0, *run.steps()]:
+        time.sleep(0.01)
+    assert process.poll() is None, run.log()
     process.send_signal(signal.SIGTERM)
     code, log = process.wait(180), run.log()
     assert code in (143, -signal.SIGTERM) and "Traceback" not in log, (code, log)

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,10 +37,9 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         error: What ended the command. The errors that it was raised from are looked at too: the death of a data loader
             worker interrupts the program anywhere, also in the middle of a write.
     """
-    for told in (_killed_worker, _lost_rank):
-        for link in _causes(error):
-            if message := told(link):
-                return message, START_AGAIN
+    for link in _causes(error):
+        if message := _killed_worker(link) or _lost_rank(link):
+            return message, START_AGAIN
     for told, code in _TABLE:
         if message := told(error):
             return message, code
@@ -108,13 +108,28 @@ def _diverged(error: BaseException) -> str | None:
 
 def _killed_worker(error: BaseException) -> str | None:
     match = _WORKER.search(str(error)) if isinstance(error, RuntimeError) else None
-    if match is None:
+    if match is not None:
+        how = f"was killed ({_signal_name(match[2])})" if match[2] else "ended unexpectedly"
+        what = f"the data loader worker with process id {match[1]} {how}"
+    elif _while_a_batch_was_handed_over(error):
+        what = "a data loader worker ended unexpectedly, while it handed over a batch"
+    else:
         return None
-    how = f"was killed ({_signal_name(match[2])})" if match[2] else "ended unexpectedly"
     return (
-        f"the data loader worker with process id {match[1]} {how}; most often memory has run out: lower "
-        f"--data.num_workers or --data.batch_size, or give the machine more memory; {_AGAIN}"
+        f"{what}; most often memory has run out: lower --data.num_workers or --data.batch_size, or give the machine "
+        f"more memory; {_AGAIN}"
     )
+
+
+def _while_a_batch_was_handed_over(error: BaseException) -> bool:
+    """Tell whether the connection to a worker broke: torch has not noticed the worker's end yet, and passes that on.
+
+    What a worker itself raises does not come this way.
+    """
+    if not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
+        return False
+    frames = traceback.walk_tb(error.__traceback__)
+    return "in pin memory thread" in str(error) or any(f.f_code.co_name == "_try_get_data" for f, _ in frames)
 
 
 def _signal_name(said: str) -> str:

@@ -56,6 +56,21 @@ def test_a_data_loader_worker(how):
     assert explain(interrupted) == (line, code)
 
 
+@pytest.mark.parametrize("kind", [ConnectionResetError, FileNotFoundError, EOFError])
+def test_a_worker_that_ends_while_it_hands_over_a_batch(kind, monkeypatch):
+    """The tensors of a batch are fetched from the worker, which is not there any longer."""
+
+    def get(self, timeout):
+        raise kind(errno.ECONNRESET, "Connection reset by peer")
+
+    loader = iter(DataLoader([1, 2, 3], num_workers=1))
+    monkeypatch.setattr(type(loader._data_queue), "get", get)
+    line, code = explain(caught(lambda: next(loader)))
+    assert code == 1 and "a data loader worker ended unexpectedly, while it handed over a batch" in line
+    own = kind(errno.ENOENT, "No such file or directory")  # raised by a worker, or elsewhere
+    assert "data loader worker" not in str(explain(own))
+
+
 SILENT = [
     RuntimeError(
         "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 5000ms for recv"

@@ -14,6 +14,7 @@ play are streams, memory, collectives and Triton kernels: the operations of PyTo
 from collections import Counter
 
 import torch
+from lightning.pytorch.accelerators import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -46,6 +47,15 @@ class PlayedTensor(torch.Tensor):
 
     def __repr__(self):
         return f"PlayedTensor({self.raw!r})"
+
+    def tolist(self):
+        """Wait for the values."""
+        WAITS["tolist"] += 1
+        return self.raw.tolist()
+
+    def __reduce_ex__(self, protocol):
+        """Save the values; whoever loads them decides where they go."""
+        return self.raw.__reduce_ex__(protocol)
 
     @property
     def data(self):
@@ -133,3 +143,42 @@ _LIBRARY = torch.library.Library("aten", "IMPL", "PrivateUse1")
 _LIBRARY.impl("empty_strided", _empty_strided)
 _LIBRARY.impl("empty.memory_format", _empty)
 _LIBRARY.impl("_copy_from", _copy_from)
+
+
+class PlayedAccelerator(Accelerator):
+    """Lets ``lightning.Trainer`` run on the played device: ``Trainer(accelerator=PlayedAccelerator(), devices=1)``."""
+
+    def setup_device(self, device):
+        """Nothing has to be made current."""
+
+    def teardown(self):
+        """Nothing was set up."""
+
+    @staticmethod
+    def parse_devices(devices):
+        """Return how many devices are wanted."""
+        return devices
+
+    @staticmethod
+    def get_parallel_devices(devices):
+        """Return the device."""
+        return [DEVICE] * int(devices)
+
+    @staticmethod
+    def auto_device_count():
+        """There is one."""
+        return 1
+
+    @staticmethod
+    def is_available():
+        """It needs no hardware."""
+        return True
+
+    @staticmethod
+    def name():
+        """Return the name."""
+        return "played"
+
+    def get_device_stats(self, device):
+        """There is nothing to measure."""
+        return {}

@@ -1,16 +1,11 @@
 """Every kind of module on a played device: built there, trained, merged and loaded, with the bits of the CPU."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, PoetLayers, PoetModule
-
-played = runpy.run_path(str(Path(__file__).parent / "played.py"))
 
 POET = {
     "blocks": {"block_size": 8},
@@ -62,13 +57,13 @@ class Network(nn.Module):
         return self.lm_head(self.norm(hidden + self.down(torch.tanh(self.up(hidden)))))
 
 
-def train(module, batches, wrap):
+def train(module, batches, wrap, raw):
     """Three steps of gradient descent, with what is merged merged after each; return losses and the state."""
     losses = []
     for batch in batches:
         loss = module.loss({name: wrap(value) for name, value in batch.items()})
         loss.backward()
-        losses.append(played["raw"](loss.detach()).clone())
+        losses.append(raw(loss.detach()).clone())
         with torch.no_grad():
             for parameter in module.parameters():
                 if parameter.grad is not None:
@@ -77,11 +72,11 @@ def train(module, batches, wrap):
         if not isinstance(module, OftModule):
             for _, layer in mergeable_layers(module):
                 layer.merge_()
-    return losses, {name: played["raw"](value).clone() for name, value in module.state_dict().items()}
+    return losses, {name: raw(value).clone() for name, value in module.state_dict().items()}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_module_trains_there_as_on_the_cpu(case):
+def test_a_module_trains_there_as_on_the_cpu(played, case):
     module, layers, settings = CASES[case]
     ids = torch.randint(0, 96, (3, 2, 13), generator=torch.Generator().manual_seed(1))
     batches = [{"input_ids": rows[:, :-1], "labels": rows[:, 1:]} for rows in ids]
@@ -95,13 +90,13 @@ def test_a_module_trains_there_as_on_the_cpu(case):
     here.configure_model()
     torch.manual_seed(0)
     there = build()
-    with played["Mode"](), torch.device("played"):
+    with played.Mode(), torch.device("played"):
         there.configure_model()
     assert {p.device.type for p in there.parameters()} == {"played"}
     torch.manual_seed(2)
-    expected, expected_state = train(here, batches, lambda value: value)
+    expected, expected_state = train(here, batches, lambda value: value, played.raw)
     torch.manual_seed(2)
-    with played["Mode"]():
-        losses, state = train(there, batches, played["batch"])
+    with played.Mode():
+        losses, state = train(there, batches, played.batch, played.raw)
     bound = {"rtol": 1e-5, "atol": 1e-6} if case in ROUNDED else {"rtol": 0, "atol": 0}
     torch.testing.assert_close([*losses, *state.values()], [*expected, *expected_state.values()], **bound)

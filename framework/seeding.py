@@ -15,13 +15,16 @@ def derive_seed(*parts: str | int) -> int:
 
 
 def generator(*parts: str | int) -> torch.Generator:
-    """Return a CPU generator seeded with :func:`derive_seed`."""
-    return torch.Generator().manual_seed(derive_seed(*parts))
+    """Return a CPU generator seeded with :func:`derive_seed`: the same draws for every device.
+
+    Whoever draws from it names its device (``device=generator.device``): the default device may be a GPU.
+    """
+    return torch.Generator("cpu").manual_seed(derive_seed(*parts))
 
 
 def draw_permutation(features: int, *parts: str | int) -> Tensor:
     """Draw a permutation ``(features,)``, int64, on the CPU, from the hash of the parts."""
-    return torch.randperm(features, generator=generator(*parts))
+    return torch.randperm(features, generator=generator(*parts), device="cpu")
 
 
 def seed_draws(*parts: str | int) -> None:

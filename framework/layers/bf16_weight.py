@@ -75,7 +75,8 @@ def pack_bf16(weight: Tensor, residual: bool, generator: torch.Generator | None 
     steps = (weight - values.float()) / (last_place(values) / RESIDUAL_STEPS)
     if generator is not None:
         # the noise is drawn on the CPU, so that every device and rank rounds alike
-        steps = (steps + torch.rand(steps.shape, generator=generator).to(steps.device)).floor()
+        noise = torch.rand(steps.shape, generator=generator, device=generator.device)
+        steps = (steps + noise.to(steps.device)).floor()
     return {"values": values, "residual": steps.round().clamp(-128, 127).to(torch.int8)}
 
 

@@ -120,6 +120,6 @@ def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
         generator: A CPU generator; the bits are drawn on the CPU, so that every device rounds alike.
     """
     bits = x.float().contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=generator.device)
     rounded = torch.bitwise_and(bits + noise.to(bits.device), -(1 << 16)).view(torch.float32)
     return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)

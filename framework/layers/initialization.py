@@ -32,7 +32,7 @@ def initialize_(weight: Tensor, scheme: Initialization, generator: torch.Generat
     if scheme == "keep":
         weight.mul_(gain)
         return
-    values = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
+    values = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device=generator.device)
     match scheme:
         case "normalized":
             values /= values.norm(dim=1, keepdim=True)

@@ -112,5 +112,5 @@ class LoraLinear(nn.Module):
         self.up.zero_()
         if not self.down.is_meta:
             bound = 1 / math.sqrt(self.in_features)
-            values = torch.rand(self.down.shape, generator=generator(self.seed, count, "down"))
+            values = torch.rand(self.down.shape, generator=generator(self.seed, count, "down"), device="cpu")
             self.down.copy_((2 * values - 1) * bound)

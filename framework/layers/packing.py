@@ -60,7 +60,7 @@ def _round_nf4(weight: Tensor, absmax: Tensor, group_size: int, generator: torch
     upper = torch.bucketize(relative, levels).clamp(1, 15)
     low, high = levels[upper - 1], levels[upper]
     # the noise is drawn on the CPU, so that every device and rank rounds alike
-    noise = torch.rand(weight.shape, generator=generator).to(weight.device)
+    noise = torch.rand(weight.shape, generator=generator, device=generator.device).to(weight.device)
     codes = (upper - (noise * (high - low) >= relative - low).long()).to(torch.uint8)
     return (codes[:, ::2] << 4) | codes[:, 1::2]
 
@@ -125,7 +125,8 @@ def pack_int8(weight: Tensor, group_size: int, generator: torch.Generator | None
     steps = groups / torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
     if generator is not None:
         # the noise is drawn on the CPU, so that every device and rank rounds alike
-        steps = (steps + torch.rand(steps.shape, generator=generator).to(steps.device)).floor()
+        noise = torch.rand(steps.shape, generator=generator, device=generator.device)
+        steps = (steps + noise.to(steps.device)).floor()
     return {"codes": steps.round().clamp(-127, 127).to(torch.int8).flatten(1), "scales": scales}
 
 

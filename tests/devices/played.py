@@ -1,0 +1,184 @@
+"""A device that is not there: tensors say that they are on ``played:0`` and are computed on the CPU, autograd included.
+
+It refuses what CUDA refuses: operands on two devices, and a draw from a generator of the CPU. It counts the moments at
+which a program would wait for the device (a value that becomes a Python number, a copy to the CPU). What it does not
+play are streams, memory, collectives and Triton kernels: the operations of PyTorch run in their place.
+
+    with played.Mode(), torch.device("played"):
+        module.configure_model()                 # as Lightning does on a GPU
+    with played.Mode():
+        module.loss(played.batch(batch)).backward()
+    played.WAITS                                 # host waits by operation
+"""
+
+from collections import Counter
+
+import torch
+from lightning.pytorch.accelerators import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+_setup_privateuseone_for_python_backend("played")
+torch.played.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
+
+DEVICE = torch.device("played", 0)
+WAITS: Counter[str] = Counter()
+
+_COPIES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from"}
+_WAITING = {
+    *("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"),
+    *("aten::_unique2", "aten::masked_select"),
+}
+
+
+class PlayedTensor(torch.Tensor):
+    """A tensor of the CPU, ``raw``, that says that it is on the played device."""
+
+    raw: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, raw):
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=DEVICE
+        )
+        tensor.raw = raw
+        return tensor
+
+    def __repr__(self):
+        return f"PlayedTensor({self.raw!r})"
+
+    def tolist(self):
+        """Wait for the values."""
+        WAITS["tolist"] += 1
+        return self.raw.tolist()
+
+    def __reduce_ex__(self, protocol):
+        """Save the values; whoever loads them decides where they go."""
+        return self.raw.__reduce_ex__(protocol)
+
+    @property
+    def data(self):
+        return super().data
+
+    @data.setter
+    def data(self, value):
+        torch.Tensor.data.__set__(self, value)
+        self.raw = value.raw
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return _run(function, args, kwargs or {})
+
+
+class Mode(TorchDispatchMode):
+    """Lets factories with ``device="played"`` make played tensors."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return _run(function, args, kwargs or {})
+
+
+def batch(values):
+    """Return nested tensors on the played device."""
+    return tree_map_only(torch.Tensor, PlayedTensor, values)
+
+
+def raw(value):
+    """Return the tensor of the CPU behind a played one; anything else as it is."""
+    return value.raw if isinstance(value, PlayedTensor) else value
+
+
+def _is_played(device):
+    return device is not None and torch.device(device).type == "played"
+
+
+def _run(function, args, kwargs):
+    name, device, tensors = function._schema.name, kwargs.get("device"), []
+    tree_map_only(torch.Tensor, tensors.append, (args, kwargs))
+    played = any(isinstance(tensor, PlayedTensor) for tensor in tensors)
+    result_is_played = _is_played(device) if device is not None else played
+    _refuse(name, tensors, played, kwargs.get("generator") if result_is_played else None)
+    leaves = name == "aten::_to_copy" and played and device is not None and not _is_played(device)
+    if played and (name in _WAITING or leaves):
+        WAITS[name] += 1
+    raw_kwargs = tree_map(raw, kwargs)
+    if _is_played(device):
+        raw_kwargs["device"] = torch.device("cpu")
+    result = function(*tree_map(raw, args), **raw_kwargs)
+    if name == "aten::copy_":
+        return args[0]
+    given = {id(raw(tensor)): tensor for tensor in tensors}  # operations in place return what they were given
+
+    def wrapped(value):
+        if id(value) in given:
+            return given[id(value)]
+        return PlayedTensor(value) if result_is_played else value
+
+    return tree_map_only(torch.Tensor, wrapped, result)
+
+
+def _refuse(name, tensors, played, generator):
+    if played and name not in _COPIES:
+        for tensor in tensors:
+            if not isinstance(tensor, PlayedTensor) and tensor.dim() > 0:  # numbers may come from anywhere
+                raise RuntimeError(f"{name}: expected all tensors on one device, found {DEVICE} and {tensor.device}")
+    if generator is not None and generator.device.type == "cpu":
+        raise RuntimeError(f"{name}: expected a 'played' device type for generator but found 'cpu'")
+
+
+def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None):
+    return PlayedTensor(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
+
+
+def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
+    return PlayedTensor(torch.empty(size, dtype=dtype, device="cpu"))
+
+
+def _copy_from(source, target, non_blocking=False):
+    raw(target).copy_(raw(source))
+    return target
+
+
+_LIBRARY = torch.library.Library("aten", "IMPL", "PrivateUse1")
+_LIBRARY.impl("empty_strided", _empty_strided)
+_LIBRARY.impl("empty.memory_format", _empty)
+_LIBRARY.impl("_copy_from", _copy_from)
+
+
+class PlayedAccelerator(Accelerator):
+    """Lets ``lightning.Trainer`` run on the played device: ``Trainer(accelerator=PlayedAccelerator(), devices=1)``."""
+
+    def setup_device(self, device):
+        """Nothing has to be made current."""
+
+    def teardown(self):
+        """Nothing was set up."""
+
+    @staticmethod
+    def parse_devices(devices):
+        """Return how many devices are wanted."""
+        return devices
+
+    @staticmethod
+    def get_parallel_devices(devices):
+        """Return the device."""
+        return [DEVICE] * int(devices)
+
+    @staticmethod
+    def auto_device_count():
+        """There is one."""
+        return 1
+
+    @staticmethod
+    def is_available():
+        """It needs no hardware."""
+        return True
+
+    @staticmethod
+    def name():
+        """Return the name."""
+        return "played"
+
+    def get_device_stats(self, device):
+        """There is nothing to measure."""
+        return {}

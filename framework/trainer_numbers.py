@@ -1,7 +1,10 @@
 """Numbers of the trainer that Lightning takes and divides by, counts down from or seeds with."""
 
 import math
+import os
 from typing import Any
+
+import torch
 
 from orthotrain.errors import ConfigurationError
 
@@ -20,6 +23,8 @@ _LEAST = {
 }
 _SHARES = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
 MOST_SEED = 2**32 - 1
+PROCESSES_A_CORE = 8
+"""More processes than that on a CPU would take its memory and never get on."""
 
 
 def check_trainer_numbers(trainer: Any, seed: Any) -> None:
@@ -42,6 +47,11 @@ def check_trainer_numbers(trainer: Any, seed: Any) -> None:
             _refuse(name, value, "a share from 0.0 to 1.0, or a whole number of batches")
         if _is_number(value) and not value >= 0:
             _refuse(name, value, "at least 0")
+    devices = trainer.get("devices")
+    if _is_number(devices) and devices > (
+        most := max(torch.cuda.device_count(), PROCESSES_A_CORE * (os.cpu_count() or 1))
+    ):
+        _refuse("devices", devices, f"at most {most} on this machine: each is a process")
     interval = trainer.get("val_check_interval")
     if isinstance(interval, float) and not 0 < interval <= 1:
         _refuse("val_check_interval", interval, "a share of an epoch above 0.0 up to 1.0, or a number of batches")

@@ -1,9 +1,7 @@
 """From a conversation to tokens, and which of them are responses: the tokens that count in the loss."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data.instruction_rows import Example
@@ -12,6 +10,7 @@ from orthotrain.data.tokenizers import load_tokenizer, tokenizer_from_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.model_folder import check_there
 from orthotrain.paths import check_regular_file, local_path
+from orthotrain.plain_files import describe_file
 
 PLAIN_TEMPLATE = "{prompt}\n"
 _ANY_VOCABULARY = 1 << 31
@@ -179,14 +178,9 @@ def _from_checkpoint(path: str) -> PreTrainedTokenizerFast:
     check_there(path)
     check_regular_file(path, "tokenizer")
     try:
-        checkpoint: dict[str, Any] = torch.load(
-            local_path(path, "tokenizer"), map_location="cpu", weights_only=True, mmap=True
-        )
-    except Exception as error:  # a missing file, a damaged one and one that holds code raise unrelated types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigurationError(f"tokenizer {path!r}: cannot be read as a checkpoint ({reason:.120})") from error
-    if not isinstance(checkpoint, dict):
-        raise ConfigurationError(f"tokenizer {path!r}: no checkpoint but a {type(checkpoint).__name__}")
+        checkpoint = describe_file(local_path(path, "tokenizer"))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"tokenizer {path!r}: {error}") from error
     for state in checkpoint.values():
         if isinstance(state, dict) and "tokenizer_fingerprint" in state:
             return tokenizer_from_state(state)

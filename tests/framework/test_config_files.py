@@ -77,6 +77,7 @@ BAD_NUMBERS = [
     *(("limit_train_batches", n) for n in (-1, -0.5, 1.5, float("nan"), float("inf"))),
     *(("gradient_clip_val", n) for n in (-1, float("nan"), float("inf"))),
     *(("check_val_every_n_epoch", 0), ("log_every_n_steps", -1), ("num_sanity_val_steps", -7), ("num_nodes", 0)),
+    *(("devices", n) for n in (100_000, 10**12)),
 ]
 
 

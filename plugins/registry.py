@@ -8,6 +8,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Any, TypeVar
@@ -105,7 +106,10 @@ def find_registered(path: str) -> type[Parameterization] | None:
     """
     if path in _registered or path in _entry_points():
         return get(path)
-    matches = [c for c in known().values() if path in (c.__name__, f"{c.__module__}.{c.__qualname__}")]
+    module_name, _, class_name = path.rpartition(".")
+    # a package may offer a class by another name than that of the module which defines it
+    public = getattr(sys.modules.get(module_name), class_name, None) if module_name else None
+    matches = [c for c in known().values() if c is public or path in (c.__name__, f"{c.__module__}.{c.__qualname__}")]
     if len(matches) > 1:
         raise ValueError(f"{path!r} is ambiguous, use a name: {_listing(cls.registered_name for cls in matches)}")
     return matches[0] if matches else None

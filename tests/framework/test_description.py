@@ -59,6 +59,7 @@ def build(value, kind, *allow):
         ("cayley", Parameterization | str, Cayley()),
         ({"class_path": "CayleyNeumann", "init_args": {"order": 2}}, Parameterization | str, CayleyNeumann(2)),
         ({"class_path": "orthotrain.plugins.cayley.Cayley"}, Parameterization, Cayley()),
+        ({"class_path": "orthotrain.plugins.Cayley"}, Parameterization | str, Cayley()),
         ("slow", Literal["fast", "slow"], "slow"),
         ('{"class_path": "os.system"}', str, '{"class_path": "os.system"}'),
         ({"x": [1, {"y": "file:///z"}]}, Any, {"x": [1, {"y": "file:///z"}]}),

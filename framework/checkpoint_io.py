@@ -1,5 +1,6 @@
 """Writing checkpoints so that a file of that name is always a whole one, and reading them without running code."""
 
+import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -109,7 +110,8 @@ def without_repeats(value: Any) -> Any:
     if isinstance(value, dict) and any(isinstance(inner, Tensor) for inner in value.values()):
         changed = {name: without_repeats(inner) for name, inner in value.items()}
         if any(changed[name] is not inner for name, inner in value.items()):
-            return changed
+            value = copy.copy(value)  # with the versions that a state dict notes of its modules
+            value.update(changed)
     return value
 
 

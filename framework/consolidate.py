@@ -38,7 +38,9 @@ def consolidate(folder: str | Path, file: str | Path) -> Path:
         raise ConfigurationError(f"{str(file)!r} cannot be written: there is no folder {str(file.parent)!r}; make it")
     check_checkpoint(folder)
     rest = read_checkpoint(folder / REST)
-    states = rest.get("optimizer_states", [])
+    states = rest.get("optimizer_states")
+    if states is None:
+        raise ConfigurationError(f"{str(folder)!r} has no optimizer_states beside its shards; take another checkpoint")
     if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
         raise ConfigurationError(f"{str(folder)!r}: optimizer_states is no list of states; take an earlier checkpoint")
     shards: dict[str, Any] = {}
@@ -46,8 +48,7 @@ def consolidate(folder: str | Path, file: str | Path) -> Path:
     if not isinstance(shards.get("state_dict"), dict):
         raise ConfigurationError(f"{str(folder)!r} holds no network (state_dict); take an earlier checkpoint")
     parts = [_tensors(shards, number, folder) for number in range(len(states))]
-    if "optimizer_states" in rest:
-        rest["optimizer_states"] = [joined_state(*pair) for pair in zip(parts, states, strict=True)]
+    rest["optimizer_states"] = [joined_state(*pair) for pair in zip(parts, states, strict=True)]
     with waiting("writing the checkpoint"):
         AtomicCheckpointIO().save_checkpoint({"state_dict": shards["state_dict"], **rest}, file)
     return file

@@ -29,6 +29,7 @@ FORMAT_VERSION = "0.18.0"
 
 _CHECKSUM = "orthotrain.sha256"
 _MOST_TERMS = 100
+_MOST_CONFIG = 1 << 24
 _UNUSED = {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "r", "oft_block_size",
            "target_modules", "fan_in_fan_out", "exclude_modules", "init_weights", "layers_to_transform",
            "layers_pattern"}  # fmt: skip
@@ -118,6 +119,8 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"again with safe_serialization=True, as {WEIGHTS_FILE}"
             )
         raise ConfigurationError(f"{str(folder)!r} has no {WEIGHTS_FILE}")
+    if config_path.stat().st_size > _MOST_CONFIG:
+        raise ConfigurationError(f"{str(config_path)!r} is larger than the settings of any adapter")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -11,11 +11,12 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from orthotrain.callbacks.agreement import on_any_rank
 from orthotrain.callbacks.merge_rotations import MergeRotations
-from orthotrain.checkpoint import read_checkpoint
+from orthotrain.checkpoint import check_finite, read_checkpoint
 from orthotrain.errors import ConfigurationError
 from orthotrain.optimizers.sharded_8bit import step_locally
 from orthotrain.restorable import check_layout, check_optimizer
@@ -156,7 +157,21 @@ class ShardedStrategy(ModelParallelStrategy):
             joined = joined_state(shards[optimizer_key(number)], states[number])
             check_optimizer(joined, optimizer, number, str(path))
             optimizer.load_state_dict(joined)
+        self._check_finite(path)
         return rest
+
+    def _check_finite(self, path: Path) -> None:
+        """Refuse, on every rank, a checkpoint whose part of some rank holds values that are not finite."""
+        assert self.model is not None
+        error = None
+        try:
+            parameters = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+            parts = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in parameters.items()}
+            check_finite(parts, parts, f"checkpoint {str(path)!r}")
+        except ConfigurationError as found:
+            error = found
+        if on_any_rank(error is not None, self.root_device):
+            raise error or ConfigurationError(f"checkpoint {str(path)!r} holds values that are not finite")
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Give every rank its part of the network."""

@@ -84,7 +84,7 @@ MAY_IMPORT = {
     "temporary": {"errors", "failures"},
     "archive": set(),
     "plain_pickle": set(),
-    "plain_values": {"archive", "plain_pickle"},
+    "plain_values": {"archive", "plain_pickle", "errors"},
     "plain_files": {"archive", "plain_values", "errors", "progress"},
     "stored_paths": set(),
     "restorable": {"errors"},

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from orthotrain.checkpoint import check_checkpoint, compare_state, read_checkpoint
+from orthotrain.checkpoint import check_checkpoint, check_finite, compare_state, read_checkpoint
 from orthotrain.checkpoint_io import AtomicCheckpointIO
 from orthotrain.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
@@ -134,3 +134,29 @@ def test_a_folder_that_is_removed_loses_its_name_first(tmp_path, monkeypatch):
     assert [name.startswith(".step=2.ckpt.") and name.endswith(".partial") for name in unfinished] == [True]
     remove_leftovers(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_buffer_that_repeats_its_values_is_saved_once_written_out(tmp_path):
+    """A network may have one (``expand``); a file that claims more values than it holds is not read."""
+    network = torch.nn.Linear(2, 2)
+    network.register_buffer("mask", torch.ones(1, 3).expand(5, 3))
+    AtomicCheckpointIO().save_checkpoint({"state_dict": network.state_dict()}, tmp_path / "a.ckpt")
+    found = read_checkpoint(tmp_path / "a.ckpt")["state_dict"]
+    assert found["mask"].tolist() == [[1.0] * 3] * 5 and found._metadata == network.state_dict()._metadata
+
+
+def test_parameters_that_are_not_finite_are_refused_and_buffers_are_not():
+    state = {
+        "weight": torch.ones(3),
+        "mask": torch.full((2,), float("-inf")),
+        "count": torch.tensor(1),
+        "none": torch.ones(0),
+    }
+    check_finite(state, ["weight", "count", "none", "other"])
+    for value, what in ((float("nan"), "NaN or infinite values"), (float("-inf"), "NaN or infinite values")):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2):
+            spoilt = torch.tensor([1.0, value, 2.0]).to(dtype)
+            with pytest.raises(ConfigurationError, match=f"the file holds {what} in weight"):
+                check_finite({**state, "weight": spoilt}, ["weight"], "the file")
+    with pytest.raises(ConfigurationError, match="holds nothing but NaN in weight"):
+        check_finite({"weight": torch.full((3,), float("nan"))}, ["weight"])

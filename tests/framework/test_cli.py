@@ -90,7 +90,7 @@ def test_from_fit_to_an_exported_model(small_config, tmp_path, capsys):
     message = refuse(capsys, "validate", *command, "--ckpt_path", str(last), "--data.seed", "1")
     assert "tokenizer of this run" in message and "differs from the checkpoint's" in message
     message = refuse(capsys, "fit", *command, "--ckpt_path", str(truncated))
-    assert "truncated.ckpt' is no checkpoint or is truncated" in message
+    assert "truncated.ckpt' cannot be read: it is no checkpoint or is truncated" in message
     assert "nothing.ckpt" in refuse(capsys, "fit", *command, "--ckpt_path", "nothing.ckpt")
 
 

@@ -265,3 +265,10 @@ def test_the_same_in_a_part_of_a_shard(tmp_path):
         pickled, message = PICKLES[kind]
         with pytest.raises(ValueError, match=message):
             read_part(archive(io.BytesIO(), pickled))
+
+
+def test_names_from_a_file_are_written_out(tmp_path):
+    torch.save({"a\x1b[2J\nb": Own()}, tmp_path / "bad.ckpt")
+    with pytest.raises(ConfigurationError) as caught:
+        read_checkpoint(tmp_path / "bad.ckpt")
+    assert r"a\x1b[2J\nb is" in str(caught.value) and str(caught.value).isprintable()

@@ -116,10 +116,13 @@ def test_a_part_that_is_packed_is_refused(folder):
         load_shards({}, folder)
 
 
-def test_without_optimizers_it_becomes_a_file_all_the_same(folder, tmp_path):
-    file = consolidate(folder, tmp_path / "one.ckpt")
-    assert "optimizer_states" not in read_checkpoint(file)
-    assert read_checkpoint(file)["state_dict"]["w"].tolist() == list(range(16))
+def test_without_a_list_of_optimizers_it_is_refused(folder, tmp_path):
+    with pytest.raises(ConfigurationError, match="has no optimizer_states beside its shards"):
+        consolidate(folder, tmp_path / "one.ckpt")
+    torch.save({"global_step": 3, "optimizer_states": []}, folder / "meta.pt")
+    sum_again(folder)
+    found = read_checkpoint(consolidate(folder, tmp_path / "one.ckpt"))
+    assert found["optimizer_states"] == [] and found["state_dict"]["w"].tolist() == list(range(16))
 
 
 @pytest.mark.parametrize("states", ["x", [1], [{}], [{"state": 3}], {"a": 1}])
@@ -132,7 +135,7 @@ def test_states_of_optimizers_that_are_none_are_refused(folder, tmp_path, states
 
 
 def test_a_folder_without_a_network_is_refused(tmp_path):
-    save_shards({"other": {"w": torch.ones(2)}}, {"global_step": 3}, tmp_path / "x.ckpt", bool)
+    save_shards({"other": {"w": torch.ones(2)}}, {"optimizer_states": []}, tmp_path / "x.ckpt", bool)
     with pytest.raises(ConfigurationError, match="holds no network"):
         consolidate(tmp_path / "x.ckpt", tmp_path / "one.ckpt")
 

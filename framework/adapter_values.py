@@ -93,7 +93,7 @@ def load_adapter(network: nn.Module, path: str | Path) -> None:
     _check_sum(path)
     try:
         state = load_file(path)
-    except (SafetensorError, OSError, ValueError, OverflowError, RecursionError) as error:
+    except (SafetensorError, OSError, MemoryError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigurationError(f"adapter {str(path)!r} is truncated or no safetensors file: {error}") from error
     try:
         load_adapter_state(network, state)

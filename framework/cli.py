@@ -150,6 +150,13 @@ def fail(message: str, code: int = 2) -> None:
     sys.exit(code)
 
 
+def wrote(path: object) -> None:
+    """Say what a command has written; a name may hold characters that a terminal obeys."""
+    from orthotrain.errors import visible
+
+    print(f"wrote {visible(str(path))}")
+
+
 def run_trainer(arguments: list[str]) -> None:
     """Run one of LightningCLI's commands."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -181,7 +188,7 @@ def export_command(arguments: list[str]) -> None:
 
     check()
     allowed = {"allow": options.allow, "trust_remote_code": options.trust_remote_code}
-    print(f"wrote {export_checkpoint(options.ckpt, options.out, options.format, options.dtype, **allowed)}")
+    wrote(export_checkpoint(options.ckpt, options.out, options.format, options.dtype, **allowed))
 
 
 def plan_command(arguments: list[str]) -> None:
@@ -213,7 +220,7 @@ def calibrate_command(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     entry, parts = calibrate(usable_device(options.device))
     print(comparison(entry, parts))
-    print(f"wrote {write_table(entry, options.out and Path(options.out))}")
+    wrote(write_table(entry, options.out and Path(options.out)))
 
 
 def consolidate_command(arguments: list[str]) -> None:
@@ -225,7 +232,7 @@ def consolidate_command(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     from orthotrain.consolidate import consolidate
 
-    print(f"wrote {consolidate(options.folder, options.file)}")
+    wrote(consolidate(options.folder, options.file))
 
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")

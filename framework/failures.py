@@ -158,6 +158,12 @@ def _closed_output(error: BaseException) -> str | None:
     return "standard output was closed before everything was written (`| head`): write it to a file"
 
 
+def _no_memory(error: BaseException) -> str | None:
+    if not isinstance(error, MemoryError):
+        return None
+    return f"memory has run out ({str(error) or 'no more is given to this process'}); {_AGAIN} with more memory"
+
+
 def _no_working_folder(error: BaseException) -> str | None:
     if isinstance(error, FileNotFoundError):
         try:
@@ -200,6 +206,7 @@ def _number(error: BaseException) -> int | None:
 _TABLE: tuple[tuple[Callable[[BaseException], str | None], int], ...] = (
     (_bad_input, CHANGE_FIRST),
     (_diverged, START_AGAIN),
+    (_no_memory, START_AGAIN),
     (_closed_output, START_AGAIN),
     (_no_working_folder, CHANGE_FIRST),
     (_named_file, CHANGE_FIRST),

@@ -275,11 +275,13 @@ def naming_checkpoint(module: BaseModule) -> Iterator[None]:
     """
     try:
         yield
-    except (ConfigurationError, TrainingDiverged, OSError):
+    except (TrainingDiverged, OSError):
         raise
     except Exception as error:
-        if not raised_while_restoring(error):
+        if not raised_while_restoring(error) or str(module.resume_from) in str(error):
             raise
+        if isinstance(error, ConfigurationError):
+            raise ConfigurationError(f"checkpoint {module.resume_from!r}: {error}") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ConfigurationError(
             f"checkpoint {module.resume_from!r} cannot be restored in this run: {reason}"

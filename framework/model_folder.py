@@ -1,6 +1,7 @@
 """Folders with a model: what their index may name, files beside it and nothing elsewhere, and how they are written."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -8,6 +9,8 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.failures import naming
 from orthotrain.paths import check_folder_files, local_path, read_json
 from orthotrain.temporary import discard, folder_beside
+
+_MOST_HEADER_BYTES = 32 << 20
 
 MADE_BY = {
     "models/smollm2-135m-instruct": "`make smollm2` makes it",
@@ -63,6 +66,8 @@ def check_model_folder(folder: str | Path) -> None:
             target = folder / name
             if target.is_symlink() and not target.exists():
                 raise ConfigurationError(f"{str(index)!r} names {name!r}, a link that leads nowhere")
+    for weights in sorted(folder.glob("*.safetensors")):
+        _check_tensor_names(weights)
 
 
 def check_new_folder(folder: str | Path) -> None:
@@ -72,8 +77,7 @@ def check_new_folder(folder: str | Path) -> None:
         ConfigurationError: If the folder exists and is not empty.
     """
     folder = Path(folder)
-    if "\0" in str(folder):
-        raise ConfigurationError(f"--out {str(folder)!r} is no path: it has a NUL character")
+    local_path(folder, "--out")
     if folder.is_symlink():
         raise ConfigurationError(f"--out {str(folder)!r} is a link: name the folder itself")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -105,6 +109,22 @@ def new_folder(folder: Path) -> Iterator[Path]:
             partial.rename(folder)
     finally:
         discard(partial)
+
+
+def _check_tensor_names(file: Path) -> None:
+    """Refuse names that a terminal would obey: transformers prints those of tensors that a network does not have.
+
+    What is no safetensors file passes: whoever loads the file says why.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(length) if length <= _MOST_HEADER_BYTES else b""
+    try:
+        names = list(json.loads(header))
+    except (ValueError, TypeError, RecursionError):
+        return
+    if strange := [name for name in names if not name.isprintable()]:
+        raise ConfigurationError(f"{str(file)!r} names a tensor {strange[0]!r:.200}, which has control characters")
 
 
 def _check_name(name: object, index: Path) -> None:

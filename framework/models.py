@@ -195,6 +195,8 @@ class PretrainedModel(ModelBuilder):
                 bnb_4bit_compute_dtype=compute,
             )
         check_model_folder(self.name)
+        if Path(self.name).is_dir() and "subfolder" in self.options:
+            check_model_folder(Path(self.name) / str(self.options["subfolder"]))
         if Path(self.name).is_dir() and not self.trust_remote_code:
             self._check_size()
         try:

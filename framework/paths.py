@@ -1,5 +1,6 @@
 """Paths that a user or a file gives: what is checked before anything is opened."""
 
+import errno
 import json
 import os
 import stat
@@ -28,20 +29,26 @@ def local_path(name: str | Path, what: str) -> Path:
         what: The name of the option, for messages.
 
     Raises:
-        ConfigurationError: The path holds a character that no file name can hold, or ``~`` names no known user.
+        ConfigurationError: The path is too long, holds a character that no file name can hold, or ``~`` names no known
+            user.
     """
     text = str(name)
     if "\0" in text:
         raise ConfigurationError(f"{what} {text!r}: holds a NUL character, which no path can hold; remove it")
     try:
         os.fsencode(text)
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigurationError(f"{what} {text!r:.200}: is longer than a path can be") from error
     except UnicodeEncodeError as error:
         raise ConfigurationError(
             f"{what} {text!r}: holds a lone surrogate at character {error.start}, which no path can hold; remove it"
         ) from error
     except RuntimeError as error:
         raise ConfigurationError(f"{what} {text!r}: there is no such user; write the whole path") from error
+    return path
 
 
 def check_regular_file(path: str | Path, what: str) -> None:

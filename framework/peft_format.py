@@ -154,7 +154,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             checksum = (file.metadata() or {}).get(_CHECKSUM)
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (SafetensorError, OSError, MemoryError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ConfigurationError(f"{str(path)!r} is no complete safetensors file: {error}") from error
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor.float()).all()):

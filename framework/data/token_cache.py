@@ -19,6 +19,7 @@ import numpy as np
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.failures import naming
+from orthotrain.paths import check_regular_file
 from orthotrain.temporary import discard, file_beside, finish
 
 MAGIC = b"ORTHOTOK"
@@ -157,6 +158,7 @@ class TokenCache:
         Raises:
             CorruptCacheError: The header is damaged or the file is truncated or too long.
         """
+        check_regular_file(path, "token cache")
         with path.open("rb") as file:
             metadata = decode_header(file.read(HEADER_BYTES), path)
             found = os.fstat(file.fileno()).st_size

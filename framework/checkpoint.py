@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from orthotrain.checkpoint_io import needs_consolidating
-from orthotrain.errors import ConfigurationError, printable
+from orthotrain.errors import ConfigurationError, visible
 from orthotrain.model_folder import MADE_BY
 from orthotrain.plain_files import check_file, describe_file, read_file, unreadable
 from orthotrain.sharded_checkpoint import REST, check_shards
@@ -135,7 +135,7 @@ def compare_state(saved: dict[str, Any], expected: dict[str, Any]) -> str | None
     parts = [f"{len(shapes)} shapes differ ({shapes[0]})"] if shapes else []
     parts += [f"{len(missing)} tensors are not in it ({missing[0]})"] if missing else []
     parts += [f"{len(unknown)} of its tensors are not in the model ({unknown[0]})"] if unknown else []
-    return printable("; ".join(parts))
+    return visible("; ".join(parts))
 
 
 def _alike(saved: Any, expected: Tensor) -> bool:

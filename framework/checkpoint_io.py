@@ -1,6 +1,5 @@
 """Writing checkpoints so that a file of that name is always a whole one, and reading them without running code."""
 
-import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -8,11 +7,11 @@ from typing import IO, Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.plain_files import read_file
 from orthotrain.restorable import check_layout
+from orthotrain.storable import storable
 from orthotrain.stored_paths import is_own_checkpoint
 from orthotrain.temporary import remove_folder, remove_leftovers, write_atomically
 
@@ -40,13 +39,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            ConfigurationError: If it cannot be written, naming why (a full disk); older checkpoints are intact.
+            ConfigurationError: If it cannot be written, naming why (a full disk, an object in it); older checkpoints
+                are intact.
         """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         self._written.add(Path(path).parent)
-        self._write(path, lambda file: torch.save(without_repeats(checkpoint), file))
+        plain = storable(checkpoint)
+        self._write(path, lambda file: torch.save(plain, file))
 
     def _write(self, path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
         try:
@@ -96,23 +97,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             remove_folder(Path(path))
         else:
             Path(path).unlink(missing_ok=True)
-
-
-def without_repeats(value: Any) -> Any:
-    """Return nested plain values with every tensor that repeats the values of its storage (``expand``) copied out."""
-    if isinstance(value, Tensor):
-        repeats = value.layout == torch.strided and any(
-            stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)
-        )
-        return value.contiguous() if repeats else value
-    if type(value) is dict:
-        return {name: without_repeats(inner) for name, inner in value.items()}
-    if isinstance(value, dict) and any(isinstance(inner, Tensor) for inner in value.values()):
-        changed = {name: without_repeats(inner) for name, inner in value.items()}
-        if any(changed[name] is not inner for name, inner in value.items()):
-            value = copy.copy(value)  # with the versions that a state dict notes of its modules
-            value.update(changed)
-    return value
 
 
 def needs_consolidating(path: str | Path) -> ConfigurationError:

@@ -39,8 +39,3 @@ def check_choice(name: str, value: str, choices: object) -> None:
     """
     if value not in get_args(choices):
         raise ConfigurationError(f"{name}={value!r}: choose one of {', '.join(get_args(choices))}")
-
-
-def printable(text: str) -> str:
-    """Return a text from a file with everything that a terminal would obey, or that ends a line, written out."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from orthotrain.archive import Archive
-from orthotrain.errors import ConfigurationError, printable
+from orthotrain.errors import ConfigurationError, visible
 from orthotrain.plain_values import read_description, read_values
 from orthotrain.progress import Progress
 
@@ -74,7 +74,7 @@ def crc32_of(path: Path, advance: Callable[[float], None] = lambda more: None) -
 def unreadable(path: str | Path, error: BaseException) -> ConfigurationError:
     """Return the error of a checkpoint that cannot be read, in one line without anybody's advice."""
     lines = str(error).strip().splitlines() or ["it is too large for the memory here"]
-    reason = "it is too large for the memory here" if isinstance(error, MemoryError) else printable(lines[0])
+    reason = "it is too large for the memory here" if isinstance(error, MemoryError) else visible(lines[0])
     return ConfigurationError(f"checkpoint {str(path)!r} cannot be read: {reason}; take an earlier one")
 
 

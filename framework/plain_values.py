@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.archive import Archive
-from orthotrain.errors import printable
+from orthotrain.errors import visible
 from orthotrain.plain_pickle import MOST_INSTRUCTIONS, Foreign, Interpreter
 
 MOST_DEPTH = 100
@@ -338,4 +338,4 @@ def _kind(value: Any) -> str:
 
 
 def _at(place: tuple[Any, ...]) -> str:
-    return printable(".".join(str(name)[:80] for name in place)) or "what it holds"
+    return visible(".".join(str(name)[:80] for name in place)) or "what it holds"

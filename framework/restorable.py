@@ -11,7 +11,7 @@ from packaging.version import InvalidVersion, Version
 from torch import Tensor
 from torch.optim import Optimizer
 
-from orthotrain.errors import ConfigurationError, printable
+from orthotrain.errors import ConfigurationError, visible
 
 _MERGES_BY_HAND = 1000
 _TABLES = ("state_dict", "loops", "callbacks")
@@ -281,4 +281,4 @@ def _short(value: Any) -> str:
 
 
 def _refused(origin: str, what: str) -> ConfigurationError:
-    return ConfigurationError(f"checkpoint {origin!r} cannot be restored: {printable(what)}; take an earlier one")
+    return ConfigurationError(f"checkpoint {origin!r} cannot be restored: {visible(what)}; take an earlier one")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import ConfigurationError, visible
 
 LOCK_NAME = ".orthotrain.run"
 """The file in a folder whose lock a run holds. It says which run that is, and disappears at the end of the run."""
@@ -125,4 +125,4 @@ def _holder(descriptor: int) -> str:
         text = "process {process} on {host}, since {since}: {command}".format_map(said)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "its lock file does not say which"  # it has just begun
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    return visible(text)

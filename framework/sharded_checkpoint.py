@@ -21,6 +21,7 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.plain_files import crc32_of, read_part, unreadable
 from orthotrain.progress import Progress, bytes_in
 from orthotrain.shard_description import DESCRIPTION, own_name, read_shard_description
+from orthotrain.storable import storable
 from orthotrain.temporary import discard, folder_beside, publish, remove_leftovers
 
 REST, SUMS = "meta.pt", "checksums.json"
@@ -80,7 +81,7 @@ def _write_sums(folder: Path, rest: dict[str, Any], first: bool) -> None:
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = list(folder.glob(f"__{rank}_*"))
     if first:
-        torch.save(rest, folder / REST)
+        torch.save(storable(rest), folder / REST)
         own += [folder / DESCRIPTION, folder / REST]
     sums = {file.name: [file.stat().st_size, crc32_of(file)] for file in own}
     everyone: list[Any] = [sums] * ranks

@@ -34,6 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         super().__init__()
         self.folders = folders
         self._written: set[Path] = set()
+        self._own: set[Path] = set()  # a search of Lightning's Tuner saves elsewhere, and removes the file at its end
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint.
@@ -46,6 +47,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         self._written.add(Path(path).parent)
+        self._own.add(Path(path))
         plain = storable(checkpoint)
         self._write(path, lambda file: torch.save(plain, file))
 
@@ -89,7 +91,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint of this run, the folder of a distributed one at once; anything else is left and named."""
         folders = self._written if self.folders is None else self.folders()
-        if not any(is_own_checkpoint(path, folder) for folder in folders):
+        if Path(path) not in self._own and not any(is_own_checkpoint(path, folder) for folder in folders):
             rank_zero_warn(f"{str(path)!r} is no checkpoint in the folder of this run, and is not removed")
         elif "://" in str(path):
             super().remove_checkpoint(path)

@@ -58,7 +58,7 @@ def keep_own_paths(state: dict[str, Any], callback: ModelCheckpoint, folder: str
     forgotten: list[str] = []
 
     def own(path: str) -> str:
-        for candidate in (path, _moved(path, state.get("dirpath"), folder)):
+        for candidate in (path, path and _moved(path, state.get("dirpath"), folder)):
             if candidate and is_own_checkpoint(candidate, folder, callback.FILE_EXTENSION):
                 return candidate
         if path:

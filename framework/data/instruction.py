@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
@@ -15,7 +16,7 @@ from orthotrain.data.instruction_loaders import Loading, eval_loader, train_load
 from orthotrain.data.instruction_rows import Columns, Example
 from orthotrain.data.instruction_sources import count_rows, read_examples
 from orthotrain.data.layouts import LayoutName, Limit, make_layout
-from orthotrain.data.module import DataModule
+from orthotrain.data.module import BuiltFromArguments
 from orthotrain.data.packing import PackedRows
 from orthotrain.data.padding import PaddedRows
 from orthotrain.data.prompts import choose_rows, generation_batch
@@ -39,7 +40,7 @@ _DECIDES_CONTENT = (
 )
 
 
-class InstructionData(DataModule):
+class InstructionData(BuiltFromArguments, LightningDataModule):
     r"""Instructions and their responses for finetuning: the loss counts on responses only.
 
     A batch is ``input_ids``, ``labels`` and ``attention_mask``; ``labels[t]`` is the token after ``input_ids[t]``, or

@@ -8,6 +8,7 @@ from typing import Any
 
 from orthotrain.data.docstrings import STDLIB_DOCSTRINGS, docstring_examples
 from orthotrain.data.instruction_rows import Columns, Example, parse_row
+from orthotrain.data.json_rows import MAX_ROW_BYTES
 from orthotrain.data.row_files import ROW_SUFFIXES, file_rows, holds_rows, suffix_of
 from orthotrain.data.sources import files_in, glob_files
 from orthotrain.errors import ConfigurationError
@@ -67,7 +68,7 @@ def _rows_in(path: Path) -> int | None:
             return pyarrow.parquet.read_metadata(path).num_rows
         if path.suffix.lower() == ".jsonl":
             with path.open("rb") as file:
-                return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+                return sum(bool(line.strip()) for line in iter(lambda: file.readline(MAX_ROW_BYTES), b""))
     except (OSError, ValueError):
         pass
     return None

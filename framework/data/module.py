@@ -2,13 +2,11 @@
 
 from typing import Any
 
-from lightning import LightningDataModule
-
 from orthotrain.errors import ConfigurationError
 
 
-class DataModule(LightningDataModule):
-    """A data module that is built from its arguments alone: a checkpoint decides nothing but where its data goes on."""
+class BuiltFromArguments:
+    """A data module that is built from its arguments alone: a checkpoint only says where its data goes on."""
 
     @classmethod
     def load_from_checkpoint(cls, *given: Any, **more: Any) -> Any:

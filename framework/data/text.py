@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
@@ -12,7 +13,7 @@ from orthotrain.data.building import SPLITS, Splitter
 from orthotrain.data.encoding import most_characters
 from orthotrain.data.evaluation import EvalBatches, document_beginnings
 from orthotrain.data.identity import DataIdentity, check_data_state, check_sizes
-from orthotrain.data.module import DataModule
+from orthotrain.data.module import BuiltFromArguments
 from orthotrain.data.sampling import EpochProgress, ResumableLoader, TokenWindows, TrainSampler
 from orthotrain.data.sources import open_corpus
 from orthotrain.data.store import folder_name, prepare_folder
@@ -32,7 +33,7 @@ _DECIDES_CONTENT = (
 )
 
 
-class TextData(DataModule):
+class TextData(BuiltFromArguments, LightningDataModule):
     """Text for pretraining: tokenized once into memory-mapped caches, cut into windows, in a resumable order.
 
     A batch is ``{"input_ids", "labels"}``, both int64 of shape ``(batch_size, sequence_length)``, where ``labels[t]``

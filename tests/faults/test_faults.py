@@ -128,7 +128,7 @@ def test_all_checkpoints_are_damaged(harness):
     for name in ("step=2.ckpt", "last.ckpt"):
         (run.folder / name).write_bytes(b"PK\x03\x04 not much")
     assert run.fit(resume=True) == [2]
-    assert "no checkpoint is whole" in run.log() and "step=2.ckpt" in run.log()
+    assert "no checkpoint can be resumed" in run.log() and "step=2.ckpt" in run.log()
 
 
 def test_a_source_file_disappears(harness):

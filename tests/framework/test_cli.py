@@ -424,3 +424,17 @@ def test_a_run_that_fails_leaves_no_stopped_rank_behind(error):
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_run_in_a_relative_folder_goes_on(small_config, tmp_path, monkeypatch, capsys):
+    """As the shipped configs name it; it may be moved, and be named another way."""
+    monkeypatch.chdir(tmp_path)
+    command = [*QUICK, "-c", str(small_config), "--run_folder", "relative"]
+    main(["fit", *command, "--trainer.max_steps", "3"])
+    main(["validate", *command, "--ckpt_path", "last"])
+    main(["fit", *command, "--ckpt_path", "last", "--trainer.max_steps", "5"])
+    (tmp_path / "relative").rename(tmp_path / "moved")
+    main(["fit", *QUICK, "-c", str(small_config), "--run_folder", str(tmp_path / "moved"), "--ckpt_path", "last"])
+    assert "forgotten" not in capsys.readouterr().err
+    assert read_checkpoint("moved/checkpoints/last.ckpt")["global_step"] == 6
+    assert sorted(path.name for path in (tmp_path / "moved" / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]

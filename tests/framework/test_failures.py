@@ -116,10 +116,10 @@ FAULTS_OF_THE_PROGRAM = [
 def test_a_fault_of_the_program_keeps_its_traceback(error, monkeypatch):
     assert explain(error) is None
 
-    def run(command, arguments):
+    def run(arguments):
         raise error
 
-    monkeypatch.setattr(cli, "_run", run)
+    monkeypatch.setattr(cli, "run_trainer", run)
     with pytest.raises(type(error)):
         cli.main(["fit"])
 
@@ -190,11 +190,11 @@ def test_a_thread_leaves_a_known_failure_to_the_main_thread(capsys, monkeypatch)
 def test_the_working_folder_was_removed(tmp_path, monkeypatch, capsys):
     """Before the command, and while it runs."""
 
-    def remove(command, arguments):
+    def remove(arguments):
         (tmp_path / "during").rmdir()
         Path("relative").resolve()
 
-    monkeypatch.setattr(cli, "_run", remove)
+    monkeypatch.setattr(cli, "run_trainer", remove)
     for name in ("before", "during"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -210,7 +210,6 @@ def test_the_working_folder_was_removed(tmp_path, monkeypatch, capsys):
 TENSORBOARD = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"name": "", "version": ""}}
 REPORT = {"class_path": "RunReport", "init_args": {"sample_tokens": 4}}
 FULL = {
-    "config.yaml": ("false", [], ["limit", 1000]),
     "metrics.csv": (None, [], ["full", 2]),
     "events": ("tensorboard", [], ["full", 2]),
     "summary.json": ("false", [REPORT], ["full", 2]),
@@ -231,6 +230,6 @@ def test_what_a_run_writes_beside_its_checkpoints(name, small_config, tmp_path):
     assert codes == [2] and "Traceback" not in log and "Exception ignored" not in log, log
     (line,) = [line for line in log.splitlines() if line.startswith("orthotrain: error: ")]
     assert "File too large" in line
-    if name in ("config.yaml", "summary.json"):
+    if name == "summary.json":
         assert f"'{run / name}'" in line and not (run / name).exists()
     assert not [path.name for path in run.rglob("*") if path.name.startswith(".")]

@@ -109,7 +109,6 @@ def test_writing_is_watched_while_it_goes_on(ended, base, tmp_path, monkeypatch)
     network, seen = PretrainedModel(base)(), []
 
     def save(folder):
-        folder.mkdir()
         (folder / "weights").write_bytes(bytes(1000))
         seen.append(orthotrain.progress._UNDER_WAY[-1].watch())
 

@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import signal
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -51,7 +52,8 @@ def take(*folders):
         return [(folder / LOCK_NAME).exists() for folder in folders]
 
 
-def test_the_second_is_told_who_the_first_is(tmp_path):
+def test_the_second_is_told_who_the_first_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bin/orthotrain", "fit", "-c", "a b.yaml"])
     with Holder(tmp_path / "run"):
         pass  # killed: its lock is gone, its file lies there
     assert (tmp_path / "run" / LOCK_NAME).exists()
@@ -61,7 +63,11 @@ def test_the_second_is_told_who_the_first_is(tmp_path):
             take(tmp_path / "run")
         line = str(info.value)
         assert f"another run writes to '{tmp_path / 'run'}': process {first.pid} on {os.uname().nodename}" in line
-        assert f"since {time.strftime('%Y-')}" in line and ": orthotrain " in line and "--run_folder" in line
+        assert (
+            f"since {time.strftime('%Y-')}" in line
+            and ": orthotrain fit -c 'a b.yaml'" in line
+            and "--run_folder" in line
+        )
     assert take(tmp_path / "run") == [True]
     assert list((tmp_path / "run").iterdir()) == []
 

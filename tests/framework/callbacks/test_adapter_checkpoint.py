@@ -48,7 +48,7 @@ def data(corpus):
         vocab_size=300,
         sequence_length=16,
         batch_size=4,
-        cache_dir=str(corpus / ".cache"),
+        cache_dir=str(corpus.parent / "cache"),
         val_fraction=0.0,
         test_fraction=0.0,
     )

@@ -42,7 +42,7 @@ class Stops(PoetModule):
 def fit(network, corpus, folder, saving=(), module=PoetModule, record=None, resume=None, **options):
     L.seed_everything(0, verbose=False)
     data = TextData(
-        str(corpus), vocab_size=320, sequence_length=16, batch_size=2, cache_dir=str(corpus / ".cache"),
+        str(corpus), vocab_size=320, sequence_length=16, batch_size=2, cache_dir=str(corpus.parent / "cache"),
         val_fraction=0.1, test_fraction=0.0,
     )  # fmt: skip
     record = record or Losses()

@@ -19,7 +19,7 @@ def test_a_second_fit_trains_the_module_that_a_report_was_made_of(tiny_llama, co
     states = []
     for _ in range(2):
         data = TextData(
-            str(corpus), vocab_size=320, sequence_length=16, batch_size=2, cache_dir=str(corpus / ".cache"),
+            str(corpus), vocab_size=320, sequence_length=16, batch_size=2, cache_dir=str(corpus.parent / "cache"),
             val_fraction=0.1, test_fraction=0.0,
         )  # fmt: skip
         trainer = L.Trainer(

@@ -97,7 +97,7 @@ def test_a_loader_resumes_from_its_state_without_a_trainer(cache, workers):
     for _ in range(4):
         next(iterator)
     state = first.state_dict()
-    assert all(type(value) is int for value in state.values())
+    assert all(type(value) is int for name, value in state.items() if name != "data")
     again.load_state_dict(state)
     assert again.state_dict() == state, "a checkpoint before the first batch keeps the place"
     assert len(again) == len(whole)
@@ -183,5 +183,6 @@ def test_a_stream_loader_resumes(corpus, tokenizer, workers):
         next(iterator)
     again.load_state_dict(first.state_dict())
     assert all(torch.equal(batch["labels"], labels) for batch, labels in zip(again, whole[3:], strict=True))
-    assert again.state_dict() == {"batches": 0, "document": 0, "token": 0}
+    place = {name: value for name, value in again.state_dict().items() if name != "data"}
+    assert place == {"batches": 0, "document": 0, "token": 0}
     assert torch.equal(next(iter(again))["labels"], whole[0]), "the next epoch starts at the beginning"

@@ -207,7 +207,7 @@ def test_resume_continues_to_the_same_bits(tiny_llama, tmp_path, corpus, stop):
             vocab_size=300,
             sequence_length=32,
             batch_size=4,
-            cache_dir=str(corpus / ".cache"),
+            cache_dir=str(corpus.parent / "cache"),
             val_fraction=0.0,
             test_fraction=0.0,
         )

@@ -49,11 +49,11 @@ ALWAYS = (
 
 
 def chosen() -> Iterator[Row]:
-    """Every second row of each kind and quick command, every seventh of each slow one, and those that always run."""
+    """Every second row of each kind and quick command, every tenth of each slow one, and those that always run."""
     seen: Counter[tuple[str, str]] = Counter()
     for row in ALL:
         group = (row.kind, row.command)
-        if seen[group] % (7 if row.command in SLOW else 2) == 0 or row.name.startswith(ALWAYS):
+        if seen[group] % (10 if row.command in SLOW else 2) == 0 or row.name.startswith(ALWAYS):
             yield row
         seen[group] += 1
 

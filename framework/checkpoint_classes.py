@@ -23,7 +23,7 @@ HOLDERS = (
 
 BASES = (ModelBuilder, Optimizer, LRScheduler)
 
-LOADING_FOLDERS = ("cache_dir", "offload_folder", "proxies", "token")
+LOADING_FOLDERS = ("cache_dir", "device_map", "offload_folder", "proxies", "token")
 """Options of loading a pretrained model that say where files are written, how they are fetched, and as whom."""
 
 _DOTTED = re.compile(r"[A-Za-z_]\w{0,99}(\.[A-Za-z_]\w{0,99}){1,9}", re.ASCII)
@@ -68,8 +68,13 @@ class TrustedClasses:
         self.check(name)
         return self._allowed(name) if name in self.allowed else _known(name)
 
-    def check_argument(self, name: str, value: Any) -> None:
+    def check_argument(self, name: str, value: Any, place: str) -> None:
         """Refuse a stored argument with which a file would trust itself or other files, or choose where is written.
+
+        Args:
+            name: Name of the argument, or the key of a nested value.
+            value: Plain.
+            place: Where in the description it stands.
 
         Raises:
             ConfigurationError: For code that comes with a pretrained model, for folders and proxies of a download, and
@@ -80,7 +85,7 @@ class TrustedClasses:
                 f"{self.origin} asks to run code that comes with a pretrained model: read that code, and pass "
                 "trust_remote_code=True (export --trust_remote_code) if you trust it"
             )
-        if name in LOADING_FOLDERS and value is not None and name not in self.allowed:
+        if name in LOADING_FOLDERS and ".options" in place and value is not None and name not in self.allowed:
             raise ConfigurationError(
                 f"{self.origin} asks to load a model with {name}={value!r:.200}: if that is right here, allow it: "
                 f"allow=[{name!r}], export --allow {name}"

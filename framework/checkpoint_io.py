@@ -9,7 +9,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.plain_files import read_file
+from orthotrain.plain_files import check_readable, read_file
 from orthotrain.restorable import check_layout
 from orthotrain.storable import storable
 from orthotrain.stored_paths import is_own_checkpoint
@@ -49,7 +49,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._written.add(Path(path).parent)
         self._own.add(Path(path))
         plain = storable(checkpoint)
-        self._write(path, lambda file: torch.save(plain, file))
+
+        def write(file: IO[bytes]) -> None:
+            torch.save(plain, file)
+            file.flush()
+            check_readable(file, path)
+
+        self._write(path, write)
 
     def _write(self, path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
         try:

@@ -52,7 +52,7 @@ class DescriptionBuilder:
             if name not in kinds:
                 known = ", ".join(kinds) or "none"
                 raise ConfigurationError(f"{place}: {owner.__name__} has no argument {name!r:.80}; known: {known}")
-            self.trusted.check_argument(name, value)
+            self.trusted.check_argument(name, value, place)
         return {name: self.build(value, kinds[name].kind, f"{place}.{name}") for name, value in stored.items()}
 
     def check_plain(self, value: Any, place: str) -> None:
@@ -71,8 +71,8 @@ class DescriptionBuilder:
             for key, inner in value.items():
                 if key == "class_path" or (key == "parameterization" and isinstance(inner, str)):
                     self.trusted.check(inner)
-                self.trusted.check_argument(str(key), inner)
-                self.check_plain(inner, f"{place}[{key!r:.80}]")
+                self.trusted.check_argument(str(key), inner, place)
+                self.check_plain(inner, f"{place}.{key!s:.80}")
         elif isinstance(value, list | tuple):
             for position, inner in enumerate(value):
                 self.check_plain(inner, f"{place}[{position}]")

@@ -158,6 +158,12 @@ def _closed_output(error: BaseException) -> str | None:
     return "standard output was closed before everything was written (`| head`): write it to a file"
 
 
+def _no_metric(error: BaseException) -> str | None:
+    """Return what Lightning says of a callback that watches a metric which the run does not log."""
+    watched = isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric")
+    return str(error) if watched else None
+
+
 def _no_memory(error: BaseException) -> str | None:
     if not isinstance(error, MemoryError):
         return None
@@ -206,6 +212,7 @@ def _number(error: BaseException) -> int | None:
 _TABLE: tuple[tuple[Callable[[BaseException], str | None], int], ...] = (
     (_bad_input, CHANGE_FIRST),
     (_diverged, START_AGAIN),
+    (_no_metric, CHANGE_FIRST),
     (_no_memory, START_AGAIN),
     (_closed_output, START_AGAIN),
     (_no_working_folder, CHANGE_FIRST),

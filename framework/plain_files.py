@@ -61,6 +61,25 @@ def read_part(stream: IO[bytes]) -> Any:
     return read_values(read_description(archive), archive)
 
 
+def check_readable(stream: IO[bytes], path: str | Path) -> None:
+    """Make sure that what has just been written can be read again, before it takes the place of an older file.
+
+    Args:
+        stream: The file that ``torch.save`` has written, open for reading too.
+        path: Its name, for the message.
+
+    Raises:
+        ConfigurationError: Naming what a reader would refuse.
+    """
+    try:
+        read_description(Archive(stream))
+    except ValueError as error:
+        raise ConfigurationError(
+            f"checkpoint {str(path)!r} could not be read again ({error}): take that out of what the run saves"
+        ) from error
+    stream.seek(0, os.SEEK_END)
+
+
 def crc32_of(path: Path, advance: Callable[[float], None] = lambda more: None) -> int:
     """Return the checksum of a file, read a few megabytes at a time (about a second per GB)."""
     crc = 0

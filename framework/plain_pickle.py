@@ -9,6 +9,9 @@ MOST_INSTRUCTIONS = 2_000_000
 
 _MARK = object()
 _LARGEST_KEY = 1 << 53
+_LONGEST_NAME = 400
+_ROOM, _SMALL = 4, 1 << 20
+_SIZED = (str, bytes, list, tuple, dict, set)
 _CONSTANTS: dict[int, Any] = {ord("N"): None, 0x88: True, 0x89: False}
 _NEW: dict[int, type] = {ord("}"): dict, ord("]"): list, ord(")"): tuple, 0x8F: set}
 _FIXED = {ord("K"): "<B", ord("M"): "<H", ord("J"): "<i", ord("G"): ">d"}
@@ -35,8 +38,8 @@ class Foreign:
 class Interpreter:
     """Builds what a pickle describes from plain values and from what ``known`` makes of the names in it.
 
-    The memory is in proportion to the instructions, whose number is bounded: no instruction makes anything larger than
-    the bytes that it is given.
+    The memory is in proportion to the bytes of the pickle. An instruction makes nothing larger than what it is given,
+    and what is given to names again and again is counted each time.
 
     Args:
         data: The pickle.
@@ -64,6 +67,7 @@ class Interpreter:
         self._known, self._persistent, self._build, self._plain_key = known, persistent, build, plain_key
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._room = _ROOM * len(data) + _SMALL
 
     def run(self) -> Any:
         """Return the object."""
@@ -171,7 +175,7 @@ class Interpreter:
         plain = type(key) is str or (isinstance(key, int) and abs(key) < _LARGEST_KEY)
         if not plain and not (self._plain_key is not None and self._plain_key(key)):
             kind = key.name if isinstance(key, Foreign) else type(key).__name__
-            raise ValueError(f"a dictionary has a {kind} as a key; there are strings and integers alone")
+            raise ValueError(f"a dictionary has a {kind} as a key; there are strings and integers below 2^53 alone")
         return key
 
     def _global(self, code: int) -> None:
@@ -179,7 +183,7 @@ class Interpreter:
             module, name = self._line(), self._line()
         else:
             name, module = self._pop(), self._pop()
-        if not isinstance(module, str) or not isinstance(name, str):
+        if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > _LONGEST_NAME:
             raise ValueError("its description is cut or garbled")
         self._stack.append(self._known(module, name))
 
@@ -187,6 +191,9 @@ class Interpreter:
         arguments, made = self._pop(), self._pop()
         if not isinstance(arguments, tuple) or not callable(made):
             raise ValueError("its description is cut or garbled")
+        self._room -= sum(len(argument) for argument in arguments if isinstance(argument, _SIZED))
+        if self._room < 0:
+            raise ValueError("shared parts make it expand far beyond the size of the file")
         self._stack.append(made(*arguments))
 
     def _state(self, code: int) -> None:

@@ -225,6 +225,8 @@ def _storage(identity: Any) -> Storage | Foreign:
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Any:
     if not isinstance(storage, Storage):
         return storage if isinstance(storage, Foreign) else Foreign("a tensor without values")
+    if any(isinstance(option, dict) and option for option in rest):  # a conjugate or negative bit, or hooks
+        return Foreign("a tensor whose values are to be changed when they are read")
     dtype = next((option for option in rest if isinstance(option, torch.dtype)), storage.dtype)
     assert dtype is not None
     lists = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= 64

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
@@ -111,7 +111,8 @@ def check_optimizers(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     for name, own in (("optimizer_states", trainer.optimizers), ("lr_schedulers", trainer.lr_scheduler_configs)):
         if name not in checkpoint:
             raise _refused(origin, f"it has no {name}: it was saved without what training goes on from")
-        if len(checkpoint[name]) != len(own):
+        grows = name == "lr_schedulers" and any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if len(checkpoint[name]) < len(own) or (len(checkpoint[name]) > len(own) and not grows):
             raise _refused(origin, f"it has {len(checkpoint[name])} {name} and this run has {len(own)}")
     for number, optimizer in enumerate(trainer.optimizers):
         check_optimizer(checkpoint["optimizer_states"][number], optimizer, number, origin)
@@ -152,6 +153,8 @@ def check_optimizer(saved: Any, optimizer: Optimizer, number: int, origin: str) 
             raise _refused(origin, f"{place}.param_groups.{at} is not of the {len(here['params'])} parameters here")
         parameters.update(zip(numbers, here["params"], strict=True))
         common = {k: v for k, v in here.items() if k != "params" and (k in group or k in _NEEDED_OF_GROUP)}
+        # an option may be a whole number here and have been a fraction there
+        common = {k: float(v) if type(v) is int else v for k, v in common.items()}
         _compare(group, common, f"{place}.param_groups.{at}", origin)
     owners = {id(p): part for part in getattr(optimizer, "parts", [optimizer]) for p in parameters_of(part)}
     for key, entry in state.items():
@@ -198,7 +201,8 @@ def _check_entry(entry: dict[Any, Any], parameter: Tensor, owner: Optimizer, pla
         value, shape = entry.get(name), parameter.shape
         if value is None:
             continue
-        if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+        fits = isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
+        if not fits or _is_packed(value):
             raise _refused(origin, f"{place}.{name} is {_kind(value)}, its parameter has the shape {tuple(shape)}")
 
 
@@ -264,9 +268,14 @@ def _is_like(saved: Any, expected: Any) -> bool:
     return not isinstance(expected, str) or saved is None or isinstance(saved, str)
 
 
+def _is_packed(value: Tensor) -> bool:
+    """Tell whether a tensor has floating-point numbers of 8 bits or less, with which PyTorch computes nothing."""
+    return value.is_floating_point() and value.dtype.itemsize < 2
+
+
 def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex()
+        return value.numel() == 1 and not value.is_complex() and not _is_packed(value)
     return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 62)
 
 

@@ -16,7 +16,9 @@ from torch import nn
 
 from orthotrain.checkpoint import check_checkpoint, describe_checkpoint, read_checkpoint
 from orthotrain.errors import ConfigurationError
-from orthotrain.plain_values import StoredTensor
+from orthotrain.plain_files import read_file
+from orthotrain.plain_pickle import Interpreter
+from orthotrain.plain_values import StoredTensor, _known
 
 
 def archive(path, pickled, entries=None):
@@ -271,4 +273,38 @@ def test_names_from_a_file_are_written_out(tmp_path):
     torch.save({"a\x1b[2J\nb": Own()}, tmp_path / "bad.ckpt")
     with pytest.raises(ConfigurationError) as caught:
         read_checkpoint(tmp_path / "bad.ckpt")
-    assert r"a\x1b[2J\nb is" in str(caught.value) and str(caught.value).isprintable()
+    assert r"a\x1b[2J b is" in str(caught.value) and str(caught.value).isprintable()
+
+
+def pickle_that_repeats(name, value, times):
+    """One value, and a name that is called with it again and again: two bytes for each mention."""
+    module, _, called = name.rpartition(".")
+    head = b"\x80\x02]" + value + b"q\x01" + b"a" + f"c{module}\n{called}\n".encode() + b"q\x02a"
+    latin = b"X\x06\x00\x00\x00latin1q\x03a"
+    call = b"h\x02h\x01h\x03\x86Ra" if called == "encode" else b"h\x02h\x01\x85Ra"
+    return head + latin + call * times + b"."
+
+
+TEXT = b"X" + (1 << 20).to_bytes(4, "little") + b"a" * (1 << 20)
+NUMBERS = b"](" + b"".join(b"J" + number.to_bytes(4, "little") for number in range(100_000)) + b"e"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("_codecs.encode", TEXT), ("__builtin__.set", NUMBERS), ("torch.Size", NUMBERS)]
+)
+def test_a_value_that_is_given_to_a_name_again_and_again_is_counted_each_time(name, value):
+    data = pickle_that_repeats(name, value, 50_000)
+    with pytest.raises(ValueError, match="shared parts make it expand|size that is no list"):
+        Interpreter(data, _known).run()
+
+
+def test_a_name_is_no_longer_than_names_are():
+    with pytest.raises(ValueError, match="cut or garbled"):
+        Interpreter(b"\x80\x04" + TEXT + b"\x8c\x01b\x93.", _known).run()
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor([1 + 2j]).conj(), torch.tensor([1 + 2j]).conj().imag])
+def test_values_that_are_changed_when_they_are_read_are_refused(tmp_path, tensor):
+    torch.save({"w": tensor}, tmp_path / "a.ckpt")
+    with pytest.raises(ConfigurationError, match="w is a tensor whose values are to be changed"):
+        read_file(tmp_path / "a.ckpt")

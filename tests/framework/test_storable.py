@@ -1,6 +1,7 @@
 """What is written is what is read; what could not be read is refused before it is written."""
 
 import enum
+import functools
 from collections import Counter, OrderedDict, namedtuple
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from orthotrain.modules import BaseModule
 
 class Mode(enum.IntEnum):
     FAST = 3
+
+
+class Name(str, enum.Enum):  # noqa: UP042
+    A = "a"
 
 
 Pair = namedtuple("Pair", ["a", "b"])
@@ -48,6 +53,10 @@ class Own(torch.Tensor):
         (AttributeDict(rate=0.5), {"rate": 0.5}),
         (np.float64(0.25), 0.25),
         (Mode.FAST, 3),
+        (Name.A, "a"),
+        (np.float32(0.5), 0.5),
+        (np.int64(7), 7),
+        (np.bool_(True), True),
         (Path("a") / "b", "a/b"),
         (10**30, 10**30),
     ],
@@ -70,6 +79,8 @@ def test_what_is_written_is_what_is_read(tmp_path, value, expected):
         torch.tensor(3, dtype=torch.int8),
         torch.tensor([1 + 2j]),
         torch.arange(5).flip(0),
+        torch.tensor([1 + 2j, 3 - 1j]).conj(),
+        torch.tensor([1 + 2j, 3 - 1j]).conj().imag,
     ],
 )
 def test_tensors_come_back(tmp_path, tensor):
@@ -103,6 +114,49 @@ def test_what_could_not_be_read_is_not_written(tmp_path, value, message):
         io.save_checkpoint({"callbacks": {"Own": {"x": value}}}, tmp_path / "a.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
     assert (tmp_path / "a.ckpt").read_bytes() == before
+
+
+def holds_itself():
+    values = [1]
+    values.append(values)
+    return values
+
+
+def with_attribute():
+    tensor = torch.ones(2)
+    tensor.tag = "x"
+    return tensor
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.arange(10.0).unfold(0, 3, 1),
+        with_attribute(),
+        Counter(a=-1),
+        Counter(a=1.5),
+        1 << 3000,
+        {1 << 60: 2},
+        ["y" * 10**6] * 100,
+        holds_itself(),
+        functools.reduce(lambda inner, _: [inner], range(105), 1),
+    ],
+    ids=lambda value: str(type(value)),
+)
+def test_what_only_a_reader_would_refuse_takes_no_older_files_place(tmp_path, value):
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"x": 1}, tmp_path / "a.ckpt")
+    with pytest.raises(ConfigurationError, match="could not be read again|nested too deeply, or holds itself"):
+        io.save_checkpoint({"x": value}, tmp_path / "a.ckpt")
+    assert read_checkpoint(tmp_path / "a.ckpt") == {"x": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_what_stands_in_many_places_is_written_once(tmp_path):
+    shared = list(range(1000))
+    AtomicCheckpointIO().save_checkpoint({"x": [shared] * 500}, tmp_path / "a.ckpt")
+    assert (tmp_path / "a.ckpt").stat().st_size < 20_000
+    assert read_checkpoint(tmp_path / "a.ckpt")["x"][499] == shared
 
 
 def test_a_callback_whose_state_is_an_object_is_named_at_the_first_save(tmp_path):

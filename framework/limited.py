@@ -123,7 +123,8 @@ def call_limited(function: Callable[[], Any], memory_bytes: int, seconds: float)
     try:
         kind, answer = receive(connection)
     except EOFError:
-        raise LimitExceeded(f"{end(pid, connection)} (more than {seconds:.0f} seconds)") from None
+        limits = f"it has {memory_bytes >> 20} MiB of memory and {seconds:.0f} seconds"
+        raise LimitExceeded(f"{end(pid, connection)}; {limits}") from None
     end(pid, connection)
     if kind == "limit":
         raise LimitExceeded(answer)

@@ -114,10 +114,11 @@ def call_limited(function: Callable[[], Any], memory_bytes: int, seconds: float)
         limit_seconds(seconds)
         try:
             connection.send(("result", function()))
-        except (MemoryError, SystemError):  # the latter where a C function gets no memory and does not say so
-            connection.send(("limit", f"it takes more than {memory_bytes >> 20} MiB of memory"))
         except Exception as error:
-            connection.send(("error", f"{type(error).__name__}: {first_line(error)}"))
+            if _lacks_memory(error):
+                connection.send(("limit", f"it takes more than {memory_bytes >> 20} MiB of memory"))
+            else:
+                connection.send(("error", f"{type(error).__name__}: {first_line(error)}"))
 
     pid, connection = start(work, memory_bytes)
     try:
@@ -131,6 +132,16 @@ def call_limited(function: Callable[[], Any], memory_bytes: int, seconds: float)
     if kind == "error":
         raise RuntimeError(answer)
     return answer
+
+
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Tell whether an error comes from a lack of memory; libraries raise errors of their own in its place."""
+    while error is not None:
+        # SystemError where a C function gets no memory and does not say so; torch has a RuntimeError
+        if isinstance(error, MemoryError | SystemError) or "can't allocate memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def first_line(error: BaseException) -> str:

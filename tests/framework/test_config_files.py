@@ -77,7 +77,8 @@ BAD_NUMBERS = [
     *(("limit_train_batches", n) for n in (-1, -0.5, 1.5, float("nan"), float("inf"))),
     *(("gradient_clip_val", n) for n in (-1, float("nan"), float("inf"))),
     *(("check_val_every_n_epoch", 0), ("log_every_n_steps", -1), ("num_sanity_val_steps", -7), ("num_nodes", 0)),
-    *(("devices", n) for n in (100_000, 10**12)),
+    *(("devices", n) for n in (100_000, 10**12, "50000", "50_000", "9" * 40)),
+    *(("num_nodes", n) for n in (100_001, 10**9)),
 ]
 
 
@@ -85,6 +86,17 @@ BAD_NUMBERS = [
 def test_numbers_that_no_trainer_can_have(name, value):
     with pytest.raises(ConfigurationError, match=rf"^trainer.{name} {value}: must be "):
         check_trainer_numbers({name: value}, 0)
+
+
+@pytest.mark.parametrize("devices", [[0] * 50_000, ",".join(["0"] * 50_000), "9" * 5000])
+def test_lists_of_more_devices_than_processes_get_on(devices):
+    with pytest.raises(ConfigurationError, match=r"^trainer.devices .{40}: must be at most \d+ on this machine"):
+        check_trainer_numbers({"devices": devices}, 0)
+
+
+@pytest.mark.parametrize("devices", [1, "1", "0,1", [0, 1], "auto", -1, "-1", "0,", None])
+def test_devices_that_a_trainer_can_have(devices):
+    check_trainer_numbers({"devices": devices, "num_nodes": 100_000}, 0)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**70])

@@ -9,7 +9,7 @@ import yaml
 import orthotrain.configs
 from orthotrain.errors import ConfigurationError
 from orthotrain.paths import check_regular_file, local_path
-from orthotrain.yaml_check import MAX_CHARACTERS, check_yaml
+from orthotrain.yaml_check import MAX_CHARACTERS, VALUE_ERRORS, check_yaml
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -56,7 +56,7 @@ def _check_syntax(path: Path) -> None:
         content = yaml.safe_load(text)
     except ConfigurationError:
         raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except VALUE_ERRORS as error:
         raise ConfigurationError(f"config {str(path)!r} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         found = "is empty" if content is None else f"holds a {type(content).__name__}"

@@ -42,7 +42,7 @@ from orthotrain.run_lock import holding
 from orthotrain.temporary import write_text
 from orthotrain.termination import check
 from orthotrain.trainer_numbers import check_trainer_numbers
-from orthotrain.yaml_check import check_yaml
+from orthotrain.yaml_check import VALUE_ERRORS, check_yaml
 
 CONFIGURABLE = (
     BaseModule, ModelBuilder, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers, Parameterization,
@@ -63,7 +63,7 @@ def load_yaml(text: str) -> Any:
     check_yaml(text, f"the value {shown!r}")
     try:
         return _load_yaml(text)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits
+    except VALUE_ERRORS as error:  # jsonargparse knows YAMLError alone
         raise yaml.YAMLError(str(error)) from error
 
 

@@ -114,22 +114,34 @@ def call_limited(function: Callable[[], Any], memory_bytes: int, seconds: float)
         limit_seconds(seconds)
         try:
             connection.send(("result", function()))
-        except (MemoryError, SystemError):  # the latter where a C function gets no memory and does not say so
-            connection.send(("limit", f"it takes more than {memory_bytes >> 20} MiB of memory"))
         except Exception as error:
-            connection.send(("error", f"{type(error).__name__}: {first_line(error)}"))
+            if _lacks_memory(error):
+                connection.send(("limit", f"it takes more than {memory_bytes >> 20} MiB of memory"))
+            else:
+                connection.send(("error", f"{type(error).__name__}: {first_line(error)}"))
 
     pid, connection = start(work, memory_bytes)
     try:
         kind, answer = receive(connection)
     except EOFError:
-        raise LimitExceeded(f"{end(pid, connection)} (more than {seconds:.0f} seconds)") from None
+        limits = f"it has {memory_bytes >> 20} MiB of memory and {seconds:.0f} seconds"
+        raise LimitExceeded(f"{end(pid, connection)}; {limits}") from None
     end(pid, connection)
     if kind == "limit":
         raise LimitExceeded(answer)
     if kind == "error":
         raise RuntimeError(answer)
     return answer
+
+
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Tell whether an error comes from a lack of memory; libraries raise errors of their own in its place."""
+    while error is not None:
+        # SystemError where a C function gets no memory and does not say so; torch has a RuntimeError
+        if isinstance(error, MemoryError | SystemError) or "can't allocate memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def first_line(error: BaseException) -> str:

@@ -26,6 +26,8 @@ LOADING_OPTIONS = frozenset({
     "problem_type", "proxies", "revision", "subfolder", "token", "use_safetensors", "variant",
 })  # fmt: skip
 """Arguments of ``from_pretrained`` that run nothing, whatever the files hold."""
+_DESCRIBING = frozenset({"id2label", "label2id", "num_labels", "subfolder"})
+"""Those of them that the configuration of the network depends on."""
 
 _PICKLES = "it would run pickles; weights are read as plain tensors, leave it out"
 _KERNELS = "it would fetch code and run it; leave it out"
@@ -216,17 +218,18 @@ class PretrainedModel(ModelBuilder):
         return enable_checkpointing(model, self.gradient_checkpointing).train()
 
     def _check_size(self) -> None:
-        """Refuse a folder whose config.json describes a network that no machine, or not this one, can hold."""
+        """Refuse a config.json and options that describe a network that no machine, or not this one, can hold."""
         import transformers
 
-        given = {name: value for name, value in self.options.items() if name not in LOADING_OPTIONS}
+        passed_by = LOADING_OPTIONS - _DESCRIBING
+        given = {name: value for name, value in self.options.items() if name not in passed_by}
 
         def build() -> nn.Module:
             config = transformers.AutoConfig.from_pretrained(self.name, trust_remote_code=False, **given)
             config.quantization_config = None
             return getattr(transformers, AUTO_CLASSES[self.task]).from_config(config)
 
-        what = f"model {self.name!r}: its config.json"
+        what = f"model {self.name!r}: its config.json{' with the options' if given else ''}"
         try:
             values = count_values(build, what)
         except NotBuildable:

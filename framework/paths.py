@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,4 +114,11 @@ def read_json(path: Path, what: str) -> Any:
     except (ValueError, RecursionError) as error:
         if isinstance(error, ConfigurationError):
             raise
-        raise ConfigurationError(f"{what} {str(path)!r} is not valid JSON ({error!s:.200})") from error
+        raise ConfigurationError(f"{what} {str(path)!r} is not valid JSON ({json_failure(error):.200})") from error
+
+
+def json_failure(error: Exception) -> str:
+    """Return what the JSON parser found wrong; its own words for a long number give advice to programmers."""
+    if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return f"it has a number of more than {sys.get_int_max_str_digits():,} digits"
+    return str(error)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.model_folder import new_folder
+from orthotrain.paths import json_failure
 from orthotrain.progress import writing
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -124,7 +125,7 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{str(config_path)!r} is no JSON file: {error}") from error
+        raise ConfigurationError(f"{str(config_path)!r} is no JSON file: {json_failure(error)}") from error
     _check_config(config)
     tensors, checksum = _read_tensors(weights_path)
     if checksum is not None and checksum != _digest(PeftSettings.from_config(config), tensors):

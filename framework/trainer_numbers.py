@@ -23,6 +23,7 @@ _LEAST = {
 }
 _SHARES = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
 MOST_SEED = 2**32 - 1
+MOST_NODES = 100_000
 PROCESSES_A_CORE = 8
 """More processes than that on a CPU would take its memory and never get on."""
 
@@ -47,10 +48,12 @@ def check_trainer_numbers(trainer: Any, seed: Any) -> None:
             _refuse(name, value, "a share from 0.0 to 1.0, or a whole number of batches")
         if _is_number(value) and not value >= 0:
             _refuse(name, value, "at least 0")
+    nodes = trainer.get("num_nodes")
+    if _is_number(nodes) and nodes > MOST_NODES:
+        _refuse("num_nodes", nodes, f"at most {MOST_NODES:,}")
     devices = trainer.get("devices")
-    if _is_number(devices) and devices > (
-        most := max(torch.cuda.device_count(), PROCESSES_A_CORE * (os.cpu_count() or 1))
-    ):
+    count, most = _count(devices), max(torch.cuda.device_count(), PROCESSES_A_CORE * (os.cpu_count() or 1))
+    if count > most:
         _refuse("devices", devices, f"at most {most} on this machine: each is a process")
     interval = trainer.get("val_check_interval")
     if isinstance(interval, float) and not 0 < interval <= 1:
@@ -64,9 +67,23 @@ def check_trainer_numbers(trainer: Any, seed: Any) -> None:
         raise ConfigurationError(f"seed_everything {seed}: must be from 0 to {MOST_SEED}")
 
 
+def _count(devices: Any) -> float:
+    """Return how many devices Lightning makes of a value: a number, text with a number or a list, or a list."""
+    if isinstance(devices, str):
+        if "," in devices:
+            return len([part for part in devices.split(",") if part.strip()])
+        try:
+            return float(devices)  # takes what int takes, with any number of digits
+        except ValueError:
+            return 0
+    if isinstance(devices, list | tuple):
+        return len(devices)
+    return devices if _is_number(devices) else 0
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _refuse(name: str, value: float, wanted: str) -> None:
-    raise ConfigurationError(f"trainer.{name} {value}: must be {wanted}")
+def _refuse(name: str, value: Any, wanted: str) -> None:
+    raise ConfigurationError(f"trainer.{name} {value!s:.40}: must be {wanted}")

@@ -111,7 +111,7 @@ MAY_IMPORT = {
     "peft_adapter": {"peft_export", "peft_import"},
     "peft_export": {"adapters", "layers", "plugins", "peft_format", "errors"},
     "peft_import": {"adapters", "layers", "plugins", "kernels.skew", "peft_format", "errors", "progress"},
-    "peft_format": {"errors", "model_folder", "progress"},
+    "peft_format": {"errors", "model_folder", "paths", "progress"},
     "modules": {
         *("modules", "callbacks", "layers", "optimizers", "plugins", "models"),
         *("metrics", "generation", "generation_metrics", "checkpoint", "checkpoint_io"),

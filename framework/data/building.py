@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from orthotrain.data.readers import Document
 from orthotrain.data.sources import Corpus
 from orthotrain.data.token_cache import TokenCacheWriter
+from orthotrain.data.tokenizer_use import encoding_with
 from orthotrain.data.tokenizers import fingerprint, train_tokenizer
 from orthotrain.errors import ConfigurationError
 from orthotrain.progress import Progress
@@ -133,7 +134,8 @@ def _encode_chunk(
     backend.no_padding()
     backend.encode_special_tokens = True  # "<|endoftext|>" written in a document is text, not the end of it
     try:
-        encodings = backend.encode_batch_fast([document.text for document in chunk], add_special_tokens=False)
+        with encoding_with(tokenizer):
+            encodings = backend.encode_batch_fast([document.text for document in chunk], add_special_tokens=False)
     finally:
         backend.encode_special_tokens = False
     for document, encoding in zip(chunk, encodings, strict=True):

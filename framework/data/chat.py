@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data.instruction_rows import Example
 from orthotrain.data.template_process import TemplateError, TemplateProcess
+from orthotrain.data.tokenizer_use import encoding_with
 from orthotrain.data.tokenizers import load_tokenizer, tokenizer_from_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.model_folder import check_there
@@ -70,7 +71,8 @@ class ExampleEncoder:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        empty = self._backend.encode("", add_special_tokens=True).ids
+        with encoding_with(tokenizer):
+            empty = self._backend.encode("", add_special_tokens=True).ids
         self._beginning = empty[:1] if empty[:1] == [tokenizer.bos_token_id] else []
 
     def __call__(self, example: Example) -> EncodedExample:
@@ -151,7 +153,8 @@ class ExampleEncoder:
         return joined
 
     def _encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        with encoding_with(self.tokenizer):
+            return self._backend.encode(text, add_special_tokens=False).ids
 
 
 def load_instruction_tokenizer(name: str | None) -> PreTrainedTokenizerFast:

@@ -43,13 +43,15 @@ class DataIdentity:
         if saved.get("content") == self.content:
             return
         names = [name for name in {**settings, **self.settings} if settings.get(name) != self.settings.get(name)]
-        differences = [
-            f"{name} {settings.get(name)!s:.100} there, {self.settings.get(name)!s:.100} here" for name in names
-        ]
+        values = {name: f"{settings.get(name)!s:.100} there, {self.settings.get(name)!s:.100} here" for name in names}
+        renamed = values.pop("source", None)  # another name alone is no difference of the content
+        differences = [f"{name} {value}" for name, value in values.items()]
         if saved.get("amount") != self.amount:
-            differences.append(f"{saved.get('amount')!s:.100} there, {self.amount} here")
+            differences.append(f"other content ({saved.get('amount')!s:.100} there, {self.amount} here)")
         elif not differences:
             differences.append(f"{self.amount} in both, of other content or in another order")
+        if renamed is not None:
+            differences.append(f"the source has another name too: {renamed}")
         self.refuse(f"the training data differs from the checkpoint's: {'; '.join(differences)}")
 
     def refuse(self, difference: str) -> None:

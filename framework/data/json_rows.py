@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.paths import json_failure
 
 MAX_ROW_BYTES = 32 << 20
 """Longest row: parsing takes up to 25 times the bytes of a row, so this bounds the memory of a reader."""
@@ -28,7 +29,8 @@ def json_rows(file: BinaryIO, where: str) -> Iterator[tuple[int, Any]]:
         where: The file, for messages.
 
     Raises:
-        ConfigurationError: Text that is not UTF-8, not JSON, nested too deeply, or a row longer than 64 MiB.
+        ConfigurationError: Text that is not UTF-8, not JSON, nested too deeply, a number of thousands of
+            digits, or a row longer than 32 MiB.
     """
     text = _Scanner(file, where)
     if text.peek() == "[":
@@ -102,7 +104,7 @@ class _Scanner:
                 raise
             except ValueError as error:
                 if len(self._held) - self._at <= MAX_ROW_BYTES and (self._ended or self._is_final(error)):
-                    raise self.invalid(number, str(error)) from error
+                    raise self.invalid(number, json_failure(error)) from error
             held = len(self._held) - self._at
             if held > MAX_ROW_BYTES:
                 raise too_long(self._where, number)

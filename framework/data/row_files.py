@@ -1,5 +1,6 @@
 """Files of rows (JSON Lines, JSON, Parquet, compressed or not): one row at a time, whatever the size of the file."""
 
+import codecs
 import contextlib
 import gzip
 import io
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO
 
 from orthotrain.data.json_rows import MAX_ROW_BYTES, json_rows, too_long
 from orthotrain.errors import ConfigurationError
-from orthotrain.paths import check_regular_file
+from orthotrain.paths import check_regular_file, json_failure
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -50,7 +51,7 @@ def file_rows(path: Path, column: str | None = None) -> Iterator[tuple[int, Any]
         column: The one column that is read from a Parquet file; by default all.
 
     Raises:
-        ConfigurationError: No regular file, a damaged one, bad JSON, a row longer than 32 MiB, a gzip file that
+        ConfigurationError: No regular file, a damaged one, bad JSON, a row longer than 32 MiB, or a gzip file
             or a Parquet column that expands to more than 100 times its size.
     """
     suffix = suffix_of(path)
@@ -113,12 +114,19 @@ class _Expanding(io.RawIOBase):
 
 
 def _lines(file: BinaryIO, where: str) -> Iterator[tuple[int, Any]]:
-    number = 0
+    number, begun = 0, False
     while line := file.readline(MAX_ROW_BYTES + 1):
         number += 1
+        beginning = line.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        if beginning == b"[" and not begun:
+            raise ConfigurationError(
+                f"{where}, row {number}: begins with '[', as a JSON array does; JSON Lines have one row a line: "
+                "write the rows so, or let the name of the file end with .json instead of .jsonl"
+            )
         if len(line) > MAX_ROW_BYTES:
             raise too_long(where, number)
-        if line.strip():
+        if beginning:
+            begun = True
             yield number, _parse(line, f"{where}, row {number}")
 
 
@@ -128,7 +136,7 @@ def _parse(raw: bytes, where: str) -> Any:
     except RecursionError as error:
         raise ConfigurationError(f"{where}: not valid JSON (nested too deeply)") from error
     except ValueError as error:
-        raise ConfigurationError(f"{where}: not valid JSON ({error!s:.200})") from error
+        raise ConfigurationError(f"{where}: not valid JSON ({json_failure(error):.200})") from error
 
 
 def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[int, Any]]:

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast
 from orthotrain.data.chat import EncodedExample, check_template
 from orthotrain.data.instruction_rows import Example
 from orthotrain.data.token_rows import TokenRows
+from orthotrain.data.tokenizer_use import encoding_with
 from orthotrain.errors import ConfigurationError
 
 
@@ -46,7 +47,8 @@ class Seq2SeqEncoder:
 
     def _closed(self, **text: str) -> list[int]:
         # not verbose: a text longer than the model's positions is ours to truncate
-        tokens = list(self.tokenizer(**text, verbose=False)["input_ids"])
+        with encoding_with(self.tokenizer):
+            tokens = list(self.tokenizer(**text, verbose=False)["input_ids"])
         end = self.tokenizer.eos_token_id
         return tokens if tokens[-1:] == [end] else [*tokens, end]
 

@@ -19,6 +19,7 @@ from orthotrain.data.sources import open_corpus
 from orthotrain.data.store import folder_name, prepare_folder
 from orthotrain.data.streaming import StreamLoader, TokenStream
 from orthotrain.data.token_cache import TokenCache
+from orthotrain.data.tokenizer_use import encoding_with
 from orthotrain.data.tokenizers import check_vocabulary_size, fingerprint, tokenizer_difference, tokenizer_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.paths import local_path
@@ -277,7 +278,8 @@ class TextData(BuiltFromArguments, LightningDataModule):
                         f"predict_prompts: prompt {number} has {len(text):,} characters, far more than sequence_length "
                         f"{self.sequence_length} tokens; give at most {most:,}"
                     )
-            prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+            with encoding_with(self.tokenizer):
+                prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
             if [] in prompts:
                 raise ConfigurationError(f"predict_prompts: prompt {prompts.index([]) + 1} is empty; give it some text")
         else:  # without held-out text the train split must do

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from orthotrain.data.identity import check_data_state
+from orthotrain.data.tokenizer_use import check_encoding, is_panic
 from orthotrain.errors import ConfigurationError
 from orthotrain.model_folder import check_there
 from orthotrain.paths import check_folder_files, local_path, read_json
@@ -102,7 +103,8 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerFast:
         vocab_size: Rows of the model's embedding.
 
     Raises:
-        ConfigurationError: It cannot be loaded, has no end-of-text token, or has more tokens than ``vocab_size``.
+        ConfigurationError: It cannot be loaded, has no end-of-text token, has more tokens than ``vocab_size``, or
+            needs very much memory, time or tokens for a short text.
     """
     check_there(name)
     path = local_path(name, "tokenizer")
@@ -115,7 +117,7 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerFast:
             source = str(path) if path.is_dir() else name
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except BaseException as error:  # tokenizers raises bare Exception and panics, the hub client many types
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigurationError(
@@ -129,6 +131,7 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerFast:
         raise ConfigurationError(
             f"tokenizer {name!r}: {size} tokens do not fit vocab_size {vocab_size}; set vocab_size to at least {size}"
         )
+    check_encoding(tokenizer, repr(name))
     return tokenizer
 
 
@@ -239,7 +242,8 @@ def tokenizer_from_state(state: dict[str, Any]) -> PreTrainedTokenizerFast:
         state: ``TextData.state_dict()``, in a checkpoint under the key ``TextData``.
 
     Raises:
-        ConfigurationError: The state holds no tokenizer, or not the one its fingerprint names.
+        ConfigurationError: The state holds no tokenizer, not the one its fingerprint names, or one that needs very
+            much memory, time or tokens for a short text.
     """
     try:
         check_data_state(state)
@@ -252,13 +256,14 @@ def tokenizer_from_state(state: dict[str, Any]) -> PreTrainedTokenizerFast:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **state["special_tokens"])
         expected = state["tokenizer_fingerprint"]
     except BaseException as error:  # tokenizers raises bare Exception, and panics
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise ConfigurationError(f"the checkpoint's data state holds no readable tokenizer ({error!r:.200})") from error
     if (found := fingerprint(tokenizer)) != expected:
         raise ConfigurationError(
             f"the checkpoint's tokenizer has sha {found[:12]}, its state says {str(expected)[:12]}"
         )
+    check_encoding(tokenizer, "of the checkpoint")
     tokenizer.chat_template = state.get("chat_template")
     return tokenizer
 

@@ -23,7 +23,24 @@ HOSTILE = {
     "a: !!python/object/apply:os.system [id]": "the tag 'tag:yaml.org,2002:python/object/apply:os.system'",
     "a: !mine 3": "the tag '!mine'",
     "a: " + "x" * 600_000: "at most 524,288",
-    "a: " + "9" * 5000: "is not valid YAML",
+    "a: " + "9" * 5000: "line 1: the value '9{40}'... is a number of 5,000 characters",
+    "b: 1\na: -0x" + "F" * 5000: "line 2: .* is a number of 5,003 characters",
+    "a: 0b" + "1" * 20_000: "is a number of 20,002 characters",
+    "a: 0" + "7" * 6000: "is a number of 6,001 characters",
+    "a: 1" + ":10" * 3000: "is a number of 9,001 characters",
+    "a: {b: [!!int 0x" + "F" * 5000 + "]}": "is a number of 5,002 characters",
+    "a: !!float '1" + "0" * 200 + "'": "is a number of 201 characters",
+    "1" * 101 + ": a": "is a number of 101 characters",
+    "a: !!int ''": "line 1: the value '' is no value of its tag !!int; correct it",
+    "a: !!int 0x": "the value '0x' is no value of its tag !!int",
+    "a: !!int 1:x": "the value '1:x' is no value of its tag !!int",
+    "a: !!bool maybe": "the value 'maybe' is no value of its tag !!bool",
+    "a: !!float x": "the value 'x' is no value of its tag !!float",
+    "a: !!seq x": "the value 'x' is no value of its tag !!seq",
+    "a: !!binary é": "the value 'é' is no value of its tag !!binary",
+    "a: !!timestamp x": "the tag 'tag:yaml.org,2002:timestamp'",
+    "a: 0001-01-01T00:00:00+99:99": "is not valid YAML",
+    "a: !!int [1]": "is not valid YAML",
     "a: 2001-99-99": "is not valid YAML",
     "a: [1": "is not valid YAML",
     "- 1": "it must have keys",
@@ -41,6 +58,7 @@ def test_hostile_yaml_is_one_line(tmp_path, number):
 def test_what_people_write_passes():
     check_yaml("a: &a {x: [1, 2.5, true, null, 'b']}\nb: {<<: *a, y: !!str 3}\nc: |\n  *a !!python\n", "x")
     check_yaml("prompt: {x} & [y", "x")
+    check_yaml(f"a: !!int 0x1F\nb: !!bool no\nc: '{'9' * 500}'\nd: |\n  {'9' * 500}\ne: {'a1' * 200}\nf: ! 5", "x")
 
 
 def test_values_of_options_are_bounded_too(capsys):
@@ -48,6 +66,24 @@ def test_values_of_options_are_bounded_too(capsys):
         with pytest.raises(SystemExit):
             main(["fit", "-c", "pretrain/quickstart.yaml", "--model", value])
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--seed_everything", "--model.layers.block_size", "--trainer.max_steps"])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("0x" + "F" * 5000, "is a number of 5,002 characters"),
+        ("1" + ":10" * 3000, "is a number of 9,001 characters"),
+        ("9" * 5000, "is a number of 5,000 characters"),
+        ("!!int ''", "is no value of its tag !!int"),
+        ("!!bool maybe", "is no value of its tag !!bool"),
+    ],
+)
+def test_options_without_a_value_are_one_line(capsys, option, value, said):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", "pretrain/quickstart.yaml", option, value])
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and said in line and line.count("\n") == 1 and "set_int_max" not in line
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "socket"])
@@ -77,7 +113,8 @@ BAD_NUMBERS = [
     *(("limit_train_batches", n) for n in (-1, -0.5, 1.5, float("nan"), float("inf"))),
     *(("gradient_clip_val", n) for n in (-1, float("nan"), float("inf"))),
     *(("check_val_every_n_epoch", 0), ("log_every_n_steps", -1), ("num_sanity_val_steps", -7), ("num_nodes", 0)),
-    *(("devices", n) for n in (100_000, 10**12)),
+    *(("devices", n) for n in (100_000, 10**12, "50000", "50_000", "9" * 40)),
+    *(("num_nodes", n) for n in (100_001, 10**9)),
 ]
 
 
@@ -85,6 +122,17 @@ BAD_NUMBERS = [
 def test_numbers_that_no_trainer_can_have(name, value):
     with pytest.raises(ConfigurationError, match=rf"^trainer.{name} {value}: must be "):
         check_trainer_numbers({name: value}, 0)
+
+
+@pytest.mark.parametrize("devices", [[0] * 50_000, ",".join(["0"] * 50_000), "9" * 5000])
+def test_lists_of_more_devices_than_processes_get_on(devices):
+    with pytest.raises(ConfigurationError, match=r"^trainer.devices .{40}: must be at most \d+ on this machine"):
+        check_trainer_numbers({"devices": devices}, 0)
+
+
+@pytest.mark.parametrize("devices", [1, "1", "0,1", [0, 1], "auto", -1, "-1", "0,", None])
+def test_devices_that_a_trainer_can_have(devices):
+    check_trainer_numbers({"devices": devices, "num_nodes": 100_000}, 0)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**70])

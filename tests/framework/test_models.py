@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthotrain import model_size
 from orthotrain.errors import ConfigurationError
+from orthotrain.limited import LimitExceeded, call_limited
 from orthotrain.models import CausalLM, PretrainedModel
 
 
@@ -107,6 +108,33 @@ def test_a_folder_that_describes_such_a_network(tiny_llama, tmp_path, monkeypatc
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value, "layer_types": None}))
     with pytest.raises(ConfigurationError, match=said):
         PretrainedModel(str(tmp_path))()
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "sequence_classification"])
+def test_options_that_describe_such_a_network(tiny_llama, tmp_path, task):
+    CausalLM(tiny_llama)().save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"its config.json with the options describes .* too large"):
+        PretrainedModel(str(tmp_path), task=task, options={"num_labels": 10**9})()
+
+
+def test_the_configuration_of_a_subfolder_is_counted(tiny_llama, tmp_path):
+    CausalLM(tiny_llama)().save_pretrained(tmp_path)
+    CausalLM(tiny_llama)().save_pretrained(tmp_path / "inner")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "inner" / "config.json").write_text(json.dumps({**config, "vocab_size": 10**11}))
+    with pytest.raises(ConfigurationError, match="its config.json with the options describes .* GiB"):
+        PretrainedModel(str(tmp_path), options={"subfolder": "inner"})()
+
+
+def test_a_lack_of_memory_behind_another_error_is_a_limit():
+    def work():
+        try:
+            return len(bytearray(1 << 40))
+        except MemoryError as error:
+            raise ValueError("a field of the configuration") from error
+
+    with pytest.raises(LimitExceeded, match="more than 64 MiB of memory"):
+        call_limited(work, 64 << 20, 5.0)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import lightning as L
@@ -107,6 +108,19 @@ def test_the_same_rows_elsewhere_are_the_same_data(make, begun, tmp_path):
     (tmp_path / "moved").mkdir()
     moved = shutil.copy(source, tmp_path / "moved" / "other_name.jsonl")
     assert resume(make(moved, "third"), checkpoint) == 5
+
+
+def test_a_changed_copy_elsewhere_is_said_to_differ_in_content(make, begun, tmp_path):
+    source, checkpoint = begun
+    copy = tmp_path / "copy.jsonl"
+    write(copy, [TEXTS[0].replace("fox", "fix", 1), *TEXTS[1:]])
+    with pytest.raises(ConfigurationError, match="the training data differs from the checkpoint's: ") as caught:
+        resume(make(copy, "changed copy"), checkpoint)
+    said = str(caught.value)
+    content = "of other content or in another order" in said or re.search(
+        r"[\d,]+ (tokens|rows) there, [\d,]+ \1", said
+    )
+    assert content and f"the source has another name too: {source} there, {copy} here" in said
 
 
 def test_other_settings_are_named(make, begun):

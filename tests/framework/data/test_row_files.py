@@ -82,7 +82,7 @@ BAD = {
     '{"a": 1}]': "row 2: not valid JSON",
     '{"a": "\t"}' + " " * 100: "row 1: not valid JSON (Invalid control character",
     "[" * 200_000: "not valid JSON (nested too deeply)",
-    '{"a": ' + "9" * 5000 + "}": "row 1: not valid JSON",
+    '{"a": ' + "9" * 5000 + "}": "row 1: not valid JSON (it has a number of more than 4,300 digits)",
     b'{"a": "\xff"}': "not UTF-8",
 }
 
@@ -95,6 +95,24 @@ def test_bad_json_is_one_line(tmp_path, number):
     with pytest.raises(ConfigurationError) as caught:
         list(file_rows(path))
     assert said in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('[{"a": 1}]', "row 1: begins with '[', as a JSON array does"),
+        ('\ufeff [\n{"a": 1}\n]', "row 1: begins with '['"),
+        ('\n[{"a": 1}]', "row 2: begins with '['"),
+        ('{"a": ' + "9" * 5000 + "}", "row 1: not valid JSON (it has a number of more than 4,300 digits)"),
+        ('{"a": 1', "row 1: not valid JSON"),
+    ],
+)
+def test_bad_json_lines_are_one_line(tmp_path, content, said):
+    path = tmp_path / "x.jsonl"
+    path.write_text(content)
+    with pytest.raises(ConfigurationError) as caught:
+        list(file_rows(path))
+    assert f"{path}, {said}" in str(caught.value)
 
 
 def bomb(path, beginning=b"", size=3 << 30, filling=b"a" * (1 << 20)):

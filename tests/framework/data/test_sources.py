@@ -147,7 +147,7 @@ def bad(tmp_path, name, content):
         ("x.jsonl", b"[" * 200_000, "JSON"),
         ("x.jsonl", b"\xff\xfe\n", "row 1: not valid JSON"),
         ("x.jsonl", b'{"text": 5}\n', "row 1: 'text' must be a string, found int"),
-        ("x.jsonl", b"[1]\n", "row 1: expected an object with 'text', found list"),
+        ("x.jsonl", b"1\n", "row 1: expected an object with 'text', found int"),
         ("x.jsonl", b'{"text": "a\\ud800"}\n', "lone surrogate at character 1"),
         ("x.json", b"{", "not valid JSON"),
         ("x.json", b'[{"text": "a"}, {}]', "row 2: no column 'text'"),

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from orthotrain.errors import ConfigurationError
 from orthotrain.failures import naming
 from orthotrain.paths import check_folder_files, local_path, read_json
-from orthotrain.temporary import discard, folder_beside
+from orthotrain.temporary import check_name, discard, folder_beside
 
 _MOST_HEADER_BYTES = 32 << 20
 
@@ -74,10 +74,11 @@ def check_new_folder(folder: str | Path) -> None:
     """Refuse to write over what is there.
 
     Raises:
-        ConfigurationError: If the folder exists and is not empty.
+        ConfigurationError: If the folder exists and is not empty, or its name is too long.
     """
     folder = Path(folder)
     local_path(folder, "--out")
+    check_name(folder)
     if folder.is_symlink():
         raise ConfigurationError(f"--out {str(folder)!r} is a link: name the folder itself")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

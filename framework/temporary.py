@@ -1,35 +1,43 @@
 """Files and folders under another name while they are written or removed, and what a killed process leaves of them.
 
 Every such name has a random part and is noted in a journal of its folder before anything of that name is made. What is
-not noted there belongs to somebody else: it is not touched, whatever its name.
+not noted there, or noted by a process that lives, is not touched, whatever its name.
 """
 
 import os
-import re
 import secrets
 import shutil
-import stat
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.failures import naming
+from orthotrain.journal import NAME, OLD_SUFFIX, PARTIAL_SUFFIX, note, of_the_dead, settle
 
-PARTIAL_SUFFIX, OLD_SUFFIX = ".partial", ".old"
-JOURNAL = ".orthotrain-unfinished"
-"""The file, in the folder of each, that notes the names of what is unfinished; there while something is."""
-
-_NAME = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{16}(?P<suffix>\.partial|\.old)", re.DOTALL)
-_MOST_BYTES = 1 << 20
+_MOST_NAME_BYTES = 255
 _LOCK = threading.Lock()
 
 
 def is_unfinished(path: Path) -> bool:
     """Tell whether a name is one that this package gives to what is unfinished."""
-    return _NAME.fullmatch(path.name) is not None
+    return NAME.fullmatch(path.name) is not None
+
+
+def check_name(target: Path) -> None:
+    """Refuse a name that is too long for a file system once it has the parts of an unfinished one.
+
+    Raises:
+        ConfigurationError: Naming the length.
+    """
+    length, most = len(os.fsencode(target.name)), _MOST_NAME_BYTES - len(_unused(Path(), PARTIAL_SUFFIX))
+    if length > most:
+        raise ConfigurationError(
+            f"{str(target)!r}: the name is {length} bytes long, and {most} is the most (until all of it is written, it "
+            f"has a name that is {_MOST_NAME_BYTES - most} bytes longer): give a shorter name"
+        )
 
 
 def file_beside(target: Path) -> IO[bytes]:
@@ -37,16 +45,14 @@ def file_beside(target: Path) -> IO[bytes]:
 
     No link of that name is followed, and what has the name is never opened.
     """
-    with _LOCK:
-        path = _noted(target, PARTIAL_SUFFIX)
+    with _noted(target, PARTIAL_SUFFIX) as path:
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         return open(path, "w+b", opener=lambda name, _: os.open(name, flags, 0o666))
 
 
 def folder_beside(target: Path) -> Path:
     """Make an empty folder of an unused name beside the place that it is for."""
-    with _LOCK:
-        path = _noted(target, PARTIAL_SUFFIX)
+    with _noted(target, PARTIAL_SUFFIX) as path:
         path.mkdir()
         return path
 
@@ -56,8 +62,7 @@ def set_aside(path: Path, suffix: str = PARTIAL_SUFFIX) -> Path:
 
     With ``OLD_SUFFIX``, :func:`remove_leftovers` gives the name back if nothing else has it by then.
     """
-    with _LOCK:
-        new = _noted(path, suffix)
+    with _noted(path, suffix) as new:
         os.replace(path, new)
         return new
 
@@ -65,8 +70,8 @@ def set_aside(path: Path, suffix: str = PARTIAL_SUFFIX) -> Path:
 def discard(path: Path) -> None:
     """Remove what has one of the names of this module, and the journal with it if nothing else is unfinished."""
     _remove(path)
-    with _LOCK, suppress(OSError):
-        _settle(path.parent)
+    with _LOCK:
+        settle(path.parent)
 
 
 def finish(path: Path, target: Path) -> None:
@@ -74,7 +79,7 @@ def finish(path: Path, target: Path) -> None:
     os.replace(path, target)
     sync(target.parent)
     with _LOCK:
-        _settle(target.parent)
+        settle(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,6 +105,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         path: The final place; folders are made.
         write: Gets the open file.
     """
+    check_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = file_beside(path)
     try:
@@ -138,24 +144,16 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run was writing, or had not yet removed; only one run may write to a folder.
+    """Remove what killed processes were writing, or had not yet removed; what a living one writes stays.
 
-    Raises:
-        ConfigurationError: If the journal of the folder is none.
+    A process that lives holds the lock of its journal. On a file system without locks nothing is removed.
     """
-    names = _journal(folder)
-    for name in names:
-        old, found = folder / name, _NAME.fullmatch(name)
-        assert found is not None
-        with suppress(OSError):  # another rank has been faster
-            free = not old.is_symlink() and not os.path.lexists(folder / found["target"])
-            if found["suffix"] == OLD_SUFFIX and free:
-                os.replace(old, folder / found["target"])
-    for name in names:
-        _remove(folder / name)
-    if names:
-        with _LOCK, suppress(OSError):
-            _settle(folder)
+    with _LOCK:
+        for names in of_the_dead(folder):
+            for name in names:
+                _give_back(folder / name)
+            for name in names:
+                _remove(folder / name)
 
 
 def sync(path: Path) -> None:
@@ -169,51 +167,33 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _noted(target: Path, suffix: str) -> Path:
-    """Return an unused name beside a place, noted in the journal of its folder."""
-    name = f".{target.name}.{secrets.token_hex(8)}{suffix}"
-    flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY
-    _check_journal(target.parent)
-    descriptor = os.open(target.parent / JOURNAL, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    try:
-        os.write(descriptor, os.fsencode(name) + b"\0")
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return target.with_name(name)
+@contextmanager
+def _noted(target: Path, suffix: str) -> Iterator[Path]:
+    """Yield an unused name beside a place, noted in the journal of its folder; nothing is made if the block fails."""
+    check_name(target)
+    path = target.with_name(_unused(target, suffix))
+    with _LOCK:
+        try:
+            note(path.parent, path.name)
+            yield path
+        except BaseException:
+            settle(path.parent)
+            raise
 
 
-def _journal(folder: Path) -> list[str]:
-    """Return the names that the journal of a folder notes."""
-    if not _check_journal(folder):
-        return []
-    with suppress(FileNotFoundError):  # another rank has been faster
-        with open(folder / JOURNAL, "rb") as file:
-            names = [os.fsdecode(name) for name in file.read(_MOST_BYTES).split(b"\0")]
-        return [name for name in names if "/" not in name and _NAME.fullmatch(name)]
-    return []
+def _unused(target: Path, suffix: str) -> str:
+    return f".{target.name}.{secrets.token_hex(8)}{suffix}"
 
 
-def _check_journal(folder: Path) -> bool:
-    """Tell whether a folder has a journal.
-
-    Raises:
-        ConfigurationError: If something else has its name.
-    """
-    path = folder / JOURNAL
-    try:
-        found = path.lstat()
-    except OSError:
-        return False
-    if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
-        raise ConfigurationError(f"{str(path)!r} is no list of unfinished files that this program wrote: remove it")
-    return True
-
-
-def _settle(folder: Path) -> None:
-    """Remove the journal of a folder in which nothing is unfinished any more."""
-    if not any(os.path.lexists(folder / name) for name in _journal(folder)):
-        (folder / JOURNAL).unlink(missing_ok=True)
+def _give_back(old: Path) -> None:
+    """Give what was between two names its own again, if nothing else has it; a link is somebody else's."""
+    found = NAME.fullmatch(old.name)
+    if found is None or found["suffix"] != OLD_SUFFIX or old.is_symlink():
+        return
+    target = old.with_name(found["target"])
+    with suppress(OSError):
+        if not os.path.lexists(target):
+            os.replace(old, target)
 
 
 def _remove(path: Path) -> None:

@@ -77,7 +77,9 @@ def _run(arguments: list[str]) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         fail(INTERRUPTED, code=130)
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         from orthotrain.failures import explain
 
         told = explain(error)

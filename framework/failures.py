@@ -152,6 +152,14 @@ def _lost_rank(error: BaseException) -> str | None:
     return f"the connection to another rank is lost: that rank has ended, and its last line says why; {_AGAIN}"
 
 
+def _panic(error: BaseException) -> str | None:
+    """A library in Rust has given up: texts are encoded in a place that names the tokenizer, but not decoded."""
+    if type(error).__name__ != "PanicException":  # each library has a class of its own, which cannot be imported
+        return None
+    said = (str(error).splitlines() or ["without a word"])[0]
+    return f"a tokenizer or another library in Rust has failed: {said:.200}; take another tokenizer"
+
+
 def _closed_output(error: BaseException) -> str | None:
     if not isinstance(error, BrokenPipeError) or not reader_is_gone():
         return None
@@ -214,6 +222,7 @@ _TABLE: tuple[tuple[Callable[[BaseException], str | None], int], ...] = (
     (_diverged, START_AGAIN),
     (_no_metric, CHANGE_FIRST),
     (_no_memory, START_AGAIN),
+    (_panic, CHANGE_FIRST),
     (_closed_output, START_AGAIN),
     (_no_working_folder, CHANGE_FIRST),
     (_named_file, CHANGE_FIRST),

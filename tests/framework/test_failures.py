@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import BPE
+from tokenizers.normalizers import Replace
 from torch.utils.data import DataLoader
 
 from orthotrain import cli
@@ -127,6 +128,19 @@ def test_a_fault_of_the_program_keeps_its_traceback(error, monkeypatch):
 def test_input_and_divergence():
     assert explain(ConfigurationError("a")) == ("a", 2)
     assert explain(TrainingDiverged("b")) == ("b", 1)
+
+
+def test_a_panic_of_a_library_is_one_line(monkeypatch, capsys):
+    # a real one: the pattern backtracks more often than its library allows
+    normalizer = Replace(Regex(r"(\w+\s?)+#"), "x")
+
+    monkeypatch.setattr(cli, "run_trainer", lambda arguments: normalizer.normalize_str("a" * 60 + "!#"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit"])
+    *_, line = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith(
+        "orthotrain: error: a tokenizer or another library in Rust has failed:"
+    )
 
 
 @contextlib.contextmanager

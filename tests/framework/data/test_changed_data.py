@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 
 import lightning as L
@@ -117,10 +116,7 @@ def test_a_changed_copy_elsewhere_is_said_to_differ_in_content(make, begun, tmp_
     with pytest.raises(ConfigurationError, match="the training data differs from the checkpoint's: ") as caught:
         resume(make(copy, "changed copy"), checkpoint)
     said = str(caught.value)
-    content = "of other content or in another order" in said or re.search(
-        r"[\d,]+ (tokens|rows) there, [\d,]+ \1", said
-    )
-    assert content and f"the source has another name too: {source} there, {copy} here" in said
+    assert "other content" in said and f"the source has another name too: {source} there, {copy} here" in said
 
 
 def test_other_settings_are_named(make, begun):

@@ -1,4 +1,7 @@
-"""A config that trains on the small corpus in seconds."""
+"""A config that trains on the small corpus in seconds; processes that live until they are killed."""
+
+import os
+import signal
 
 import pytest
 import yaml
@@ -56,3 +59,47 @@ def small_config(tmp_path, corpus):
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+@pytest.fixture
+def forked():
+    """Fork a process that calls a function and then lives until it is killed; gives its number after the call."""
+    started = []
+
+    def fork(act):
+        done, stays = os.pipe(), os.pipe()
+        if (pid := os.fork()) == 0:
+            try:
+                os.close(stays[1])
+                act()
+                os.write(done[1], b"x")
+                os.read(stays[0], 1)
+            finally:
+                os._exit(1)
+        os.close(done[1]), os.close(stays[0])
+        started.append((pid, stays[1]))
+        os.read(done[0], 1)
+        os.close(done[0])
+        return pid
+
+    yield fork
+    for pid, descriptor in started:
+        os.close(descriptor)
+        try:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+
+@pytest.fixture
+def killed(forked):
+    """Let a process call a function, then kill it; a number in the place of the function is that of a forked one."""
+
+    def kill(act):
+        pid = act if isinstance(act, int) else forked(act)
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        assert os.WIFSIGNALED(status), "the function has failed in the forked process"
+
+    return kill

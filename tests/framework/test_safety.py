@@ -323,7 +323,7 @@ def test_every_file_of_a_distributed_checkpoint_is_summed(tmp_path):
     check_checkpoint(folder)
 
 
-def test_a_distributed_checkpoint_is_written_beside_the_older_one(tmp_path, monkeypatch):
+def test_a_distributed_checkpoint_is_written_beside_the_older_one(tmp_path, monkeypatch, killed):
     """Killed while it writes, or between the two renames, a run leaves the older one, and the next save or resume
     nothing else."""
     folder = shard_folder(tmp_path / "last.ckpt")
@@ -337,7 +337,7 @@ def test_a_distributed_checkpoint_is_written_beside_the_older_one(tmp_path, monk
             shard_folder(folder, new=torch.ones(1))
         check_checkpoint(folder)
         assert newest_good_checkpoint([tmp_path]) == (folder, [])
-    set_aside(folder, OLD_SUFFIX)
+    killed(lambda: set_aside(folder, OLD_SUFFIX))
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     shard_folder(folder, new=torch.ones(1))

@@ -3,23 +3,28 @@
 import io
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.journal import JOURNAL
 from orthotrain.model_folder import new_folder
 from orthotrain.temporary import (
-    JOURNAL,
     OLD_SUFFIX,
+    discard,
     file_beside,
     folder_beside,
     open_to_append,
     publish,
+    remove_folder,
     remove_leftovers,
     set_aside,
     write_atomically,
     write_text,
 )
+
+PLANTED = f"{JOURNAL}.0123456789abcdef"
 
 
 def names(folder):
@@ -52,13 +57,16 @@ def test_what_is_not_noted_is_left_alone(tmp_path):
     assert all((run / name / "inside").read_text() == "x" for name in FOREIGN)
 
 
-def test_what_is_noted_is_removed(tmp_path):
-    file_beside(tmp_path / "a.ckpt").close()
-    fill(folder_beside(tmp_path / "b.ckpt"))
-    set_aside(fill(tmp_path / "c.ckpt"))
-    set_aside(fill(tmp_path / "d.ckpt", "older"), OLD_SUFFIX)
-    set_aside(fill(tmp_path / "e.ckpt", "older"), OLD_SUFFIX)
-    fill(tmp_path / "e.ckpt", "newer")
+def test_what_a_dead_process_noted_is_removed(tmp_path, killed):
+    def writes():
+        file_beside(tmp_path / "a.ckpt").close()
+        fill(folder_beside(tmp_path / "b.ckpt"))
+        set_aside(fill(tmp_path / "c.ckpt"))
+        set_aside(fill(tmp_path / "d.ckpt", "older"), OLD_SUFFIX)
+        set_aside(fill(tmp_path / "e.ckpt", "older"), OLD_SUFFIX)
+        fill(tmp_path / "e.ckpt", "newer")
+
+    killed(writes)
     assert len(names(tmp_path)) == 7
     remove_leftovers(tmp_path)
     assert names(tmp_path) == ["d.ckpt", "e.ckpt"], "the one between two names has its own again"
@@ -66,46 +74,55 @@ def test_what_is_noted_is_removed(tmp_path):
     assert (tmp_path / "e.ckpt" / "inside").read_text() == "newer"
 
 
-def test_a_name_with_any_character_is_noted(tmp_path):
+def test_a_name_with_any_character_is_noted(tmp_path, killed):
     for name in ("a\nb.ckpt", "\udcff.ckpt", " .ckpt", ".partial"):
-        file_beside(tmp_path / name).close()
+        killed(lambda name=name: file_beside(tmp_path / name))
+        assert len(names(tmp_path)) == 2
         remove_leftovers(tmp_path)
         assert names(tmp_path) == []
 
 
-def test_links_in_the_place_of_what_is_noted_are_not_followed(tmp_path):
+def test_links_in_the_place_of_what_is_noted_are_not_followed(tmp_path, killed):
     victim, run = fill(tmp_path / "victim"), tmp_path / "run"
     run.mkdir()
     for make in (lambda: folder_beside(run / "a"), lambda: set_aside(fill(run / "b"), OLD_SUFFIX)):
-        path = make()
+        killed(make)
+        (path,) = (path for path in run.iterdir() if path.suffix in (".partial", ".old") and not path.is_symlink())
         path.rename(tmp_path / "moved")
         path.symlink_to(victim)
         remove_leftovers(run)
         assert path.is_symlink() and names(victim) == ["inside"] and not (run / "b").exists()
         (tmp_path / "moved").rename(tmp_path / f"moved {path.name}")
+    assert all(path.is_symlink() for path in run.iterdir()), "no journal is left"
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "fifo", "large"])
-def test_a_journal_that_is_none_is_refused(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "folder", "fifo", "large"])
+def test_a_journal_that_is_none_is_left_alone(tmp_path, kind):
     victim, run = tmp_path / "victim", tmp_path / "run"
     run.mkdir()
-    journal = run / JOURNAL
-    if kind == "link":
-        victim.write_text("kept")
+    own = run / ".x.0123456789abcdef.partial"
+    own.write_text("kept")
+    journal = run / PLANTED
+    if kind in ("link", "hard link"):
+        victim.write_bytes(os.fsencode(own.name))
     if kind in ("link", "dangling"):
         journal.symlink_to(victim)
+    elif kind == "hard link":
+        journal.hardlink_to(victim)
     elif kind == "folder":
         journal.mkdir()
     elif kind == "fifo":
         os.mkfifo(journal)
     else:
         with journal.open("wb") as file:
+            file.write(os.fsencode(own.name) + b"\0")
             file.truncate(1 << 30)
-    for act in (remove_leftovers, lambda folder: write_text(folder / "x", "y")):
-        with pytest.raises(ConfigurationError, match="is no list of unfinished files"):
-            act(run)
-    assert names(run) == [JOURNAL]
-    assert not victim.exists() if kind != "link" else victim.read_text() == "kept"
+    before = journal.lstat()
+    for act in (remove_leftovers, lambda folder: write_text(folder / "x", "y"), remove_leftovers):
+        act(run)
+    assert names(run) == sorted([PLANTED, own.name, "x"])
+    assert os.path.samestat(before, journal.lstat()) and journal.lstat().st_size == before.st_size
+    assert not victim.exists() if "link" not in kind else victim.read_text() == own.name
 
 
 @pytest.mark.parametrize(
@@ -116,8 +133,10 @@ def test_a_journal_names_nothing_else(tmp_path, line):
     fill(tmp_path / "victim")
     fill(run / "victim")
     fill(run / ".x.old")
-    (run / JOURNAL).write_bytes(line + b"\0")
+    fill(run / ".y.0123456789abcdef.partial")
+    (run / PLANTED).write_bytes(b".y.0123456\0" + line + b"\0.y.0123456789abcdef.partial\0\xff")
     remove_leftovers(run)
+    assert not (run / PLANTED).exists() and not (run / ".y.0123456789abcdef.partial").exists()
     assert names(tmp_path / "victim") == names(run / "victim") == names(run / ".x.old") == ["inside"]
 
 
@@ -188,4 +207,22 @@ def test_two_writers_of_one_process_keep_their_files(tmp_path):
     assert first.name != second.name and isinstance(first, io.IOBase)
     first.close(), second.close()
     remove_leftovers(tmp_path)
+    discard(Path(first.name))
+    remove_leftovers(tmp_path)
+    assert Path(second.name).exists()
+    discard(Path(second.name))
+    assert names(tmp_path) == []
+
+
+def test_a_name_with_no_room_for_ours_is_refused_before_anything_is_made(tmp_path):
+    for name in ("n" * 230, "\u00e9" * 115, "n" * 240, "n" * 255):
+        target = tmp_path / "new" / name
+        for act in (lambda path: write_text(path, "x"), folder_beside, lambda path: new_folder(path).__enter__()):
+            with pytest.raises(ConfigurationError, match=f"the name is {len(name.encode())} bytes long, and 229 is"):
+                act(target)
+    assert names(tmp_path) == []
+    for name in ("n" * 229, "\u00e9" * 114):
+        write_text(tmp_path / name, "x")
+        publish(fill(folder_beside(tmp_path / name)), tmp_path / name)
+        remove_folder(tmp_path / name)
     assert names(tmp_path) == []

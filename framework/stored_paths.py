@@ -77,6 +77,8 @@ def keep_own_paths(state: dict[str, Any], callback: ModelCheckpoint, folder: str
             state["kth_best_model_path"] = worst(kept, key=kept.__getitem__) if kept else ""
         if state["kth_best_model_path"]:
             state["kth_value"] = kept[state["kth_best_model_path"]]
+    if "dirpath" in state:  # with another folder Lightning would forget all paths, and write last-v1 beside last
+        state["dirpath"] = callback.dirpath or str(folder)
     if forgotten:
         rank_zero_info(
             f"forgotten: the checkpoint remembers {forgotten[0]!r}, which is no checkpoint in {str(folder)!r}"

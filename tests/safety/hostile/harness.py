@@ -63,6 +63,7 @@ class Server:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         environment |= {name: str(folder / "home") for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
         environment.pop("PYTEST_CURRENT_TEST", None)
+        environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # another test of this process may have made torch set it
         self._log = (folder / "server.log").open("w")
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(SERVER)],

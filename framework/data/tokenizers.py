@@ -76,6 +76,7 @@ def load_trained_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     Raises:
         ConfigurationError: The file is not a tokenizer.
     """
+    check_regular_file(path, "tokenizer")
     try:
         return _with_special_tokens(Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers raises bare Exception

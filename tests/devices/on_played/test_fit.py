@@ -14,15 +14,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from orthotrain.callbacks import RunReport, SpectrumMonitor
-from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, Optimization, PoetLayers, PoetModule
+from orthotrain.modules import Optimization, PoetLayers, PoetModule
 
 OPTIMIZATION = Optimization(lr=0.01, optimizer=partial(torch.optim.AdamW, foreach=False))
 
 MODULES = {
     "POET": partial(PoetModule, layers=PoetLayers(block_size=8), merge_every=4, max_generator_norm=0.01),
     "stepwise": partial(PoetModule, layers=PoetLayers(block_size=8, stepwise=True), merge_every=1, resample_every=2),
-    "OFT NF4": partial(OftModule, layers=OftLayers(block_size=8, quantization="nf4", coft_eps=0.1)),
-    "ReLoRA": partial(LoraModule, layers=LoraLayers(rank=4), merge_every=2),
 }
 
 

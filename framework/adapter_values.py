@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from orthotrain.checkpoint import check_finite, compare_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftRotation, mergeable_layers
+from orthotrain.paths import local_path
 from orthotrain.plain_files import crc32_of
 
 _MOST_DESCRIPTION = 1 << 24
@@ -84,9 +85,7 @@ def load_adapter(network: nn.Module, path: str | Path) -> None:
         ConfigurationError: If the file is missing or damaged, or was written for another base or other layers: their
             names or shapes differ. Which, and in which file, is named.
     """
-    path = Path(path)
-    if "\0" in str(path):
-        raise ConfigurationError(f"adapter {str(path)!r} is no path: it has a NUL character")
+    path = local_path(path, "adapter")
     path = path / "adapter.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise ConfigurationError(f"adapter {str(path)!r} is not a file: give an adapter.safetensors or its folder")

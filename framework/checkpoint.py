@@ -10,6 +10,7 @@ from torch import Tensor
 from orthotrain.checkpoint_io import needs_consolidating
 from orthotrain.errors import ConfigurationError, visible
 from orthotrain.model_folder import MADE_BY
+from orthotrain.paths import local_path
 from orthotrain.plain_files import check_file, describe_file, read_file, unreadable
 from orthotrain.sharded_checkpoint import REST, check_shards
 from orthotrain.temporary import is_unfinished
@@ -151,8 +152,7 @@ def _kind(value: Any) -> str:
 
 
 def _file(path: str | Path) -> Path:
-    if "\0" in str(path):
-        raise ConfigurationError(f"checkpoint {str(path)!r} is no path: it has a NUL character")
+    local_path(path, "checkpoint")
     if Path(path).is_dir():
         refuse_run_folder(Path(path))
         raise needs_consolidating(path)

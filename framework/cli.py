@@ -145,9 +145,8 @@ def fail(message: str, code: int = 2) -> None:
 
     from orthotrain.errors import visible
 
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # nobody reads standard error any longer; the exit code still says it
+    # where nobody reads standard error any longer the exit code still says it
+    with contextlib.suppress(OSError, ValueError):
         print(f"orthotrain: error: {visible(message)}", file=sys.stderr, flush=True)
     sys.exit(code)
 

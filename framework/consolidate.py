@@ -7,6 +7,7 @@ from typing import Any
 from orthotrain.checkpoint import check_checkpoint, read_checkpoint
 from orthotrain.checkpoint_io import AtomicCheckpointIO
 from orthotrain.errors import ConfigurationError
+from orthotrain.paths import local_path
 from orthotrain.progress import waiting
 from orthotrain.sharded_checkpoint import REST, load_shards
 from orthotrain.sharded_optimizer import joined_state, optimizer_key
@@ -27,9 +28,7 @@ def consolidate(folder: str | Path, file: str | Path) -> Path:
     Raises:
         ConfigurationError: If the folder is no whole distributed checkpoint, or the file exists or has no folder.
     """
-    folder, file = Path(folder), Path(file)
-    if "\0" in f"{folder}{file}":
-        raise ConfigurationError(f"{str(folder)!r}, {str(file)!r}: a path has no NUL character")
+    folder, file = local_path(folder, "FOLDER"), local_path(file, "FILE")
     if not folder.is_dir():
         raise ConfigurationError(f"{str(folder)!r} is not the folder of a distributed checkpoint")
     if os.path.lexists(file):

@@ -108,7 +108,7 @@ MAY_IMPORT = {
     "run_lock": {"errors"},
     "adapters": {"adapter_set", "adapter_values"},
     "adapter_set": {"adapter_values", "layers", "plugins", "checkpoint", "errors", "progress"},
-    "adapter_values": {"layers", "plugins", "checkpoint", "plain_files", "errors"},
+    "adapter_values": {"layers", "plugins", "checkpoint", "paths", "plain_files", "errors"},
     "peft_adapter": {"peft_export", "peft_import"},
     "peft_export": {"adapters", "layers", "plugins", "peft_format", "errors"},
     "peft_import": {"adapters", "layers", "plugins", "kernels.skew", "peft_format", "errors", "progress"},

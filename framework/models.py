@@ -1,7 +1,9 @@
 """Model builders: plain descriptions in YAML that become a network when the strategy asks for it."""
 
+import copy
 import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 from orthotrain.errors import ConfigurationError, check_choice
+from orthotrain.late_weights import build_without_weights
 from orthotrain.model_folder import check_model_folder
 from orthotrain.model_size import NotBuildable, check_memory, count_described, count_values
 from orthotrain.progress import shown, transformers_bars, waiting
@@ -85,13 +88,28 @@ class CausalLM(ModelBuilder):
 
     def __call__(self) -> nn.Module:
         """Return the model in training mode, weights drawn from torch's global generator."""
+        return self.build()
+
+    def build(self, without: Callable[[nn.Module], Collection[str]] | None = None) -> nn.Module:
+        """Return the model in training mode, weights drawn from torch's global generator.
+
+        Args:
+            without: Returns the names of the linear layers, of a network that it is given, whose weights will be given
+                later: they have no storage yet (:func:`~orthotrain.late_weights.build_without_weights`).
+        """
         from transformers import AutoModelForCausalLM
 
         configuration = self._configuration()
         values = count_described(self.model_type, self.config)
-        check_memory(values, torch.get_default_dtype(), f"the {self.model_type} configuration")
+        # what is given later may take fewer bytes
+        bytes_each = torch.get_default_dtype() if without is None else torch.uint8
+        check_memory(values, bytes_each, f"the {self.model_type} configuration")
+
+        def draw() -> nn.Module:
+            return AutoModelForCausalLM.from_config(copy.deepcopy(configuration))
+
         with waiting("drawing the network's weights"):
-            model = AutoModelForCausalLM.from_config(configuration)
+            model = draw() if without is None else build_without_weights(draw, without)
         return enable_checkpointing(model, self.gradient_checkpointing).train()
 
     @property

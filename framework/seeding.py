@@ -14,12 +14,15 @@ def derive_seed(*parts: str | int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def generator(*parts: str | int) -> torch.Generator:
-    """Return a CPU generator seeded with :func:`derive_seed`: the same draws for every device.
+def generator(*parts: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator seeded with :func:`derive_seed`, of the CPU unless another device is named.
 
-    Whoever draws from it names its device (``device=generator.device``): the default device may be a GPU.
+    Draws on the CPU are the same for every device; those on a GPU are the same on every GPU of one model, and there
+    they are fast. Devices other than GPUs of CUDA have a generator of the CPU. Whoever draws names the generator's
+    device (``device=generator.device``): the default device may be another.
     """
-    return torch.Generator("cpu").manual_seed(derive_seed(*parts))
+    kind = torch.device(device) if torch.device(device).type == "cuda" else torch.device("cpu")
+    return torch.Generator(kind).manual_seed(derive_seed(*parts))
 
 
 def draw_permutation(features: int, *parts: str | int) -> Tensor:

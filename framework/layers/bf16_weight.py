@@ -5,9 +5,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from orthotrain.layers.frozen_weight import check_storable, stochastic_round
+from orthotrain.layers.frozen_weight import check_storable
 from orthotrain.layers.quantized_product import storage_format
 from orthotrain.layers.quantized_weight import QuantizedWeight
+from orthotrain.layers.rounding import Noise, in_parts, round_steps, stochastic_round
 
 RESIDUAL_STEPS = 256
 
@@ -39,16 +40,9 @@ class Bf16Weight(QuantizedWeight):
         dtype = dtype or self.compute_dtype
         return self.values if dtype == torch.bfloat16 else super().dequantize(dtype)
 
-    @torch.no_grad()
-    def assign_(self, weight: Tensor, generator: torch.Generator | None = None) -> None:
-        """Store ``weight (out, in)``, with a generator rounded stochastically; what was stored stays as it is."""
-        for name, tensor in self.quantize(weight, generator).items():
-            stored = getattr(self, name)
-            stored.data = tensor.to(stored.device).contiguous()
-
-    def quantize(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the stored tensors of ``weight (out, in)``; with a generator rounded stochastically, unbiased."""
-        return pack_bf16(weight, self.carries_residual, generator)
+    def quantize(self, weight: Tensor, noise: Noise | None = None) -> dict[str, Tensor]:
+        """Return the stored tensors of ``weight (out, in)``; with noise rounded stochastically, unbiased."""
+        return pack_bf16(weight, self.carries_residual, noise)
 
 
 def last_place(values: Tensor) -> Tensor:
@@ -58,26 +52,26 @@ def last_place(values: Tensor) -> Tensor:
     return ((exponent - 7).clamp_min(1) << 23).view(torch.float32)
 
 
-def pack_bf16(weight: Tensor, residual: bool, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+def pack_bf16(weight: Tensor, residual: bool, noise: Noise | None = None) -> dict[str, Tensor]:
     """Split ``weight (out, in)`` into bf16 values and, if asked for, an int8 residual in 1/256 of their last place.
 
-    What is rounded last, the values alone or the residual beside them, is rounded stochastically if a (CPU) generator
-    is given, else to nearest.
+    What is rounded last, the values alone or the residual beside them, is rounded stochastically if noise is given,
+    else to nearest.
 
     Returns:
         ``values`` and ``residual``, both ``(out, in)``. Half a last place is 128 steps, one more than int8 holds: it is
         cut to 127.
     """
-    weight = weight.detach().float()
+    return in_parts(lambda rows, rest: _pack_rows(weight.detach()[rows], residual, rest), weight, noise)
+
+
+def _pack_rows(weight: Tensor, residual: bool, noise: Noise | None) -> dict[str, Tensor]:
+    weight = weight.float()
     if not residual:
-        return {"values": weight.to(torch.bfloat16) if generator is None else stochastic_round(weight, generator)}
+        return {"values": weight.to(torch.bfloat16) if noise is None else stochastic_round(weight, noise)}
     values = weight.to(torch.bfloat16)
     steps = (weight - values.float()) / (last_place(values) / RESIDUAL_STEPS)
-    if generator is not None:
-        # the noise is drawn on the CPU, so that every device and rank rounds alike
-        noise = torch.rand(steps.shape, generator=generator, device=generator.device)
-        steps = (steps + noise.to(steps.device)).floor()
-    return {"values": values, "residual": steps.round().clamp(-128, 127).to(torch.int8)}
+    return {"values": values, "residual": round_steps(steps, noise).clamp_(-128, 127).to(torch.int8)}
 
 
 @storage_format("bf16")

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.checks import COMPUTABLE
+from orthotrain.layers.rounding import Noise, stochastic_round
 
 
 class FrozenWeight(nn.Module, ABC):
@@ -38,8 +39,8 @@ class FrozenWeight(nn.Module, ABC):
         """
 
     @abstractmethod
-    def assign_(self, weight: Tensor, generator: torch.Generator | None = None) -> None:
-        """Store ``weight (out, in)``; with a generator, formats that round do so stochastically (unbiased)."""
+    def assign_(self, weight: Tensor, noise: Noise | None = None) -> None:
+        """Store ``weight (out, in)`` in place; with noise, formats that round do so stochastically (unbiased)."""
 
     def extra_repr(self) -> str:
         """Describe the shape in one line."""
@@ -54,7 +55,7 @@ class DenseWeight(FrozenWeight):
 
     Args:
         weight: ``(out, in)``; held itself and not copied where dtype and layout allow, so that wrapping a large model
-            takes no second copy of it. A merge stores a new tensor and leaves this one as it is.
+            takes no second copy of it. A merge writes into it: a captured graph goes on reading the same memory.
         dtype: Storage dtype, None for that of ``weight``.
 
     Raises:
@@ -80,11 +81,11 @@ class DenseWeight(FrozenWeight):
         return self.values if dtype is None else self.values.to(dtype)
 
     @torch.no_grad()
-    def assign_(self, weight: Tensor, generator: torch.Generator | None = None) -> None:
-        """Store ``weight (out, in)``; into bf16 by stochastic rounding if a generator is given, else to nearest."""
-        if self.values.dtype == torch.bfloat16 and generator is not None:
-            weight = stochastic_round(weight, generator)
-        self.values.data = weight.to(self.values.device, self.values.dtype).contiguous()
+    def assign_(self, weight: Tensor, noise: Noise | None = None) -> None:
+        """Store ``weight (out, in)`` in place; into bf16 by stochastic rounding if noise is given, else to nearest."""
+        if self.values.dtype == torch.bfloat16 and noise is not None:
+            weight = stochastic_round(weight, noise)
+        self.values.copy_(weight)
 
 
 def check_storable(weight: Tensor) -> None:
@@ -107,19 +108,3 @@ def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     linear.weight = nn.Parameter(weight)
     linear.bias = bias
     return linear
-
-
-def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Round fp32 to bf16 up or down with the probability that makes the expectation exact.
-
-    bf16 is the upper half of fp32: adding 16 random bits below it and cutting them off carries with just that
-    probability. Exactly representable values stay as they are; infinities and NaN pass unchanged.
-
-    Args:
-        x: fp32 (or wider, then first rounded to fp32), any shape.
-        generator: A CPU generator; the bits are drawn on the CPU, so that every device rounds alike.
-    """
-    bits = x.float().contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32, device=generator.device)
-    rounded = torch.bitwise_and(bits + noise.to(bits.device), -(1 << 16)).view(torch.float32)
-    return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)

@@ -11,6 +11,7 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.guard import without_autocast
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight, plain_linear
 from orthotrain.layers.mergeable import check_stored_counts
+from orthotrain.layers.rounding import Noise
 from orthotrain.seeding import generator
 
 
@@ -76,7 +77,7 @@ class LoraLinear(nn.Module):
         effective = self._effective_weight()
         self.merge_count += 1
         count = int(self.merge_count)
-        self.weight.assign_(effective, generator(self.seed, count, "rounding"))
+        self.weight.assign_(effective, Noise(self.seed, count, "rounding"))
         self._restart(count)
 
     def merged_weight(self) -> Tensor:

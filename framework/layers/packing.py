@@ -4,6 +4,7 @@ bitsandbytes takes seconds to import, so that only who packs or unpacks NF4 pays
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -14,15 +15,16 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.backend import backend_for
 from orthotrain.kernels.dequant import dequant_int8, dequant_nf4
 from orthotrain.layers.quantized_product import storage_format
+from orthotrain.layers.rounding import LEVELS, Noise, in_parts, round_steps
 
 NF4_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NESTED_GROUP = 256
 
 
 def pack_nf4(
-    weight: Tensor, group_size: int, double_quantization: bool, generator: torch.Generator | None = None
+    weight: Tensor, group_size: int, double_quantization: bool, noise: Noise | None = None
 ) -> dict[str, Tensor]:
-    """Quantise ``weight (out, in)`` to NF4, to nearest; with a generator rounded stochastically.
+    """Quantise ``weight (out, in)`` to NF4, to nearest; with noise rounded stochastically.
 
     Returns:
         ``packed (out, in / 2)`` uint8 and ``absmax (groups,)``: fp32, or with double quantisation uint8 beside
@@ -37,31 +39,43 @@ def pack_nf4(
         raise ConfigurationError(f"NF4 takes a float32, bfloat16 or float16 weight, not {_name(weight.dtype)}")
     if weight.shape[1] % 2:
         raise ConfigurationError(f"NF4 packs two values a byte: a weight with {weight.shape[1]} inputs is odd")
-    packed, state = quantize_4bit(weight.detach().contiguous(), blocksize=group_size, quant_type="nf4")
-    stored = {"packed": packed.view(weight.shape[0], -1), "absmax": state.absmax}
+    weight, columns = weight.detach(), weight.shape[1]
+
+    def to_nearest(rows: slice, _: Noise | None) -> dict[str, Tensor]:
+        packed, state = quantize_4bit(weight[rows].contiguous(), blocksize=group_size, quant_type="nf4")
+        return {"packed": packed.view(-1, columns // 2), "absmax": state.absmax}
+
+    together = group_size // math.gcd(group_size, columns)  # rows that whole groups of values fill
+    stored = in_parts(to_nearest, weight, None, together)
     if double_quantization:
         # The steps of its compress_statistics, which would cache the code on the device of
         # the first caller: after a meta tensor every later call would fail.
-        offset, code = state.absmax.mean(), _dynamic_code(weight.device)
-        stored["absmax"], nested = quantize_blockwise(state.absmax - offset, code=code, blocksize=NESTED_GROUP)
+        absmax, code = stored["absmax"], _dynamic_code(weight.device)
+        offset = absmax.mean()
+        stored["absmax"], nested = quantize_blockwise(absmax - offset, code=code, blocksize=NESTED_GROUP)
         stored |= {"nested_absmax": nested.absmax, "nested_offset": offset.view(1)}
-    if generator is not None:
-        stored["packed"] = _round_nf4(weight, _absmax([*stored.values()][1:]), group_size, generator)
+    if noise is not None:
+        scales = _absmax([*stored.values()][1:])
+
+        def rounded(rows: slice, rest: Noise | None) -> dict[str, Tensor]:
+            assert rest is not None
+            return {"packed": _round_nf4(weight[rows], scales[rows.start * columns // group_size :], group_size, rest)}
+
+        stored |= in_parts(rounded, weight, noise, together)
     return stored
 
 
-def _round_nf4(weight: Tensor, absmax: Tensor, group_size: int, generator: torch.Generator) -> Tensor:
+def _round_nf4(weight: Tensor, absmax: Tensor, group_size: int, noise: Noise) -> Tensor:
     """Return ``packed (out, in / 2)`` of ``weight (out, in)``, each value one of the two levels around it, unbiased."""
     from bitsandbytes.functional import get_4bit_type
 
     levels = get_4bit_type("nf4", device=weight.device)
-    scales = absmax.repeat_interleave(group_size)[: weight.numel()].view_as(weight)
-    relative = (weight.detach().float() / torch.where(scales == 0, 1.0, scales)).clamp(-1, 1)
+    scales = absmax[: -(-weight.numel() // group_size)].repeat_interleave(group_size)[: weight.numel()].view_as(weight)
+    relative = (weight.float() / torch.where(scales == 0, 1.0, scales)).clamp(-1, 1)
     upper = torch.bucketize(relative, levels).clamp(1, 15)
     low, high = levels[upper - 1], levels[upper]
-    # the noise is drawn on the CPU, so that every device and rank rounds alike
-    noise = torch.rand(weight.shape, generator=generator, device=generator.device).to(weight.device)
-    codes = (upper - (noise * (high - low) >= relative - low).long()).to(torch.uint8)
+    drawn = (noise.draw(weight.shape, weight.device) + 0.5) / LEVELS
+    codes = (upper - (drawn * (high - low) >= relative - low).long()).to(torch.uint8)
     return (codes[:, ::2] << 4) | codes[:, 1::2]
 
 
@@ -109,8 +123,8 @@ def quant_state_tensors(packed: Tensor, state: Any) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in stored.items()}
 
 
-def pack_int8(weight: Tensor, group_size: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """Quantise ``weight (out, in)`` to int8, group by group along a row; with a generator rounded stochastically.
+def pack_int8(weight: Tensor, group_size: int, noise: Noise | None = None) -> dict[str, Tensor]:
+    """Quantise ``weight (out, in)`` to int8, group by group along a row; with noise rounded stochastically.
 
     Returns:
         ``codes (out, in)`` int8 from -127 to 127 and ``scales (out, in / group_size)`` fp32.
@@ -120,14 +134,15 @@ def pack_int8(weight: Tensor, group_size: int, generator: torch.Generator | None
     """
     if not weight.is_floating_point():
         raise ConfigurationError(f"int8 quantises a floating-point weight, not {_name(weight.dtype)}")
-    groups = weight.detach().float().unflatten(1, (-1, group_size))
+    return in_parts(lambda rows, rest: _pack_int8_rows(weight.detach()[rows], group_size, rest), weight, noise)
+
+
+def _pack_int8_rows(weight: Tensor, group_size: int, noise: Noise | None) -> dict[str, Tensor]:
+    groups = weight.float().unflatten(1, (-1, group_size))
     scales = groups.abs().amax(-1) / 127
     steps = groups / torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
-    if generator is not None:
-        # the noise is drawn on the CPU, so that every device and rank rounds alike
-        noise = torch.rand(steps.shape, generator=generator, device=generator.device)
-        steps = (steps + noise.to(steps.device)).floor()
-    return {"codes": steps.round().clamp(-127, 127).to(torch.int8).flatten(1), "scales": scales}
+    codes = round_steps(steps.flatten(1), noise).clamp_(-127, 127).to(torch.int8)
+    return {"codes": codes, "scales": scales}
 
 
 @storage_format("int8")

@@ -18,6 +18,7 @@ from orthotrain.layers.centre import ActivationMode, Centre, Route, choose_route
 from orthotrain.layers.frozen_weight import FrozenWeight
 from orthotrain.layers.mergeable import SideCoverage
 from orthotrain.layers.poet_settings import PoetSettings, Side
+from orthotrain.layers.rounding import Noise
 from orthotrain.layers.trained_scale import TrainedScale
 from orthotrain.layers.two_sided import Rotations, TwoSided
 from orthotrain.seeding import draw_permutation, generator
@@ -101,9 +102,12 @@ class PoetLinear(TwoSided):
     def from_settings(cls, linear: nn.Linear, settings: PoetSettings, seed: int = 0) -> Self:
         """Wrap a linear layer as ``settings`` describe; see :meth:`from_linear`."""
         rotations = Rotations.draw(linear, settings, seed)
+        framed = rotations.framed(linear.weight.detach())
+        if rotations.orders == (None, None):  # what is stored is written into by merges
+            framed = framed.clone()
         with torch.device(linear.weight.device):
             return cls(
-                settings.freeze(rotations.framed(linear.weight.detach())),
+                settings.freeze(framed),
                 linear.bias,
                 rotations.into,
                 rotations.out,
@@ -188,7 +192,7 @@ class PoetLinear(TwoSided):
         count = int(self.merge_count + self.fold_count)
         if self.spectrum is not None:
             effective = self._anchored(effective, count)
-        self.weight.assign_(self.rotations.framed(effective), generator(self.seed, count, "rounding"))
+        self.weight.assign_(self.rotations.framed(effective), Noise(self.seed, count, "rounding"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.spectrum

@@ -12,6 +12,7 @@ from orthotrain.layers.divisors import check_divides
 from orthotrain.layers.frozen_weight import FrozenWeight
 from orthotrain.layers.packing import pack_int8, pack_nf4, quant_state_tensors
 from orthotrain.layers.quantized_product import dequantize, quantized_product
+from orthotrain.layers.rounding import Noise
 
 
 class QuantizedWeight(FrozenWeight):
@@ -44,7 +45,7 @@ class QuantizedWeight(FrozenWeight):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @abstractmethod
-    def quantize(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def quantize(self, weight: Tensor, noise: Noise | None = None) -> dict[str, Tensor]:
         """Return the packed tensors of ``weight (out, in)`` by name."""
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,9 +72,9 @@ class QuantizedWeight(FrozenWeight):
         return dequantize(self._stored(), self.format, self.group_size, shape, dtype or self.compute_dtype)
 
     @torch.no_grad()
-    def assign_(self, weight: Tensor, generator: torch.Generator | None = None) -> None:
-        """Quantise and store ``weight (out, in)``; a generator makes formats that can do so round stochastically."""
-        for name, tensor in self.quantize(weight, generator).items():
+    def assign_(self, weight: Tensor, noise: Noise | None = None) -> None:
+        """Quantise and store ``weight (out, in)``; noise makes formats that can do so round stochastically."""
+        for name, tensor in self.quantize(weight, noise).items():
             getattr(self, name).copy_(tensor)
 
     @torch.no_grad()
@@ -151,11 +152,11 @@ class Nf4Weight(QuantizedWeight):
         QuantizedWeight.__init__(adopted, tuple(state.shape), state.blocksize, state.dtype, stored)
         return adopted
 
-    def quantize(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return the packed tensors of ``weight (out, in)``; with a generator rounded stochastically."""
+    def quantize(self, weight: Tensor, noise: Noise | None = None) -> dict[str, Tensor]:
+        """Return the packed tensors of ``weight (out, in)``; with noise rounded stochastically."""
         # a merge in a network of fp64 is folded in fp64, which bitsandbytes does not take
         weight = weight.float() if weight.dtype == torch.float64 else weight
-        return pack_nf4(weight, self.group_size, "nested_absmax" in self._parameters, generator)
+        return pack_nf4(weight, self.group_size, "nested_absmax" in self._parameters, noise)
 
 
 class Int8Weight(QuantizedWeight):
@@ -196,9 +197,9 @@ class Int8Weight(QuantizedWeight):
         QuantizedWeight.__init__(adopted, shape, codes.shape[1] // scales.shape[1], compute_dtype, stored)
         return adopted
 
-    def quantize(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Return codes and scales of ``weight (out, in)``; with a generator rounded stochastically, unbiased."""
-        return pack_int8(weight, self.group_size, generator)
+    def quantize(self, weight: Tensor, noise: Noise | None = None) -> dict[str, Tensor]:
+        """Return codes and scales of ``weight (out, in)``; with noise rounded stochastically, unbiased."""
+        return pack_int8(weight, self.group_size, noise)
 
 
 def default_group_size(in_features: int) -> int:

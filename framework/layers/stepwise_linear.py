@@ -13,9 +13,9 @@ from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.centre import costs_for
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight
 from orthotrain.layers.poet_settings import TOO_COARSE, PoetSettings
+from orthotrain.layers.rounding import Noise
 from orthotrain.layers.trained_scale import TrainedScale
 from orthotrain.layers.two_sided import Rotations, TwoSided
-from orthotrain.seeding import generator
 
 
 class StepwiseLinear(TwoSided):
@@ -120,7 +120,7 @@ class StepwiseLinear(TwoSided):
         """
         effective = self._effective_weight()
         self.merge_count += 1
-        self.weight.assign_(effective, generator(self.seed, int(self.merge_count), "rounding"))
+        self.weight.assign_(effective, Noise(self.seed, int(self.merge_count), "rounding"))
         for _, rotation in self.sides():
             rotation.reset_()
 

@@ -2,12 +2,15 @@
 
 import difflib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.bitsandbytes_linear import is_bitsandbytes
@@ -79,14 +82,45 @@ def replace_linears(
     chosen = select_linears(model, include, exclude)
     with Progress("wrapping", len(chosen), "layers", announce=False) as bar:
         for name, linear in chosen.items():
-            try:
+            with _naming(name, linear):
                 replacements[linear] = factory(linear).train(linear.training)
-            except ConfigurationError as error:
-                shape = f"{linear.out_features} x {linear.in_features}"
-                raise ConfigurationError(f"layer {name} ({shape}): {error}") from error
             bar.advance()
     swap_modules(model, replacements)
     return list(chosen)
+
+
+def check_wrapping(chosen: Mapping[str, nn.Linear], wrap: Callable[[nn.Linear, str], nn.Module]) -> None:
+    """Refuse layers that cannot be wrapped, before anything is changed: each kind is tried on one without storage.
+
+    Args:
+        chosen: Name -> layer (:func:`select_linears`).
+        wrap: Returns the replacement of a layer, given it and its name; may change the layer.
+
+    Raises:
+        ConfigurationError: The first error of ``wrap``, naming the layer and its sizes.
+    """
+    for name, linear in chosen.items():
+        if is_bitsandbytes(linear):
+            continue  # without storage it is another kind of layer
+        has_bias, dtype = linear.bias is not None, linear.weight.dtype
+        with detect_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True), _naming(name, linear):
+            wrap(nn.Linear(linear.in_features, linear.out_features, has_bias, device="cpu", dtype=dtype), name)
+
+
+def release(linear: nn.Linear) -> None:
+    """Let go of the memory of a layer's weight: its replacement is made, and the layer is about to leave the network.
+
+    A network of which every layer is replaced would otherwise be held twice until the last one is.
+    """
+    linear.weight = nn.Parameter(linear.weight.detach().new_empty(0, linear.in_features), requires_grad=False)
+
+
+@contextmanager
+def _naming(name: str, linear: nn.Linear) -> Iterator[None]:
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"layer {name} ({linear.out_features} x {linear.in_features}): {error}") from error
 
 
 def check_excluded(model: nn.Module, exclude: Sequence[str], defaults: Sequence[str]) -> None:

@@ -107,6 +107,10 @@ class BaseModule(L.LightningModule):
         module = rebuild_module(contents, cls, str(checkpoint_path), allow, trust_remote_code, given, strict)
         return module if map_location is None else module.to(map_location)
 
+    def build(self, builder: Callable[[], nn.Module]) -> nn.Module:
+        """Return the network that ``builder`` builds; a method that draws weights anew leaves them out here."""
+        return builder()
+
     def wrap(self, model: nn.Module) -> None:
         """Put this method's layers into the freshly built network, in place."""
 
@@ -126,7 +130,7 @@ class BaseModule(L.LightningModule):
             return
         if self.model is None:
             assert self._builder is not None
-            self.model = self._builder()
+            self.model = self.build(self._builder)
         check()
         self._check_vocabulary(self.model)
         self.wrap(self.model)

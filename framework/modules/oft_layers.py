@@ -15,7 +15,7 @@ from orthotrain.layers.block_rotation import check_parameterization
 from orthotrain.layers.frozen_linear import frozen_linears
 from orthotrain.layers.oft_linear import Quantization
 from orthotrain.layers.oft_rotation import RotationDtype
-from orthotrain.layers.surgery import check_excluded, swap_modules
+from orthotrain.layers.surgery import check_excluded, check_wrapping, release, swap_modules
 from orthotrain.plugins import Parameterization
 
 
@@ -75,13 +75,22 @@ class OftLayers:
         check_excluded(model, self.exclude, type(self)().exclude)
         fresh = fresh_parameters(model)
         exclude = [*self.exclude, *(glob.escape(name.rpartition(".")[0]) for name in fresh)]
-        names = {linear: name for name, linear in select_linears(model, self.include, exclude).items()}
+        chosen = select_linears(model, self.include, exclude)
+        names = {linear: name for name, linear in chosen.items()}
         for pattern in self.block_sizes or {}:
             if not any(fnmatchcase(name, pattern) for name in names.values()):
                 raise ConfigurationError(f"block_sizes pattern {pattern!r} matches none of the chosen layers")
         dtype, leftover = compute_dtype_of(model), frozen_linears(model, without=names)
+        check_wrapping(chosen, lambda linear, name: self._wrap(linear, name, dtype))
         model.requires_grad_(False)
-        wrapped = replace_linears(model, self.include, exclude, lambda linear: self._wrap(linear, names[linear], dtype))
+
+        def factory(linear: nn.Linear) -> OftLinear:
+            layer = self._wrap(linear, names[linear], dtype)
+            if self.quantization is not None:
+                release(linear)
+            return layer
+
+        wrapped = replace_linears(model, self.include, exclude, factory)
         swap_modules(model, leftover)
         _tell_of_experts(model)
         self._train_others(model, fresh)

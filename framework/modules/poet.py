@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import nn
+from torch._guards import detect_fake_mode
 from torch.optim import Optimizer
 
 from orthotrain.callbacks.attached import unless_given
@@ -16,12 +17,13 @@ from orthotrain.callbacks.merge_rotations import MergeRotations, check_period, s
 from orthotrain.callbacks.movement_monitor import MovementMonitor
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
 from orthotrain.errors import ConfigurationError, check_choice
+from orthotrain.late_weights import allocate
 from orthotrain.layers import PoetLinear, StepwiseLinear, initialize_, mergeable_layers, replace_linears, select_linears
 from orthotrain.layers.bitsandbytes_linear import is_bitsandbytes
 from orthotrain.layers.initialization import Initialization
 from orthotrain.layers.poet_settings import PoetSettings
-from orthotrain.layers.surgery import check_excluded
-from orthotrain.models import ModelBuilder, PretrainedModel
+from orthotrain.layers.surgery import check_excluded, check_wrapping, release
+from orthotrain.models import CausalLM, ModelBuilder, PretrainedModel
 from orthotrain.modules.base import BaseModule
 from orthotrain.modules.clip_ramp import ClipRamp
 from orthotrain.modules.optimization import Optimization
@@ -114,26 +116,43 @@ class PoetLayers(PoetSettings):
             ConfigurationError: See :func:`orthotrain.layers.replace_linears`; or if an override matches no layer.
         """
         check_excluded(model, self.exclude, type(self)().exclude)
-        names = {linear: name for name, linear in select_linears(model, self.include, self.exclude).items()}
+        chosen = select_linears(model, self.include, self.exclude)
+        names = {linear: name for name, linear in chosen.items()}
         for pattern in self.overrides or {}:
             if not any(fnmatchcase(name, pattern) for name in names.values()):
                 raise ConfigurationError(
                     f"overrides pattern {pattern!r} matches none of the rotated layers: {', '.join(names.values())}"
                 )
 
-        def factory(linear: nn.Linear) -> PoetLinear | StepwiseLinear:
-            name = names[linear]
+        def wrap(linear: nn.Linear, name: str) -> PoetLinear | StepwiseLinear:
             settings = self.for_name(name)
-            if is_bitsandbytes(linear):
-                raise ConfigurationError(
-                    f"its weight is quantised ({type(linear).__name__}) and POET folds rotations into full values: "
-                    "load the model without quantisation and set storage: nf4 or int8"
-                )
-            initialize_(linear.weight, settings.init, generator(seed, name, "frozen weight"), settings.gain)
             kind = StepwiseLinear if settings.stepwise else PoetLinear
             return kind.from_settings(linear, settings, derive_seed(seed, name))
 
+        def factory(linear: nn.Linear) -> PoetLinear | StepwiseLinear:
+            name = names[linear]
+            settings = self.for_name(name)
+            if settings.init != "keep" and linear.weight.is_meta:
+                allocate(linear)
+            draws = generator(seed, name, "frozen weight", device=linear.weight.device)
+            initialize_(linear.weight, settings.init, draws, settings.gain)
+            layer = wrap(linear, name)
+            release(linear)
+            return layer
+
+        for name, linear in chosen.items():
+            if is_bitsandbytes(linear):
+                raise ConfigurationError(
+                    f"layer {name}: its weight is quantised ({type(linear).__name__}) and POET folds rotations into "
+                    "full values: load the model without quantisation and set storage: nf4 or int8"
+                )
+        check_wrapping(chosen, wrap)
         return replace_linears(model, self.include, self.exclude, factory)
+
+    def drawn_anew(self, model: nn.Module) -> list[str]:
+        """Return the names of the layers of ``model`` whose values :meth:`apply_` does not read."""
+        chosen = select_linears(model, self.include, self.exclude)
+        return [name for name in chosen if self.for_name(name).init != "keep"]
 
 
 class PoetModule(BaseModule):
@@ -186,6 +205,14 @@ class PoetModule(BaseModule):
             if settings.stepwise and merge_every != 1:
                 what = f"overrides {pattern!r} that" if pattern else "layers that"
                 raise ConfigurationError(f"merge_every={merge_every}: {what} are stepwise fold every step, set it to 1")
+
+    def build(self, builder: Callable[[], nn.Module]) -> nn.Module:
+        """Build the network, of a :class:`CausalLM` without the weights that are drawn anew when it is wrapped."""
+        # one that is built without any storage needs none of it; a subclass may wrap other layers
+        real = detect_fake_mode() is None and torch.get_default_device().type != "meta"
+        if real and isinstance(builder, CausalLM) and type(self).wrap is PoetModule.wrap:
+            return builder.build(without=self.layers.drawn_anew)
+        return super().build(builder)
 
     def wrap(self, model: nn.Module) -> None:
         """Replace the chosen linear layers by POET layers, and freeze what is not to be trained."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import Int8Weight, Nf4Weight, OftLinear
 from orthotrain.layers.bitsandbytes_linear import adopt_bitsandbytes
+from orthotrain.layers.rounding import Noise
 
 FORMATS = {
     "nf4": lambda w, **k: Nf4Weight(w, **k),
@@ -166,9 +167,9 @@ def test_int8_rounds_stochastically_without_bias():
     exact = random_weight(8, 64)
     weight = Int8Weight(exact, group_size=32)
     step = weight.scales.repeat_interleave(32, 1)
-    generator, draws = torch.Generator().manual_seed(0), []
-    for _ in range(400):
-        weight.assign_(exact, generator)
+    draws = []
+    for count in range(400):
+        weight.assign_(exact, Noise(count))
         assert ((weight.dequantize() - exact).abs() <= step * 1.001).all()
         draws.append(weight.dequantize())
     mean_error = (torch.stack(draws).mean(0) - exact) / step
@@ -182,7 +183,7 @@ def test_int8_zero_groups_stay_zero():
     exact[1] = 0
     weight = Int8Weight(exact, group_size=32)
     assert torch.equal(weight.dequantize()[1], torch.zeros(64))
-    weight.assign_(torch.zeros(4, 64), torch.Generator().manual_seed(0))
+    weight.assign_(torch.zeros(4, 64), Noise(0))
     assert torch.equal(weight.dequantize(), torch.zeros(4, 64))
 
 

@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "paths": {"errors"},
     "limited": set(),
     "model_size": {"errors", "limited"},
-    "models": {"errors", "model_folder", "model_size", "progress"},
+    "late_weights": set(),
+    "models": {"errors", "late_weights", "model_folder", "model_size", "progress"},
     "spectrum": set(),
     "terminal": set(),
     "termination": set(),
@@ -114,7 +115,7 @@ MAY_IMPORT = {
     "peft_import": {"adapters", "layers", "plugins", "kernels.skew", "peft_format", "errors", "progress"},
     "peft_format": {"errors", "model_folder", "paths", "progress"},
     "modules": {
-        *("modules", "callbacks", "layers", "optimizers", "plugins", "models"),
+        *("modules", "callbacks", "layers", "optimizers", "plugins", "models", "late_weights"),
         *("metrics", "generation", "generation_metrics", "checkpoint", "checkpoint_io"),
         *("rebuild", "resume", "restorable", "stored_paths", "strategies", "errors", "seeding", "progress"),
         *("temporary", "termination"),

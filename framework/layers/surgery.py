@@ -33,10 +33,14 @@ def select_linears(
         Name -> layer in module order; a module that is used under several names appears under the first.
 
     Raises:
-        ConfigurationError: If an include pattern matches no linear layer, nothing is left, a layer is of a class that
-            may compute something else, a weight to replace is tied to another parameter, or the module around a layer
-            reads its weight instead of calling it.
+        ConfigurationError: If the model itself is a linear layer, an include pattern matches none, nothing is left, a
+            layer is of a class that may compute something else, a weight to replace is tied to another parameter, or
+            the module around a layer reads its weight instead of calling it.
     """
+    if isinstance(model, nn.Linear):
+        raise ConfigurationError(
+            "the network is an nn.Linear itself, which nothing around it could replace: put it into nn.Sequential"
+        )
     _refuse_conv1d(model, include, exclude)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for pattern in include:

@@ -143,8 +143,9 @@ class PoetLayers(PoetSettings):
         for name, linear in chosen.items():
             if is_bitsandbytes(linear):
                 raise ConfigurationError(
-                    f"layer {name}: its weight is quantised ({type(linear).__name__}) and POET folds rotations into "
-                    "full values: load the model without quantisation and set storage: nf4 or int8"
+                    f"layer {name} ({linear.out_features} x {linear.in_features}): its weight is quantised "
+                    f"({type(linear).__name__}) and POET folds rotations into full values: load the model without "
+                    "quantisation and set storage: nf4 or int8"
                 )
         check_wrapping(chosen, wrap)
         return replace_linears(model, self.include, self.exclude, factory)

@@ -84,7 +84,7 @@ def test_nan_in_one_batch_of_an_evaluation_is_in_every_metric_of_it(split, tmp_p
 
         test_dataloader = val_dataloader
 
-    module = Bytes(nn.Linear(8, 8), PoetLayers(block_size=4, init="keep", exclude=[]), merge_every=10)
+    module = Bytes(nn.Sequential(nn.Linear(8, 8)), PoetLayers(block_size=4, init="keep", exclude=[]), merge_every=10)
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path, callbacks=[Poisoned()],

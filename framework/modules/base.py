@@ -20,12 +20,13 @@ from orthotrain.callbacks.attached import unless_given
 from orthotrain.callbacks.batch_seeds import BatchSeeds
 from orthotrain.callbacks.even_predictions import EvenPredictions
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
-from orthotrain.callbacks.finite_guard import FiniteGuard
+from orthotrain.callbacks.finite_guard import FiniteGuard, look_before_saving
 from orthotrain.callbacks.run_files import leave_nothing
 from orthotrain.callbacks.throughput import Throughput, logs_at
 from orthotrain.checkpoint import check_finite, compare_state, read_checkpoint
 from orthotrain.checkpoint_io import AtomicCheckpointIO
 from orthotrain.errors import ConfigurationError
+from orthotrain.host_reads import read_waits
 from orthotrain.layers.displacement_pool import DisplacementPool
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import shard_network, whole
@@ -166,6 +167,15 @@ class BaseModule(L.LightningModule):
         wanted = [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard()]
         return [*leave_nothing(self._trainer), *unless_given(self._trainer, wanted)]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Look at what the last steps have left before it is written.
+
+        Raises:
+            TrainingDiverged: If some of it is not finite.
+        """
+        if self._trainer is not None:
+            look_before_saving(self.trainer, self)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fit the checkpoint to this run: its paths, the number of ranks, and the frozen weights of an adapter.
 
@@ -251,7 +261,8 @@ class BaseModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch."""
         loss = self.loss(batch)
-        self.log("train_loss", loss, prog_bar=True)
+        # Lightning reads what is in its progress bar at every step: on a device the host would wait
+        self.log("train_loss", loss, prog_bar=not read_waits(self.device))
         return loss
 
     def on_validation_epoch_start(self) -> None:

@@ -240,3 +240,8 @@ class PlayedAccelerator(Accelerator):
 def strategy():
     """Return what lets a trainer run on the played device: ``L.Trainer(strategy=played.strategy())``."""
     return SingleDeviceStrategy(DEVICE, PlayedAccelerator())
+
+
+def raw_state(module):
+    """Return the state of a module as tensors of the CPU."""
+    return {name: raw(value).clone() for name, value in module.state_dict().items()}

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -33,6 +34,7 @@ from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
 from orthotrain.models import ModelBuilder, check_vocabulary
 from orthotrain.modules.optimization import Optimization
+from orthotrain.modules.unread_masks import unread_masks, without_full_mask
 from orthotrain.rebuild import rebuild_module
 from orthotrain.restorable import check_merges, check_optimizers, check_progress
 from orthotrain.resume import (
@@ -241,7 +243,17 @@ class BaseModule(L.LightningModule):
         assert self.model is not None, "call configure_model() first"
         if takes_cache(type(self.model)):
             kwargs.setdefault("use_cache", False)
-        return self.model(*args, **kwargs)
+        with unread_masks(kwargs) if self._reads_wait and not args else nullcontext():
+            return self.model(*args, **kwargs)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Leave out a padding mask without padding, as a network of transformers does after a look at the device."""
+        return without_full_mask(batch) if self._reads_wait and hasattr(self.model, "config") else batch
+
+    @property
+    def _reads_wait(self) -> bool:
+        """Whether the module trains on a device that the host waits for when it reads a value."""
+        return self.training and read_waits(self.device)
 
     def loss(self, batch: Any) -> Tensor:
         """Return the mean loss of a batch; override for another objective.

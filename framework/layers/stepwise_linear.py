@@ -14,6 +14,7 @@ from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.centre import costs_for
 from orthotrain.layers.finite import is_sound
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight
+from orthotrain.layers.generators import mark_zero
 from orthotrain.layers.poet_settings import TOO_COARSE, PoetSettings
 from orthotrain.layers.trained_scale import TrainedScale
 from orthotrain.layers.two_sided import Rotations, TwoSided
@@ -159,6 +160,8 @@ class StepwiseLinear(TwoSided):
         for rotation, out in left_out:
             if read_waits(out.device):
                 rotation.generators.masked_fill_(out, torch.nan)
+                # NaN is left out of the next fold like a side that rests: the guard has looked by then
+                mark_zero(rotation.generators)
 
     @torch.no_grad()
     def _effective_weight(self) -> Tensor:

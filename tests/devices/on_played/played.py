@@ -4,8 +4,9 @@ It refuses what CUDA refuses: operands on two devices, and a draw from a generat
 moments at which a program would wait for the device: a value that becomes a Python number or decides a shape, a
 decomposition that checks its result, and a copy between the CPU and the device that is not ``non_blocking``. What a
 ``non_blocking`` copy brings to the CPU is there only after ``synchronize`` of an event that was recorded later; that is
-a wait unless the device has been given ``LAG`` operations since. Not played are several streams, memory, collectives
-and Triton kernels: the operations of PyTorch run in their place.
+a wait unless the device has been given ``LAG`` operations since. Not played are several streams, memory, collectives,
+inference mode (take ``L.Trainer(inference_mode=False)``), what writes through pointers (8-bit optimizers of
+bitsandbytes) and Triton kernels: the operations of PyTorch run in their place.
 
     with played.Mode(), torch.device("played"):
         module.configure_model()                 # as Lightning does on a GPU

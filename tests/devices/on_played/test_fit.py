@@ -17,6 +17,7 @@ from orthotrain.callbacks import (
     RunReport,
     SpectrumMonitor,
 )
+from orthotrain.callbacks.agreement import LateAgreement
 from orthotrain.errors import TrainingDiverged
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, Optimization, PoetLayers, PoetModule
@@ -221,3 +222,19 @@ def test_a_layer_that_goes_too_far_is_folded_one_step_later_also_in_a_resumed_ru
     merging = next(callback for callback in trainer.callbacks if isinstance(callback, MergeRotations))
     assert merging.early_merges == sum(int(played.raw(layer.fold_count)) for _, layer in mergeable_layers(whole)) > 2
     torch.testing.assert_close(played.raw_state(resumed), played.raw_state(whole), rtol=0, atol=0)
+
+
+def test_ranks_agree_one_step_later_and_wait_for_nothing(played, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        agreement, answers = LateAgreement(), []
+        with played.Mode():
+            played.WAITS.clear()
+            for flag in (False, True, True):
+                answers.append(agreement.on_any_rank(flag, played.DEVICE))
+                for _ in range(played.LAG):
+                    torch.zeros((), device=played.DEVICE)
+        assert answers == [False, False, True] and not played.WAITS
+        assert LateAgreement().on_any_rank(True, torch.device("cpu"))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint
-from orthotrain.callbacks.agreement import least_of_ranks, on_any_rank
+from orthotrain.callbacks.agreement import LateAgreement, least_of_ranks
 from orthotrain.termination import NAMES, Ended, asked, check, hold, listen
 
 
@@ -23,8 +23,9 @@ class FinalCheckpoint(Checkpoint):
 
     A signal may reach any number of ranks, at different moments, and is noted only (:mod:`orthotrain.termination`).
     After each optimizer step, and after each batch of an evaluation, the ranks agree by one reduction of four bytes,
-    save, and end. Lightning's own handler communicates from inside the signal, in the middle of whatever collective is
-    under way, and is replaced. The exit code is 128 and the signal's number (143, 130), as of a process that the signal
+    save, and end. On devices the ranks read the result one step later, so that no step waits for it. Lightning's own
+    handler communicates from inside the signal, in the middle of whatever collective is under way, and is replaced. The
+    exit code is 128 and the signal's number (143, 130), as of a process that the signal
     ended. A second Ctrl-C ends the run at once.
 
     A validation that is cut short is left out when the run goes on; one between the micro-batches of an optimizer step
@@ -39,10 +40,12 @@ class FinalCheckpoint(Checkpoint):
         self._common_batches = 0
         self._loops: dict[str, Any] | None = None
         self._loops_step = -1
+        self._agreement = LateAgreement()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Have the trainer note signals where it would set its own handlers."""
         self._loops, self._whole_step, self._in_training = None, True, False
+        self._agreement = LateAgreement()
         connector: Any = trainer._signal_connector
         connector.register_signal_handlers = partial(_register, connector)
         check()
@@ -106,7 +109,7 @@ class FinalCheckpoint(Checkpoint):
             self._end_if_asked(trainer, pl_module)
 
     def _end_if_asked(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not on_any_rank(bool(asked()), trainer.strategy.root_device):
+        if not self._agreement.on_any_rank(bool(asked()), trainer.strategy.root_device):
             return
         signum = asked() or int(signal.SIGTERM)  # by another rank
         if trainer.state.fn != "fit" or trainer.sanity_checking:

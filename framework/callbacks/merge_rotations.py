@@ -6,8 +6,10 @@ import lightning as L
 
 from orthotrain.callbacks.attached import given_callbacks, marked
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.folding import fold_rotations, layers_beyond, merge_rotations
-from orthotrain.layers.mergeable import Foldable, Mergeable, Stepwise, mergeable_layers
+from orthotrain.host_reads import host_number, read_waits
+from orthotrain.layers.finite import FiniteLooks
+from orthotrain.layers.folding import NormWatch, fold_rotations, merge_rotations
+from orthotrain.layers.mergeable import Counting, Foldable, Mergeable, Stepwise, mergeable_layers
 from orthotrain.stored_values import stored_count
 
 
@@ -22,7 +24,8 @@ class MergeRotations(L.Callback):
     soon as one of its blocks goes farther, alone and without waiting for the period. Permutations and optimizer state
     stay until the period ends: where the tangent space has turned by a small rotation, the moments still point the
     right way, and a run that dropped them each time would not leave the first steps of Adam. Logged are ``merges`` of
-    the whole model and ``early_merges`` of single layers.
+    the whole model and ``early_merges`` of single layers. The bound is read at once on a CPU. On any other device the
+    host would wait for it at every step: there it is read, and the layer folded, one step later.
 
     Layers that fold every step (:class:`Stepwise`) take an ``every_n_steps`` of 1; they keep their permutations, and
     the optimizer its state, until ``resample_every`` steps have passed.
@@ -62,6 +65,8 @@ class MergeRotations(L.Callback):
         self.last_merge: int | None = None
         self._last_step = 0
         self._layers: dict[str, Mergeable] = {}
+        self._watch = NormWatch(max_generator_norm or 0.0)
+        self._looks = FiniteLooks()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Count from zero; a resumed run restores its counters after this."""
@@ -102,9 +107,19 @@ class MergeRotations(L.Callback):
                 )
             layer.check_storage(name)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Read what a checkpoint has brought: the counts of the layers, and how far its generators have gone."""
+        for layer in self._layers.values():
+            if isinstance(layer, Counting):
+                layer.read_counts()
+        if self.max_generator_norm is not None and read_waits(pl_module.device):
+            self._watch.measure(self._layers)
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let go of the layers."""
         self._layers = {}
+        self._looks = FiniteLooks()
+        self._watch.forget()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -114,23 +129,48 @@ class MergeRotations(L.Callback):
         if step == self._last_step:
             return
         self._last_step = step
+        self._looks.look()  # at what the step before has folded
         if self.should_merge(step):
+            self._watch.forget()
             if step % self.resample_every == 0:
                 merge_rotations(self._layers, trainer.optimizers)
             else:
-                fold_rotations(self._layers)  # type: ignore[arg-type]
+                self._looks = fold_rotations(self._layers)  # type: ignore[arg-type]
             self.merges += 1
             self.last_merge = step
-            pl_module.log("merges", float(self.merges), rank_zero_only=True)
+            pl_module.log("merges", host_number(self.merges), rank_zero_only=True)
         elif self.max_generator_norm is not None:
-            far = layers_beyond(self._layers, self.max_generator_norm)
-            fold_rotations(far)  # type: ignore[arg-type]
+            far = self._watch.beyond(self._layers)
+            self._looks = fold_rotations(far)  # type: ignore[arg-type]
             self.early_merges += len(far)
-            pl_module.log("early_merges", float(self.early_merges), rank_zero_only=True)
+            pl_module.log("early_merges", host_number(self.early_merges), rank_zero_only=True)
+            if read_waits(pl_module.device):
+                self._watch.measure(self._layers)
+
+    def look(self) -> None:
+        """Look at the weights that the last step has folded, before a checkpoint is written.
+
+        Raises:
+            TrainingDiverged: If a weight was not finite, naming its layer. Its old weight has stayed.
+        """
+        self._looks.look()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Look at the weights that the last step has folded."""
+        self.look()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look at the weights that the last step has folded."""
+        self.look()
 
     def should_merge(self, step: int) -> bool:
         """Decide whether to merge after optimizer step ``step`` (counted from 1); override for another rhythm."""
         return step % self.every_n_steps == 0
+
+    def needs_finite(self, step: int) -> bool:
+        """Tell whether a merge after this step needs finite generators: layers that fold every step see to theirs."""
+        fixed = any(not isinstance(layer, Stepwise) for layer in self._layers.values())
+        return fixed and self.should_merge(step)
 
     def state_dict(self) -> dict[str, Any]:
         """Save the counters as plain values."""

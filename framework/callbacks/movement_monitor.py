@@ -76,7 +76,8 @@ class MovementMonitor(L.Callback):
         """Keep what moved; of a side that rested, what it did when it moved last."""
         moved = [p.detach().clone() for p in layer.rotation_parameters()]
         old = self._before.get(name, moved)
-        self._before[name] = [new if bool(new.any()) else before for new, before in zip(moved, old, strict=True)]
+        # chosen on the device: in these steps nothing is logged, and the host shall not wait
+        self._before[name] = [torch.where(new.any(), new, before) for new, before in zip(moved, old, strict=True)]
 
     def _measure(self, name: str, layer: Stepwise) -> dict[str, float]:
         now = [p.detach() for p in layer.rotation_parameters()]

@@ -7,13 +7,16 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from orthotrain.callbacks.throughput import logs_at
+from orthotrain.host_reads import read_waits
 from orthotrain.progress import Progress
 
 
 class RunProgress(ProgressBar):
     """Show optimizer steps and evaluation batches: a bar on a terminal, lines in a log; the command line's default.
 
-    The time that is left counts the validations so far in; it is not known for a run without an end.
+    The time that is left counts the validations so far in; it is not known for a run without an end. The loss is that
+    of the last batch on a CPU, and that of the last step that was logged on a device, which the host would wait for.
 
     Args:
         seconds: Time between two lines in a log.
@@ -23,6 +26,7 @@ class RunProgress(ProgressBar):
         super().__init__()
         self.seconds = seconds
         self._enabled = True
+        self._note = ""
         self._training: Progress | None = None
         self._evaluating: Progress | None = None
 
@@ -47,8 +51,15 @@ class RunProgress(ProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count an optimizer step, or show that a micro-batch went by."""
-        if self._training is not None:
-            self._training.advance(trainer.global_step - self._training.done, lambda: training_note(trainer))
+        if self._training is None:
+            return
+        stepped = trainer.global_step - self._training.done
+        if not read_waits(pl_module.device):
+            self._training.advance(stepped, lambda: training_note(trainer))
+            return
+        if stepped and logs_at(trainer, trainer.global_step):
+            self._note = training_note(trainer)
+        self._training.advance(stepped, lambda: self._note)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the validation."""
@@ -124,7 +135,7 @@ class RunProgress(ProgressBar):
 
 def training_note(trainer: L.Trainer) -> str:
     """Return the loss and the throughput that were logged last."""
-    logged = trainer.progress_bar_metrics
+    logged = trainer.callback_metrics
     loss, rate = logged.get("train_loss"), logged.get("tokens_per_second")
     parts = [] if loss is None else [f"loss {float(loss):.3f}"]
     return ", ".join(parts if rate is None else [*parts, f"{float(rate):,.0f} tokens/s"])

@@ -45,9 +45,11 @@ class RunReport(L.Callback):
         self.spectra: dict[str, torch.Tensor] = {}
         self._throughput: Throughput | None = None
         self._trained = False
+        self._last_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the spectrum at the start; a resumed run has it from its checkpoint."""
+        self._last_step = trainer.global_step
         self._throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore
         names = [name for name, _ in mergeable_layers(pl_module)][: self.spectrum_layers]
         if self.spectra and set(self.spectra) != set(names):
@@ -68,7 +70,8 @@ class RunReport(L.Callback):
     ) -> None:
         """Record the training loss at the trainer's cadence."""
         self._trained = True
-        if logs_at(trainer, trainer.global_step) and isinstance(outputs, dict):
+        stepped, self._last_step = trainer.global_step != self._last_step, trainer.global_step
+        if stepped and logs_at(trainer, trainer.global_step) and isinstance(outputs, dict):
             self.curves["train_loss"].append((trainer.global_step, float(outputs["loss"])))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from orthotrain.host_reads import host_number
+
 
 class Throughput(L.Callback):
     """Log ``tokens_per_second`` with the trainer's step metrics; validation and checkpoints do not count.
@@ -38,7 +40,8 @@ class Throughput(L.Callback):
         self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
         self._window_tokens, self._window_seconds = self._window_tokens + tokens, self._window_seconds + seconds
         if logs_at(trainer, trainer.fit_loop.total_batch_idx + 1) and self._window_tokens:
-            pl_module.log("tokens_per_second", self._window_tokens / self._window_seconds, prog_bar=True)
+            rate = host_number(self._window_tokens / self._window_seconds)
+            pl_module.log("tokens_per_second", rate, prog_bar=True)
             self._window_tokens, self._window_seconds = 0, 0.0
 
 

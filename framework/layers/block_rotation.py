@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.host_reads import read_waits
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.checks import check_permutation, debug_permutation, traced
-from orthotrain.layers.generators import mark_generators
+from orthotrain.layers.generators import known_zero, mark_generators, mark_zero
 from orthotrain.layers.kernel_choice import check_kernels
 from orthotrain.plugins import Parameterization, create
 
@@ -118,21 +119,24 @@ class BlockRotation(nn.Module):
         return block_rotate(x, self.displacement(x.dtype), self.permutation, self.permutation)
 
     def moved(self) -> bool:
-        """Tell whether the generators are not all zero; True unasked where that waits for a device or for ranks.
+        """Tell whether the generators are not all zero.
 
-        Those whose squares vanish in their dtype, below 1e-23 in fp32, count as zero: they move no weight.
+        Those whose squares vanish in their dtype, below 1e-23 in fp32, count as zero: they move no weight. Where a look
+        at the values waits for a device or for ranks, generators have moved unless they are known to be zero.
         """
-        local = self.generators.device.type == "cpu" and not isinstance(self.generators, DTensor)
+        if isinstance(self.generators, DTensor) or read_waits(self.generators.device):
+            return not known_zero(self.generators)
         # a norm is read off four times faster than any(); NaN is not zero
-        return not local or float(torch.linalg.vector_norm(self.generators.detach())) != 0
+        return float(torch.linalg.vector_norm(self.generators.detach())) != 0
 
     @torch.no_grad()
     def reset_(self, permutation: Tensor | None = None) -> Self:
-        """Set the generators to zero and, if one is given, take the next permutation."""
+        """Set the generators to zero and, if one is given, take the next permutation, which may be on the CPU."""
         self.generators.zero_()
+        mark_zero(self.generators)
         if permutation is not None:
             assert self.permutation is not None
-            self.permutation.copy_(permutation)
+            self.permutation.copy_(permutation, non_blocking=True)
         return self
 
     def extra_repr(self) -> str:

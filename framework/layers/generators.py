@@ -21,3 +21,24 @@ def mark_generators(parameter: Tensor, share: float) -> None:
 def rotated_share(parameter: Tensor) -> float | None:
     """Return the part of the coordinates that generators rotate, None for a parameter that is not generators."""
     return getattr(parameter, _MARK, None)
+
+
+def mark_zero(parameter: Tensor) -> None:
+    """Note that generators have just been set to zero."""
+    parameter.zero_at = None if parameter.is_inference() else parameter._version  # type: ignore[attr-defined]
+    parameter.rests = False  # type: ignore[attr-defined]
+
+
+def mark_resting(parameter: Tensor) -> None:
+    """Note that the optimizer leaves generators as they are in this step."""
+    parameter.rests = True  # type: ignore[attr-defined]
+
+
+def known_zero(parameter: Tensor) -> bool:
+    """Tell whether generators are known to be zero without a look at their values.
+
+    The optimizer must have said so: one that writes through a pointer leaves the count of changes as it is. And nobody
+    else may have changed them since they were set to zero.
+    """
+    zero_at = getattr(parameter, "zero_at", None)
+    return zero_at is not None and getattr(parameter, "rests", False) and zero_at == parameter._version

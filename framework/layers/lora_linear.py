@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.host_reads import HostCount
 from orthotrain.kernels.guard import without_autocast
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight, plain_linear
 from orthotrain.layers.mergeable import check_stored_counts
@@ -50,6 +51,7 @@ class LoraLinear(nn.Module):
         self.down = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32))
         self.up = nn.Parameter(torch.empty(self.out_features, rank, dtype=torch.float32))
         self.register_buffer("merge_count", torch.zeros((), dtype=torch.int64))
+        self._merges = HostCount()
         self._restart(0)
 
     @classmethod
@@ -75,10 +77,13 @@ class LoraLinear(nn.Module):
     def merge_(self) -> None:
         """Add the update to the frozen weight and start a new one at zero."""
         effective = self._effective_weight()
-        self.merge_count += 1
-        count = int(self.merge_count)
+        count = self._merges.advance(self.merge_count)
         self.weight.assign_(effective, Noise(self.seed, count, "rounding"))
         self._restart(count)
+
+    def read_counts(self) -> None:
+        """Read the count of merges from the device, so that no later merge waits for it."""
+        self._merges.read(self.merge_count)
 
     def merged_weight(self) -> Tensor:
         """Return ``W + alpha / r * B A`` ``(out, in)``, rounded to the dtype of the frozen weight."""

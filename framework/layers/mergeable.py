@@ -54,6 +54,14 @@ class Stepwise(Foldable, Protocol):
         """
 
 
+@runtime_checkable
+class Counting(Protocol):
+    """A layer that counts its merges in buffers."""
+
+    def read_counts(self) -> None:
+        """Read the counts from the device, so that no later merge waits for them."""
+
+
 @dataclass(frozen=True)
 class SideCoverage:
     """How far rotations have reached on one side of a layer since the start, the present period included.

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from orthotrain.errors import check_choice
+from orthotrain.host_reads import HostCount
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.groups import by_feature
 from orthotrain.kernels.guard import without_autocast
@@ -69,6 +70,7 @@ class PoetLinear(TwoSided):
         self.activation_mode = activation_mode
         self.anchor_every = anchor_every
         self.register_buffer("fold_count", torch.zeros((), dtype=torch.int64))
+        self._folds = HostCount()
         # filled by the first merge: a decomposition of every layer would slow down the start
         spectrum = torch.zeros(min(weight.out_features, weight.in_features), dtype=torch.float32)
         self.register_buffer("spectrum", spectrum if anchor_every else None)
@@ -170,8 +172,7 @@ class PoetLinear(TwoSided):
             TrainingDiverged: If the merged weight would not be finite; the layer stays as it is.
         """
         effective = self._finite_weight()
-        self.merge_count += 1
-        self._redraw(int(self.merge_count))
+        self._redraw(self._merges.advance(self.merge_count))
         self._store(effective)
 
     @torch.no_grad()
@@ -182,14 +183,19 @@ class PoetLinear(TwoSided):
             TrainingDiverged: If the folded weight would not be finite; the layer stays as it is.
         """
         effective = self._finite_weight()
-        self.fold_count += 1
+        self._folds.advance(self.fold_count)
         for _, rotation in self.sides():
             rotation.reset_()
         self._store(effective)
 
+    def read_counts(self) -> None:
+        """Read the counts of merges and folds from the device, so that no later one waits for them."""
+        super().read_counts()
+        self._folds.read(self.fold_count)
+
     def _store(self, effective: Tensor) -> None:
         """Store the weight ``(out, in)``, natural frame, as the next of this layer's roundings."""
-        count = int(self.merge_count + self.fold_count)
+        count = self._merges.read(self.merge_count) + self._folds.read(self.fold_count)
         if self.spectrum is not None:
             effective = self._anchored(effective, count)
         self.weight.assign_(self.rotations.framed(effective), Noise(self.seed, count, "rounding"))
@@ -231,7 +237,7 @@ class PoetLinear(TwoSided):
         second = (first + offset) % width
         periods = torch.zeros(width, dtype=torch.int64)
         met = torch.zeros(sample, dtype=torch.bool)
-        for count in range(int(self.merge_count) + 1):
+        for count in range(self._merges.read(self.merge_count) + 1):
             place = torch.arange(width)
             if rotation.permutation is not None:
                 order = draw_permutation(rotation.permutation.shape[0], self.seed, count, side)

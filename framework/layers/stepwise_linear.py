@@ -5,13 +5,16 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import ConfigurationError, TrainingDiverged
+from orthotrain.host_reads import HostCount, read_waits
 from orthotrain.kernels.guard import without_autocast
 from orthotrain.kernels.tangent import tangent, tangent_linear
 from orthotrain.layers.bf16_weight import Bf16Weight
 from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.centre import costs_for
+from orthotrain.layers.finite import is_sound
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight
+from orthotrain.layers.generators import mark_zero
 from orthotrain.layers.poet_settings import TOO_COARSE, PoetSettings
 from orthotrain.layers.rounding import Noise
 from orthotrain.layers.trained_scale import TrainedScale
@@ -56,6 +59,7 @@ class StepwiseLinear(TwoSided):
         for _, rotation in self.sides():
             rotation.known_identity = True
         self.register_buffer("resample_count", torch.zeros((), dtype=torch.int64))
+        self._resamples = HostCount()
 
     @classmethod
     def from_settings(cls, linear: nn.Linear, settings: PoetSettings, seed: int = 0) -> Self:
@@ -116,28 +120,65 @@ class StepwiseLinear(TwoSided):
     def fold_(self) -> None:
         """Fold the rotations into the frozen weight and reset them; the permutations stay.
 
-        Every rank rounds alike, from (seed, count).
+        Every rank rounds alike, from (seed, count). The host does not wait for a device to learn whether the rotations
+        are finite. A side that is not finite is left out there: the weight stays as it is, and the generators of the
+        side become NaN, for ``FiniteGuard`` to find.
+
+        Raises:
+            TrainingDiverged: On a CPU, if the rotations are not finite; the layer stays as it is.
         """
-        effective = self._effective_weight()
-        self.merge_count += 1
-        self.weight.assign_(effective, Noise(self.seed, int(self.merge_count), "rounding"))
+        left_out = self._store_folded()
         for _, rotation in self.sides():
             rotation.reset_()
+        self._spoil(left_out)
 
     @torch.no_grad()
     def merge_(self) -> None:
         """Fold as :meth:`fold_` does, and draw the next permutations, from (seed, count)."""
-        self.fold_()
-        self.resample_count += 1
-        self._redraw(int(self.resample_count))
+        left_out = self._store_folded()
+        self._redraw(self._resamples.advance(self.resample_count))
+        self._spoil(left_out)
+
+    def _store_folded(self) -> list[tuple[BlockRotation, Tensor]]:
+        """Store the weight with its rotations; return the rotations with whether each was left out, a bool ``()``."""
+        exact, moved = self._exact_weight(), self._moved()
+        with without_autocast(exact.device.type):
+            displacements = moved.displacements(exact.dtype)
+        left_out = [None if d is None else ~is_sound(d) for d in displacements]
+        if not read_waits(exact.device) and any(bool(out) for out in left_out if out is not None):
+            raise TrainingDiverged(
+                f"the rotations of a weight ({self.out_features} x {self.in_features}) hold NaN, infinite or huge "
+                "values, and were not folded; lower the learning rate of the generators"
+            )
+        used = (None if out is None else d.masked_fill(out, 0) for d, out in zip(displacements, left_out, strict=True))
+        effective = self._rotated(exact, moved, *used)
+        self.weight.assign_(effective, Noise(self.seed, self._merges.advance(self.merge_count), "rounding"))
+        return [(rotation, out) for rotation, out in zip(moved, left_out, strict=True) if rotation is not None]
+
+    def _spoil(self, left_out: list[tuple[BlockRotation, Tensor]]) -> None:
+        """Set the generators of the sides that were left out to NaN; on a CPU there is none."""
+        for rotation, out in left_out:
+            if read_waits(out.device):
+                rotation.generators.masked_fill_(out, torch.nan)
+                # NaN is left out of the next fold like a side that rests: the guard has looked by then
+                mark_zero(rotation.generators)
 
     @torch.no_grad()
     def _effective_weight(self) -> Tensor:
         exact, moved = self._exact_weight(), self._moved()
+        with without_autocast(exact.device.type):
+            return self._rotated(exact, moved, *moved.displacements(exact.dtype))
+
+    def _rotated(self, exact: Tensor, moved: Rotations, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
         if moved == (None, None):
             return exact
         with without_autocast(exact.device.type):
-            return moved.fold(moved.framed(exact), *moved.displacements(exact.dtype))
+            return moved.fold(moved.framed(exact), d_out, d_in)
+
+    def read_counts(self) -> None:
+        """Read the counts of folds and merges from the device, so that no later one waits for them."""
+        super().read_counts()
+        self._resamples.read(self.resample_count)
 
     def _moved(self) -> Rotations:
         """Return the rotations that are not the identity: sides that take turns halve the work of a fold."""

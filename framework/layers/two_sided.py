@@ -6,10 +6,11 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from orthotrain.errors import TrainingDiverged
+from orthotrain.host_reads import HostCount
 from orthotrain.kernels.block_rotate.chunks import Rows, columns_of
 from orthotrain.kernels.fold import fold
 from orthotrain.layers.block_rotation import BlockRotation
+from orthotrain.layers.finite import finite_or
 from orthotrain.layers.frozen_weight import FrozenWeight, check_storable, plain_linear
 from orthotrain.layers.mergeable import check_stored_counts
 from orthotrain.layers.poet_settings import PoetSettings, Side
@@ -107,6 +108,7 @@ class TwoSided(nn.Module):
         self.scale = scale
         self.seed = seed
         self.register_buffer("merge_count", torch.zeros((), dtype=torch.int64))
+        self._merges = HostCount()
 
     @property
     def rotations(self) -> Rotations:
@@ -124,6 +126,10 @@ class TwoSided(nn.Module):
     def merged_weight(self) -> Tensor:
         """Return ``s R_out^T W R_in^T`` ``(out, in)`` in the natural order, rounded to the dtype of products."""
         return self._scaled(self._effective_weight()).to(self.weight.dtype)
+
+    def read_counts(self) -> None:
+        """Read the counts of merges and folds from the device, so that no later one waits for them."""
+        self._merges.read(self.merge_count)
 
     def rotation_parameters(self) -> list[nn.Parameter]:
         """Return the generators of the rotated sides."""
@@ -158,15 +164,14 @@ class TwoSided(nn.Module):
         """Return :meth:`_effective_weight`, looked at before anything is stored.
 
         Raises:
-            TrainingDiverged: If it holds NaN or infinite values.
+            TrainingDiverged: If it holds NaN or infinite values (where layers are looked at together: later).
         """
-        effective = self._effective_weight()
-        if not bool(torch.isfinite(effective).all()):
-            raise TrainingDiverged(
-                f"the merged weight ({self.out_features} x {self.in_features}) holds NaN or infinite values, and was "
-                "not stored; lower the learning rate of the generators, or set max_generator_norm"
-            )
-        return effective
+        return finite_or(
+            self._effective_weight(),
+            lambda: self.rotations.fold(self._exact_weight(), None, None),
+            f"the merged weight ({self.out_features} x {self.in_features}) holds NaN or infinite values, and was "
+            "not stored; lower the learning rate of the generators, or set max_generator_norm",
+        )
 
     def _exact_weight(self) -> Tensor:
         """Return the frozen weight in fp32 or wider: a fold in 16 bits would move the singular values every time."""
@@ -178,5 +183,4 @@ class TwoSided(nn.Module):
             if rotation.permutation is None:
                 rotation.reset_()
                 continue
-            order = draw_permutation(rotation.permutation.shape[0], self.seed, count, side)
-            rotation.reset_(order.to(rotation.permutation.device))
+            rotation.reset_(draw_permutation(rotation.permutation.shape[0], self.seed, count, side))

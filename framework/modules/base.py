@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -20,18 +21,20 @@ from orthotrain.callbacks.attached import unless_given
 from orthotrain.callbacks.batch_seeds import BatchSeeds
 from orthotrain.callbacks.even_predictions import EvenPredictions
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
-from orthotrain.callbacks.finite_guard import FiniteGuard
+from orthotrain.callbacks.finite_guard import FiniteGuard, look_before_saving
 from orthotrain.callbacks.run_files import leave_nothing
 from orthotrain.callbacks.throughput import Throughput, logs_at
 from orthotrain.checkpoint import check_finite, compare_state, read_checkpoint
 from orthotrain.checkpoint_io import AtomicCheckpointIO
 from orthotrain.errors import ConfigurationError
+from orthotrain.host_reads import read_waits
 from orthotrain.layers.displacement_pool import DisplacementPool
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
 from orthotrain.models import ModelBuilder, check_vocabulary
 from orthotrain.modules.optimization import Optimization
+from orthotrain.modules.unread_masks import unread_masks, without_full_mask
 from orthotrain.rebuild import rebuild_module
 from orthotrain.restorable import check_merges, check_optimizers, check_progress
 from orthotrain.resume import (
@@ -170,6 +173,15 @@ class BaseModule(L.LightningModule):
         wanted = [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard()]
         return [*leave_nothing(self._trainer), *unless_given(self._trainer, wanted)]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Look at what the last steps have left before it is written.
+
+        Raises:
+            TrainingDiverged: If some of it is not finite.
+        """
+        if self._trainer is not None:
+            look_before_saving(self.trainer, self)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fit the checkpoint to this run: its paths, the number of ranks, and the frozen weights of an adapter.
 
@@ -235,7 +247,17 @@ class BaseModule(L.LightningModule):
         assert self.model is not None, "call configure_model() first"
         if takes_cache(type(self.model)):
             kwargs.setdefault("use_cache", False)
-        return self.model(*args, **kwargs)
+        with unread_masks(kwargs) if self._reads_wait and not args else nullcontext():
+            return self.model(*args, **kwargs)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Leave out a padding mask without padding, as a network of transformers does after a look at the device."""
+        return without_full_mask(batch) if self._reads_wait and hasattr(self.model, "config") else batch
+
+    @property
+    def _reads_wait(self) -> bool:
+        """Whether the module trains on a device that the host waits for when it reads a value."""
+        return self.training and read_waits(self.device)
 
     def loss(self, batch: Any) -> Tensor:
         """Return the mean loss of a batch; override for another objective.
@@ -255,7 +277,8 @@ class BaseModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch."""
         loss = self.loss(batch)
-        self.log("train_loss", loss, prog_bar=True)
+        # Lightning reads what is in its progress bar at every step: on a device the host would wait
+        self.log("train_loss", loss, prog_bar=not read_waits(self.device))
         return loss
 
     def on_validation_epoch_start(self) -> None:

@@ -265,6 +265,7 @@ class PoetModule(BaseModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the rotations mean, as plain values."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["poet"] = {"seed": self.seed, **self.layers.meaning()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

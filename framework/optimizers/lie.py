@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from orthotrain.errors import ConfigurationError, check_choice
+from orthotrain.layers.generators import mark_resting
 from orthotrain.optimizers.generator_groups import (
     SIDES,
     WARN_ANGLE,
@@ -132,7 +133,10 @@ class LieOptimizer(Optimizer):
             if not parameters:
                 continue
             moments = self._advance(group, parameters)
-            if not (group["alternate"] and group.get("side") in SIDES and group["side"] != turn):
+            if group["alternate"] and group.get("side") in SIDES and group["side"] != turn:
+                for parameter in parameters:
+                    mark_resting(parameter)
+            else:
                 self._move(group, parameters, moments)
         return loss
 

@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.layers.oft_conv2d import OftConv2d
+from orthotrain.layers.oft_embedding import OftEmbedding
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, PoetLayers, PoetModule
+from orthotrain.optimizers import LieOptimizer
 
 POET = {
     "blocks": {"block_size": 8},
@@ -44,19 +48,6 @@ ROUNDED = ("POET, by weight", "POET, int8", "POET, nf4")
 """On the CPU the route by weight sums its products in parts, and a decomposition reads another layout."""
 
 
-class Network(nn.Module):
-    """A language model of operations that have one kernel each: attention has several, chosen by device."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed_tokens, self.norm, self.lm_head = nn.Embedding(96, 32), nn.LayerNorm(32), nn.Linear(32, 96)
-        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 32, bias=False)
-
-    def forward(self, input_ids):
-        hidden = self.embed_tokens(input_ids)
-        return self.lm_head(self.norm(hidden + self.down(torch.tanh(self.up(hidden)))))
-
-
 def train(module, batches, wrap, raw):
     """Three steps of gradient descent, with what is merged merged after each; return losses and the state."""
     losses = []
@@ -76,14 +67,14 @@ def train(module, batches, wrap, raw):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_module_trains_there_as_on_the_cpu(played, case):
+def test_a_module_trains_there_as_on_the_cpu(played, network, case):
     module, layers, settings = CASES[case]
     ids = torch.randint(0, 96, (3, 2, 13), generator=torch.Generator().manual_seed(1))
     batches = [{"input_ids": rows[:, :-1], "labels": rows[:, 1:]} for rows in ids]
 
     def build():
         period = {"merge_every": 1} if module is PoetModule else {}
-        return module(Network, layers(**settings), **period)
+        return module(network, layers(**settings), **period)
 
     torch.manual_seed(0)
     here = build()
@@ -100,3 +91,103 @@ def test_a_module_trains_there_as_on_the_cpu(played, case):
         losses, state = train(there, batches, played.batch, played.raw)
     bound = {"rtol": 1e-5, "atol": 1e-6} if case in ROUNDED else {"rtol": 0, "atol": 0}
     torch.testing.assert_close([*losses, *state.values()], [*expected, *expected_state.values()], **bound)
+
+
+@pytest.mark.parametrize("kind", ["conv", "embedding"])
+def test_a_layer_of_its_own_trains_and_unwraps_there_as_on_the_cpu(played, kind):
+    def step(wrap):
+        torch.manual_seed(0)
+        with torch.device("cpu" if wrap is None else "played"):
+            if kind == "conv":
+                layer, x = OftConv2d.from_conv(nn.Conv2d(8, 6, 3, padding=1, stride=2), 4, train_bias=True), X
+            else:
+                layer, x = OftEmbedding.from_embedding(nn.Embedding(10, 8), 4), INDICES
+        x = x if wrap is None else wrap(x)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1)
+        y = layer(x)
+        y.square().sum().backward()
+        gradients = [p.grad for p in layer.parameters() if p.requires_grad]
+        return [played.raw(t.detach()) for t in (y, *gradients, *layer.unwrap().state_dict().values())]
+
+    expected = step(None)
+    with played.Mode():
+        found = step(played.batch)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+X = torch.randn(2, 8, 6, 5, generator=torch.Generator().manual_seed(3))
+INDICES = torch.tensor([[0, 3, 9], [3, 3, 1]])
+
+
+def test_the_side_that_rests_is_known_without_a_look(played, network):
+    module = PoetModule(network, PoetLayers(block_size=8, stepwise=True), merge_every=1)
+    with played.Mode(), torch.device("played"):
+        module.configure_model()
+    rotations = [r for r in module.modules() if isinstance(r, BlockRotation)]
+    groups = [
+        {"params": [layer.get_submodule(f"rotation_{side}").generators for _, layer in mergeable_layers(module)],
+         "side": side} for side in ("out", "in")
+    ]  # fmt: skip
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with played.Mode():
+        moved = []
+        optimizer = LieOptimizer(groups, lr=0.01)
+        for layer in (layer for _, layer in mergeable_layers(module)):
+            layer.fold_()
+        for _ in range(3):
+            optimizer.step()
+            played.WAITS.clear()
+            moved.append([rotation.moved() for rotation in rotations])
+            if len(moved) < 3:
+                for _, layer in mergeable_layers(module):
+                    layer.fold_()
+        # of each layer first the input side and then the output side; output sides begin
+        assert moved == [[False, True] * 2, [True, False] * 2, [False, True] * 2]
+        with torch.no_grad():
+            rotations[0].generators.add_(1)
+        assert rotations[0].moved()  # somebody else has changed what the optimizer left at rest
+        for _, layer in mergeable_layers(module):
+            layer.fold_()
+        assert all(rotation.moved() for rotation in rotations)  # no optimizer has said anything since
+        assert not played.WAITS
+
+
+def test_a_count_is_read_again_after_somebody_else_has_changed_it(played, network):
+    module = PoetModule(network, PoetLayers(block_size=8), merge_every=1)
+    with played.Mode(), torch.device("played"):
+        module.configure_model()
+    (_, layer), _ = mergeable_layers(module)
+    with played.Mode():
+        layer.read_counts()
+        state = {name: value.clone() for name, value in layer.state_dict().items()}
+        for expected in (1, 2):
+            played.WAITS.clear()
+            layer.merge_()
+            assert int(played.raw(layer.merge_count)) == expected
+            assert played.WAITS == {"aten::_local_scalar_dense": 1}  # whether the weight is finite
+        permutation = played.raw(layer.rotation_in.permutation).clone()
+        layer.load_state_dict(state)
+        for _ in range(2):
+            layer.merge_()
+        assert torch.equal(played.raw(layer.rotation_in.permutation), permutation)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_what_is_not_finite_is_left_out_of_a_stepwise_fold(played, network, value):
+    module = PoetModule(network, PoetLayers(block_size=8, stepwise=True), merge_every=1)
+    with played.Mode(), torch.device("played"):
+        module.configure_model()
+    (_, layer), _ = mergeable_layers(module)
+    before = played.raw(layer.weight.values).clone()
+    with played.Mode(), torch.no_grad():
+        layer.rotation_in.generators[0, 0] = value
+        played.WAITS.clear()
+        (layer.merge_ if value > 0 else layer.fold_)()
+        assert set(played.WAITS) <= {"aten::_local_scalar_dense"}  # the counts, which nobody has read yet
+        assert torch.equal(played.raw(layer.weight.values), before)
+    assert played.raw(layer.rotation_in.generators).isnan().all()
+    assert not played.raw(layer.rotation_out.generators).any()

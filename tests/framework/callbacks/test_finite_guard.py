@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from orthotrain.callbacks import FiniteGuard, MergeRotations
-from orthotrain.callbacks.finite_guard import first_non_finite, norms
+from orthotrain.callbacks.finite_guard import Note, first_non_finite, norms, stacked
 from orthotrain.checkpoint import read_checkpoint
 from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.modules import Optimization, PoetLayers, PoetModule
@@ -98,5 +98,13 @@ def test_a_gradient_scaler_leaves_such_steps_out_itself():
 
 def test_large_values_in_16_bits_are_finite():
     large = {"a": torch.full((100,), 6e4, dtype=torch.float16), "empty": torch.empty(0), "b": torch.tensor([1e15])}
-    assert first_non_finite(norms(large)) is None and first_non_finite({}) is None
-    assert first_non_finite(norms({**large, "c": torch.tensor([1.0, float("nan")])})) == "c"
+    assert first_non_finite(notes(large, {})) is None and first_non_finite(notes({})) is None
+    found = notes(large, {}, {**large, "c": torch.tensor([1.0, float("nan")])})
+    note, place, value = first_non_finite(found)
+    assert note is found[2] and note.names[place] == "c" and value != value
+
+
+def notes(*batches):
+    """What batches with these tensors leave to look at."""
+    values = [norms(batch) for batch in batches]
+    return [Note(step + 1, step, list(own), stacked(own)) for step, own in enumerate(values)]

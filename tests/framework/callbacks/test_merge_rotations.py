@@ -11,7 +11,7 @@ from orthotrain.callbacks import MergeRotations
 from orthotrain.callbacks.run_report import singular_values, spectrum_drift
 from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.layers import mergeable_layers
-from orthotrain.layers.folding import fold_rotations, layers_beyond, merge_rotations
+from orthotrain.layers.folding import NormWatch, fold_rotations, merge_rotations
 from orthotrain.modules import LoraLayers, Optimization, PoetLayers, PoetModule
 from orthotrain.plugins import CayleyNeumann
 
@@ -116,13 +116,13 @@ def test_merges_a_layer_early_when_its_generators_go_too_far():
     with torch.no_grad():
         model[2].rotation_in.generators[0, 0] = 0.5
         model[0].rotation_in.generators[0, 0] = 0.2
-    assert list(layers_beyond(dict(mergeable_layers(model)), 0.3)) == ["2"]
+    assert list(NormWatch(0.3).beyond(dict(mergeable_layers(model)))) == ["2"]
     module, trainer = fit(merge_every=1000, steps=8, max_generator_norm=0.03)
     callback = next(c for c in trainer.callbacks if isinstance(c, MergeRotations))
     layers = [layer for _, layer in mergeable_layers(module)]
     assert callback.merges == 0 and not any(layer.merge_count for layer in layers)
     assert callback.early_merges == sum(int(layer.fold_count) for layer in layers) > 0
-    assert not layers_beyond(dict(mergeable_layers(module)), 0.03)
+    assert not NormWatch(0.03).beyond(dict(mergeable_layers(module)))
 
 
 def test_the_bound_keeps_a_series_orthogonal_where_it_would_diverge():

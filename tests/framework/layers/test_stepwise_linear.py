@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.layers import Mergeable, PoetLinear, PoetSettings, StepwiseLinear, initialize_
 from orthotrain.layers.bf16_weight import Bf16Weight
 from orthotrain.layers.centre import Costs
@@ -226,3 +226,15 @@ def test_a_side_at_rest_is_left_out_of_the_fold(storage, moved, randomize):
     torch.testing.assert_close(kept.float(), expected.detach(), rtol=1e-2, atol=1e-2)
     if moved is None:
         assert torch.equal(layer.weight.dequantize(torch.float32), exact)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("how", ["fold_", "merge_"])
+def test_rotations_that_are_not_finite_are_not_folded(value, how):
+    layer = wrap(nn.Linear(24, 16), block_size=8)
+    with torch.no_grad():
+        layer.rotation_out.generators[0, 0] = value
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(TrainingDiverged, match=r"the rotations of a weight \(16 x 24\) hold NaN, infinite or huge"):
+        getattr(layer, how)()
+    torch.testing.assert_close(dict(layer.state_dict()), before, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,64 @@
+"""Forward passes of transformers that read no value of an attention mask or of positions from the device.
+
+To choose a faster attention, transformers asks in each forward pass whether the rows are packed, by positions that the
+network has just made itself, and whether a padding mask is all ones (masking_utils.py of 5.17 to 5.23). Each answer is
+read from the device, and no option turns that off. Both answers are known on the host: so the questions are answered
+here, by replacing three functions of that file while a network is called. Upstream the reads are "dynamic control flow"
+by design. This file goes when transformers takes the answers as arguments.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+_FIND_PACKED = "find_packed_sequence_indices"
+_IGNORE_MASK = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
+
+
+@contextmanager
+def unread_masks(inputs: dict[str, Any]) -> Iterator[None]:
+    """Let a network of transformers compute its attention masks without reading values, as long as ``with`` lasts.
+
+    Rows without ``position_ids`` are not packed. A padding mask that is there counts as one with padding; see
+    :func:`without_full_mask`.
+
+    Args:
+        inputs: What the network is called with, by name.
+    """
+    masking = sys.modules.get("transformers.masking_utils")
+    replaced: dict[str, Callable[..., Any]] = {}
+    if masking is not None and inputs.get("position_ids") is None and hasattr(masking, _FIND_PACKED):
+        replaced[_FIND_PACKED] = lambda position_ids: None
+    for name in _IGNORE_MASK if masking is not None else ():
+        if hasattr(masking, name):
+            replaced[name] = _unless_padded(getattr(masking, name))
+    before = {name: getattr(masking, name) for name in replaced}
+    for name, function in replaced.items():
+        setattr(masking, name, function)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(masking, name, function)
+
+
+def without_full_mask(batch: Any) -> Any:
+    """Return a batch without its ``attention_mask`` where that is a padding mask of ones, which masks nothing.
+
+    Args:
+        batch: A batch on the CPU, where a look at the mask waits for nothing; any other is returned as it is.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+    if isinstance(mask, Tensor) and mask.device.type == "cpu" and mask.ndim == 2 and bool(mask.all()):
+        return {name: value for name, value in batch.items() if name != "attention_mask"}
+    return batch
+
+
+def _unless_padded(ignores: Callable[..., bool]) -> Callable[..., bool]:
+    def ignore(padding_mask: Tensor | None, *args: Any, **kwargs: Any) -> bool:
+        return padding_mask is None and ignores(padding_mask, *args, **kwargs)
+
+    return ignore

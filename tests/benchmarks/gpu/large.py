@@ -1,0 +1,121 @@
+"""Stage 6: an 8B LLaMA with POET in the memory of smaller cards: whether it fits, its peak, seconds a step."""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from gpu.device import Gpu
+from gpu.recipes import network, offered, poet, rates, shipped
+from gpu.record import Case
+from gpu.speed import batches, built, finite, vocabulary_of
+from gpu.training import step_of
+from orthotrain.modules import BaseModule, PoetModule
+from orthotrain.plan import plan_run
+
+CONFIG = "poet_llama_8b.yaml"
+ROWS, LENGTH, WARM_UP, STEPS = 1, 1024, 1, 3
+CHUNKED = ("loss_chunks", "chunked_loss", "loss_chunk", "chunks")
+"""Names that the option of a loss without whole logits may have; the script also measures versions without it."""
+
+
+class Fit(NamedTuple):
+    """A storage of the weights, the GiB of a card, and whether the loss is taken in chunks."""
+
+    storage: str
+    gib: int
+    chunked: bool = False
+
+
+FITS = {
+    "bf16 in 24 GiB": Fit("dense", 24),
+    "int8 in 18 GiB": Fit("int8", 18),
+    "nf4 in 14 GiB": Fit("nf4", 14),
+}
+
+
+def cases(machine: Gpu) -> Iterator[Case]:
+    """Yield the storages, and the same with a loss in chunks where modules offer it."""
+    for name, fit in FITS.items():
+        yield Case(name, partial(trained, machine, fit), machine.pick(12.0, 0.0))
+    if chunk_option() is not None:
+        for name, fit in FITS.items():
+            yield Case(f"{name}, chunked loss", partial(trained, machine, fit._replace(chunked=True)),
+                       machine.pick(12.0, 0.0))  # fmt: skip
+    for name, fit in FITS.items():
+        yield Case(f"plan of {name}", partial(planned, machine, fit), machine.pick(10.0, 0.0))
+
+
+def chunk_option() -> str | None:
+    """Return the name of the option of a loss in chunks, None where modules have none."""
+    return next((name for name in CHUNKED if offered(PoetModule, name)), None)
+
+
+def recipe(machine: Gpu, fit: Fit) -> BaseModule:
+    """Return the module of the shipped config: blocks of 256, recomputed activations, AdamW in 8 bits."""
+    name = chunk_option()
+    extra = {name: 8 if fit.chunked else None} if name is not None and fit.chunked else {}
+    build = network(machine, CONFIG, gradient_checkpointing=shipped(CONFIG)["gradient_checkpointing"])
+    optimization = rates(optimizer=optimizer_factory())
+    return poet(machine, build, optimization, extra, activation_mode="mem", storage=fit.storage)
+
+
+def optimizer_factory() -> Callable[..., torch.optim.Optimizer]:
+    """Return AdamW in 8 bits where bitsandbytes is installed, else torch's."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return partial(torch.optim.AdamW, foreach=False)
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit
+
+
+def trained(machine: Gpu, fit: Fit) -> dict[str, Any]:
+    """Return what a few steps take in the memory of a card, and without a bound where they do not fit.
+
+    The network is built without the bound: what building takes is told for itself.
+    """
+    machine.reset_peak()
+    module, build_s = built(machine, partial(recipe, machine, fit))
+    found: dict[str, Any] = {"build_s": build_s, "build_peak_gib": machine.peak()["peak_gib"], "limit_gib": fit.gib}
+    found["optimizer"] = optimizer_name()
+    rows, length = machine.pick((ROWS, LENGTH), (1, 16))
+    step, _ = step_of(module, batches(machine, vocabulary_of(module), rows, length, 1))
+    found["fits"] = fits(machine, step, fit.gib)
+    if not found["fits"]:  # every gradient and state of the attempt is counted anew
+        module.zero_grad()
+        machine.release()
+    for _ in range(machine.pick(WARM_UP, 1)):
+        step()
+    machine.reset_peak()
+    start = time.perf_counter()
+    for _ in range(steps := machine.pick(STEPS, 1)):
+        loss = step()
+    machine.synchronize()
+    return {**found, "step_s": (time.perf_counter() - start) / steps, **machine.peak(), "loss": finite(loss)}
+
+
+def optimizer_name() -> str:
+    """Return what :func:`optimizer_factory` builds."""
+    return "AdamW" if importlib.util.find_spec("bitsandbytes") is None else "AdamW8bit"
+
+
+def fits(machine: Gpu, step: Callable[[], Any], gib: int) -> bool:
+    """Tell whether two steps fit: the first one makes the optimizer's state, the second has all at once."""
+    try:
+        with machine.within(gib):
+            step()
+            step()
+            machine.synchronize()
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def planned(machine: Gpu, fit: Fit) -> dict[str, Any]:
+    """Return what `orthotrain plan` foretells for the same run; computed on the CPU, without the device."""
+    rows, length = machine.pick((ROWS, LENGTH), (1, 16))
+    plan = plan_run(recipe(machine, fit), rows, length, "bf16-true")
+    return {"planned_gib": plan.total_bytes / 2**30, "entries": {e.category: e.bytes for e in plan.entries}}

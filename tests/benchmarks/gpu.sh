@@ -48,16 +48,23 @@ if ! "$PYTHON" -P -c "import orthotrain" 2>/dev/null; then
     ln -s "$root"/framework/* "$root/plugins" "$root/kernels" "$root/configs" "$scratch/site/orthotrain/"
     export PYTHONPATH=$scratch/site:$PYTHONPATH
 fi
+if [ ${#rehearse[@]} -eq 0 ] && ! "$PYTHON" -P -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    echo "gpu.sh: torch finds no GPU here; --rehearse runs everything on a CPU" >&2
+    exit 2
+fi
 
-# stage PART PARTS: one process; started again after it died, while its time lasts
+# stage NUMBER PART PARTS: one process; started again after it died, while its time lasts
 stage() {
-    local number=$1 part=$2 parts=$3 attempt code
+    local number=$1 part=$2 parts=$3 attempt code child=
+    trap 'kill $child 2>/dev/null; exit 130' TERM
     local end=$((SECONDS + limits[number] * seconds / 480))
-    for attempt in 1 2 3 4 5 6; do
+    for attempt in 1 2 3 4 5 6 7 8; do
         local left=$((end - SECONDS))
         [ $left -ge 2 ] || return
         timeout -k 3 $left "$PYTHON" -P "$root/tests/benchmarks/gpu/main.py" --stage "$number" --results "$results" \
-            --seconds $left --part "$part" --parts "$parts" --only "$only" "${rehearse[@]}" >>"$log" 2>&1
+            --seconds $left --part "$part" --parts "$parts" --only "$only" "${rehearse[@]}" >>"$log" 2>&1 &
+        child=$!
+        wait $child
         code=$?
         [ $code -eq 0 ] && return
         local why="exit code $code"

@@ -10,6 +10,7 @@ Cases that do not fit into the budget are left out by name. --only takes parts o
 import argparse
 import json
 import os
+import platform
 import statistics
 import sys
 import time
@@ -124,7 +125,7 @@ def main() -> None:
         print(f"left out, the budget of {options.budget:.0f} s was spent: {', '.join(skipped)}")
     document = {
         "device": f"{model_name(CPU)}, {options.threads} CPU threads",
-        "versions": {name: version(name) for name in ("torch", "peft")},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "peft")},
         "commit": commit(),
         "skipped": skipped,
         "results": results,

@@ -82,10 +82,12 @@ def trained(machine: Gpu, fit: Fit) -> dict[str, Any]:
     found: dict[str, Any] = {"build_s": build_s, "build_peak_gib": machine.peak()["peak_gib"], "limit_gib": fit.gib}
     found["optimizer"] = optimizer_name()
     rows, length = machine.pick((ROWS, LENGTH), (1, 16))
-    step, _ = step_of(module, batches(machine, vocabulary_of(module), rows, length, 1))
+    data = batches(machine, vocabulary_of(module), rows, length, 1)
+    step, optimizer = step_of(module, data)
     found["fits"] = fits(machine, step, fit.gib)
-    if not found["fits"]:  # every gradient and state of the attempt is counted anew
+    if not found["fits"]:  # with a new optimizer: the state of the first may be half made
         module.zero_grad()
+        step, optimizer = step_of(module, data)
         machine.release()
     for _ in range(machine.pick(WARM_UP, 1)):
         step()

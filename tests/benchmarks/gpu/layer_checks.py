@@ -77,14 +77,28 @@ LAYERS: dict[str, Layer] = {
 }
 
 
+COMPILED = ("POET by input", "POET by product", "step-wise by weight", "OFT")
+"""Layers that are also compiled, as one graph: in fp32, where a cast that does nothing once lost every gradient."""
+
+
 def cases(machine: Gpu, dtype: torch.dtype) -> Iterator[Case]:
     """Yield the checks of all layers in a dtype."""
+    kind = str(dtype).removeprefix("torch.")
     for name, layer in LAYERS.items():
-        yield Case(f"{name} {str(dtype).removeprefix('torch.')}", partial(compared, machine, layer, dtype))
+        yield Case(f"{name} {kind}", partial(compared, machine, layer, dtype))
+    for name in COMPILED if dtype == torch.float32 else ():
+        yield Case(f"compiled {name} {kind}", partial(compared, machine, LAYERS[name], dtype, True))
 
 
-def compared(machine: Gpu, layer: Layer, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the errors of a layer relative to itself in fp64, and whether they are within the limit."""
+def compared(machine: Gpu, layer: Layer, dtype: torch.dtype, compiled: bool = False) -> dict[str, Any]:
+    """Return the errors of a layer relative to itself in fp64, and whether they are within the limit.
+
+    Args:
+        machine: What computes.
+        layer: Its description.
+        dtype: In which it computes.
+        compiled: Whether it is compiled, as one graph.
+    """
     torch.manual_seed(0)
     rows, smaller, device, limit = machine.pick(layer.tokens, 5), machine.pick(1, 8), machine.device, LIMITS[dtype]
     d_in, d_out = layer.d_in // smaller, layer.d_out // smaller
@@ -98,17 +112,19 @@ def compared(machine: Gpu, layer: Layer, dtype: torch.dtype) -> dict[str, Any]:
     exact = copy.deepcopy(made).double()
     x, grad = (torch.randn(rows, width, device=device).to(dtype) for width in (d_in, d_out))
     with use_backend(machine.pick("auto", "reference")):
-        found = results(made, x, grad)
+        backend = machine.pick("inductor", "aot_eager")
+        run = torch.compile(made, fullgraph=True, backend=backend) if compiled else made
+        found = results(run, made, x, grad)
     with use_backend("reference"):
-        wanted = results(exact, x.double(), grad.double())
+        wanted = results(exact, exact, x.double(), grad.double())
     errors = {name: relative(found[name], wanted[name]) for name in wanted}
     return {"errors": errors, "limit": limit, "right": all(error <= limit for error in errors.values())}
 
 
-def results(layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Return output and gradients of a layer by name."""
+def results(run: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Return output and gradients of a layer by name; ``run`` computes it."""
     leaf = x.requires_grad_()
     trained = {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
-    y = layer(leaf)
+    y = run(leaf)
     gradients = torch.autograd.grad(y, [leaf, *trained.values()], grad)
     return dict(zip(["y", "x", *trained], [y.detach(), *gradients], strict=True))

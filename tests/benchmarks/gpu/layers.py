@@ -1,5 +1,6 @@
 """Stage 3: layers against a trained nn.Linear in bf16: forward and backward, eager and replayed as a CUDA graph."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -82,6 +83,8 @@ FIRST = 6
 
 def cases(machine: Gpu) -> Iterator[Case]:
     """Yield the contenders by shape, eager and replayed; the most telling cases first."""
+    with contextlib.suppress(ImportError):  # where PEFT is missing, its cases say so
+        import peft  # noqa: F401  (now, so that the time of no case is that of importing)
     chosen = list(all_contenders(machine).items())
     shapes = [Shape(*shape, tokens) for shape in SHAPES for tokens in TOKENS]
     for some in (chosen[:FIRST], chosen[FIRST:]):

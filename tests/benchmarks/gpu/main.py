@@ -1,6 +1,7 @@
 """One stage of gpu.sh in this process: `python -P tests/benchmarks/gpu/main.py --stage N --results FILE`."""
 
 import argparse
+import gc
 import importlib
 import sys
 import time
@@ -39,6 +40,8 @@ def main() -> None:
     cases = stage_cases(options.stage, machine)[options.part :: options.parts]
     common = {"card": machine.name()} | ({"rehearsal": True} if machine.rehearsal else {})
     left = options.seconds - (time.monotonic() - START) - NEEDED_TO_END
+    gc.collect()
+    gc.freeze()  # what is imported is left out of later collections, of which each capture of a graph may begin one
     Record(options.results, options.stage, left, common, options.only, machine.release, machine.is_lost).take(cases)
 
 

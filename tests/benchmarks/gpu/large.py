@@ -18,16 +18,14 @@ from orthotrain.plan import plan_run
 
 CONFIG = "poet_llama_8b.yaml"
 ROWS, LENGTH, WARM_UP, STEPS = 1, 1024, 1, 3
-CHUNKED = ("loss_chunks", "chunked_loss", "loss_chunk", "chunks")
-"""Names that the option of a loss without whole logits may have; the script also measures versions without it."""
 
 
 class Fit(NamedTuple):
-    """A storage of the weights, the GiB of a card, and whether the loss is taken in chunks."""
+    """A storage of the weights, the GiB of a card, and more arguments of the module."""
 
     storage: str
     gib: int
-    chunked: bool = False
+    extra: dict[str, Any] = {}  # noqa: RUF012  (a constant)
 
 
 FITS = {
@@ -38,29 +36,21 @@ FITS = {
 
 
 def cases(machine: Gpu) -> Iterator[Case]:
-    """Yield the storages, and the same with a loss in chunks where modules offer it."""
-    for name, fit in FITS.items():
+    """Yield the storages; where modules offer it, the same with a loss of whole logits; and what is planned."""
+    chosen = dict(FITS)
+    if offered(PoetModule, "chunked_loss"):
+        chosen |= {f"{name}, whole logits": fit._replace(extra={"chunked_loss": False}) for name, fit in FITS.items()}
+    for name, fit in chosen.items():
         yield Case(name, partial(trained, machine, fit), machine.pick(12.0, 0.0))
-    if chunk_option() is not None:
-        for name, fit in FITS.items():
-            yield Case(f"{name}, chunked loss", partial(trained, machine, fit._replace(chunked=True)),
-                       machine.pick(12.0, 0.0))  # fmt: skip
     for name, fit in FITS.items():
         yield Case(f"plan of {name}", partial(planned, machine, fit), machine.pick(10.0, 0.0))
 
 
-def chunk_option() -> str | None:
-    """Return the name of the option of a loss in chunks, None where modules have none."""
-    return next((name for name in CHUNKED if offered(PoetModule, name)), None)
-
-
 def recipe(machine: Gpu, fit: Fit) -> BaseModule:
     """Return the module of the shipped config: blocks of 256, recomputed activations, AdamW in 8 bits."""
-    name = chunk_option()
-    extra = {name: 8 if fit.chunked else None} if name is not None and fit.chunked else {}
     build = network(machine, CONFIG, gradient_checkpointing=shipped(CONFIG)["gradient_checkpointing"])
     optimization = rates(optimizer=optimizer_factory())
-    return poet(machine, build, optimization, extra, activation_mode="mem", storage=fit.storage)
+    return poet(machine, build, optimization, fit.extra, activation_mode="mem", storage=fit.storage)
 
 
 def optimizer_factory() -> Callable[..., torch.optim.Optimizer]:

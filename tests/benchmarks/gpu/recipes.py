@@ -121,9 +121,13 @@ def trained(machine: Gpu) -> dict[str, Recipe]:
         "AdamW, trainer": lambda: BaseModule(build(), rates()),
     }
     if offered(PoetModule, "compile"):
-        for mode in ("cuda-graph", "default", "reduce-overhead"):
+        replayed = {"compile": machine.pick("cuda-graph", "none")}
+        found |= {
+            "POET, trainer, cuda-graph": lambda: poet(machine, build(), extra=replayed),
+            "step-wise, trainer, cuda-graph": lambda: stepwise(machine, build(), replayed),
+            "AdamW, trainer, cuda-graph": lambda: BaseModule(build(), rates(), **replayed),
+        }
+        for mode in ("default", "reduce-overhead"):
             extra = {"compile": machine.pick(mode, "none")}
-            found[f"POET, trainer, {mode}"] = lambda extra=extra: poet(machine, build(), extra=extra)  # type: ignore
-        extra = {"compile": machine.pick("cuda-graph", "none")}
-        found["step-wise, trainer, cuda-graph"] = lambda: stepwise(machine, build(), extra)
+            found[f"POET, trainer, {mode}"] = partial(poet, machine, build(), extra=extra)
     return found

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ def step_of(module: BaseModule, batches: list[Any]) -> tuple[Step, torch.optim.O
         batches: Taken in turns.
     """
     assert module.model is not None
+    micro = getattr(module, "micro_step", None)  # of versions that can compile it; the loss itself where nothing is
+    compute = module.loss if micro is None else partial(micro.loss, module)
+    keeps_gradients = micro is not None and micro.keeps_gradients
     optimizer = module.optimization.build(module.optimization.groups(module.model))
     folded = {name: layer for name, layer in mergeable_layers(module) if isinstance(layer, StepwiseLinear)}
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -30,11 +34,11 @@ def step_of(module: BaseModule, batches: list[Any]) -> tuple[Step, torch.optim.O
     module.train()
 
     def step() -> Tensor:
-        loss = module.loss(next(coming))
+        loss = compute(next(coming))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not keeps_gradients)
         if folded:
             fold_rotations(folded)
         return loss.detach()

@@ -37,6 +37,7 @@ trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
 [ -n "${PYTHON:-}" ] || PYTHON=$root/.venv/bin/python
 [ -x "$(command -v "$PYTHON")" ] || PYTHON=python3
 export ORTHOTRAIN_GPU_SCRATCH=$scratch ORTHOTRAIN_CACHE=$scratch/cache TRITON_CACHE_DIR=$scratch/triton
+export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 mkdir "$scratch/wheels"
 for wheel in "${WHEELS:-/nowhere}"/*.whl; do

@@ -18,7 +18,7 @@ sys.path.append(str(HERE))
 
 import gpu_table  # noqa: E402
 from gpu.device import Gpu, Rehearsal  # noqa: E402
-from gpu.main import STAGES, stage_cases  # noqa: E402
+from gpu.main import STAGES, main, stage_cases  # noqa: E402
 from gpu.record import LOST, Case, Record, append_line, read_lines  # noqa: E402
 
 
@@ -161,6 +161,16 @@ def test_a_stage_that_is_started_again_goes_on_behind_the_case_that_ended_it(tmp
     found = ended(path)
     assert found["deadly"]["error"] == "the process ended in this case" and "Zero" in found["other"]["error"]
     assert len(read_lines(path)) == 7 and "error" not in found["last"]
+
+
+def test_a_stage_that_cannot_begin_says_why_and_is_not_tried_again(tmp_path, monkeypatch):
+    monkeypatch.delenv("ORTHOTRAIN_GPU_SCRATCH", raising=False)
+    path = tmp_path / "results.jsonl"
+    options = ["--stage", "7", "--results", str(path), "--seconds", "60", "--rehearse"]
+    monkeypatch.setattr(sys, "argv", ["main.py", *options])
+    main()
+    (line,) = read_lines(path)
+    assert line["rehearsal"] is True and line["error"].startswith("KeyError: 'ORTHOTRAIN_GPU_SCRATCH'")
 
 
 def test_a_kill_loses_nothing(tmp_path):

@@ -5,13 +5,14 @@ import gc
 import importlib
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 START = time.monotonic()
 sys.path.append(str(Path(__file__).parents[1]))  # at the end: no name there comes before that of a package
 
-from gpu.record import Record  # noqa: E402  (what follows the path, and takes no time)
+from gpu.record import Record, append_line, described  # noqa: E402  (what follows the path, and takes no time)
 
 STAGES = {1: "machine", 2: "correctness", 3: "layers", 4: "operations", 5: "speed", 6: "large", 7: "fit"}
 NEEDED_TO_END = 2.0
@@ -34,11 +35,17 @@ def main() -> None:
     parser.add_argument("--only", default="", help="text that the names of cases contain")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
-    from gpu.device import Gpu, Rehearsal
+    try:
+        from gpu.device import Gpu, Rehearsal
 
-    machine = Rehearsal() if options.rehearse else Gpu()
-    cases = stage_cases(options.stage, machine)[options.part :: options.parts]
-    common = {"card": machine.name()} | ({"rehearsal": True} if machine.rehearsal else {})
+        machine = Rehearsal() if options.rehearse else Gpu()
+        cases = stage_cases(options.stage, machine)[options.part :: options.parts]
+        common = {"card": machine.name()} | ({"rehearsal": True} if machine.rehearsal else {})
+    except Exception as error:  # it would be the same in a new process: the stage ends as one that is done
+        traceback.print_exc()
+        line = {"stage": options.stage, "case": f"beginning of part {options.part}", "error": described(error)}
+        append_line(options.results, line | ({"rehearsal": True} if options.rehearse else {}))
+        return
     left = options.seconds - (time.monotonic() - START) - NEEDED_TO_END
     gc.collect()
     gc.freeze()  # what is imported is left out of later collections, of which each capture of a graph may begin one

@@ -38,7 +38,7 @@ trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
 [ -x "$(command -v "$PYTHON")" ] || PYTHON=python3
 export ORTHOTRAIN_GPU_SCRATCH=$scratch ORTHOTRAIN_CACHE=$scratch/cache TRITON_CACHE_DIR=$scratch/triton
 export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 mkdir "$scratch/wheels"
 for wheel in "${WHEELS:-/nowhere}"/*.whl; do
     [ -e "$wheel" ] && "$PYTHON" -m zipfile -e "$wheel" "$scratch/wheels"
@@ -86,4 +86,4 @@ for number in $stages; do
     wait
     echo "stage $number: $((SECONDS - began)) s, $(grep -c "\"stage\": $number," "$results" 2>/dev/null) lines"
 done
-echo "wrote $results"
+echo "wrote $results; tables: python -P tests/benchmarks/gpu_table.py $results"

@@ -41,10 +41,14 @@ def poet(route: str | None = None, d_in: int = 512, d_out: int = 640, tokens: in
     return Layer(make, route, d_in, d_out, tokens)
 
 
-def stepwise(**settings: Any) -> Layer:
+def stepwise(d_in: int = 512, d_out: int = 640, **settings: Any) -> Layer:
     """Describe a step-wise POET layer."""
     options = {"parameterization": CayleyNeumann(2), **settings, "stepwise": True}
-    return Layer(lambda linear, smaller: StepwiseLinear.from_settings(linear, PoetSettings(64 // smaller, **options)))
+
+    def make(linear: nn.Linear, smaller: int) -> nn.Module:
+        return StepwiseLinear.from_settings(linear, PoetSettings(64 // smaller, **options))
+
+    return Layer(make, None, d_in, d_out)
 
 
 def oft(**settings: Any) -> Layer:
@@ -69,6 +73,7 @@ LAYERS: dict[str, Layer] = {
     "step-wise by input": stepwise(centre="input"),
     "step-wise by weight": stepwise(centre="weight"),
     "step-wise residual": stepwise(storage="residual"),
+    "step-wise with a tail": stepwise(500, 628, fraction=0.3),
     "OFT": oft(),
     "OFT int8": oft(quantization="int8"),
     "OFT nf4": oft(quantization="nf4"),

@@ -34,14 +34,13 @@ def machine(results: Results) -> str:
     """Return what everything was measured on."""
     found = good(results, 1)
     told = found.get("machine", {})
-    rows = [
-        (key, told[key]) for key in ("capability", "memory_gib", "multiprocessors", "l2_mib", "cuda") if key in told
-    ]
+    rows = [(key, told[key]) for key in ("capability", "memory_gib", "multiprocessors", "cuda", "cores") if key in told]
     rows += [*told.get("versions", {}).items(), ("commit", told.get("commit"))] if told else []
     rows += list(found.get("clocks", {}).get("clocks", {}).items())
     rows += [
         pair for case in ("import", "first kernel") for pair in found.get(case, {}).items() if pair[0] != "seconds"
     ]
+    rows = [(key, f"{value:.3g}" if isinstance(value, float) else value) for key, value in rows]
     return markdown("Machine", ("what", "value"), rows)
 
 
@@ -73,8 +72,8 @@ def layers(results: Results) -> str:
             own, replay = found[f"{shape} {name}"], found.get(f"{shape} {name}, replayed", {})
             starts = found.get(f"{shape} {name}, launches", {}).get("launches")
             times = (own["ms"], own["ratio"], own["host_ms"], replay.get("ms"), replay.get("ratio"))
-            memory = number(own["peak_mib"], 0), number(starts, 0)
-            rows.append((name, *(number(value, 3 - place % 2) for place, value in enumerate(times)), *memory))
+            cells = [number(value, digits) for value, digits in zip(times, (3, 2, 3, 3, 2), strict=True)]
+            rows.append((name, *cells, number(own["peak_mib"], 0), number(starts, 0)))
         linear = found[f"{shape} {contenders[0]}"]
         title = f"Layer {shape}, bf16: forward and backward; nn.Linear {number(linear['linear_ms'], 3)} ms"
         heads = ("layer", "ms", "of nn.Linear", "host ms", "replayed ms", "of nn.Linear", "peak MiB", "launches")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything there is to know of a GPU in 8 minutes: one JSON object a line, written as it is known, in OUT/results.jsonl.
+# Measures a GPU in 8 minutes. Each result is one line of JSON in OUT/results.jsonl, on the disk before the next case begins.
 #
 #   bash tests/benchmarks/gpu.sh [OUT] [--rehearse] [--stages "3 5"] [--only TEXT] [--seconds 480]
 #   python -P tests/benchmarks/gpu_table.py OUT/results.jsonl
 #
 # OUT is a new folder, by default $OUT, else runs/gpu. --rehearse runs all of it on a CPU, with small shapes and kernels
-# that do nothing. --stages runs some, --only the cases whose name contains a text. --seconds is the time of all stages
-# together. Environment: PYTHON (the interpreter), WHEELS (a folder of wheels that are unpacked, not installed),
+# that do nothing. --stages runs some stages, --only the cases whose name contains a text. --seconds is the time of all
+# stages together. Environment: PYTHON (the interpreter), WHEELS (a folder of wheels that are unpacked, not installed),
 # ORTHOTRAIN_COMMIT (where there is no git). Nothing is fetched from a network; without an installed orthotrain the
 # checkout's own folders are linked.
 set -u

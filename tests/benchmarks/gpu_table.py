@@ -2,8 +2,9 @@
 
     python -P tests/benchmarks/gpu_table.py OUT/results.jsonl [--out FOLDER]
 
-Prints Markdown. The file is gpu_<card>.json in tests/benchmarks/results, or in FOLDER; a rehearsal is written to a
-FOLDER alone, so that nobody takes its figures for those of a GPU. Exit code 1: some case failed, or is wrong.
+Prints Markdown. The file is gpu_<card>.json in tests/benchmarks/results, or in FOLDER; a rehearsal is only written
+to a FOLDER that is named, so that nobody takes its figures for those of a GPU.
+The exit code is 1 if a case failed or is wrong.
 """
 
 import argparse

@@ -67,7 +67,7 @@ def _by_peft(linear: nn.Linear, config: Any) -> nn.Module:
 
 
 class Side(nn.Module):
-    """Layers beside each other, as a network has them: one pool computes the displacements of all.
+    """Several layers with the same input. One pool computes the displacements of all, as in a network.
 
     Args:
         layers: All of one shape.

@@ -14,8 +14,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def cases(machine: Gpu) -> Iterator[Case]:
     """Yield training first, as it takes longest, then layers and kernels in every dtype.
 
-    gpu.sh gives every twelfth case to one of twelve processes: neighbours run at the same time, each of them compiles
-    what it needs first, and all keep what is compiled in one folder.
+    gpu.sh starts twelve processes, each of which runs every twelfth case. They share the folder of compiled kernels.
     """
     yield from training_checks.cases(machine)
     for dtype in DTYPES:

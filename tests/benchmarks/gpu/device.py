@@ -1,6 +1,6 @@
-"""The one place that knows what measures: a GPU, or the CPU that plays it in a rehearsal.
+"""All calls of CUDA that the stages make, and what replaces them on a CPU in a rehearsal.
 
-Everything else of the stages runs alike on both, so that the first run on a GPU is not the first run.
+Every other line of the stages is the same on both, so that a rehearsal finds its errors before the first run on a GPU.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ _BEFORE = time.perf_counter()
 import torch  # noqa: E402
 
 TORCH_SECONDS = time.perf_counter() - _BEFORE
-"""What importing torch has taken, where this module is the first to do so."""
+"""Time of the import of torch, if this module was the first to import it."""
 
 Run = Callable[[], Any]
 T = TypeVar("T")
 GIB = 2**30
 LEFT_OVER = GIB
-"""Bytes that a case may leave behind: a collection takes as long as many a case."""
+"""Bytes that a case may leave without a garbage collection, which can take longer than a case."""
 
 
 class Times(NamedTuple):
@@ -32,7 +32,7 @@ class Times(NamedTuple):
 
 
 class Gpu:
-    """The current CUDA device. Nothing is asked of it before it is needed."""
+    """The current CUDA device. It is not initialised before the first call."""
 
     rehearsal = False
     device = torch.device("cuda")
@@ -65,7 +65,7 @@ class Gpu:
         return dict(zip(names, (value.strip() for value in told.strip().split(",")), strict=True))
 
     def synchronize(self) -> None:
-        """Wait until the device has done everything."""
+        """Wait until the device has finished all work."""
         torch.cuda.synchronize()
 
     def timed(self, run: Run, repeat: int = 1) -> Times:
@@ -113,7 +113,7 @@ class Gpu:
         return count
 
     def reset_peak(self) -> None:
-        """Begin a new measurement of the peak; memory that is only kept for later use is given back first."""
+        """Begin a new measurement of the peak. Memory that only the allocator keeps is given back first."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -142,13 +142,13 @@ class Gpu:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
     def release(self) -> None:
-        """Give memory back to the device; what a case has left in cycles is looked for where it is much."""
+        """Give unused memory back to the device, after a garbage collection if the case has left much behind."""
         if self.allocated() > LEFT_OVER:
             gc.collect()
         torch.cuda.empty_cache()
 
     def is_lost(self, error: BaseException) -> bool:
-        """Tell whether the device answers no longer: most errors of CUDA end its context."""
+        """Tell whether the process has lost the device: after most errors of CUDA every later call fails."""
         if isinstance(error, torch.OutOfMemoryError):
             return False
         try:
@@ -159,18 +159,18 @@ class Gpu:
 
     @contextlib.contextmanager
     def kernels(self) -> Iterator[None]:
-        """Let Triton's kernels run; in a rehearsal they are started, and do nothing."""
+        """Let Triton's kernels run; in a rehearsal they are launched and do nothing."""
         yield
 
 
 class Rehearsal(Gpu):
-    """The CPU in the place of a GPU: every figure is without meaning, every other line of the stages is run."""
+    """The CPU in the place of a GPU. Its figures have no meaning."""
 
     rehearsal = True
     device = torch.device("cpu")
     accelerator = "cpu"
     TOO_SMALL = 14
-    """GiB in which nothing fits, so that running out of memory is rehearsed too."""
+    """A limit of this many GiB or less fails as a GPU does that has too little memory."""
 
     def pick(self, real: T, small: T) -> T:
         return small

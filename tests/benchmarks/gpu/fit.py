@@ -14,7 +14,7 @@ from gpu.device import Gpu
 from gpu.record import Case
 
 STEPS, FIRST, MERGE_EVERY = 300, 200, 50
-PROGRAM = "from orthotrain.cli import main; main()"  # as the console script, which a borrowed machine has not
+PROGRAM = "from orthotrain.cli import main; main()"  # the console script may not be installed
 
 
 def cases(machine: Gpu) -> Iterator[Case]:
@@ -26,7 +26,7 @@ def cases(machine: Gpu) -> Iterator[Case]:
 
 
 def arguments(machine: Gpu, folder: Path, steps: int) -> list[str]:
-    """Return the command line of a run: the shipped config over text that every machine has."""
+    """Return the command line of a run: a shipped config, and the text of Python's standard library."""
     text = Path(__file__).parents[3] / "framework" / "data"
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     small = {f"model.model.init_args.config.{name}": value for name, value in sizes.items()}

@@ -90,7 +90,7 @@ def judged(machine: Gpu, results: Results, dtype: torch.dtype, limit: float) -> 
 
 
 def errors(results: Results, dtype: torch.dtype, choice: str) -> dict[str, float]:
-    """Return the error of every result, relative to its norm: 9e99 where a second run gives other bits."""
+    """Return the relative error of every result, or 9e99 if a second run gives other bits."""
     with use_backend(choice):
         found, again = results(dtype), results(dtype)
     with use_backend("reference"):

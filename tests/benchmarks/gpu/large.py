@@ -63,9 +63,9 @@ def optimizer_factory() -> Callable[..., torch.optim.Optimizer]:
 
 
 def trained(machine: Gpu, fit: Fit) -> dict[str, Any]:
-    """Return what a few steps take in the memory of a card, and without a bound where they do not fit.
+    """Return memory and time of a few steps, and whether they fit into the memory of a smaller card.
 
-    The network is built without the bound: what building takes is told for itself.
+    The network is built without the bound; the peak of building is a result of its own.
     """
     machine.reset_peak()
     module, build_s = built(machine, partial(recipe, machine, fit))
@@ -107,7 +107,7 @@ def fits(machine: Gpu, step: Callable[[], Any], gib: int) -> bool:
 
 
 def planned(machine: Gpu, fit: Fit) -> dict[str, Any]:
-    """Return what `orthotrain plan` foretells for the same run; computed on the CPU, without the device."""
+    """Return the memory that `orthotrain plan` predicts for the same run, computed on the CPU."""
     rows, length = machine.pick((ROWS, LENGTH), (1, 16))
     plan = plan_run(recipe(machine, fit), rows, length, "bf16-true")
     return {"planned_gib": plan.total_bytes / 2**30, "entries": {e.category: e.bytes for e in plan.entries}}

@@ -18,11 +18,11 @@ from orthotrain.layers.centre import ROUTES
 from orthotrain.plugins import CayleyNeumann
 
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 3e-3, torch.float32: 2e-5}
-"""Relative error (Frobenius) of a chain of products; in fp16 what a residual holds beside its bf16 values counts."""
+"""Largest relative error (Frobenius). In fp16 a layer with a residual computes with its bf16 values alone."""
 
 
 class Layer(NamedTuple):
-    """A layer: how it is made of a linear one with blocks that are so many times smaller, its route, its shape."""
+    """A layer: how it is made of a linear one, its route, its shape. ``make`` gets a divisor of the block size too."""
 
     make: Callable[[nn.Linear, int], nn.Module]
     route: str | None = None
@@ -83,7 +83,7 @@ LAYERS: dict[str, Layer] = {
 
 
 COMPILED = ("POET by input", "POET by product", "step-wise by weight", "OFT")
-"""Layers that are also compiled, as one graph: in fp32, where a cast that does nothing once lost every gradient."""
+"""Layers that are also compiled as one graph, in fp32: torch 2.11 lost all gradients there at a cast."""
 
 
 def cases(machine: Gpu, dtype: torch.dtype) -> Iterator[Case]:

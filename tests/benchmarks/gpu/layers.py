@@ -19,11 +19,11 @@ from orthotrain.kernels.backend import use_backend
 SHAPES = ((4096, 4096), (14336, 4096))
 TOKENS = (2048, 16384)
 BESIDE = 4
-"""Layers of which one pool computes the displacements; milliseconds are those of one of them."""
+"""Layers whose displacements one pool computes. Their results are divided by this number."""
 
 
 class Contender(NamedTuple):
-    """A layer that is compared: how it is made, and how many of it stand side by side."""
+    """A layer that is compared: how it is made, how many copies are measured together, which kernels it takes."""
 
     make: Make
     count: int = 1
@@ -78,13 +78,13 @@ def all_contenders(machine: Gpu) -> dict[str, Contender]:
 
 
 FIRST = 6
-"""Contenders that every shape sees before the others come."""
+"""This many contenders are measured for every shape before the other contenders."""
 
 
 def cases(machine: Gpu) -> Iterator[Case]:
     """Yield the contenders by shape, eager and replayed; the most telling cases first."""
-    with contextlib.suppress(ImportError):  # where PEFT is missing, its cases say so
-        import peft  # noqa: F401  (now, so that the time of no case is that of importing)
+    with contextlib.suppress(ImportError):  # without PEFT its cases are errors, and the other cases run
+        import peft  # noqa: F401  (now, so that no case takes the time of the import)
     chosen = list(all_contenders(machine).items())
     shapes = [Shape(*shape, tokens) for shape in SHAPES for tokens in TOKENS]
     for some in (chosen[:FIRST], chosen[FIRST:]):
@@ -149,7 +149,7 @@ def made(machine: Gpu, shape: Shape, contender: Contender) -> dict[str, Run]:
 
 
 def both(layer: nn.Module, x: Tensor, grads: tuple[Tensor, ...]) -> Run:
-    """Return a forward and backward pass that begins by dropping the gradients, as one that is captured has to."""
+    """Return a forward and backward pass. It drops the gradients first, because a capture must allocate them."""
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
 
     def run() -> None:

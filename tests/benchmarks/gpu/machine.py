@@ -1,4 +1,4 @@
-"""Stage 1: on what everything else was measured."""
+"""Stage 1: the machine, the versions and the commit."""
 
 import importlib.metadata
 import os
@@ -21,7 +21,7 @@ PACKAGES = (
 
 
 def cases(machine: Gpu) -> Iterator[Case]:
-    """Yield what is to be known of a machine."""
+    """Yield the descriptions of the machine."""
     yield Case("machine", lambda: described(machine))
     yield Case("clocks", lambda: {"clocks": machine.clocks()})
     yield Case("import", imported)

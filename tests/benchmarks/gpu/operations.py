@@ -61,7 +61,7 @@ def permutation_route(route: str) -> Iterator[None]:
 
 
 def calibrated(machine: Gpu) -> dict[str, Any]:
-    """Return the entry of this card for the table of costs, and the largest relative error of what it foretells."""
+    """Return the entry of this card for the table of costs, and the largest relative error of its predictions."""
     from orthotrain.calibrate import predicted
     from orthotrain.layers.centre import Costs
 

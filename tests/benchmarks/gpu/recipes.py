@@ -26,7 +26,7 @@ TINY = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }
-"""What a rehearsal puts in place of the sizes of a network."""
+"""Sizes of a network in a rehearsal."""
 HIDDEN = "*layers*proj*"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -92,7 +92,7 @@ def by_peft(machine: Gpu, build: CausalLM, kind: str) -> BaseModule:
 
 
 def methods(machine: Gpu) -> dict[str, Recipe]:
-    """Return what trains the 1.3B network, by name."""
+    """Return the modules that train the 1.3B network in a plain loop, by name."""
     build = partial(network, machine, "poet_llama_1.3b.yaml")
     muon = {HIDDEN: partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")}
     return {
@@ -108,12 +108,12 @@ def methods(machine: Gpu) -> dict[str, Recipe]:
 
 
 def offered(module: type, name: str) -> bool:
-    """Tell whether a module has an option of that name: the script also measures versions without it."""
+    """Tell whether a module has an option of that name; earlier versions of this package have fewer."""
     return name in inspect.signature(module).parameters
 
 
 def trained(machine: Gpu) -> dict[str, Recipe]:
-    """Return what the trainer trains, by name: as it is, and with each way to compile that modules offer."""
+    """Return the modules that Lightning's trainer trains, by name, with every mode of ``compile`` if there is one."""
     build = partial(network, machine, "poet_llama_1.3b.yaml")
     found: dict[str, Recipe] = {
         "POET, trainer": lambda: poet(machine, build()),

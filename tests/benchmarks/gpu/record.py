@@ -1,8 +1,8 @@
-"""The results of a run, one JSON object a line: each is on the disk before the next case begins.
+"""The file of results: one JSON object a line, on the disk before the next case begins.
 
-A case leaves two lines: one with ``begun`` before it runs, one with its result after. A process that dies in a case so
-leaves the name of the case. Started again with the same file, a stage records that case as an error, leaves out what
-has a result and goes on.
+A case writes two lines: one with ``begun`` before it runs, and one with its result. So the file names the case in which
+a process died. A stage that is started again with the same file records that case as an error, does not repeat cases
+that have a result, and runs the others.
 """
 
 import json
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LOST = 75
-"""Exit code of a stage whose device answers no longer: a new process can go on with the next case."""
+"""Exit code of a stage that has lost its device: a new process can run the next cases."""
 
 
 class Case(NamedTuple):
-    """One thing to find out.
+    """One measurement.
 
     Args:
         name: Unique in its stage, and the same in a rehearsal.
         run: Returns the result, plain values by name.
-        seconds: How long it is expected to take; it is left out where less is left.
+        seconds: Expected time. The case is skipped if the stage has less time left.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
 
 class Record:
-    """Runs cases and appends what comes of them.
+    """Runs cases and appends their results.
 
     Args:
         path: The file of results.
@@ -41,7 +41,7 @@ class Record:
         common: Values that every line has.
         only: Cases whose name does not contain this text are passed over.
         released: Called after each case, to give memory back.
-        is_lost: Tells of an error whether the device answers no longer.
+        is_lost: Tells whether the process has lost its device by an error.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Record:
         """Run cases in their order; an error is recorded and the next case taken.
 
         Raises:
-            SystemExit: The device answers no longer (:data:`LOST`).
+            SystemExit: The process has lost its device (:data:`LOST`).
         """
         for case in cases:
             if self.only not in case.name or case.name in self.ended:
@@ -107,7 +107,7 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file of results; in the place of a line that is not whole stands one that says so."""
+    """Return the lines of a file of results; a line that is not whole JSON is replaced by an error that says so."""
     return [_parsed(text, number) for number, text in enumerate(path.read_text("utf-8").splitlines(), 1)]
 
 

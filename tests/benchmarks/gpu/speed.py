@@ -23,7 +23,7 @@ from orthotrain.modules import BaseModule
 ROWS, LENGTH = 32, 256
 WARM_UP, STEPS = 3, 10
 COMPILED = ("default", "reduce-overhead")
-"""Ends of the names of what torch.compile compiles first: a network of this size takes it tens of seconds."""
+"""Modes of torch.compile, which takes tens of seconds to compile a network of this size."""
 
 
 def cases(machine: Gpu) -> Iterator[Case]:
@@ -90,7 +90,7 @@ def finite(loss: Tensor) -> float:
     """Return a loss as a number.
 
     Raises:
-        FloatingPointError: It is not finite: no speed is told of such a run.
+        FloatingPointError: The loss is not finite. The speed of such a run means nothing.
     """
     value = float(loss)
     if not math.isfinite(value):

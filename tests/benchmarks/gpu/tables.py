@@ -11,7 +11,7 @@ LAYER_TARGETS = (
     ("4096x4096 N=16384 step-wise, replayed", "nn.Linear", 0.80),
     ("4096x4096 N=2048 OFT, replayed", "frozen", 1.25),
 )
-"""Case, what it is held against, and the largest ratio that is aimed at."""
+"""Case, the layer that it is compared with, and the largest ratio that is aimed at."""
 
 
 def good(results: Results, stage: int) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def machine(results: Results) -> str:
-    """Return what everything was measured on."""
+    """Return the machine, the versions and the commit."""
     found = good(results, 1)
     told = found.get("machine", {})
     rows = [(key, told[key]) for key in ("capability", "memory_gib", "multiprocessors", "cuda", "cores") if key in told]
@@ -82,7 +82,7 @@ def layers(results: Results) -> str:
 
 
 def targets(results: Results) -> str:
-    """Return what the layers are to reach."""
+    """Return the ratios that layers should reach, and whether they do."""
     found, rows = good(results, 3), []
     for name, base, limit in LAYER_TARGETS:
         frozen = f"{name.rpartition(' OFT,')[0]} frozen, replayed"
@@ -144,7 +144,7 @@ def large(results: Results) -> str:
 
 
 def fit(results: Results) -> str:
-    """Return what the summaries of the command line say."""
+    """Return the summaries that the command line wrote."""
     rows = []
     for name, one in good(results, 7).items():
         summary = one["summary"]
@@ -170,13 +170,13 @@ def failed(results: Results) -> list[tuple[str, str, str]]:
 
 
 def failures(results: Results) -> str:
-    """Return what failed."""
+    """Return the cases that failed."""
     rows = [(stage, name, text.replace("|", "/")) for stage, name, text in failed(results)]
     return markdown("Failed", ("stage", "case", "why"), rows)
 
 
 def left_out(results: Results) -> str:
-    """Return what there was no time for."""
+    """Return the cases for which no time was left."""
     rows = [(stage, name) for stage, cases in results.items() for name, one in cases.items() if "skipped" in one]
     return markdown("Left out, no time", ("stage", "case"), rows)
 

@@ -47,7 +47,7 @@ LIMIT, LIMIT_AFTER = 3e-3, 0.5
 RATES = Optimization(lr=1e-3)
 ROTATING = Optimization(lr=1e-6, rotation_lr=4e-3)
 TURNING = Optimization(lr=1e-6, rotation_lr=0.015, rotation_optimizer=partial(LieOptimizer, direction="orthogonal"))
-"""With what is not a rotation almost at rest: the loss moves by the gradients of rotations."""
+"""Only rotations have a rate that counts, so that the loss depends on the gradients of the rotations."""
 
 Recipe = Callable[[CausalLM], BaseModule]
 
@@ -83,7 +83,7 @@ COMPILED = {
     **{f"{name}, cuda-graph": (name, "cuda-graph") for name in ("AdamW", "POET", "step-wise", "OFT")},
     "POET, default": ("POET", "default"),
 }
-"""Runs that are also compared when the device compiles or replays them, where modules offer it: recipe and mode."""
+"""Runs that the device also compiles or replays, if modules have the option ``compile``: recipe and mode."""
 
 
 def cases(machine: Gpu) -> Iterator[Case]:
@@ -97,7 +97,7 @@ def cases(machine: Gpu) -> Iterator[Case]:
 def compared(machine: Gpu, recipe: Recipe, mode: str = "none") -> dict[str, Any]:
     """Return the losses on both, some of them after a merge, and whether they agree.
 
-    The module is built on the CPU and copied: on the device other values would be drawn.
+    The module is built on the CPU and copied to the device, where other random values might be drawn.
 
     Args:
         machine: Where the copy is trained.

@@ -2,7 +2,7 @@
 
     .venv/bin/python -P tests/benchmarks/stepwise.py [--rounds 10] [--widest 4096] [--storage residual] [--skip-steps]
 
-Layers: forward and backward of StepwiseLinear relative to a trained nn.Linear, fp32 and bf16, shapes of kernels.py.
+Layers: forward and backward of StepwiseLinear relative to a trained nn.Linear, fp32 and bf16, shapes of layers.py.
 Steps: forward, backward, optimizer and fold of the quickstart's network (8 x 256 tokens, bf16-mixed). Medians in one
 process, rounds take turns; the peak of memory is that of a fresh process for each method: what the built network and
 three steps of it take. Results in tests/benchmarks/results/stepwise.json.
@@ -30,11 +30,9 @@ from orthotrain.modules import BaseModule
 from orthotrain.plugins import CayleyNeumann
 
 HERE = Path(__file__).parent
-cases = runpy.run_path(str(HERE / "kernel_cases.py"))
-kernels = runpy.run_path(str(HERE / "kernels.py"))
+plain = runpy.run_path(str(HERE / "layers.py"))
 quality = runpy.run_path(str(HERE / "quality.py"))
 memory = runpy.run_path(str(HERE / "memory.py"))
-CPU = torch.device("cpu")
 ROWS, LENGTH, GROUPED = (quality[name] for name in ("BATCH", "LENGTH", "GROUPED"))
 STEPS_OF_PEAK = 3
 WIDEST = {**GROUPED, "block_size": 256}
@@ -54,7 +52,7 @@ def layers(rounds: int, widest: int, storage: Storage) -> dict[str, Any]:
     results = {}
     centres = ("input", "weight", "auto")
     print(f"{'d/N/b, dtype':<26}{'linear ms':>10}" + "".join(f"{centre:>9}" for centre in centres))
-    for width, tokens, block_size in (shape for shape in kernels["CPU_SHAPES"] if shape[0] <= widest):
+    for width, tokens, block_size in (shape for shape in plain["SHAPES"] if shape[0] <= widest):
         for dtype in (torch.float32, torch.bfloat16):
             linear = nn.Linear(width, width, bias=False, dtype=dtype)
             made: dict[str, nn.Module] = {"linear": linear}
@@ -64,8 +62,8 @@ def layers(rounds: int, widest: int, storage: Storage) -> dict[str, Any]:
                 )
                 made[centre] = StepwiseLinear.from_settings(linear, described)
             x, grad = torch.randn(tokens, width).to(dtype).requires_grad_(), torch.randn(tokens, width).to(dtype)
-            runs = {name: cases["passes"](module, x, grad, "auto")[1] for name, module in made.items()}
-            ms = cases["interleaved"](runs, CPU, rounds)
+            runs = {name: plain["both"](module, x, grad) for name, module in made.items()}
+            ms = plain["interleaved"](runs, rounds)
             name = f"{width}/{tokens}/{block_size} {str(dtype).removeprefix('torch.')}"
             results[name] = {"ms": ms, "ratio": {centre: ms[centre] / ms["linear"] for centre in centres}}
             cells = "".join(f"{ms[centre] / ms['linear']:>9.2f}" for centre in centres)
@@ -123,7 +121,7 @@ def steps(rounds: int, threads: int) -> dict[str, dict[str, float]]:
     peaks = {name: peak_mib(name, threads) for name in RECIPES}
     ids, recipes = random_tokens(), {name: build() for name, build in RECIPES.items()}
     made = {name: step_of(module, ids) for name, module in recipes.items()}
-    ms = cases["interleaved"]({name: step for name, (step, _) in made.items()}, CPU, rounds)
+    ms = plain["interleaved"]({name: step for name, (step, _) in made.items()}, rounds)
     results: dict[str, dict[str, float]] = {}
     titles = f"{'ms':>8}{'of AdamW':>10}{'tokens/s':>10}{'peak MiB':>10}{'state MiB':>11}{'of AdamW':>10}"
     print(f"\n{'whole step':<32}{titles}")

@@ -1,10 +1,15 @@
-"""The check that comes before the clock: every operation by its Triton kernels against its reference in fp64."""
+"""Every operation by its Triton kernels against its reference in fp64, values and gradients."""
 
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpu.device import Gpu
+from gpu.record import Case
 from orthotrain.kernels.backend import use_backend
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.cayley import cayley
@@ -25,10 +30,17 @@ LIMITS = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
 CHAIN_LIMITS = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 """Likewise of the parameterizations, down to their generators: differences of rounded entries, products in tf32x3."""
 
-SHAPES = [(304, 1000, 4), (1000, 712, 32), (513, 640, 64), (257, 1000, 100), (300, 1100, 256), (264, 2104, 1024)]
-"""(N, d, b); in most of them the blocks leave a rest."""
+SHAPES = {
+    (304, 1000, 4): (24, 40, 4),
+    (1000, 712, 32): (40, 72, 32),
+    (513, 640, 64): (17, 128, 64),
+    (257, 1000, 100): (9, 104, 50),
+    (300, 1100, 256): (20, 70, 32),
+    (264, 2104, 1024): (24, 72, 32),
+}
+"""(N, d, b), in most of them the blocks leave a rest; and the smaller ones of a rehearsal."""
 
-BLOCKS = [(2000, 16), (300, 64), (20, 200), (10, 256)]
+BLOCKS = {(2000, 16): (4, 16), (300, 64): (2, 32), (20, 200): (2, 20), (10, 256): (1, 32)}
 """(n, b) of parameterizations: several in a tile, one of them, tiles cut off, whole tiles."""
 
 PARAMETERIZATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -40,54 +52,70 @@ PARAMETERIZATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "exponential": lambda g, b: exponential(skew(g, b)),
 }
 WIDEST_CAYLEY = 64
+WRONG = 9e99
+"""The error of a result that is not finite or not repeated: JSON has no infinity."""
 
 
-def checks(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, float, Results]]:
-    """Yield what is to be checked in a dtype: name of the case, largest error, results."""
-    for rows, width, size in SHAPES:
+def cases(machine: Gpu, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield the checks of every operation in a dtype."""
+
+    def check(name: str, limit: float, make: Callable[[], Results]) -> Case:
+        return Case(f"{name} {str(dtype).removeprefix('torch.')}", lambda: judged(machine, make(), dtype, limit))
+
+    for shape, small in SHAPES.items():
+        rows, width, size = shape
         for group in (None, 1, *(group for group in GROUPS[:1] if rows % group == width % group == 0)):
-            case = f"{rows}x{width} b={size}{'' if group is None else f' permuted by {group}'}"
-            yield f"rotation {case}", LIMITS[dtype], rotation((rows, width, size), dtype, group, device)
-    for blocks, size in BLOCKS:
+            name = f"rotation {rows}x{width} b={size}{'' if group is None else f' permuted by {group}'}"
+            chosen = machine.pick(shape, small)
+            yield check(name, LIMITS[dtype], partial(rotation, chosen, dtype, group, machine.device))
+    for shape, small in BLOCKS.items():
         for name, op in PARAMETERIZATIONS.items():
-            if name != "cayley" or size <= WIDEST_CAYLEY:
-                results = parameterization(op, blocks, size, dtype, device)
-                yield f"{name} n={blocks} b={size}", CHAIN_LIMITS[dtype], results
-    yield "unpacking", LIMITS[dtype], unpacking(dtype, device)
+            if name != "cayley" or shape[1] <= WIDEST_CAYLEY:
+                make = partial(parameterization, op, *machine.pick(shape, small), dtype, machine.device)
+                yield check(f"{name} n={shape[0]} b={shape[1]}", CHAIN_LIMITS[dtype], make)
+    yield check("unpacking", LIMITS[dtype], partial(unpacking, machine.pick(300, 8), dtype, machine.device))
 
 
-def errors(results: Results, dtype: torch.dtype, choice: str = "triton") -> dict[str, float]:
-    """Return the error of every result, relative to its norm; a repeated run must give the same bits.
+def judged(machine: Gpu, results: Results, dtype: torch.dtype, limit: float) -> dict[str, Any]:
+    """Return the errors of an operation, and whether all are within the limit.
 
     Args:
-        results: Of an operation.
+        machine: What computes; a rehearsal holds the reference to itself.
+        results: Of the operation.
         dtype: What to compute in.
-        choice: Of the kernels that are checked.
+        limit: The largest error, relative.
     """
+    found = errors(results, dtype, machine.pick("triton", "reference"))
+    return {"errors": found, "limit": limit, "right": all(error <= limit for error in found.values())}
+
+
+def errors(results: Results, dtype: torch.dtype, choice: str) -> dict[str, float]:
+    """Return the relative error of every result, or 9e99 if a second run gives other bits."""
     with use_backend(choice):
         found, again = results(dtype), results(dtype)
     with use_backend("reference"):
         exact = results(torch.float64)
     repeats = all(torch.equal(found[name], again[name]) for name in found)
-    return {name: relative(found[name], exact[name]) if repeats else float("inf") for name in found}
+    return {name: relative(found[name], exact[name]) if repeats else WRONG for name in found}
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
-    """Return ``||found - exact|| / ||exact||``; infinite where anything is not a number."""
+    """Return ``||found - exact|| / ||exact||``; 9e99 where anything is not a number."""
     found, exact = found.detach().double(), exact.detach()
     value = float((found - exact).norm() / exact.norm().clamp_min(1e-30))
-    return value if value == value else float("inf")
+    return value if math.isfinite(value) else WRONG
 
 
 def rotation(shape: tuple[int, int, int], dtype: torch.dtype, group: int | None, device: torch.device) -> Results:
     """Return the results of block_rotate, fold and oft_linear with their gradients, permuted by groups or not."""
     rows, width, size = shape
+    out = min(48, width)
     generator = torch.Generator(device).manual_seed(rows)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    x, grad, weight = draw(rows, width), draw(rows, width), draw(48, width)
+    x, grad, weight = draw(rows, width), draw(rows, width), draw(out, width)
     d_in, d_out = draw(width // size, size, size) / size**0.5, draw(rows // size, size, size) / size**0.5
     orders = [
         None if group is None else torch.randperm(k // group, generator=generator, device=device) for k in (rows, width)
@@ -102,7 +130,7 @@ def rotation(shape: tuple[int, int, int], dtype: torch.dtype, group: int | None,
         for name, result, leaves, upper in (
             ("", y, {"dx": x_, "dD": d_in_}, grad),
             ("fold ", w, {"dD_out": d_out_, "dD_in": d_in_}, grad),
-            ("oft ", z, {"dx": x_, "dD": d_in_}, grad[:, :48]),
+            ("oft ", z, {"dx": x_, "dD": d_in_}, grad[:, :out]),
         ):
             gradients = torch.autograd.grad(result, list(leaves.values()), upper.to(kind))
             found |= {name + leaf: gradient for leaf, gradient in zip(leaves, gradients, strict=True)}
@@ -128,7 +156,7 @@ def parameterization(
     return results
 
 
-def unpacking(dtype: torch.dtype, device: torch.device) -> Results:
+def unpacking(rows: int, dtype: torch.dtype, device: torch.device) -> Results:
     """Return unpacked weights, int8 and NF4 with and without double quantisation."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -139,11 +167,11 @@ def unpacking(dtype: torch.dtype, device: torch.device) -> Results:
         return torch.rand(*shape, generator=generator, device=device)
 
     codes, scales, packed = (
-        whole(-127, 128, 300, 512, dtype=torch.int8),
-        draw(300, 2),
-        whole(0, 256, 300, 256, dtype=torch.uint8),
+        whole(-127, 128, rows, 512, dtype=torch.int8),
+        draw(rows, 2),
+        whole(0, 256, rows, 256, dtype=torch.uint8),
     )
-    groups = 300 * 512 // 64
+    groups = rows * 512 // 64
     plain = (draw(groups), None, None, None)
     double = (whole(0, 256, groups, dtype=torch.uint8), draw(-(-groups // 256)), draw(1), draw(256))
 

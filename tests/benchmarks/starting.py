@@ -1,6 +1,6 @@
 """How long a large network takes to build, and how much more memory than its weights: an 8B LLaMA as POET trains it.
 
-    .venv/bin/python -P tests/benchmarks/starting.py [--layers 32] [--storage dense int8 nf4] [--init normalized uniform]
+    .venv/bin/python -P tests/benchmarks/starting.py [--layers 32] [--storage dense nf4] [--init normalized uniform]
 
 Each network is built in bf16 in a process of its own, on the GPU if there is one. The table goes to
 tests/benchmarks/results/starting.json, or that of a GPU to standard output alone: gpu.sh keeps those.

@@ -271,6 +271,6 @@ def test_a_thousand_merges_of_a_quantised_weight_leave_the_loss_where_it_was(tmp
     assert losses["dense"] < 0.85 * (start := float(untrained.loss(batch)))
     # over seeds and draws of the noise, a residual gives 0.9999 to 1.0013 of the loss
     assert losses["residual"] < 1.003 * losses["dense"] and losses["int8"] < 1.05 * losses["dense"], losses
-    # 16 values and a fold of one step: the walk of requantising outruns such steps, but not the training; over seeds and
-    # draws of the noise the loss is 0.87 to 0.97 of that of the start
+    # 16 values and a fold of one step: the walk of requantising outruns such steps, but not the training; over seeds
+    # and draws of the noise the loss is 0.87 to 0.97 of that of the start
     assert losses["nf4"] < start, (losses, start)

@@ -74,6 +74,7 @@ class BaseModule(L.LightningModule):
         self._builder = None if isinstance(model, nn.Module) else model
         self.optimization = optimization
         self.head_loss = HeadLoss(chunked_loss)
+        self.planned_bytes: int | None = None  # told by the command line, for the summary to compare with
         self.resume_from: str | None = None  # said by the command line, for ranks to compare
         self._wrapped = self._sharded = self._epoch_was_over = False
         self._restored: dict[str, Any] | None = None  # until its optimizers can be compared
@@ -254,14 +255,15 @@ class BaseModule(L.LightningModule):
         assert self.model is not None, "call configure_model() first"
         if type(self).next_token_outputs is not BaseModule.next_token_outputs:  # a subclass computes it in its own way
             return self.next_token_outputs(batch)[0]
-        return self.head_loss(self.model, lambda: self._outputs(batch), batch["labels"], self.needs_logits)
+        return self.head_loss(self.model, lambda: self.network_output(batch), batch["labels"], self.needs_logits)
 
     def next_token_outputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the mean next-token cross-entropy of a batch in nats, and the logits ``(B, T, V)``."""
-        logits = logits_of(self._outputs(batch))
+        logits = logits_of(self.network_output(batch))
         return cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()), logits
 
-    def _outputs(self, batch: dict[str, Tensor]) -> Any:
+    def network_output(self, batch: dict[str, Tensor]) -> Any:
+        """Return what the network computes from everything in a batch but its labels."""
         return self(**{name: value for name, value in batch.items() if name != "labels"})
 
     @property
@@ -271,6 +273,11 @@ class BaseModule(L.LightningModule):
             return f"compile is {self.compile_mode}"
         compiled = hasattr(self.model, "_orig_mod") or getattr(self.model, "_compiled_call_impl", None)
         return "torch.compile is used" if compiled or torch.compiler.is_compiling() else None
+
+    @property
+    def loss_described(self) -> str | None:
+        """How the next-token loss was computed, for the summary of a run; None where the module has another loss."""
+        return self.head_loss.describe(self.needs_logits) if self.has_next_token_loss else None
 
     @property
     def has_next_token_loss(self) -> bool:

@@ -1,8 +1,9 @@
 """The cross-entropy of a linear head from its inputs, some rows at a time, so that the logits never exist as a whole.
 
-The loss of N tokens with V classes usually takes the logits in the network's dtype and two fp32 arrays of N x V: the
-logits and their log-softmax in forward, the log-softmax and its gradient in backward. Here a chunk of rows goes through
-the head, its loss and its gradients are computed at once, and the next chunk takes its place in memory.
+The loss of N tokens with V classes usually takes three fp32 arrays of N x V in backward (the log-softmax, and the
+gradients of its output and of its input). Here a chunk of rows goes through the head, its loss and its gradients are
+computed at once, and the next chunk takes its place in memory. A head that is trained holds its gradient from the
+forward pass on.
 """
 
 from typing import Any
@@ -36,7 +37,7 @@ def loss_bytes(tokens: int, classes: int, dtype: torch.dtype, rows: int | None) 
         rows: Rows of a chunk; None for the loss of whole logits.
     """
     rounded = dtype.itemsize if dtype.itemsize < 4 else 0
-    return tokens * classes * (8 + rounded) if rows is None else min(rows, tokens) * classes * (4 + rounded)
+    return tokens * classes * 12 if rows is None else min(rows, tokens) * classes * (4 + rounded)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -59,8 +60,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: int) -> Tensor:
     """Return ``cross_entropy(F.linear(hidden, weight, bias), labels)`` without holding the logits of all rows.
 
-    ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) does the same, but returns the loss of a bf16 network
-    rounded to bf16, and NaN gradients where no label counts; it is no faster (tests/benchmarks/loss.py).
+    ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) goes by chunks too, but returns the loss of a bf16
+    network rounded to bf16 (10.94 for 10.87), and NaN gradients where no label counts.
 
     Args:
         hidden: Inputs of the head, shape ``(N, H)``, in one of `DTYPES`.
@@ -122,30 +123,34 @@ def _by_chunks(
     counted = labels != IGNORED
     number = counted.sum()
     targets = labels.masked_fill(~counted, 0)[:, None]
-    factors = None if scale is None else torch.where(counted, scale / number, 0.0)[:, None]
     losses = torch.empty(len(hidden), device=hidden.device)
-    by_hidden, by_weight, by_bias = (
+    gradients = [
         torch.zeros_like(t) if t is not None and asked and scale is not None else None
         for t, asked in zip((hidden, weight, bias), wanted, strict=True)
-    )
+    ]
+    by_hidden, by_weight, by_bias = gradients
+    factors = torch.zeros(1) if scale is None else torch.where(counted, scale / number, 0.0)[:, None]
+
+    def add(part: slice) -> None:  # a function, so that one chunk has gone before the next one comes
+        logits = F.linear(hidden[part], weight, bias).float()
+        largest = logits.amax(-1, keepdim=True)
+        chosen = logits.gather(-1, targets[part]) - largest
+        total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+        losses[part] = (total.log() - chosen).squeeze(-1)
+        if all(gradient is None for gradient in gradients):
+            return
+        # the gradient of the logits, softmax - one_hot, in the place of the logits
+        logits.mul_(factors[part] / total).scatter_add_(-1, targets[part], -factors[part])
+        gradient = logits.to(hidden.dtype)
+        if by_hidden is not None:
+            torch.mm(gradient, weight, out=by_hidden[part])
+        if by_weight is not None:
+            by_weight.addmm_(gradient.mT, hidden[part])
+        if by_bias is not None:
+            by_bias.add_(gradient.sum(0))
+
     # the operands have one dtype, which autocast would change here and not in backward
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = F.linear(hidden[part], weight, bias).float()
-            largest = logits.amax(-1, keepdim=True)
-            chosen = logits.gather(-1, targets[part]) - largest
-            total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-            losses[part] = (total.log() - chosen).squeeze(-1)
-            if factors is None:
-                continue
-            # the gradient of the logits, softmax - one_hot, in the place of the logits
-            logits.mul_(factors[part] / total).scatter_add_(-1, targets[part], -factors[part])
-            gradient = logits.to(hidden.dtype)
-            if by_hidden is not None:
-                torch.mm(gradient, weight, out=by_hidden[part])
-            if by_weight is not None:
-                by_weight.addmm_(gradient.mT, hidden[part])
-            if by_bias is not None:
-                by_bias += gradient.sum(0)
+            add(slice(start, start + rows))
     return losses.masked_fill(~counted, 0.0).sum() / number, by_hidden, by_weight, by_bias

@@ -28,7 +28,7 @@ class HeadLoss:
     def __init__(self, chunked: bool | None = None) -> None:
         self.chunked = chunked
         self.obstacle: str | None = "chunked_loss is false" if chunked is False else None
-        self.rows: int | None = None  # of a chunk of the last batch; None for whole logits
+        self.rows: int | None = None  # of a chunk of the last batch that went by chunks
         self._probed = False
 
     def check(self, network: nn.Module) -> None:
@@ -77,7 +77,6 @@ class HeadLoss:
             labels: Shape ``(B, T)``; -100 does not count.
             whole: Why this batch needs whole logits; None if it does not.
         """
-        self.rows = None
         if whole is None:
             self.probe(network, forward, labels.device)
         if self.obstacle is None and whole is None:
@@ -90,8 +89,8 @@ class HeadLoss:
         return None if self.obstacle or (self.chunked is None and tokens <= rows) else rows
 
     def describe(self, whole: str | None = None) -> str:
-        """Return how the last batch was computed, in one line for the summary of a run."""
-        if self.rows is not None:
+        """Return how the batches were computed, in one line for the summary of a run."""
+        if self.rows is not None and whole is None:
             return f"by chunks of {self.rows} rows of logits"
         return f"with whole logits ({self.obstacle or whole or 'a batch fits into one chunk'})"
 
@@ -102,34 +101,52 @@ class HeadLoss:
 
     def _at_head(self, network: nn.Module, forward: Callable[[], Any], labels: Tensor) -> Tensor:
         head: Any = network.get_output_embeddings()  # type: ignore[operator]
-        returned: list[Tensor] = []
+        losses: list[Tensor] = []
 
         def computed(hidden: Tensor) -> Tensor:
-            returned.append(self._loss_or_logits(head, hidden, labels))
-            return returned[-1]
+            rows = self._rows_of(head, hidden, labels.numel())
+            if rows is None:
+                return F.linear(hidden, head.weight, head.bias)
+            # as many dimensions as logits have: what a network may do to logits can be done, and gives another tensor
+            losses.append(loss_of(hidden, head, labels, rows).view(1, 1, 1))
+            self.rows = rows
+            return losses[-1]
 
         with in_place_of(head, computed):
             output = logits_of(forward())
-        if self.rows is None:
+        if not losses:
             return cross_entropy(output.flatten(0, 1), labels)
-        if len(returned) != 1 or output is not returned[0]:
+        if len(losses) != 1 or output is not losses[0]:
             raise ConfigurationError(
                 f"{type(network).__name__} returned the output of its head as it is for the first batch, and changes "
                 "that of a later one: set chunked_loss to false"
             )
         return output.view(())
 
-    def _loss_or_logits(self, head: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        rows = self.rows_for(labels.numel(), head.out_features)
-        matched = hidden.shape[:-1].numel() == labels.numel() and not isinstance(head.weight, DTensor)
-        if rows is None or dtype not in DTYPES or not matched:
-            return F.linear(hidden, head.weight, head.bias)
-        self.rows = rows
-        operands = [None if t is None else t.to(dtype) for t in (hidden.flatten(0, -2), head.weight, head.bias)]
-        # as many dimensions as logits have: what a network may do to logits can be done, and gives another tensor
-        return chunked_cross_entropy(*operands, labels, rows).view(1, 1, 1)  # type: ignore[arg-type]
+    def _rows_of(self, head: nn.Linear, hidden: Tensor, labels: int) -> int | None:
+        """Return how many rows of a head's inputs make a chunk; None where the head has to return logits."""
+        matched = hidden.shape[:-1].numel() == labels and not isinstance(head.weight, DTensor)
+        return self.rows_for(labels, head.out_features) if matched and dtype_at(hidden) in DTYPES else None
+
+
+def loss_of(hidden: Tensor, head: nn.Linear, labels: Tensor, rows: int) -> Tensor:
+    """Return the mean cross-entropy of a head's inputs ``(..., H)`` by chunks, in the dtype that the head computes in.
+
+    Args:
+        hidden: Inputs of the head.
+        head: A plain linear layer.
+        labels: One for each row of ``hidden``.
+        rows: Rows of a chunk.
+    """
+    dtype = dtype_at(hidden)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return chunked_cross_entropy(hidden.flatten(0, -2).to(dtype), head.weight.to(dtype), bias, labels, rows)
+
+
+def dtype_at(x: Tensor) -> torch.dtype:
+    """Return the dtype that a linear layer computes ``x`` in: that of autocast, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def head_obstacle(network: nn.Module) -> str | None:

@@ -48,11 +48,15 @@ class Plan:
         return sum(entry.bytes for entry in self.entries)
 
     @property
+    def certain_bytes(self) -> int:
+        """Bytes of weights, gradients and optimizer state, which are in memory together at the end of each step."""
+        return sum(entry.bytes for entry in self.entries if not entry.category.endswith("(estimate)"))
+
+    @property
     def least_bytes(self) -> int:
-        """Bytes that lie in memory together: gradients are complete when the last activations have gone."""
-        passing = {name: self[name].bytes for name in ("gradients", "activations (estimate)", "loss (estimate)")}
-        gradients = passing.pop("gradients")
-        return self.total_bytes - gradients - sum(passing.values()) + max(gradients, sum(passing.values()))
+        """Bytes of the larger of two moments: all gradients, or all activations and the loss without gradients."""
+        estimated = self.total_bytes - self.certain_bytes
+        return self.certain_bytes + max(0, estimated - self["gradients"].bytes)
 
     def table(self) -> str:
         """Return the plan as text."""

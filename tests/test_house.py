@@ -36,7 +36,10 @@ MAY_IMPORT = {
     },
     "paths": {"errors"},
     "limited": set(),
-    "model_size": {"errors", "limited"},
+    "device_memory": set(),
+    "devices": {"errors"},
+    "fitting": {"device_memory", "errors", "failures", "models", "modules", "plan"},
+    "model_size": {"device_memory", "errors", "limited"},
     "models": {"errors", "model_folder", "model_size", "progress"},
     "spectrum": set(),
     "terminal": set(),
@@ -46,6 +49,7 @@ MAY_IMPORT = {
     "optimizers": {"optimizers", "kernels.skew", "layers.generators", "errors"},
     "callbacks": {
         "callbacks",
+        "device_memory",
         "failures",
         "checkpoint_io",
         "plain_files",
@@ -117,7 +121,7 @@ MAY_IMPORT = {
         *("modules", "callbacks", "layers", "optimizers", "plugins", "models"),
         *("metrics", "generation", "generation_metrics", "checkpoint", "checkpoint_io"),
         *("rebuild", "resume", "restorable", "stored_paths", "strategies", "errors", "seeding", "progress"),
-        *("temporary", "termination"),
+        *("devices", "temporary", "termination"),
     },
 }
 

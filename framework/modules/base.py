@@ -24,6 +24,7 @@ from orthotrain.callbacks.run_files import leave_nothing
 from orthotrain.callbacks.throughput import Throughput, logs_at
 from orthotrain.checkpoint import check_finite, compare_state, read_checkpoint
 from orthotrain.checkpoint_io import AtomicCheckpointIO
+from orthotrain.devices import check_device
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.displacement_pool import DisplacementPool
 from orthotrain.layers.mergeable import mergeable_layers
@@ -129,6 +130,7 @@ class BaseModule(L.LightningModule):
         if strategy is not None:
             check_merging(strategy, self.trainer.callbacks)  # type: ignore[attr-defined]
             agree_on_checkpoint(self.resume_from)
+            check_device(strategy.root_device, str(self.trainer.precision))
         if self._wrapped:
             return
         if self.model is None:

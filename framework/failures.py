@@ -117,11 +117,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def asked_for(error: BaseException) -> str:
+    """Return how PyTorch says that memory has run out, without what it says of its allocator."""
+    return ". ".join(str(error).split(". ")[:2])
+
+
 def _no_device_memory(error: BaseException) -> str | None:
     if not is_out_of_memory(error):
         return None
     return (
-        f"the memory of the device has run out ({str(error).split('. ')[0]}): lower --data.batch_size, take "
+        f"the memory of the device has run out ({asked_for(error)}): lower --data.batch_size, take "
         "--model.model.gradient_checkpointing true or --model.layers.activation_mode mem, or a weight in int8 or nf4; "
         f"{_AGAIN}"
     )

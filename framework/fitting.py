@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from orthotrain.device_memory import total_bytes
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted
-from orthotrain.failures import is_out_of_memory
+from orthotrain.failures import asked_for, is_out_of_memory
 from orthotrain.models import CausalLM
 from orthotrain.modules import BaseModule, OftLayers, PoetLayers
 from orthotrain.modules.head_loss import HeadLoss
@@ -111,30 +113,42 @@ def advice(run: Planned, within: int | None, resuming: bool = False) -> str:
     return ", ".join(told) or "take a smaller network, or a device with more memory"
 
 
-def check_fits(run: Planned, device: torch.device) -> int:
-    """Refuse a run whose weights, gradients and optimizer state alone are larger than a device; return its plan's bytes.
+def check_fits(module: BaseModule, data: dict[str, Any], trainer: L.Trainer) -> Planned | None:
+    """Refuse a run whose weights, gradients and optimizer state alone are larger than its GPU.
 
-    Activations are an estimate: a run that would fit but for them is told so, and begins.
+    Activations are an estimate: a run that would fit but for them is told so, and begins. The plan is told to the
+    module, for the summary. A sharded run is not checked, for a plan is that of one device.
+
+    Args:
+        module: The module of the run, its network not built.
+        data: Arguments of the data module.
+        trainer: The trainer, for its device and precision.
+
+    Returns:
+        The run as it can be planned, if it can.
 
     Raises:
         ConfigurationError: With the plan, the memory, and what would fit.
     """
-    plan, memory = run.plan(), total_bytes(device)
-    if memory is None or plan.least_bytes <= memory:
-        return plan.total_bytes
-    text = (
-        f"this run is planned to hold {plan.total_bytes / GIB:.1f} GiB, of them {plan.certain_bytes / GIB:.1f} without "
-        f"activations, and {_name(device)} has {memory / GIB:.1f} GiB: {advice(run, memory)}"
-    )
-    if plan.certain_bytes > memory:
-        raise ConfigurationError(text)
-    rank_zero_warn(text)
-    return plan.total_bytes
+    run, device = Planned.of(module, data, trainer.precision), trainer.strategy.root_device
+    if run is None or device.type != "cuda" or isinstance(trainer.strategy, ModelParallelStrategy):
+        return run
+    plan, memory = run.plan(), total_bytes(device) or 0
+    module.planned_bytes = plan.total_bytes
+    if plan.least_bytes > memory:
+        text = (
+            f"this run is planned to hold {plan.total_bytes / GIB:.1f} GiB, {plan.certain_bytes / GIB:.1f} without "
+            f"activations, and {_name(device)} has {memory / GIB:.1f}: {advice(run, memory)}"
+        )
+        if plan.certain_bytes > memory:
+            raise ConfigurationError(text)
+        rank_zero_warn(text)
+    return run
 
 
 @contextmanager
-def naming_memory(run: Planned | None, device: torch.device) -> Iterator[None]:
-    """Say what would fit where the memory of a device runs out.
+def naming_memory(run: Planned | None, trainer: L.Trainer) -> Iterator[None]:
+    """Say, on the first rank, what would fit where the memory of a device runs out.
 
     Raises:
         DeviceMemoryExhausted: In the place of PyTorch's error.
@@ -142,13 +156,14 @@ def naming_memory(run: Planned | None, device: torch.device) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if run is None or not is_out_of_memory(error):
+        if run is None or not is_out_of_memory(error) or not trainer.is_global_zero:
             raise
-        first = str(error).split(". ")[0]
+        device = trainer.strategy.root_device
         raise DeviceMemoryExhausted(
-            f"the memory of {_name(device)} has run out ({first}): the run is planned to hold "
-            f"{run.plan().total_bytes / GIB:.1f} GiB; {advice(run, total_bytes(device), resuming=True)}; the "
-            "checkpoints are whole: start the command again with such an option, fit with --ckpt_path last"
+            f"the memory of {_name(device)} has run out after step {trainer.global_step} ({asked_for(error)}): the run "
+            f"is planned to hold {run.plan().total_bytes / GIB:.1f} GiB; "
+            f"{advice(run, total_bytes(device), resuming=True)}; the checkpoints are whole: start the command again "
+            "with such an option, fit with --ckpt_path last"
         ) from error
 
 

@@ -16,7 +16,6 @@ from jsonargparse import _typehints, get_loader, set_loader
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -34,7 +33,7 @@ from orthotrain.checkpoint import describe_checkpoint, refuse_run_folder
 from orthotrain.config_errors import one_line
 from orthotrain.devices import check_device
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted, TrainingDiverged
-from orthotrain.fitting import Planned, check_fits, naming_memory
+from orthotrain.fitting import check_fits, naming_memory
 from orthotrain.layers.kernel_choice import check_kernels
 from orthotrain.models import CausalLM, ModelBuilder, check_vocabulary
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
@@ -179,21 +178,12 @@ class OrthotrainCLI(LightningCLI):
             if not folder.exists():  # CSVLogger warns of older logs where only the lock lies
                 message = rf"Experiment logs directory {re.escape(str(folder))}/? exists"
                 warnings.filterwarnings("ignore", message=message)
-        device = self.trainer.strategy.root_device
-        planned = (
-            Planned.of(self.model, self._data_arguments(), self.trainer.precision) if subcommand == "fit" else None
-        )
-        if (
-            planned is not None
-            and device.type == "cuda"
-            and not isinstance(self.trainer.strategy, ModelParallelStrategy)
-        ):
-            self.model.planned_bytes = check_fits(planned, device)
+        planned = check_fits(self.model, self._data_arguments(), self.trainer) if subcommand == "fit" else None
         with (
             holding(folders),
             no_child_left(self.trainer),
             naming_checkpoint(self.model),
-            naming_memory(planned, device),
+            naming_memory(planned, self.trainer),
         ):
             super()._run_subcommand(subcommand)
 

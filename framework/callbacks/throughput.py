@@ -1,7 +1,7 @@
 """Training tokens per second, of all ranks together."""
 
 import functools
-import time
+from time import perf_counter
 from typing import Any
 
 import lightning as L
@@ -54,7 +54,7 @@ class Throughput(L.Callback):
         """Count a batch, and log at the trainer's cadence."""
         if self._mark is None:
             if trainer.global_step != self._first_step:
-                self._mark = time.perf_counter()
+                self._mark = perf_counter()
             return
         self._lap()
         tokens = count_inputs(batch) * trainer.world_size
@@ -73,7 +73,7 @@ class Throughput(L.Callback):
 
     def _lap(self) -> None:
         assert self._mark is not None
-        now = time.perf_counter()
+        now = perf_counter()
         self._seconds, self._window_seconds = self._seconds + now - self._mark, self._window_seconds + now - self._mark
         self._mark = now
 
@@ -88,7 +88,7 @@ class Throughput(L.Callback):
         return running
 
     def _go_on(self, running: bool) -> None:
-        self._mark = time.perf_counter() if running else None
+        self._mark = perf_counter() if running else None
 
 
 def logs_at(trainer: L.Trainer, count: int) -> bool:

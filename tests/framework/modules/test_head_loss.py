@@ -1,4 +1,4 @@
-"""The loss that a head computes in the place of logits: for which networks, with what result, and what is said of it."""
+"""The loss that a head computes in the place of logits: for which networks, with what result, and what the run says."""
 
 import lightning as L
 import pytest

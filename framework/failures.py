@@ -126,9 +126,9 @@ def _no_device_memory(error: BaseException) -> str | None:
     if not is_out_of_memory(error):
         return None
     return (
-        f"the memory of the device has run out ({asked_for(error)}): lower --data.batch_size, take "
-        "--model.model.gradient_checkpointing true or --model.layers.activation_mode mem, or a weight in int8 or nf4; "
-        f"{_AGAIN}"
+        f"the memory of the device has run out ({asked_for(error)}): take --model.model.gradient_checkpointing true or "
+        "--model.layers.activation_mode mem; a run that begins anew and an evaluation can also take a lower "
+        f"--data.batch_size, or weights in int8 or nf4; {_AGAIN}"
     )
 
 

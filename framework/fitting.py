@@ -78,7 +78,7 @@ def options_of(run: Planned) -> Iterator[Option]:
     module: Any = run.module
     layers = getattr(module, "layers", None)
     if run.batch_size > 1:
-        yield Option("--data.batch_size 1", lambda module: None)
+        yield Option("--data.batch_size 1", lambda module: None, resumes=False)  # the place in the data is in batches
     if module.head_loss.chunked is False:
         yield Option("--model.chunked_loss null", lambda module: setattr(module, "head_loss", HeadLoss()))
     if not module._builder.gradient_checkpointing:
@@ -93,15 +93,16 @@ def options_of(run: Planned) -> Iterator[Option]:
             yield Option(f"--model.layers.quantization {storage}", _with_layers(quantization=storage), resumes=False)
 
 
-def advice(run: Planned, within: int | None, resuming: bool = False) -> str:
+def advice(run: Planned, within: int | None, resumes: bool | None = None) -> str:
     """Return what options make of the plan of a run, in one line.
 
     Args:
         run: The run.
         within: Bytes that it has to fit into; None if that is not known.
-        resuming: Whether only those options count with which the run goes on from its checkpoints.
+        resumes: True for those options alone with which the run goes on from its checkpoints, False for the others,
+            None for all.
     """
-    options = [option for option in options_of(run) if option.resumes or not resuming]
+    options = [option for option in options_of(run) if resumes in (None, option.resumes)]
     before = run.plan().total_bytes
     found = {option.text: _total(run.with_options([option])) for option in options}
     told = [f"{text} plans {held / GIB:.1f} GiB" for text, held in found.items() if held is not None and held < before]
@@ -110,7 +111,7 @@ def advice(run: Planned, within: int | None, resuming: bool = False) -> str:
         together = _total(run.with_options(list(chosen.values())))
         if together is not None and len(chosen) > 1:
             told.append(f"{' '.join(option.text for option in chosen.values())} together {together / GIB:.1f} GiB")
-    return ", ".join(told) or "take a smaller network, or a device with more memory"
+    return ", ".join(told) or "no option lowers that"
 
 
 def check_fits(module: BaseModule, data: dict[str, Any], trainer: L.Trainer) -> Planned | None:
@@ -161,9 +162,9 @@ def naming_memory(run: Planned | None, trainer: L.Trainer) -> Iterator[None]:
         device = trainer.strategy.root_device
         raise DeviceMemoryExhausted(
             f"the memory of {_name(device)} has run out after step {trainer.global_step} ({asked_for(error)}): the run "
-            f"is planned to hold {run.plan().total_bytes / GIB:.1f} GiB; "
-            f"{advice(run, total_bytes(device), resuming=True)}; the checkpoints are whole: start the command again "
-            "with such an option, fit with --ckpt_path last"
+            f"is planned to hold {run.plan().total_bytes / GIB:.1f} GiB; the checkpoints are whole, to go on from them "
+            f"with --ckpt_path last add: {advice(run, total_bytes(device), resumes=True)}; to begin anew: "
+            f"{advice(run, total_bytes(device), resumes=False)}"
         ) from error
 
 

@@ -19,9 +19,12 @@ class Throughput(L.Callback):
     """
 
     def __init__(self) -> None:
+        self._begin(0)
+
+    def _begin(self, step: int) -> None:
         self._tokens = self._window_tokens = 0
         self._seconds = self._window_seconds = 0.0
-        self._first_step = 0
+        self._first_step = step
         self._mark: float | None = None  # until when the time is counted; None while the clock stands
         self._stopped = False  # by the validation under way
 
@@ -32,8 +35,7 @@ class Throughput(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin anew, and let the clock stand while a checkpoint is written, for which there is no hook."""
-        self.__init__()  # type: ignore[misc]
-        self._first_step = trainer.global_step
+        self._begin(trainer.global_step)
         save = trainer.save_checkpoint
 
         @functools.wraps(save)

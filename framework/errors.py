@@ -31,6 +31,10 @@ class TrainingDiverged(RuntimeError):
     """A run whose loss or parameters are no longer finite: one line that names the step and what it found."""
 
 
+class DeviceMemoryExhausted(RuntimeError):
+    """A run that needs more memory than its device has: one line that says what would fit."""
+
+
 def check_choice(name: str, value: str, choices: object) -> None:
     """Refuse a value outside a Literal.
 

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from orthotrain.errors import ConfigurationError, TrainingDiverged
+from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted, TrainingDiverged
 from orthotrain.streams import reader_is_gone
 
 CHANGE_FIRST, START_AGAIN = 2, 1
@@ -25,6 +25,9 @@ WRITE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, er
 _WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpect)")
 _RUST = re.compile(r"\(os error (\d+)\)")
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc|iostream error")
+_OUT_OF_MEMORY = re.compile(
+    r"CUDA (?:error: )?out of memory|CUBLAS_STATUS_ALLOC_FAILED|DefaultCPUAllocator: (?:can't|not enough)"
+)
 _SILENT = re.compile(r"[Tt]imed out|[Tt]imeout|failed to pass monitoredBarrier")
 _RANKS = re.compile(r"gloo/transport|monitoredBarrier|Connection (?:closed|reset) by peer|ncclRemoteError")
 _AGAIN = "the checkpoints are whole: start the command again, fit with --ckpt_path last"
@@ -102,8 +105,31 @@ def _bad_input(error: BaseException) -> str | None:
     return str(error) if isinstance(error, ConfigurationError) else None
 
 
-def _diverged(error: BaseException) -> str | None:
-    return str(error) if isinstance(error, TrainingDiverged) else None
+def _told_by_the_run(error: BaseException) -> str | None:
+    return str(error) if isinstance(error, TrainingDiverged | DeviceMemoryExhausted) else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether PyTorch or a library of CUDA has asked for memory that a device does not have."""
+    # torch.OutOfMemoryError by its name: this module does not import torch
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    )
+
+
+def asked_for(error: BaseException) -> str:
+    """Return how PyTorch says that memory has run out, without what it says of its allocator."""
+    return ". ".join(str(error).split(". ")[:2])
+
+
+def _no_device_memory(error: BaseException) -> str | None:
+    if not is_out_of_memory(error):
+        return None
+    return (
+        f"the memory of the device has run out ({asked_for(error)}): take --model.model.gradient_checkpointing true or "
+        "--model.layers.activation_mode mem; a run that begins anew and an evaluation can also take a lower "
+        f"--data.batch_size, or weights in int8 or nf4; {_AGAIN}"
+    )
 
 
 def _killed_worker(error: BaseException) -> str | None:
@@ -219,7 +245,8 @@ def _number(error: BaseException) -> int | None:
 
 _TABLE: tuple[tuple[Callable[[BaseException], str | None], int], ...] = (
     (_bad_input, CHANGE_FIRST),
-    (_diverged, START_AGAIN),
+    (_told_by_the_run, START_AGAIN),
+    (_no_device_memory, START_AGAIN),
     (_no_metric, CHANGE_FIRST),
     (_no_memory, START_AGAIN),
     (_panic, CHANGE_FIRST),

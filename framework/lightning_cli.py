@@ -31,7 +31,9 @@ from orthotrain.callbacks.run_progress import RunProgress
 from orthotrain.callbacks.sample_writer import SampleWriter
 from orthotrain.checkpoint import describe_checkpoint, refuse_run_folder
 from orthotrain.config_errors import one_line
-from orthotrain.errors import ConfigurationError, TrainingDiverged
+from orthotrain.devices import check_device
+from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted, TrainingDiverged
+from orthotrain.fitting import check_fits, naming_memory
 from orthotrain.layers.kernel_choice import check_kernels
 from orthotrain.models import CausalLM, ModelBuilder, check_vocabulary
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
@@ -176,8 +178,18 @@ class OrthotrainCLI(LightningCLI):
             if not folder.exists():  # CSVLogger warns of older logs where only the lock lies
                 message = rf"Experiment logs directory {re.escape(str(folder))}/? exists"
                 warnings.filterwarnings("ignore", message=message)
-        with holding(folders), no_child_left(self.trainer), naming_checkpoint(self.model):
+        planned = check_fits(self.model, self._data_arguments(), self.trainer) if subcommand == "fit" else None
+        with (
+            holding(folders),
+            no_child_left(self.trainer),
+            naming_checkpoint(self.model),
+            naming_memory(planned, self.trainer),
+        ):
             super()._run_subcommand(subcommand)
+
+    def _data_arguments(self) -> dict[str, Any]:
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        return dict(config["data"].get("init_args") or {})
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Let ``--ckpt_path last`` be the newest checkpoint that is whole, and ``best`` the one that it names."""
@@ -232,6 +244,7 @@ class OrthotrainCLI(LightningCLI):
         """Store the model's part of the config as its hyper-parameters; refuse early what cannot run."""
         check()
         check_kernels(self.trainer.strategy.root_device)
+        check_device(self.trainer.strategy.root_device, str(self.trainer.precision))
         if isinstance(self.model._builder, CausalLM):  # else it is known when the text is tokenized and the model built
             check_vocabulary(getattr(self.datamodule, "vocab_size", None), self.model._builder.vocab_size)
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
@@ -275,7 +288,7 @@ def naming_checkpoint(module: BaseModule) -> Iterator[None]:
     """
     try:
         yield
-    except (TrainingDiverged, OSError):
+    except (TrainingDiverged, DeviceMemoryExhausted, OSError):
         raise
     except Exception as error:
         if not raised_while_restoring(error) or str(module.resume_from) in str(error):
@@ -310,6 +323,6 @@ class PlanCLI(OrthotrainCLI):
         """Plan."""
         from orthotrain.plan import plan_run
 
-        data = self.config["data"]["init_args"]
+        data = self._data_arguments()
         length = data.get("sequence_length") or data.get("max_length")
         self.plan = plan_run(self.model, data["batch_size"], length, self.config["trainer"]["precision"])

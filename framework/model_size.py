@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from orthotrain.device_memory import total_bytes
 from orthotrain.errors import ConfigurationError
 from orthotrain.limited import LimitExceeded, call_limited
 
@@ -82,11 +82,7 @@ def check_memory(values: int | None, dtype: torch.dtype, what: str) -> None:
 def _memory() -> int | None:
     """Bytes of the default device; None where tensors have no storage."""
     device = torch.get_default_device()
-    if detect_fake_mode() is not None or device.type == "meta":
-        return None
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None if detect_fake_mode() is not None else total_bytes(device)
 
 
 @functools.cache

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from orthotrain.layers import mergeable_layers
 from orthotrain.layers.generators import mark_generators, rotated_share
 from orthotrain.modules import BaseModule, Optimization
+from orthotrain.modules.chunked_loss import loss_bytes
+from orthotrain.modules.head_loss import logits_of
 
 GIB = 1024**3
 
@@ -45,6 +47,17 @@ class Plan:
         """Bytes of all categories together."""
         return sum(entry.bytes for entry in self.entries)
 
+    @property
+    def certain_bytes(self) -> int:
+        """Bytes of weights, gradients and optimizer state, which are in memory together at the end of each step."""
+        return sum(entry.bytes for entry in self.entries if not entry.category.endswith("(estimate)"))
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes of the larger of two moments: all gradients, or all activations and the loss without gradients."""
+        estimated = self.total_bytes - self.certain_bytes
+        return self.certain_bytes + max(0, estimated - self["gradients"].bytes)
+
     def table(self) -> str:
         """Return the plan as text."""
         rows = [f"{'':<24}{'numbers':>18}{'GiB':>10}"]
@@ -57,7 +70,9 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
 
     The network is built and run forward once on fake tensors. Activations are the tensors that autograd saves in that
     pass, each storage once: exact for eager execution on a CPU, without the transients of a single operation and the
-    allocator's fragmentation. With ``centre: auto`` a GPU may take another route, which keeps other activations.
+    allocator's fragmentation. The loss is what the next-token loss holds at its peak, fp32 copies of the logits or
+    those of a chunk; where a module has another loss, what that saves is part of the activations. With ``centre: auto``
+    a GPU may take another route, which keeps other activations.
 
     Args:
         module: A module whose network is not built yet.
@@ -80,7 +95,7 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
         tokens = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
         batch = {"input_ids": tokens, "labels": tokens}
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-            activations = saved_bytes(module, lambda: module.loss(batch))
+            activations, loss = forward_bytes(module, batch)
     trainable = [p for p in network.parameters() if p.requires_grad]
     frozen = [p for p in network.parameters() if not p.requires_grad] + list(network.buffers())
     rotations = [p for _, layer in mergeable_layers(network) for p in layer.rotation_parameters()]
@@ -93,9 +108,29 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
         _entry("gradients", trainable),
         Entry("optimizer state", 0, state),
         Entry("activations (estimate)", 0, activations),
+        Entry("loss (estimate)", 0, loss),
     )
     note = f"one device, batch {batch_size} x {sequence_length}, precision {precision}"
     return Plan(entries, note)
+
+
+def forward_bytes(module: BaseModule, batch: dict[str, Tensor]) -> tuple[int, int]:
+    """Return the bytes that autograd saves in a forward pass, and those that the loss holds at its peak beside them.
+
+    Args:
+        module: A module whose network is built.
+        batch: Its ``input_ids`` and ``labels``, both ``(B, T)``.
+    """
+    if not module.has_next_token_loss:
+        return saved_bytes(module, lambda: module.loss(batch)), 0
+    assert module.model is not None
+    head, tokens, outputs = module.head_loss, batch["labels"].numel(), []
+    if module.needs_logits is None:
+        head.probe(module.model, lambda: module.network_output(batch), batch["labels"].device)
+    saved = saved_bytes(module, lambda: outputs.append(logits_of(module.network_output(batch))))
+    classes = outputs[0].shape[-1]
+    rows = head.rows_for(tokens, classes) if module.needs_logits is None else None
+    return saved, loss_bytes(tokens, classes, outputs[0].dtype, rows)
 
 
 def saved_bytes(owner: nn.Module, forward: Callable[[], Any]) -> int:

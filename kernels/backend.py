@@ -26,6 +26,7 @@ CAPABILITY = (8, 0)
 """The oldest CUDA devices that the kernels are compiled and checked for."""
 
 _choice: Choice | None = None
+_ran: set[tuple[Backend, str, str | None, str]] = set()  # (implementation, device type, obstacle, operation)
 
 
 class use_backend:
@@ -71,15 +72,16 @@ def backend_for(tensor: Tensor, op: str, unsupported: str | None = None) -> Back
     Raises:
         ValueError: ``triton`` was asked for and cannot serve this tensor: the message says why and what would work.
     """
-    choice = chosen()
-    if choice == "reference" or (choice == "auto" and tensor.device.type != "cuda"):
+    choice, place = chosen(), tensor.device.type
+    if choice == "reference" or (choice == "auto" and place != "cuda"):
+        _ran.add(("reference", place, None, op))
         return "reference"
     obstacle = unsupported or _obstacle(tensor)
-    if obstacle is None:
-        return "triton"
-    if choice == "triton":
+    if obstacle is not None and choice == "triton":
         raise ValueError(f"{op}: kernels=triton, but {obstacle}; kernels=auto or kernels=reference would run")
-    return "reference"
+    backend: Backend = "triton" if obstacle is None else "reference"
+    _ran.add((backend, place, obstacle, op))
+    return backend
 
 
 def implementation(tensor: Tensor, op: str, unsupported: str | None = None) -> ModuleType:
@@ -110,19 +112,26 @@ def check_possible(device: torch.device | None = None) -> None:
         raise ValueError(f"kernels=triton, but {obstacle}; {VARIABLE}=auto or {VARIABLE}=reference would run")
 
 
+def forget_ran() -> None:
+    """Begin anew to note which implementations run."""
+    _ran.clear()
+
+
 def describe() -> str:
-    """Return the choice and what it means on this machine, in one line for the summary of a run."""
-    choice = chosen()
-    if choice == "reference":
-        return "reference"
-    missing = _missing()
-    if missing is not None:
-        return f"{choice} ({missing})"
-    version = importlib.import_module("triton").__version__
-    if not torch.cuda.is_available():
-        where = "interpreted on the CPU" if _interpreted() else "no GPU"
-        return f"{choice} (triton {version}, {where})"
-    return f"{choice} (triton {version} on {torch.cuda.get_device_name()})"
+    """Return in one line which implementations have run since :func:`forget_ran`, where, and why no others."""
+    by_kind: dict[tuple[Backend, str, str | None], list[str]] = {}
+    for backend, place, obstacle, op in sorted(_ran, key=str):
+        by_kind.setdefault((backend, place, obstacle), []).append(op)
+    told = [_told(*kind, ops if len(by_kind) > 1 else []) for kind, ops in by_kind.items()]
+    return "; ".join(sorted(told, reverse=True)) or "none were needed"
+
+
+def _told(backend: Backend, place: str, obstacle: str | None, ops: list[str]) -> str:
+    which = f" for {', '.join(ops)}" if ops else ""
+    if backend == "reference":
+        return f"reference on {place}{which}" + (f" ({obstacle})" if obstacle else "")
+    where = f"on {torch.cuda.get_device_name()}" if place == "cuda" else "interpreted on the CPU"
+    return f"triton {importlib.import_module('triton').__version__} {where}{which}"
 
 
 def _checked(choice: str, name: str) -> Choice:

@@ -36,7 +36,10 @@ MAY_IMPORT = {
     },
     "paths": {"errors"},
     "limited": set(),
-    "model_size": {"errors", "limited"},
+    "device_memory": set(),
+    "devices": {"errors"},
+    "fitting": {"device_memory", "errors", "failures", "models", "modules", "plan"},
+    "model_size": {"device_memory", "errors", "limited"},
     "late_weights": set(),
     "models": {"errors", "late_weights", "model_folder", "model_size", "progress"},
     "spectrum": set(),
@@ -48,6 +51,7 @@ MAY_IMPORT = {
     "optimizers": {"optimizers", "kernels.skew", "layers.generators", "errors"},
     "callbacks": {
         "callbacks",
+        "device_memory",
         "failures",
         "checkpoint_io",
         "plain_files",
@@ -121,7 +125,7 @@ MAY_IMPORT = {
         *("modules", "callbacks", "layers", "optimizers", "plugins", "models", "late_weights"),
         *("metrics", "generation", "generation_metrics", "checkpoint", "checkpoint_io", "host_reads"),
         *("rebuild", "resume", "restorable", "stored_paths", "strategies", "errors", "seeding", "progress"),
-        *("temporary", "termination"),
+        *("devices", "temporary", "termination"),
     },
 }
 

@@ -13,9 +13,10 @@ from orthotrain.callbacks.pictures import draw_lines, panels, save
 from orthotrain.callbacks.run_files import run_folder
 from orthotrain.callbacks.spectrum_monitor import spectrum
 from orthotrain.callbacks.throughput import Throughput, logs_at
+from orthotrain.device_memory import describe_peak, forget_peak, peak_bytes
 from orthotrain.errors import ConfigurationError
 from orthotrain.generation import evaluating
-from orthotrain.kernels.backend import describe
+from orthotrain.kernels.backend import describe, forget_ran
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import is_sharded
 from orthotrain.spectrum import spectral_drift
@@ -28,7 +29,9 @@ class RunReport(L.Callback):
 
     The values lie in ``summary.json`` too, null where a run has none (``merges`` of one that merges nothing). The loss
     before training is that of the trainer's sanity check: set ``num_sanity_val_steps: -1`` for the whole validation
-    split. What was seen is part of the checkpoint, so a resumed run reports from the first step on.
+    split. Kernels are those that have run in training, as each operation has chosen. The peak of memory is that of the
+    first rank's device, the building of the network included, beside what was planned where a plan was made. What was
+    seen is part of the checkpoint, so a resumed run reports from the first step on.
 
     Args:
         prompt: Text to continue in the sample; empty for no sample.
@@ -46,6 +49,14 @@ class RunReport(L.Callback):
         self._throughput: Throughput | None = None
         self._trained = False
         self._last_step = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Note the peak of memory from here on: the network is built next."""
+        forget_peak(trainer.strategy.root_device)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note which kernels run from here on."""
+        forget_ran()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the spectrum at the start; a resumed run has it from its checkpoint."""
@@ -82,10 +93,11 @@ class RunReport(L.Callback):
         folder = run_folder(trainer)
         if folder is None:
             return
+        kernels = describe()  # before the drift, which calls some
         drift = spectrum_drift(pl_module, self.spectra) if self.spectra else None  # on all ranks: layers may be sharded
         if not trainer.is_global_zero:
             return
-        values = self._values(trainer, pl_module, drift)
+        values = {**self._values(trainer, pl_module, drift), "kernels": kernels}
         write_text(folder / "summary.json", json.dumps(values, indent=1))
         text = "\n".join([*self._lines(values, folder), *self._sample(trainer, pl_module)])
         write_text(folder / "summary.txt", text + "\n")
@@ -111,7 +123,10 @@ class RunReport(L.Callback):
             "before": self.before,
             "after": {name: value for name, value in logged.items() if name.startswith("val_")},
             "tokens_per_second": (self._throughput.mean or None) if self._throughput is not None else None,
-            "kernels": describe(),
+            "peak_memory_bytes": peak_bytes(trainer.strategy.root_device),
+            "planned_bytes": getattr(pl_module, "planned_bytes", None),
+            "memory": describe_peak(trainer.strategy.root_device, getattr(pl_module, "planned_bytes", None)),
+            "next_token_loss": getattr(pl_module, "loss_described", None),
             "trainable_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
             "total_parameters": sum(p.numel() for p in pl_module.parameters()),
             "merges": int(logged["merges"]) if "merges" in logged else None,
@@ -128,7 +143,9 @@ class RunReport(L.Callback):
             rows.append((f"validation {key.removeprefix('val_').replace('_', ' ')}", f"{before}{after:.3f}"))
         if values["tokens_per_second"] is not None:
             rows.append(("tokens per second", f"{values['tokens_per_second']:,.0f}"))
-        rows.append(("kernels", values["kernels"]))
+        for name, key in (("peak memory", "memory"), ("next-token loss", "next_token_loss"), ("kernels", "kernels")):
+            if values[key] is not None:
+                rows.append((name, values[key]))
         rows.append(("parameters", f"{values['trainable_parameters']:,} trained of {values['total_parameters']:,}"))
         early = values["early_merges"]
         if values["merges"] is not None or early is not None:

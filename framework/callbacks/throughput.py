@@ -1,48 +1,99 @@
 """Training tokens per second, of all ranks together."""
 
-import time
+import functools
+from time import perf_counter
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from orthotrain.host_reads import host_number
 
 
 class Throughput(L.Callback):
-    """Log ``tokens_per_second`` with the trainer's step metrics; validation and checkpoints do not count.
+    """Log ``tokens_per_second`` with the trainer's step metrics: tokens by the time that passes on the clock.
 
-    The mean over the whole run is kept in :attr:`mean`; a run whose batches hold no tokens logs nothing.
+    The clock runs from the end of the first optimizer step of a process, which allocates and compiles, to the end of
+    its last one: with data, folds and merges, the optimizer, logging and all other callbacks. It stands while the run
+    validates and while it writes a checkpoint. A resumed run counts its own steps, without the first. The mean over
+    all of them is :attr:`mean`; a run whose batches hold no tokens logs nothing.
     """
 
     def __init__(self) -> None:
+        self._begin(0)
+
+    def _begin(self, step: int) -> None:
         self._tokens = self._window_tokens = 0
         self._seconds = self._window_seconds = 0.0
-        self._started = 0.0
+        self._first_step = step
+        self._mark: float | None = None  # until when the time is counted; None while the clock stands
+        self._stopped = False  # by the validation under way
 
     @property
     def mean(self) -> float:
-        """Tokens per second over all training steps so far."""
+        """Tokens per second over the training steps so far; 0 before the second one has ended."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Start the clock."""
-        self._started = time.perf_counter()
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin anew, and let the clock stand while a checkpoint is written, for which there is no hook."""
+        self._begin(trainer.global_step)
+        save = trainer.save_checkpoint
+
+        @functools.wraps(save)
+        def timed(*args: Any, **kwargs: Any) -> None:
+            running = self._stop(trainer)
+            save(*args, **kwargs)
+            self._go_on(running)
+
+        trainer.save_checkpoint = timed  # type: ignore[method-assign]
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the trainer its own method back."""
+        vars(trainer).pop("save_checkpoint", None)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop the clock and log at the trainer's cadence."""
-        seconds = time.perf_counter() - self._started
+        """Count a batch, and log at the trainer's cadence."""
+        if self._mark is None:
+            if trainer.global_step != self._first_step:
+                self._mark = perf_counter()
+            return
+        self._lap()
         tokens = count_inputs(batch) * trainer.world_size
-        self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
-        self._window_tokens, self._window_seconds = self._window_tokens + tokens, self._window_seconds + seconds
+        self._tokens, self._window_tokens = self._tokens + tokens, self._window_tokens + tokens
         if logs_at(trainer, trainer.fit_loop.total_batch_idx + 1) and self._window_tokens:
             rate = host_number(self._window_tokens / self._window_seconds)
             pl_module.log("tokens_per_second", rate, prog_bar=True)
             self._window_tokens, self._window_seconds = 0, 0.0
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        self._stopped = self._stop(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock again."""
+        self._go_on(self._stopped)
+
+    def _lap(self) -> None:
+        assert self._mark is not None
+        now = perf_counter()
+        self._seconds, self._window_seconds = self._seconds + now - self._mark, self._window_seconds + now - self._mark
+        self._mark = now
+
+    def _stop(self, trainer: L.Trainer) -> bool:
+        """Stop the clock, and return whether it ran."""
+        running = self._mark is not None
+        if running:
+            if trainer.strategy.root_device.type == "cuda":  # what the device has still to do belongs to the training
+                torch.cuda.synchronize(trainer.strategy.root_device)
+            self._lap()
+        self._mark = None
+        return running
+
+    def _go_on(self, running: bool) -> None:
+        self._mark = perf_counter() if running else None
 
 
 def logs_at(trainer: L.Trainer, count: int) -> bool:

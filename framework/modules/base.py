@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from orthotrain.callbacks.adapter_checkpoint import restore_frozen
 from orthotrain.callbacks.attached import unless_given
@@ -26,6 +25,7 @@ from orthotrain.callbacks.run_files import leave_nothing
 from orthotrain.callbacks.throughput import Throughput, logs_at
 from orthotrain.checkpoint import check_finite, compare_state, read_checkpoint
 from orthotrain.checkpoint_io import AtomicCheckpointIO
+from orthotrain.devices import check_device
 from orthotrain.errors import ConfigurationError
 from orthotrain.host_reads import read_waits
 from orthotrain.layers.displacement_pool import DisplacementPool
@@ -33,6 +33,8 @@ from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
 from orthotrain.models import ModelBuilder, check_vocabulary
+from orthotrain.modules.chunked_loss import cross_entropy
+from orthotrain.modules.head_loss import HeadLoss, logits_of
 from orthotrain.modules.optimization import Optimization
 from orthotrain.modules.unread_masks import unread_masks, without_full_mask
 from orthotrain.rebuild import rebuild_module
@@ -60,17 +62,23 @@ class BaseModule(L.LightningModule):
     Args:
         model: The network, or a callable without arguments that builds it when the strategy is set up.
         optimization: Learning rates, weight decay, optimizer and schedule.
+        chunked_loss: Whether the next-token loss goes by chunks of rows and never holds whole logits. None where the
+            fp32 logits of a batch are large (128 MiB) and the network allows it, True to refuse a network that does
+            not, False for never. Under ``torch.compile`` whole logits are taken.
     """
 
     def __init__(
         self,
         model: ModelBuilder | nn.Module | Callable[[], nn.Module],
         optimization: Optimization = Optimization(),
+        chunked_loss: bool | None = None,
     ) -> None:
         super().__init__()
         self.model: nn.Module | None = model if isinstance(model, nn.Module) else None
         self._builder = None if isinstance(model, nn.Module) else model
         self.optimization = optimization
+        self.head_loss = HeadLoss(chunked_loss)
+        self.planned_bytes: int | None = None  # told by the command line, for the summary to compare with
         self.resume_from: str | None = None  # said by the command line, for ranks to compare
         self._wrapped = self._sharded = self._epoch_was_over = False
         self._restored: dict[str, Any] | None = None  # until its optimizers can be compared
@@ -129,6 +137,7 @@ class BaseModule(L.LightningModule):
         if strategy is not None:
             check_merging(strategy, self.trainer.callbacks)  # type: ignore[attr-defined]
             agree_on_checkpoint(self.resume_from)
+            check_device(strategy.root_device, str(self.trainer.precision))
         if self._wrapped:
             return
         if self.model is None:
@@ -137,6 +146,7 @@ class BaseModule(L.LightningModule):
         check()
         self._check_vocabulary(self.model)
         self.wrap(self.model)
+        self.head_loss.check(self.model)
         DisplacementPool(self.model)
         self._wrapped = True
         if isinstance(strategy, ModelParallelStrategy):
@@ -266,13 +276,41 @@ class BaseModule(L.LightningModule):
         ``(B, T)``, the label at t being the token that follows the input at t; labels of -100 do not count.
         Everything else in the batch (``attention_mask``, ``position_ids``) goes to the network by its name.
         """
-        return self.next_token_outputs(batch)[0]
+        return self.next_token_loss(batch)
+
+    def next_token_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the mean next-token cross-entropy of a batch in nats, without whole logits where that is possible."""
+        assert self.model is not None, "call configure_model() first"
+        if type(self).next_token_outputs is not BaseModule.next_token_outputs:  # a subclass computes it in its own way
+            return self.next_token_outputs(batch)[0]
+        return self.head_loss(self.model, lambda: self.network_output(batch), batch["labels"], self.needs_logits)
 
     def next_token_outputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the mean next-token cross-entropy of a batch in nats, and the logits ``(B, T, V)``."""
-        output = self(**{name: value for name, value in batch.items() if name != "labels"})
-        logits = getattr(output, "logits", output)
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten()), logits
+        logits = logits_of(self.network_output(batch))
+        return cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()), logits
+
+    def network_output(self, batch: dict[str, Tensor]) -> Any:
+        """Return what the network computes from everything in a batch but its labels."""
+        return self(**{name: value for name, value in batch.items() if name != "labels"})
+
+    @property
+    def needs_logits(self) -> str | None:
+        """Why the loss cannot go without whole logits at the moment, or None."""
+        if getattr(self, "compile_mode", "none") != "none":
+            return f"compile is {self.compile_mode}"
+        compiled = hasattr(self.model, "_orig_mod") or getattr(self.model, "_compiled_call_impl", None)
+        return "torch.compile is used" if compiled or torch.compiler.is_compiling() else None
+
+    @property
+    def loss_described(self) -> str | None:
+        """How the next-token loss was computed, for the summary of a run; None where the module has another loss."""
+        return self.head_loss.describe(self.needs_logits) if self.has_next_token_loss else None
+
+    @property
+    def has_next_token_loss(self) -> bool:
+        """Whether the loss is :meth:`next_token_loss`, and not one of a subclass or of the network."""
+        return type(self).loss is BaseModule.loss
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch."""
@@ -339,7 +377,7 @@ class BaseModule(L.LightningModule):
     @property
     def logs_perplexity(self) -> bool:
         """Whether the loss is a cross-entropy in nats per token; override where a :meth:`loss` of your own is one."""
-        return type(self).loss is BaseModule.loss
+        return self.has_next_token_loss
 
     def _evaluate(self, split: str, batch: Any) -> None:
         self.split_loss(split).update(self.loss(batch), count_targets(batch))

@@ -55,6 +55,7 @@ class LoraModule(BaseModule):
         merge_every: Optimizer steps after which updates are merged and started anew (ReLoRA); None for never.
         optimization: Learning rates, weight decay, optimizer and schedule; ``rotation_lr`` is that of the updates.
         seed: Seed of the updates' first values.
+        chunked_loss: Whether the loss goes without whole logits, see :class:`BaseModule`.
     """
 
     def __init__(
@@ -64,8 +65,9 @@ class LoraModule(BaseModule):
         merge_every: int | None = None,
         optimization: Optimization = Optimization(),
         seed: int = 0,
+        chunked_loss: bool | None = None,
     ) -> None:
-        super().__init__(model, optimization)
+        super().__init__(model, optimization, chunked_loss)
         if merge_every is not None:
             check_period("merge_every", merge_every)
         self.save_hyperparameters("merge_every", "seed")

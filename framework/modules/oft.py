@@ -40,6 +40,7 @@ class OftModule(BaseModule):
             heads of transformers, and encoder-decoders with ``InstructionData(layout="seq2seq")``.
         max_new_tokens: Tokens generated for each validation sample; 0 for no generation.
         logged_samples: Generated samples that are logged as text.
+        chunked_loss: Whether the loss goes without whole logits, see :class:`BaseModule`.
 
     Raises:
         ConfigurationError: An unknown objective; when the network is built, if a layer cannot be wrapped.
@@ -53,8 +54,9 @@ class OftModule(BaseModule):
         objective: Objective = "next_token",
         max_new_tokens: int = 48,
         logged_samples: int = 4,
+        chunked_loss: bool | None = None,
     ) -> None:
-        super().__init__(model, optimization)
+        super().__init__(model, optimization, chunked_loss)
         check_choice("objective", objective, Objective)
         self.save_hyperparameters("objective", "max_new_tokens", "logged_samples")
         self.layers = layers
@@ -122,13 +124,23 @@ class OftModule(BaseModule):
 
     def loss(self, batch: Any) -> Tensor:
         """Return the mean loss of a batch."""
+        if self.has_next_token_loss:
+            return self.next_token_loss(with_usable_mask(batch, self.model))
         return self.outputs(batch)[0]
+
+    @property
+    def has_next_token_loss(self) -> bool:
+        """Whether the loss is :meth:`next_token_loss`, and not one of a subclass or of the network."""
+        return self._has_own_loss and self.objective == "next_token" and not is_encoder_decoder(self.model)
 
     @property
     def logs_perplexity(self) -> bool:
         """Whether the loss is a cross-entropy in nats per token: not that of a classification head."""
-        overridden = type(self).loss is not OftModule.loss or type(self).outputs is not OftModule.outputs
-        return not overridden and (self.objective == "next_token" or is_encoder_decoder(self.model))
+        return self._has_own_loss and (self.objective == "next_token" or is_encoder_decoder(self.model))
+
+    @property
+    def _has_own_loss(self) -> bool:
+        return type(self).loss is OftModule.loss and type(self).outputs is OftModule.outputs
 
     def _evaluate(self, split: str, batch: Any) -> None:
         loss, logits = self.outputs(batch)

@@ -173,6 +173,7 @@ class PoetModule(BaseModule):
         freeze: Glob patterns on names of parameters that are not trained, such as ``["*embed_tokens*", "lm_head*"]``.
         optimization: Learning rates, weight decay, optimizer and schedule.
         seed: Seed of frozen values and permutations.
+        chunked_loss: Whether the loss goes without whole logits, see :class:`BaseModule`.
 
     Raises:
         ConfigurationError: If ``merge_every`` is below 1, or new values would be drawn over pretrained ones; when the
@@ -190,8 +191,9 @@ class PoetModule(BaseModule):
         freeze: list[str] | None = None,
         optimization: Optimization = Optimization(),
         seed: int = 0,
+        chunked_loss: bool | None = None,
     ) -> None:
-        super().__init__(model, optimization)
+        super().__init__(model, optimization, chunked_loss)
         check_period("merge_every", merge_every)
         layers.check_keeps(model)
         self.save_hyperparameters("merge_every", "max_generator_norm", "resample_every", "seed")

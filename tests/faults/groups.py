@@ -198,6 +198,7 @@ def main():
             "batches": record.batches,
             "bytes": dict(record.bytes),
             "state": state,
+            "loss": module.loss_described,
         }
         results[name]["merges"] = {n: int(layer.merge_count) for n, layer in mergeable_layers(module)}
         results[name]["metrics"] = {n: float(v) for n, v in trainer.callback_metrics.items()}

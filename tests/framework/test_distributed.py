@@ -70,6 +70,7 @@ def all_runs(folder, start):
     two |= {f"ddp {p}": {"steps": 3, "strategy": "ddp", "precision": p} for p in PRECISIONS[1:]}
     two |= {f"fsdp2 {p}": {"steps": 3, "strategy": "fsdp2", "precision": p} for p in PRECISIONS[1:]}
     two |= {f"one to {s}": {"steps": STEPS, "strategy": s, "resume": saved("one")} for s in ("ddp", "fsdp2")}
+    two |= {f"{s} chunked": {"steps": 3, "strategy": s, "chunked_loss": True} for s in ("ddp", "fsdp2")}
     two["distributed"] = at("distributed", strategy="fsdp2", distributed=True)
     two["stepwise"] = {"steps": 4, "strategy": "ddp", "stepwise": True}
     two["stepwise fsdp2"] = at("stepwise", steps=4, strategy="fsdp2", stepwise=True)
@@ -134,6 +135,15 @@ def test_two_ranks_and_one_that_accumulates_reach_the_same_loss(runs, strategy, 
     single, name = ("one", strategy) if plain else (precision, f"{strategy} {precision}")
     assert windows(runs["one"][:1], single, 2) == windows(runs["two"], name)
     close(losses(runs["two"], name), step_losses(runs["one"][:1], single), LOSS_TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_loss_by_chunks_is_that_of_whole_logits(runs, strategy):
+    """The head returns the loss inside of the network's forward, where FSDP2 has gathered its weight."""
+    whole = losses(runs["two"], strategy)
+    found = losses(runs["two"], f"{strategy} chunked")
+    close(found, {step: whole[step] for step in found}, 1e-5)
+    assert {result[f"{strategy} chunked"]["loss"] for result in runs["two"]} == {"by chunks of 65536 rows of logits"}
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(r, s) for r in ("two", "four") for s in ("ddp", "fsdp2")])

@@ -97,6 +97,21 @@ def test_another_rank(error):
     assert ("that rank has ended" in line) == (error in GONE)
 
 
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: str(error)[:24])
+def test_a_device_without_memory(error):
+    line, code = explain(error)
+    assert code == 1 and line.startswith("the memory of the device has run out (")
+    assert "GPU 0 has" not in line and "--data.batch_size" in line and "--ckpt_path last" in line
+
+
 def with_cause(error, cause):
     error.__cause__ = cause
     return error

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orthotrain.models import CausalLM
-from orthotrain.modules import BaseModule, Optimization, PoetLayers, PoetModule
+from orthotrain.modules import BaseModule, Optimization, PoetLayers, PoetModule, chunked_loss
 from orthotrain.optimizers import GaLore
 from orthotrain.plan import plan_run, saved_bytes, state_tensors
 
@@ -29,9 +29,10 @@ def check_against_a_run(build, exact=True):
     assert plan["gradients"].bytes == sum(p.grad.nbytes for p in trained)
     state = sum(tensor.nbytes for tensor in state_tensors(optimizer))
     assert state > 0 and plan["optimizer state"].bytes == close(state, rel=0.1)
-    assert plan["activations (estimate)"].bytes == pytest.approx(
-        saved_bytes(module, lambda: module.loss(batch)), rel=0.1
-    )
+    saved, classes = saved_bytes(module, lambda: module.loss(batch)), module.model.config.vocab_size
+    # whole logits: their log-softmax is saved, and is one of the three fp32 copies that the loss holds
+    assert plan["loss (estimate)"].bytes == 3 * 4 * tokens.numel() * classes
+    assert plan["activations (estimate)"].bytes == pytest.approx(saved - 4 * tokens.numel() * classes, rel=0.1)
 
 
 @pytest.mark.parametrize("mode", ["fast", "mem"])
@@ -93,3 +94,24 @@ def test_an_8b_model_is_planned_in_seconds():
     assert plan["trainable, other"].count == 2 * 128256 * 4096 + 65 * 4096
     blocks = 32 * (2 * 32 + 2 * (16 + 4) + 3 * (16 + 56))
     assert plan["trainable, rotations"].count == blocks * 256 * 255 // 2
+    whole = plan_run(PoetModule(CausalLM(config), PoetLayers(block_size=256), chunked_loss=False), 1, 1024, "bf16-true")
+    assert whole.total_bytes - plan.total_bytes >= 2 * 4 * 1024 * 128256  # two fp32 copies of the logits
+    assert plan["activations (estimate)"] == whole["activations (estimate)"]
+
+
+def test_a_loss_of_another_kind_is_part_of_the_activations(tiny_llama):
+    class Squares(BaseModule):
+        def loss(self, batch):
+            return self(batch["input_ids"]).logits.square().mean()
+
+    plan = plan_run(Squares(CausalLM(tiny_llama)), 4, 16)
+    assert plan["loss (estimate)"].bytes == 0
+    logits, network = 4 * 4 * 16 * 96, plan_run(BaseModule(CausalLM(tiny_llama)), 4, 16)["activations (estimate)"]
+    assert plan["activations (estimate)"].bytes == network.bytes + logits
+
+
+def test_a_network_that_changes_its_logits_is_planned_with_whole_ones(tiny_llama, monkeypatch):
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * 96 * 8)
+    plans = [plan_run(BaseModule(CausalLM({**tiny_llama, **more}, kind)), 4, 16)["loss (estimate)"].bytes
+             for kind, more in (("llama", {}), ("granite", {"logits_scaling": 2.0}))]  # fmt: skip
+    assert plans == [8 * 96 * 4, 3 * 4 * 64 * 96]

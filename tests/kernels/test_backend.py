@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from orthotrain.kernels import backend
-from orthotrain.kernels.backend import backend_for, describe, use_backend
+from orthotrain.kernels.backend import backend_for, describe, forget_ran, use_backend
 from orthotrain.kernels.skew import skew
 
 
 @pytest.fixture(autouse=True)
 def _no_choice_yet(monkeypatch):
     monkeypatch.setattr(backend, "_choice", None)
+    monkeypatch.setattr(backend, "_ran", set())
     monkeypatch.delenv(backend.VARIABLE, raising=False)
 
 
@@ -39,12 +40,57 @@ def test_auto_without_triton_or_on_an_old_gpu(gpu, monkeypatch):
     assert backend_for(gpu(), "skew") == "reference"
     monkeypatch.setattr(backend, "_missing", lambda: "triton is not installed")
     assert backend_for(gpu(), "skew") == "reference"
-    assert describe() == "auto (triton is not installed)"
 
 
 def test_reference_is_taken_everywhere(gpu):
     with use_backend("reference"):
-        assert backend_for(gpu(), "skew") == backend_for(torch.zeros(1), "skew") == describe() == "reference"
+        assert backend_for(gpu(), "skew") == backend_for(torch.zeros(1), "skew") == "reference"
+
+
+OLD = "Tesla T4 has compute capability (7, 5), below (8, 0)"
+
+
+def test_what_has_run_is_told_by_what_each_operation_chose(gpu, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
+    assert describe() == "none were needed"
+    skew(torch.zeros(2, 3), 3)
+    assert describe() == "reference on cpu"
+    forget_ran()
+    for op in ("skew", "fold"):
+        backend_for(gpu(), op)
+    assert describe() == f"triton {triton.__version__} on NVIDIA H100"
+    backend_for(gpu(), "cayley", "blocks are too large")
+    said = f"triton {triton.__version__} on NVIDIA H100 for fold, skew; reference on cuda for cayley"
+    assert describe() == f"{said} (blocks are too large)"
+    forget_ran()
+    monkeypatch.setattr(backend, "_device_obstacle", lambda device: OLD)
+    backend_for(gpu(), "skew")
+    assert describe() == f"reference on cuda ({OLD})"
+    with use_backend("reference"):
+        backend_for(gpu(), "fold")
+    assert describe() == f"reference on cuda for skew ({OLD}); reference on cuda for fold"
+
+
+def test_an_old_gpu_is_told_by_name(monkeypatch):
+    """What PyTorch says of a T4, with the decision itself."""
+    device = torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    monkeypatch.setattr(backend, "_missing", lambda: None)
+    backend._device_obstacle.cache_clear()
+    assert backend_for(SimpleNamespace(device=device, dtype=torch.float16), "skew") == "reference"
+    backend._device_obstacle.cache_clear()
+    assert describe() == f"reference on cuda ({OLD})"
+
+
+def test_what_ran_is_noted_under_compilation():
+    @torch.compile(backend="eager", fullgraph=True)
+    def rotate(generators):
+        return skew(generators, 3)
+
+    rotate(torch.zeros(2, 3))
+    assert describe() == "reference on cpu"
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ import types
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader
 
-from orthotrain.callbacks import Throughput
+from orthotrain.callbacks import Throughput, throughput
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor, rotation_states
 from orthotrain.callbacks.run_report import RunReport, draw_curves, singular_values, spectrum_drift
 from orthotrain.errors import ConfigurationError
@@ -93,7 +95,8 @@ def test_the_report_goes_on_after_a_resume():
 
 def test_early_merges_are_told_also_where_no_period_has_ended(tmp_path):
     base = {"steps": 5, "after": {}, "tokens_per_second": None, "kernels": "reference", "trainable_parameters": 1,
-            "total_parameters": 2, "spectrum_drift": None, "checkpoint": None}  # fmt: skip
+            "memory": None, "next_token_loss": None, "total_parameters": 2, "spectrum_drift": None,
+            "checkpoint": None}  # fmt: skip
     for merges, early, line in (
         (None, 7, "0, 7 of single"),
         (2, 7, "2, 7 of single"),
@@ -105,30 +108,58 @@ def test_early_merges_are_told_also_where_no_period_has_ended(tmp_path):
         assert found == line or found.startswith(line)
 
 
-def test_throughput_counts_tokens_of_training_steps_only():
-    class Module(L.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 1)
+class Slow(L.LightningModule):
+    """Lets a clock go on where that of the throughput runs, and where it stands."""
 
-        def training_step(self, batch, batch_idx):
-            return self.layer(batch["input_ids"].float()).mean()
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        self.clock = 0.0
 
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
+    def training_step(self, batch, batch_idx):
+        self.clock += 100 if self.global_step == 0 else 1  # the first step is not counted
+        return self.layer(batch["input_ids"].float()).mean()
 
-    throughput = Throughput()
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.clock += 2  # as a merge would, in a callback
+
+    def validation_step(self, batch, batch_idx):
+        self.clock += 1000
+
+    def on_save_checkpoint(self, checkpoint):
+        self.clock += 1000
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_throughput_counts_all_of_training_and_nothing_else(tmp_path, monkeypatch):
+    callback, module = Throughput(), Slow()
+    monkeypatch.setattr(throughput, "perf_counter", lambda: module.clock)
     trainer = L.Trainer(
         max_steps=5,
+        accumulate_grad_batches=2,
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        default_root_dir=tmp_path,
         log_every_n_steps=2,
-        callbacks=[throughput],
+        val_check_interval=4,
+        num_sanity_val_steps=0,
+        callbacks=[callback, ModelCheckpoint(every_n_train_steps=2, save_top_k=-1)],
     )
     rows = [{"input_ids": torch.ones(4, dtype=torch.int64)}] * 30
-    trainer.fit(Module(), torch.utils.data.DataLoader(rows, batch_size=3))
-    assert throughput._tokens == 5 * 12 and throughput.mean > 0
-    assert trainer.callback_metrics["tokens_per_second"] > 0
+    trainer.fit(module, DataLoader(rows, batch_size=3), DataLoader(rows[:1]))
+    # two batches a step, 1 + 2 seconds each; the clock starts with the end of the first step
+    assert callback._tokens == 4 * 2 * 12 and callback._seconds == 4 * 2 * 3
+    assert callback.mean == trainer.callback_metrics["tokens_per_second"] == 4
+    assert module.clock > 4000 and "save_checkpoint" not in vars(trainer)
+
+
+def test_a_run_of_one_step_has_no_throughput(tmp_path):
+    callback = Throughput()
+    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = L.Trainer(max_steps=1, accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, **options)
+    trainer.fit(Slow(), DataLoader([{"input_ids": torch.ones(4, dtype=torch.int64)}]))
+    assert callback.mean == 0.0 and "tokens_per_second" not in trainer.callback_metrics

@@ -1,5 +1,7 @@
 """The report of a run leaves the module as it found it."""
 
+import json
+
 import lightning as L
 import torch
 
@@ -28,7 +30,11 @@ def test_a_second_fit_trains_the_module_that_a_report_was_made_of(tiny_llama, co
             callbacks=[RunReport(sample_tokens=2, spectrum_layers=1)],
         )  # fmt: skip
         trainer.fit(module, data)
-        assert "sample" in (tmp_path / "summary.txt").read_text()
+        text, values = (tmp_path / "summary.txt").read_text(), json.loads((tmp_path / "summary.json").read_text())
+        assert "sample" in text and "\nkernels                   reference on cpu\n" in text
+        assert "\nnext-token loss           with whole logits (a batch fits into one chunk)\n" in text
+        assert f"\npeak memory               {values['memory']}\n" in text and values["peak_memory_bytes"] > 0
+        assert values["planned_bytes"] is None and values["tokens_per_second"] > 0
         assert {name: part.training for name, part in module.named_modules()} == modes
         states.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
     still = [name for name in states[0] if "q_proj" in name and torch.equal(states[0][name], states[1][name])]

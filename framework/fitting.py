@@ -1,0 +1,190 @@
+"""Whether a run fits into the memory of its device, by its plan, and which options would make it fit."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from orthotrain.device_memory import total_bytes
+from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted
+from orthotrain.failures import asked_for, is_out_of_memory
+from orthotrain.models import CausalLM
+from orthotrain.modules import BaseModule, OftLayers, PoetLayers
+from orthotrain.modules.head_loss import HeadLoss
+from orthotrain.plan import GIB, Plan, plan_run
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that can be planned: its module before the network is built, and the shape of its batches."""
+
+    module: BaseModule
+    batch_size: int
+    length: int
+    precision: str
+
+    @classmethod
+    def of(cls, module: BaseModule, data: dict[str, Any], precision: Any) -> "Planned | None":
+        """Return a copy of a run to plan; None where planning would load a network, or batches have no known shape.
+
+        Args:
+            module: The module of the run, its network not built.
+            data: Arguments of the data module.
+            precision: The trainer's ``precision``.
+        """
+        size, length = data.get("batch_size"), data.get("sequence_length") or data.get("max_length")
+        if not isinstance(module._builder, CausalLM) or not isinstance(size, int) or not isinstance(length, int):
+            return None
+        return cls(copy.deepcopy(module), size, length, str(precision or "32-true"))
+
+    def plan(self) -> Plan:
+        """Count what the run holds; no random number is drawn."""
+        with torch.random.fork_rng([]):
+            return plan_run(copy.deepcopy(self.module), self.batch_size, self.length, self.precision)
+
+    def with_options(self, options: list["Option"]) -> "Planned":
+        """Return the run with options that are not its own yet."""
+        module = copy.deepcopy(self.module)
+        for option in options:
+            option.change(module)
+        small = any(option.text.startswith("--data.batch_size") for option in options)
+        return dataclasses.replace(self, module=module, batch_size=1 if small else self.batch_size)
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option that may lower the memory of a run.
+
+    Args:
+        text: As it is given on the command line.
+        change: Changes a module to what the option makes of it.
+        resumes: Whether a run goes on from its checkpoints with it.
+    """
+
+    text: str
+    change: Callable[[BaseModule], None]
+    resumes: bool = True
+
+
+def options_of(run: Planned) -> Iterator[Option]:
+    """Yield the options that a run has not taken yet."""
+    module: Any = run.module
+    layers = getattr(module, "layers", None)
+    if run.batch_size > 1:
+        yield Option("--data.batch_size 1", lambda module: None, resumes=False)  # the place in the data is in batches
+    if module.head_loss.chunked is False:
+        yield Option("--model.chunked_loss null", lambda module: setattr(module, "head_loss", HeadLoss()))
+    if not module._builder.gradient_checkpointing:
+        yield Option("--model.model.gradient_checkpointing true", _checkpoint)
+    if isinstance(layers, PoetLayers) and not layers.stepwise:
+        if layers.activation_mode == "fast":
+            yield Option("--model.layers.activation_mode mem", _with_layers(activation_mode="mem"))
+        for storage in {"int8": ("nf4",), "nf4": ()}.get(layers.storage, ("int8", "nf4")):
+            yield Option(f"--model.layers.storage {storage}", _with_layers(storage=storage), resumes=False)
+    if isinstance(layers, OftLayers) and layers.quantization is None:
+        for storage in ("int8", "nf4"):
+            yield Option(f"--model.layers.quantization {storage}", _with_layers(quantization=storage), resumes=False)
+
+
+def advice(run: Planned, within: int | None, resumes: bool | None = None) -> str:
+    """Return what options make of the plan of a run, in one line.
+
+    Args:
+        run: The run.
+        within: Bytes that it has to fit into; None if that is not known.
+        resumes: True for those options alone with which the run goes on from its checkpoints, False for the others,
+            None for all.
+    """
+    options = [option for option in options_of(run) if resumes in (None, option.resumes)]
+    before = run.plan().total_bytes
+    found = {option.text: _total(run.with_options([option])) for option in options}
+    told = [f"{text} plans {held / GIB:.1f} GiB" for text, held in found.items() if held is not None and held < before]
+    if within is not None and not any(held is not None and held <= within for held in found.values()):
+        chosen = {option.text.split()[0]: option for option in options}  # of two storages the smaller one
+        together = _total(run.with_options(list(chosen.values())))
+        if together is not None and len(chosen) > 1:
+            told.append(f"{' '.join(option.text for option in chosen.values())} together {together / GIB:.1f} GiB")
+    return ", ".join(told) or "no option lowers that"
+
+
+def check_fits(module: BaseModule, data: dict[str, Any], trainer: L.Trainer) -> Planned | None:
+    """Refuse a run whose weights, gradients and optimizer state alone are larger than its GPU.
+
+    Activations are an estimate: a run that would fit but for them is told so, and begins. The plan is told to the
+    module, for the summary. A sharded run is not checked, for a plan is that of one device.
+
+    Args:
+        module: The module of the run, its network not built.
+        data: Arguments of the data module.
+        trainer: The trainer, for its device and precision.
+
+    Returns:
+        The run as it can be planned, if it can.
+
+    Raises:
+        ConfigurationError: With the plan, the memory, and what would fit.
+    """
+    run, device = Planned.of(module, data, trainer.precision), trainer.strategy.root_device
+    if run is None or device.type != "cuda" or isinstance(trainer.strategy, ModelParallelStrategy):
+        return run
+    plan, memory = run.plan(), total_bytes(device) or 0
+    module.planned_bytes = plan.total_bytes
+    if plan.least_bytes > memory:
+        text = (
+            f"this run is planned to hold {plan.total_bytes / GIB:.1f} GiB, {plan.certain_bytes / GIB:.1f} without "
+            f"activations, and {_name(device)} has {memory / GIB:.1f}: {advice(run, memory)}"
+        )
+        if plan.certain_bytes > memory:
+            raise ConfigurationError(text)
+        rank_zero_warn(text)
+    return run
+
+
+@contextmanager
+def naming_memory(run: Planned | None, trainer: L.Trainer) -> Iterator[None]:
+    """Say, on the first rank, what would fit where the memory of a device runs out.
+
+    Raises:
+        DeviceMemoryExhausted: In the place of PyTorch's error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if run is None or not is_out_of_memory(error) or not trainer.is_global_zero:
+            raise
+        device = trainer.strategy.root_device
+        raise DeviceMemoryExhausted(
+            f"the memory of {_name(device)} has run out after step {trainer.global_step} ({asked_for(error)}): the run "
+            f"is planned to hold {run.plan().total_bytes / GIB:.1f} GiB; the checkpoints are whole, to go on from them "
+            f"with --ckpt_path last add: {advice(run, total_bytes(device), resumes=True)}; to begin anew: "
+            f"{advice(run, total_bytes(device), resumes=False)}"
+        ) from error
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the {device.type}"
+
+
+def _total(run: Planned) -> int | None:
+    try:
+        return run.plan().total_bytes
+    except ConfigurationError:  # an option that does not fit the network: int8 where no group divides a width
+        return None
+
+
+def _checkpoint(module: Any) -> None:
+    module._builder.gradient_checkpointing = True
+
+
+def _with_layers(**values: Any) -> Callable[[Any], None]:
+    def change(module: Any) -> None:
+        module.layers = dataclasses.replace(module.layers, **values)
+
+    return change

@@ -17,9 +17,15 @@ def guarded(tensor: Tensor) -> Iterator[None]:
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
     """Turn autocast off for a type of device, where it is on: to enter it costs 10 us in every pass of every layer."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
+
+
+# torch.compile of torch 2.11 cannot trace this question, and its answer never changes
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def returned(gradient: Tensor | None, like: Tensor) -> Tensor:

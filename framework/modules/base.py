@@ -31,6 +31,7 @@ from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
 from orthotrain.models import ModelBuilder, check_vocabulary
+from orthotrain.modules.micro_step import CompileMode, MicroStep
 from orthotrain.modules.optimization import Optimization
 from orthotrain.rebuild import rebuild_module
 from orthotrain.restorable import check_merges, check_optimizers, check_progress
@@ -57,14 +58,21 @@ class BaseModule(L.LightningModule):
     Args:
         model: The network, or a callable without arguments that builds it when the strategy is set up.
         optimization: Learning rates, weight decay, optimizer and schedule.
+        compile: How a training batch is computed: ``none`` eagerly, ``default`` and ``reduce-overhead`` with the
+            network compiled by ``torch.compile``, ``cuda-graph`` with forward and backward replayed as CUDA graphs.
+
+    Attributes:
+        compile_mode: The value of ``compile``.
     """
 
     def __init__(
         self,
         model: ModelBuilder | nn.Module | Callable[[], nn.Module],
         optimization: Optimization = Optimization(),
+        compile: CompileMode = "none",
     ) -> None:
         super().__init__()
+        self.compile_mode, self.micro_step = compile, MicroStep(compile)
         self.model: nn.Module | None = model if isinstance(model, nn.Module) else None
         self._builder = None if isinstance(model, nn.Module) else model
         self.optimization = optimization
@@ -121,6 +129,8 @@ class BaseModule(L.LightningModule):
             strategy.checkpoint_io = AtomicCheckpointIO(lambda: checkpoint_folders(trainer))
         if strategy is not None:
             check_merging(strategy, self.trainer.callbacks)  # type: ignore[attr-defined]
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                self.micro_step.check(strategy)
             agree_on_checkpoint(self.resume_from)
         if self._wrapped:
             return
@@ -131,6 +141,7 @@ class BaseModule(L.LightningModule):
         self._check_vocabulary(self.model)
         self.wrap(self.model)
         DisplacementPool(self.model)
+        self.micro_step.prepare(self.model)
         self._wrapped = True
         if isinstance(strategy, ModelParallelStrategy):
             self._shard(strategy)
@@ -231,7 +242,7 @@ class BaseModule(L.LightningModule):
         assert self.model is not None, "call configure_model() first"
         if takes_cache(type(self.model)):
             kwargs.setdefault("use_cache", False)
-        return self.model(*args, **kwargs)
+        return self.micro_step.network(self.model)(*args, **kwargs)
 
     def loss(self, batch: Any) -> Tensor:
         """Return the mean loss of a batch; override for another objective.
@@ -250,9 +261,14 @@ class BaseModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch."""
-        loss = self.loss(batch)
+        loss = self.micro_step.loss(self, batch)
         self.log("train_loss", loss, prog_bar=True)
         return loss
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Clear the gradients; where graphs add to them their memory is kept."""
+        self.micro_step.check_ran(self)
+        optimizer.zero_grad(set_to_none=not self.micro_step.keeps_gradients)
 
     def on_validation_epoch_start(self) -> None:
         """Clear the validation metrics."""

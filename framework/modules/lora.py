@@ -11,6 +11,7 @@ from orthotrain.layers import LoraLinear, replace_linears, select_linears
 from orthotrain.layers.surgery import check_excluded
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.base import BaseModule
+from orthotrain.modules.micro_step import CompileMode
 from orthotrain.modules.optimization import Optimization
 from orthotrain.seeding import derive_seed
 
@@ -55,6 +56,7 @@ class LoraModule(BaseModule):
         merge_every: Optimizer steps after which updates are merged and started anew (ReLoRA); None for never.
         optimization: Learning rates, weight decay, optimizer and schedule; ``rotation_lr`` is that of the updates.
         seed: Seed of the updates' first values.
+        compile: See :class:`BaseModule`.
     """
 
     def __init__(
@@ -64,8 +66,9 @@ class LoraModule(BaseModule):
         merge_every: int | None = None,
         optimization: Optimization = Optimization(),
         seed: int = 0,
+        compile: CompileMode = "none",
     ) -> None:
-        super().__init__(model, optimization)
+        super().__init__(model, optimization, compile)
         if merge_every is not None:
             check_period("merge_every", merge_every)
         self.save_hyperparameters("merge_every", "seed")

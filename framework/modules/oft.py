@@ -17,6 +17,7 @@ from orthotrain.models import ModelBuilder
 from orthotrain.modules.base import BaseModule
 from orthotrain.modules.network_checks import check_attention, check_positions, shifts_labels, with_usable_mask
 from orthotrain.modules.oft_layers import OftLayers
+from orthotrain.modules.micro_step import CompileMode
 from orthotrain.modules.optimization import Optimization
 from orthotrain.progress import shown
 from orthotrain.temporary import open_to_append
@@ -40,6 +41,7 @@ class OftModule(BaseModule):
             heads of transformers, and encoder-decoders with ``InstructionData(layout="seq2seq")``.
         max_new_tokens: Tokens generated for each validation sample; 0 for no generation.
         logged_samples: Generated samples that are logged as text.
+        compile: See :class:`BaseModule`.
 
     Raises:
         ConfigurationError: An unknown objective; when the network is built, if a layer cannot be wrapped.
@@ -53,8 +55,9 @@ class OftModule(BaseModule):
         objective: Objective = "next_token",
         max_new_tokens: int = 48,
         logged_samples: int = 4,
+        compile: CompileMode = "none",
     ) -> None:
-        super().__init__(model, optimization)
+        super().__init__(model, optimization, compile)
         check_choice("objective", objective, Objective)
         self.save_hyperparameters("objective", "max_new_tokens", "logged_samples")
         self.layers = layers

@@ -24,6 +24,7 @@ from orthotrain.layers.surgery import check_excluded
 from orthotrain.models import ModelBuilder, PretrainedModel
 from orthotrain.modules.base import BaseModule
 from orthotrain.modules.clip_ramp import ClipRamp
+from orthotrain.modules.micro_step import CompileMode
 from orthotrain.modules.optimization import Optimization
 from orthotrain.plugins import create
 from orthotrain.seeding import derive_seed, generator
@@ -153,6 +154,7 @@ class PoetModule(BaseModule):
         freeze: Glob patterns on names of parameters that are not trained, such as ``["*embed_tokens*", "lm_head*"]``.
         optimization: Learning rates, weight decay, optimizer and schedule.
         seed: Seed of frozen values and permutations.
+        compile: See :class:`BaseModule`.
 
     Raises:
         ConfigurationError: If ``merge_every`` is below 1, or new values would be drawn over pretrained ones; when the
@@ -170,8 +172,9 @@ class PoetModule(BaseModule):
         freeze: list[str] | None = None,
         optimization: Optimization = Optimization(),
         seed: int = 0,
+        compile: CompileMode = "none",
     ) -> None:
-        super().__init__(model, optimization)
+        super().__init__(model, optimization, compile)
         check_period("merge_every", merge_every)
         layers.check_keeps(model)
         self.save_hyperparameters("merge_every", "max_generator_norm", "resample_every", "seed")

@@ -31,20 +31,14 @@ class Bf16Weight(QuantizedWeight):
     def __init__(self, weight: Tensor, *, residual: bool = False, compute_dtype: torch.dtype | None = None) -> None:
         check_storable(weight)
         self.carries_residual = residual
-        stored = pack_bf16(weight, residual)
+        # merges write into what is stored, which must not be the caller's own tensor
+        stored = pack_bf16(weight.clone() if weight.dtype == torch.bfloat16 else weight, residual)
         super().__init__((weight.shape[0], weight.shape[1]), 1, compute_dtype or weight.dtype, stored)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``W (out, in)`` in ``dtype``, None for ``compute_dtype``: in bf16 the stored values themselves."""
         dtype = dtype or self.compute_dtype
         return self.values if dtype == torch.bfloat16 else super().dequantize(dtype)
-
-    @torch.no_grad()
-    def assign_(self, weight: Tensor, generator: torch.Generator | None = None) -> None:
-        """Store ``weight (out, in)``, with a generator rounded stochastically; what was stored stays as it is."""
-        for name, tensor in self.quantize(weight, generator).items():
-            stored = getattr(self, name)
-            stored.data = tensor.to(stored.device).contiguous()
 
     def quantize(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return the stored tensors of ``weight (out, in)``; with a generator rounded stochastically, unbiased."""

@@ -81,8 +81,8 @@ class GraphedStep:
     dropped and captured anew where a parameter, a buffer or a gradient has moved to other memory, or is trained now
     and was not before.
 
-    What ``compute`` decides on the host is decided once for a set of shapes. A call and its backward pass alternate: the
-    memory of a pass is that of the next one too.
+    What ``compute`` decides on the host is decided once for a set of shapes. A call and its backward pass alternate:
+    the next pass uses the same memory.
 
     Args:
         compute: Returns the loss of a batch, a scalar on the device of the module, without waiting for the device.
@@ -149,7 +149,8 @@ class GraphedStep:
         except RuntimeError as error:
             raise ConfigurationError(
                 f"compile=cuda-graph: the loss of {type(self._module).__name__} cannot be captured as a CUDA graph "
-                f"({str(error).splitlines()[0]}); take compile=default or compile=none"
+                f"({str(error).splitlines()[0]}): it may not wait for the GPU, as .item() does; take compile=default "
+                "or compile=none"
             ) from error
         self.captures += 1
         self._memory = self._addresses()

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 from orthotrain.errors import ConfigurationError, check_choice
@@ -14,13 +14,16 @@ from orthotrain.strategies import ShardedStrategy
 
 CompileMode = Literal["none", "default", "reduce-overhead", "cuda-graph"]
 
+KNOWN_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ShardedStrategy)
+"""Strategies under which a compiled network has been found to compute what the network itself does."""
+
 
 class MicroStep:
     """Runs the training micro-step of a module in one mode; validation and generation are always eager.
 
     ``default`` and ``reduce-overhead`` are those of ``torch.compile`` and compile the forward pass of the network;
-    shapes that change are compiled anew. ``cuda-graph`` replays the whole micro-step (:class:`GraphedStep`). The network
-    itself is not changed in any mode: names, checkpoints and export stay as they are.
+    shapes that change are compiled anew. ``cuda-graph`` replays forward and backward (:class:`GraphedStep`). The
+    network itself is not changed in any mode: names, checkpoints and export stay as they are.
 
     Args:
         mode: What the user has chosen.
@@ -65,9 +68,16 @@ class MicroStep:
                     f"compile=cuda-graph needs a CUDA device and the run is on {strategy.root_device.type}; "
                     "take compile=default or compile=none"
                 )
-        elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ShardedStrategy)):
+        elif self.mode == "reduce-overhead" and isinstance(strategy, ModelParallelStrategy):
             raise ConfigurationError(
-                f"compile={self.mode} with {name}: take compile=none, or one device, ddp or fsdp2 (-c trainer/fsdp2.yaml)"
+                f"compile=reduce-overhead with {name}: every gather puts the weights into other memory, and a graph "
+                "would be captured at every step; take compile=default or compile=none"
+            )
+        # DeepSpeed's is a DDPStrategy, too
+        elif not isinstance(strategy, KNOWN_STRATEGIES) or isinstance(strategy, DeepSpeedStrategy):
+            raise ConfigurationError(
+                f"compile={self.mode} with {name} is not known to compute the same; take compile=none, or one device, "
+                "-c trainer/ddp.yaml or -c trainer/fsdp2.yaml"
             )
 
     def prepare(self, network: nn.Module) -> None:

@@ -15,9 +15,9 @@ from orthotrain.generation_metrics import GenerationMetrics, TokenAccuracy
 from orthotrain.metrics import count_targets
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.base import BaseModule
+from orthotrain.modules.micro_step import CompileMode
 from orthotrain.modules.network_checks import check_attention, check_positions, shifts_labels, with_usable_mask
 from orthotrain.modules.oft_layers import OftLayers
-from orthotrain.modules.micro_step import CompileMode
 from orthotrain.modules.optimization import Optimization
 from orthotrain.progress import shown
 from orthotrain.temporary import open_to_append

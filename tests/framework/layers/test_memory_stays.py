@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from orthotrain.layers import LoraLinear, OftConv2d, OftEmbedding, OftLinear, PoetLinear, StepwiseLinear
+from orthotrain.layers.bf16_weight import Bf16Weight
 from orthotrain.layers.folding import fold_rotations, merge_rotations
 from orthotrain.layers.poet_settings import PoetSettings
 
@@ -28,7 +29,7 @@ LAYERS = {
     "stepwise dense": lambda: poet("dense", torch.float32, True),
     "poet dense in bf16": lambda: poet("dense", torch.bfloat16),
     **{f"oft {q}": lambda q=q: OftLinear.from_linear(linear(), 8, quantization=q) for q in (None, "int8", "nf4")},
-    "oft convolution": lambda: OftConv2d.from_conv2d(nn.Conv2d(8, 4, 3), 8),
+    "oft convolution": lambda: OftConv2d.from_conv(nn.Conv2d(8, 4, 3), 8),
     "oft embedding": lambda: OftEmbedding.from_embedding(nn.Embedding(16, 32), 8),
     "lora": lambda: LoraLinear.from_linear(linear(), 4),
 }
@@ -48,6 +49,15 @@ def test_no_parameter_or_buffer_moves(name, randomize):
         randomize(layer)
     merge_rotations({"layer": layer}, [])
     assert memory(layer) == before, "after a merge"
-    frozen = [n for n, p in layer.named_parameters() if not p.requires_grad and n.startswith("weight")]
     if name != "lora":  # whose update is zero at the start
+        frozen = [n for n, p in layer.named_parameters() if not p.requires_grad]
         assert any(not torch.equal(layer.state_dict()[n], values[n]) for n in frozen)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_merge_leaves_the_tensor_alone_that_a_weight_was_made_of(residual):
+    given = torch.randn(8, 16).to(torch.bfloat16)
+    before = given.clone()
+    weight = Bf16Weight(given, residual=residual)
+    weight.assign_(torch.zeros(8, 16))
+    assert torch.equal(given, before) and not weight.values.any()

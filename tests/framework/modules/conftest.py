@@ -13,7 +13,7 @@ WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten
 
 
 class PlayedRecorder:
-    """Refuses a wait, as a capture does; leaves nothing computed behind; replays without a line of Python of a layer."""
+    """Refuses a wait, as a capture does; leaves nothing computed behind; a replay runs no Python of a layer."""
 
     def __init__(self):
         self.recordings = []

@@ -43,7 +43,7 @@ from orthotrain.resume import check_resumable, checkpoint_folders, last_checkpoi
 from orthotrain.run_lock import holding
 from orthotrain.temporary import write_text
 from orthotrain.termination import check
-from orthotrain.trainer_numbers import check_trainer_numbers
+from orthotrain.trainer_numbers import check_trainer_numbers, prefer_whole_numbers
 from orthotrain.yaml_check import VALUE_ERRORS, check_yaml
 
 CONFIGURABLE = (
@@ -151,6 +151,7 @@ class OrthotrainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without LightningCLI's warning about arguments that do not come from ``sys.argv``."""
+        prefer_whole_numbers(option for part in parser._parsers() for option in part._actions)
         self.config = parser.parse_args(args)
         command = self.config.get("subcommand")
         config = self.config[command] if command else self.config

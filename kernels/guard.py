@@ -17,7 +17,9 @@ def guarded(tensor: Tensor) -> Iterator[None]:
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
     """Turn autocast off for a type of device, where it is on: to enter it costs 10 us in every pass of every layer."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # torch.compile of torch 2.11 cannot trace whether a device has autocast; those that it compiles for have it
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    if known and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 

@@ -5,8 +5,13 @@ from torch import Tensor
 
 
 def scaled(x: Tensor, log: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``e^log x`` in ``dtype``, for ``log (1,)`` in fp32 or wider."""
-    return (x * log.exp()).to(dtype)
+    """Return ``e^log x`` in ``dtype``, for ``log (1,)`` in fp32 or wider.
+
+    A cast to the dtype that the product already has would return the same tensor. torch.compile of torch 2.11 gives
+    zero gradients to an autograd function whose forward ends in such a cast, without an error.
+    """
+    y = x * log.exp()
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def log_gradient(grad: Tensor, result: Tensor, log: Tensor) -> Tensor:

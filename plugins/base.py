@@ -1,6 +1,5 @@
 """What an orthogonal parameterization is."""
 
-import functools
 from abc import ABC, abstractmethod
 from inspect import signature
 from typing import Any
@@ -22,6 +21,8 @@ class Parameterization(ABC):
 
     registered_name: str | None = None
     """Name given by ``@register``; None for a class that is not registered."""
+
+    _argument_names: tuple[str, ...]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -86,8 +87,19 @@ class Parameterization(ABC):
         class_path = cls.__dict__.get("registered_name") or f"{cls.__module__}.{cls.__qualname__}"
         return {
             "class_path": class_path,
-            "init_args": {name: getattr(self, name) for name in _arguments(cls)},
+            "init_args": {name: getattr(self, name) for name in cls.argument_names()},
         }
+
+    @classmethod
+    def argument_names(cls) -> tuple[str, ...]:
+        """Return the names of the constructor's arguments.
+
+        They are looked up once for a class, because a network compares its parameterizations in every forward. They
+        are kept in a plain attribute, because torch.compile does not see the cache of a cached function.
+        """
+        if "_argument_names" not in cls.__dict__:
+            cls._argument_names = tuple(signature(cls).parameters)
+        return cls._argument_names
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.config()["init_args"].items())
@@ -100,9 +112,3 @@ class Parameterization(ABC):
 
     def __hash__(self) -> int:
         return hash((type(self), repr(self)))
-
-
-@functools.cache
-def _arguments(cls: type) -> tuple[str, ...]:
-    """Return the names of a constructor's arguments; a network compares its parameterizations in every forward."""
-    return tuple(signature(cls).parameters)

@@ -32,7 +32,8 @@ class Bf16Weight(QuantizedWeight):
     def __init__(self, weight: Tensor, *, residual: bool = False, compute_dtype: torch.dtype | None = None) -> None:
         check_storable(weight)
         self.carries_residual = residual
-        stored = pack_bf16(weight, residual)
+        # merges write into what is stored, which must not be the caller's own tensor
+        stored = pack_bf16(weight.clone() if weight.dtype == torch.bfloat16 else weight, residual)
         super().__init__((weight.shape[0], weight.shape[1]), 1, compute_dtype or weight.dtype, stored)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -19,6 +19,8 @@ from orthotrain.plugins import Parameterization, create
 class Pooled(Protocol):
     """Displacements of many rotations that were computed together."""
 
+    traced: bool
+
     @property
     def has_gradient_in_front(self) -> bool:
         """Whether parts may be asked for ``front``."""
@@ -101,7 +103,8 @@ class BlockRotation(nn.Module):
                 :meth:`~orthotrain.plugins.Parameterization.rounded_displacement`.
             front: Whether the gradient will be that of a perturbation in front of the rotation (kernels/oft_linear).
         """
-        if not torch.compiler.is_compiling() and self.pooled is not None:
+        # a layer that is compiled alone does not take what is new in every pass of an eager network
+        if self.pooled is not None and self.pooled[0].traced == torch.compiler.is_compiling():
             displacement = self.pooled[0].part(self.pooled[1], dtype, front)
         else:
             displacement = self._displacement(dtype or self.generators.dtype)

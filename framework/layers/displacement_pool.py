@@ -19,8 +19,9 @@ class DisplacementPool:
 
     A layer's own call costs a handful of small operations each way; a network has hundreds of them. The pool lives from
     the beginning of the network's forward to its end. Rotations compute for themselves whenever there is none: outside
-    the network's forward, where they are compiled, with sharded generators, and under the activation checkpointing of
-    transformers, whose recomputation runs after the forward has ended.
+    the network's forward, where a layer is compiled and the network is not, with sharded generators, and under the
+    activation checkpointing of transformers, whose recomputation runs after the forward has ended. A network that is
+    compiled as a whole has the pool inside its graph.
 
     Args:
         network: Hooks are put on it; its rotations are looked up at every forward, so layers may come and go.
@@ -28,14 +29,15 @@ class DisplacementPool:
 
     def __init__(self, network: nn.Module) -> None:
         self._filled: list[BlockRotation] = []
+        for module in network.modules():
+            if isinstance(module, BlockRotation):
+                module.parameterization.config()  # looks up the names of its arguments, which cannot be traced
         self.handles: list[RemovableHandle] = [
             network.register_forward_pre_hook(self._fill),
             network.register_forward_hook(self._drain, always_call=True),
         ]
 
     def _fill(self, network: nn.Module, arguments: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
         rotations = []
         for module in network.modules():
             if getattr(module, "gradient_checkpointing", False):  # transformers sets it where it recomputes
@@ -67,8 +69,10 @@ def pool(rotations: Iterable[BlockRotation]) -> list[BlockRotation]:
     for rotation in rotations:
         generators = rotation.generators
         if not isinstance(generators, DTensor):
+            # equal maps by their values: torch.compile compares objects by identity
+            same_map = (type(rotation.parameterization), *rotation.parameterization.config()["init_args"].items())
             # a network may lie on several devices (device_map), or be cast in part
-            key = (rotation.block_size, rotation.parameterization, generators.device, generators.dtype)
+            key = (rotation.block_size, same_map, generators.device, generators.dtype)
             groups.setdefault(key, []).append(rotation)
     shared = [group for group in groups.values() if len(group) > 1]
     for group in shared:
@@ -83,14 +87,19 @@ class PooledDisplacements:
 
     Args:
         rotations: All with generators of one dtype and device.
+
+    Attributes:
+        traced: Whether it was made while torch.compile traces, and so belongs to a graph.
     """
 
     def __init__(self, rotations: list[BlockRotation]) -> None:
         self._parameterization, self._block_size = rotations[0].parameterization, rotations[0].block_size
         self._sizes = [rotation.generators.shape[0] for rotation in rotations]
         self._generators = torch.cat([rotation.generators for rotation in rotations])
+        self.traced = torch.compiler.is_compiling()
         # the first to ask may do so without gradients (activation checkpointing), and others after it with them
         self._grad_enabled = torch.is_grad_enabled()
+        self._whole: Tensor | None = None
         self._parts: dict[tuple[torch.dtype, bool], tuple[Tensor, ...]] = {}
 
     @functools.cached_property
@@ -112,10 +121,12 @@ class PooledDisplacements:
                 self._parts[key] = self._computed(*key).split(self._sizes)
         return self._parts[key][place]
 
-    @functools.cached_property
+    @property
     def _exact(self) -> Tensor:
-        with torch.set_grad_enabled(self._grad_enabled):
-            return self._parameterization.displacement(self._generators, self._block_size)
+        if self._whole is None:  # no cached_property: its lock cannot be traced
+            with torch.set_grad_enabled(self._grad_enabled):
+                self._whole = self._parameterization.displacement(self._generators, self._block_size)
+        return self._whole
 
     def _computed(self, dtype: torch.dtype, front: bool) -> Tensor:
         if front:

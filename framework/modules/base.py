@@ -35,6 +35,7 @@ from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
 from orthotrain.models import ModelBuilder, check_vocabulary
 from orthotrain.modules.chunked_loss import cross_entropy
 from orthotrain.modules.head_loss import HeadLoss, logits_of
+from orthotrain.modules.micro_step import CompileMode, MicroStep
 from orthotrain.modules.optimization import Optimization
 from orthotrain.modules.unread_masks import unread_masks, without_full_mask
 from orthotrain.rebuild import rebuild_module
@@ -65,6 +66,11 @@ class BaseModule(L.LightningModule):
         chunked_loss: Whether the next-token loss goes by chunks of rows and never holds whole logits. None where the
             fp32 logits of a batch are large (128 MiB) and the network allows it, True to refuse a network that does
             not, False for never. Under ``torch.compile`` whole logits are taken.
+        compile: How a training batch is computed: ``none`` eagerly, ``default`` and ``reduce-overhead`` with the
+            network compiled by ``torch.compile``, ``cuda-graph`` with forward and backward replayed as CUDA graphs.
+
+    Attributes:
+        compile_mode: The value of ``compile``.
     """
 
     def __init__(
@@ -72,8 +78,10 @@ class BaseModule(L.LightningModule):
         model: ModelBuilder | nn.Module | Callable[[], nn.Module],
         optimization: Optimization = Optimization(),
         chunked_loss: bool | None = None,
+        compile: CompileMode = "none",
     ) -> None:
         super().__init__()
+        self.compile_mode, self.micro_step = compile, MicroStep(compile)
         self.model: nn.Module | None = model if isinstance(model, nn.Module) else None
         self._builder = None if isinstance(model, nn.Module) else model
         self.optimization = optimization
@@ -136,6 +144,8 @@ class BaseModule(L.LightningModule):
             strategy.checkpoint_io = AtomicCheckpointIO(lambda: checkpoint_folders(trainer))
         if strategy is not None:
             check_merging(strategy, self.trainer.callbacks)  # type: ignore[attr-defined]
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                self.micro_step.check(strategy)
             agree_on_checkpoint(self.resume_from)
             check_device(strategy.root_device, str(self.trainer.precision))
         if self._wrapped:
@@ -148,6 +158,7 @@ class BaseModule(L.LightningModule):
         self.wrap(self.model)
         self.head_loss.check(self.model)
         DisplacementPool(self.model)
+        self.micro_step.prepare(self.model)
         self._wrapped = True
         if isinstance(strategy, ModelParallelStrategy):
             self._shard(strategy)
@@ -258,7 +269,7 @@ class BaseModule(L.LightningModule):
         if takes_cache(type(self.model)):
             kwargs.setdefault("use_cache", False)
         with unread_masks(kwargs) if self._reads_wait and not args else nullcontext():
-            return self.model(*args, **kwargs)
+            return self.micro_step.network(self.model)(*args, **kwargs)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Leave out a padding mask without padding, as a network of transformers does after a look at the device."""
@@ -314,10 +325,15 @@ class BaseModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch."""
-        loss = self.loss(batch)
+        loss = self.micro_step.loss(self, batch)
         # Lightning reads what is in its progress bar at every step: on a device the host would wait
         self.log("train_loss", loss, prog_bar=not read_waits(self.device))
         return loss
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Clear the gradients; where graphs add to them their memory is kept."""
+        self.micro_step.check_ran(self)
+        optimizer.zero_grad(set_to_none=not self.micro_step.keeps_gradients)
 
     def on_validation_epoch_start(self) -> None:
         """Clear the validation metrics."""

@@ -11,6 +11,7 @@ from orthotrain.layers import LoraLinear, replace_linears, select_linears
 from orthotrain.layers.surgery import check_excluded
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.base import BaseModule
+from orthotrain.modules.micro_step import CompileMode
 from orthotrain.modules.optimization import Optimization
 from orthotrain.seeding import derive_seed
 
@@ -56,6 +57,7 @@ class LoraModule(BaseModule):
         optimization: Learning rates, weight decay, optimizer and schedule; ``rotation_lr`` is that of the updates.
         seed: Seed of the updates' first values.
         chunked_loss: Whether the loss goes without whole logits, see :class:`BaseModule`.
+        compile: See :class:`BaseModule`.
     """
 
     def __init__(
@@ -66,8 +68,9 @@ class LoraModule(BaseModule):
         optimization: Optimization = Optimization(),
         seed: int = 0,
         chunked_loss: bool | None = None,
+        compile: CompileMode = "none",
     ) -> None:
-        super().__init__(model, optimization, chunked_loss)
+        super().__init__(model, optimization, chunked_loss, compile)
         if merge_every is not None:
             check_period("merge_every", merge_every)
         self.save_hyperparameters("merge_every", "seed")

@@ -15,6 +15,7 @@ from orthotrain.generation_metrics import GenerationMetrics, TokenAccuracy
 from orthotrain.metrics import count_targets
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.base import BaseModule
+from orthotrain.modules.micro_step import CompileMode
 from orthotrain.modules.network_checks import check_attention, check_positions, shifts_labels, with_usable_mask
 from orthotrain.modules.oft_layers import OftLayers
 from orthotrain.modules.optimization import Optimization
@@ -41,6 +42,7 @@ class OftModule(BaseModule):
         max_new_tokens: Tokens generated for each validation sample; 0 for no generation.
         logged_samples: Generated samples that are logged as text.
         chunked_loss: Whether the loss goes without whole logits, see :class:`BaseModule`.
+        compile: See :class:`BaseModule`.
 
     Raises:
         ConfigurationError: An unknown objective; when the network is built, if a layer cannot be wrapped.
@@ -55,8 +57,9 @@ class OftModule(BaseModule):
         max_new_tokens: int = 48,
         logged_samples: int = 4,
         chunked_loss: bool | None = None,
+        compile: CompileMode = "none",
     ) -> None:
-        super().__init__(model, optimization, chunked_loss)
+        super().__init__(model, optimization, chunked_loss, compile)
         check_choice("objective", objective, Objective)
         self.save_hyperparameters("objective", "max_new_tokens", "logged_samples")
         self.layers = layers

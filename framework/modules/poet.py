@@ -26,6 +26,7 @@ from orthotrain.layers.surgery import check_excluded, check_wrapping, release
 from orthotrain.models import CausalLM, ModelBuilder, PretrainedModel
 from orthotrain.modules.base import BaseModule
 from orthotrain.modules.clip_ramp import ClipRamp
+from orthotrain.modules.micro_step import CompileMode
 from orthotrain.modules.optimization import Optimization
 from orthotrain.plugins import create
 from orthotrain.seeding import derive_seed, generator
@@ -174,6 +175,7 @@ class PoetModule(BaseModule):
         optimization: Learning rates, weight decay, optimizer and schedule.
         seed: Seed of frozen values and permutations.
         chunked_loss: Whether the loss goes without whole logits, see :class:`BaseModule`.
+        compile: See :class:`BaseModule`.
 
     Raises:
         ConfigurationError: If ``merge_every`` is below 1, or new values would be drawn over pretrained ones; when the
@@ -192,8 +194,9 @@ class PoetModule(BaseModule):
         optimization: Optimization = Optimization(),
         seed: int = 0,
         chunked_loss: bool | None = None,
+        compile: CompileMode = "none",
     ) -> None:
-        super().__init__(model, optimization, chunked_loss)
+        super().__init__(model, optimization, chunked_loss, compile)
         check_period("merge_every", merge_every)
         layers.check_keeps(model)
         self.save_hyperparameters("merge_every", "max_generator_norm", "resample_every", "seed")

@@ -1,0 +1,206 @@
+"""Forward and backward of one batch as two CUDA graphs: one launch each in place of thousands."""
+
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from orthotrain.errors import ConfigurationError
+
+WARM_UP = 2
+"""Batches of new shapes that are computed eagerly: kernels are compiled and gradients get their memory."""
+
+MOST_SHAPES = 4
+"""Sets of shapes that are captured; batches of further shapes are always computed eagerly."""
+
+MOST_SEEN = 1024
+"""Sets of shapes, and of plain values beside the tensors, that are remembered before they are captured."""
+
+
+class Recorder(Protocol):
+    """What records the work of a function on a device, to launch it again."""
+
+    def warm(self, function: Callable[[], Tensor]) -> Tensor:
+        """Call a function as :meth:`record` will, and return its result."""
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Record what a function launches, and return what launches all of it again on the same memory."""
+
+
+class CudaRecorder:
+    """Records CUDA graphs; all of one recorder share their memory, so that only one of them may be in progress."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm(self, function: Callable[[], Tensor]) -> Tensor:
+        """Call a function on the stream of the captures, whose libraries then have their work space."""
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            result = function()
+        current.wait_stream(self.stream)
+        return result
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Capture a function, which is not executed by that, and return the replay."""
+        graph = torch.cuda.CUDAGraph()
+        # other threads, such as those that pin batches, may go on while this one captures
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            function()
+        return graph.replay
+
+
+RECORDERS: dict[str, Callable[[], Recorder]] = {"cuda": CudaRecorder}
+"""Type of a device -> what records graphs there."""
+
+
+@dataclass
+class _Graphs:
+    """The two graphs of one set of shapes, and the tensors that they read and write."""
+
+    inputs: list[Any]
+    loss: Tensor
+    grad: Tensor
+    forward: Callable[[], None]
+    backward: Callable[[], None]
+
+
+class GraphedStep:
+    """``compute(batch)`` and its backward pass, replayed as CUDA graphs.
+
+    The first batches of each set of shapes are computed eagerly, the next one is captured, and those that follow are
+    copied into the memory that the capture has read. Gradients are added to the ``.grad`` that the parameters have, so
+    that batches accumulate; whoever clears them must keep their memory (``zero_grad(set_to_none=False)``). Optimizer
+    steps, merges and folds, which change parameters and buffers in place, are seen by the next replay. Graphs are
+    dropped and captured anew where a parameter, a buffer or a gradient has moved to other memory, or is trained now
+    and was not before.
+
+    What ``compute`` decides on the host is decided once for a set of shapes. A call and its backward pass alternate:
+    the next pass uses the same memory.
+
+    Args:
+        compute: Returns the loss of a batch, a scalar on the device of the module, without waiting for the device.
+        module: The module whose parameters and buffers ``compute`` reads.
+        recorder: What captures; None for that of the module's device.
+
+    Attributes:
+        captures: How many sets of shapes have been captured so far, those that were dropped included.
+    """
+
+    def __init__(self, compute: Callable[[Any], Tensor], module: nn.Module, recorder: Recorder | None = None) -> None:
+        self.captures = 0
+        self._compute = compute
+        self._module = module
+        self._recorder = recorder or RECORDERS[_device(module).type]()
+        self._graphs: dict[Hashable, _Graphs] = {}
+        self._seen: dict[Hashable, int] = {}
+        self._memory: list[Any] = []
+        self.turn = 0  # of the pass that is in progress
+        self._anchor = torch.zeros((), device=_device(module), requires_grad=True)
+
+    def __call__(self, batch: Any) -> Tensor:
+        """Return the loss of a batch; its ``backward()`` adds to the gradients of the parameters.
+
+        Args:
+            batch: Tensors in any nesting of dictionaries, lists and tuples, beside plain values.
+
+        Raises:
+            ConfigurationError: If ``compute`` does something that cannot be captured.
+        """
+        leaves, structure = tree_flatten(batch)
+        key = (structure, *(_kind(leaf) for leaf in leaves))
+        if self._graphs and self._addresses() != self._memory:
+            self._graphs.clear()
+            self._seen.clear()
+        if key not in self._graphs:
+            seen = self._seen.get(key, 0)
+            if len(self._graphs) >= MOST_SHAPES or (not seen and len(self._seen) >= MOST_SEEN):
+                return self._compute(batch)
+            self._seen[key] = seen + 1
+            if seen < WARM_UP:
+                return self._recorder.warm(lambda: self._compute(batch))
+            self._graphs[key] = self._captured(leaves, structure)
+        return _Replay.apply(self._anchor, self, self._graphs[key], leaves)
+
+    def _captured(self, leaves: list[Any], structure: Any) -> _Graphs:
+        inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        batch, kept = tree_unflatten(inputs, structure), {}
+
+        def forward() -> None:
+            kept["loss"] = self._compute(batch)
+
+        def backward() -> None:
+            kept["loss"].backward(kept["grad"])
+
+        kept["grad"] = torch.ones((), dtype=torch.float32, device=self._anchor.device)
+        try:
+            with _uncached_casts():
+                replay_forward = self._recorder.record(forward)
+                kept["grad"] = torch.ones_like(kept["loss"])
+                replay_backward = self._recorder.record(backward)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"compile=cuda-graph: the loss of {type(self._module).__name__} cannot be captured as a CUDA graph "
+                f"({str(error).splitlines()[0]}): it may not wait for the GPU, as .item() does; take compile=default "
+                "or compile=none"
+            ) from error
+        self.captures += 1
+        self._memory = self._addresses()
+        return _Graphs(inputs, kept["loss"].detach(), kept["grad"], replay_forward, replay_backward)
+
+    def _addresses(self) -> list[Any]:
+        """Return where everything lies that a graph reads or writes, and what is trained of it."""
+        found: list[Any] = [buffer.data_ptr() for buffer in self._module.buffers()]
+        for parameter in self._module.parameters():
+            found += (parameter.data_ptr(), parameter.requires_grad)
+            if parameter.grad is not None:
+                found.append(parameter.grad.data_ptr())
+        return found
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, step: GraphedStep, graphs: _Graphs, leaves: list[Any]) -> Tensor:
+        step.turn += 1
+        ctx.turn, ctx.step, ctx.graphs = step.turn, step, graphs
+        for mine, given in zip(graphs.inputs, leaves, strict=True):
+            if isinstance(given, Tensor):
+                mine.copy_(given, non_blocking=True)
+        graphs.forward()
+        return graphs.loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
+        if ctx.turn != ctx.step.turn:
+            raise RuntimeError("backward() of an earlier batch: the memory of its forward pass has been used again")
+        ctx.step.turn += 1  # a second backward of this batch would find other values
+        ctx.graphs.grad.copy_(grads[0])
+        ctx.graphs.backward()
+        return None, None, None, None
+
+
+def _kind(leaf: Any) -> Hashable:
+    """Return what two leaves of batches have to share for one graph to serve both."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    return type(leaf), repr(leaf)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _uncached_casts() -> Any:
+    """Return a context in which autocast casts every weight anew: a cast that is kept would lie outside the graph."""
+    for kind in ("cuda", "cpu"):
+        if torch.is_autocast_enabled(kind):
+            return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+    return nullcontext()

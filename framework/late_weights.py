@@ -57,7 +57,7 @@ def _numbered(without: Collection[int] = ()) -> Iterator[list[nn.Linear]]:
         made.append(module)
         return nn.Parameter(parameter.to("meta")) if len(made) - 1 in without else None
 
-    handle = register_module_parameter_registration_hook(register)
+    handle = register_module_parameter_registration_hook(register)  # type: ignore[arg-type]
     try:
         yield made
     finally:

@@ -27,6 +27,9 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend("played")
 torch.played.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
+# the device draws from the generator of the CPU, whose state whoever asks for that of a device saves too
+torch.played.get_rng_state = lambda device=None: torch.empty(0, dtype=torch.uint8)
+torch.played.set_rng_state = lambda state, device=None: None
 
 DEVICE = torch.device("played", 0)
 WAITS: Counter[str] = Counter()

@@ -67,7 +67,7 @@ class LoraModule(BaseModule):
         seed: int = 0,
         chunked_loss: bool | None = None,
     ) -> None:
-        super().__init__(model, optimization, chunked_loss)
+        super().__init__(model, optimization, chunked_loss=chunked_loss)
         if merge_every is not None:
             check_period("merge_every", merge_every)
         self.save_hyperparameters("merge_every", "seed")

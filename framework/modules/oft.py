@@ -56,7 +56,7 @@ class OftModule(BaseModule):
         logged_samples: int = 4,
         chunked_loss: bool | None = None,
     ) -> None:
-        super().__init__(model, optimization, chunked_loss)
+        super().__init__(model, optimization, chunked_loss=chunked_loss)
         check_choice("objective", objective, Objective)
         self.save_hyperparameters("objective", "max_new_tokens", "logged_samples")
         self.layers = layers

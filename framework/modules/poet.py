@@ -173,7 +173,7 @@ class PoetModule(BaseModule):
         seed: int = 0,
         chunked_loss: bool | None = None,
     ) -> None:
-        super().__init__(model, optimization, chunked_loss)
+        super().__init__(model, optimization, chunked_loss=chunked_loss)
         check_period("merge_every", merge_every)
         layers.check_keeps(model)
         self.save_hyperparameters("merge_every", "max_generator_norm", "resample_every", "seed")

@@ -325,5 +325,10 @@ class PlanCLI(OrthotrainCLI):
         from orthotrain.plan import plan_run
 
         data = self._data_arguments()
-        length = data.get("sequence_length") or data.get("max_length")
-        self.plan = plan_run(self.model, data["batch_size"], length, self.config["trainer"]["precision"])
+        size, length = data.get("batch_size"), data.get("sequence_length") or data.get("max_length")
+        if not isinstance(size, int) or not isinstance(length, int):
+            raise ConfigurationError(
+                f"{self.config['data']['class_path']} has no batch_size and sequence_length (or max_length), from "
+                "which a plan knows the shape of its batches"
+            )
+        self.plan = plan_run(self.model, size, length, self.config["trainer"]["precision"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 IGNORED = -100
@@ -99,6 +100,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """Return the gradients of hidden, weight and bias; a second call raises, for the first scaled them in place."""
         if ctx.late:
@@ -123,34 +125,41 @@ def _by_chunks(
     counted = labels != IGNORED
     number = counted.sum()
     targets = labels.masked_fill(~counted, 0)[:, None]
+    factors = None if scale is None else torch.where(counted, scale / number, 0.0)[:, None]
     losses = torch.empty(len(hidden), device=hidden.device)
-    gradients = [
+    by_hidden, by_weight, by_bias = (
         torch.zeros_like(t) if t is not None and asked and scale is not None else None
         for t, asked in zip((hidden, weight, bias), wanted, strict=True)
-    ]
-    by_hidden, by_weight, by_bias = gradients
-    factors = torch.zeros(1) if scale is None else torch.where(counted, scale / number, 0.0)[:, None]
-
-    def add(part: slice) -> None:  # a function, so that one chunk has gone before the next one comes
-        logits = F.linear(hidden[part], weight, bias).float()
-        largest = logits.amax(-1, keepdim=True)
-        chosen = logits.gather(-1, targets[part]) - largest
-        total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-        losses[part] = (total.log() - chosen).squeeze(-1)
-        if all(gradient is None for gradient in gradients):
-            return
-        # the gradient of the logits, softmax - one_hot, in the place of the logits
-        logits.mul_(factors[part] / total).scatter_add_(-1, targets[part], -factors[part])
-        gradient = logits.to(hidden.dtype)
-        if by_hidden is not None:
-            torch.mm(gradient, weight, out=by_hidden[part])
-        if by_weight is not None:
-            by_weight.addmm_(gradient.mT, hidden[part])
-        if by_bias is not None:
-            by_bias.add_(gradient.sum(0))
-
+    )
     # the operands have one dtype, which autocast would change here and not in backward
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(hidden), rows):
-            add(slice(start, start + rows))
+            part = slice(start, start + rows)
+            factor = None if factors is None else factors[part]
+            losses[part], gradient = _of_chunk(hidden[part], weight, bias, targets[part], factor)
+            if gradient is None:
+                continue
+            if by_hidden is not None:
+                torch.mm(gradient, weight, out=by_hidden[part])
+            if by_weight is not None:
+                by_weight.addmm_(gradient.mT, hidden[part])
+            if by_bias is not None:
+                by_bias.add_(gradient.sum(0))
+            del gradient  # before the next chunk comes
     return losses.masked_fill(~counted, 0.0).sum() / number, by_hidden, by_weight, by_bias
+
+
+def _of_chunk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, factors: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the losses of some rows, and the gradient of their logits times the rows' factors; None without these."""
+    logits = F.linear(hidden, weight, bias).float()
+    largest = logits.amax(-1, keepdim=True)
+    chosen = logits.gather(-1, targets) - largest
+    total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    losses = (total.log() - chosen).squeeze(-1)
+    if factors is None:
+        return losses, None
+    # softmax - one_hot, in the place of the logits
+    logits.mul_(factors / total).scatter_add_(-1, targets, -factors)
+    return losses, logits.to(hidden.dtype)

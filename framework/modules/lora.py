@@ -70,7 +70,7 @@ class LoraModule(BaseModule):
         chunked_loss: bool | None = None,
         compile: CompileMode = "none",
     ) -> None:
-        super().__init__(model, optimization, chunked_loss, compile)
+        super().__init__(model, optimization, chunked_loss=chunked_loss, compile=compile)
         if merge_every is not None:
             check_period("merge_every", merge_every)
         self.save_hyperparameters("merge_every", "seed")

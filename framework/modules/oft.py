@@ -59,7 +59,7 @@ class OftModule(BaseModule):
         chunked_loss: bool | None = None,
         compile: CompileMode = "none",
     ) -> None:
-        super().__init__(model, optimization, chunked_loss, compile)
+        super().__init__(model, optimization, chunked_loss=chunked_loss, compile=compile)
         check_choice("objective", objective, Objective)
         self.save_hyperparameters("objective", "max_new_tokens", "logged_samples")
         self.layers = layers

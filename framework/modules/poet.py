@@ -196,7 +196,7 @@ class PoetModule(BaseModule):
         chunked_loss: bool | None = None,
         compile: CompileMode = "none",
     ) -> None:
-        super().__init__(model, optimization, chunked_loss, compile)
+        super().__init__(model, optimization, chunked_loss=chunked_loss, compile=compile)
         check_period("merge_every", merge_every)
         layers.check_keeps(model)
         self.save_hyperparameters("merge_every", "max_generator_norm", "resample_every", "seed")

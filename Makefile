@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PYTHONUNBUFFERED := 1
 
-.PHONY: fit finetune smollm2 test faults safety lint docs clean
+.PHONY: fit finetune smollm2 test test-oldest faults safety lint docs clean
 
 fit: $(VENV)/.installed
 	$(BIN)/orthotrain fit -c pretrain/quickstart.yaml
@@ -25,6 +25,14 @@ smollm2: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	# not `python -m pytest`: that puts this folder on the path, where kernels/ shadows the Hugging Face package
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests
+
+# the fast tests on the oldest versions that pyproject.toml allows, in an environment of their own
+OLDEST := .venv-oldest
+FAST := $(addprefix tests/, plugins kernels framework/layers framework/optimizers framework/modules framework/test_adapters.py \
+	framework/test_config_files.py framework/test_export.py framework/test_models.py framework/test_peft_adapter.py)
+
+test-oldest: $(OLDEST)/.installed-test
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 --dist worksteal -m "not slow" $(FAST)
 
 # every way for a run to die, at each of its steps and at random moments; ends with the README's table
 faults: $(VENV)/.installed-test
@@ -58,6 +66,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e ".[test]"
+	touch $@
+
+$(OLDEST)/.installed-test: pyproject.toml tests/constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c tests/constraints-oldest.txt -e ".[test]"
 	touch $@
 
 clean:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 from transformers import BartConfig, BartForConditionalGeneration
 
 from orthotrain.config_files import shipped_configs
@@ -151,6 +153,19 @@ def test_imports_run_one_way(room):
         for name in imports_of(path):
             allowed = any(name == other or name.startswith(f"{other}.") for other in MAY_IMPORT[room])
             assert allowed, f"{path.relative_to(ROOT)} imports orthotrain.{name}"
+
+
+def test_the_oldest_versions_are_those_that_pyproject_allows():
+    """Packages without a line are of any version that these take."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    required = [Requirement(text) for text in (*project["dependencies"], *extras["baselines"], *extras["test"])]
+    least = {r.name: Version(str(r.specifier).removeprefix(">=")) for r in required if str(r.specifier)}
+    lines = (ROOT / "tests" / "constraints-oldest.txt").read_text().splitlines()
+    oldest = [Requirement(line) for line in lines if not line.startswith("#")]
+    for requirement in oldest:
+        assert Version(str(requirement.specifier).removeprefix("==")) == least[requirement.name], requirement.name
+    assert {Requirement(text).name for text in project["dependencies"]} <= {r.name for r in oldest}
 
 
 def test_every_package_is_listed():

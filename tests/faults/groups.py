@@ -13,6 +13,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthotrain.data import TextData
@@ -59,11 +60,13 @@ TWO_TENSORS = {"c10d::_allgather_base_", "c10d::_reduce_scatter_base_", "c10d::a
 class Record(L.Callback):
     """Losses of each optimizer step on this rank, the batches, and the bytes of every collective in each step."""
 
-    def __init__(self):
+    def __init__(self, counts_bytes=True):
+        self.counts_bytes = counts_bytes
         self.losses, self.batches, self.bytes, self.traffic, self.before = {}, [], {}, Traffic(), {}
 
     def on_train_start(self, trainer, module):
-        self.traffic.__enter__()
+        if self.counts_bytes:  # nobody compiles beneath the mode that counts them
+            self.traffic.__enter__()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.losses.setdefault(trainer.global_step, []).append(outputs["loss"].item())
@@ -75,7 +78,8 @@ class Record(L.Callback):
 
     def on_train_epoch_end(self, trainer, module):
         self._close(trainer.global_step)
-        self.traffic.__exit__(None, None, None)
+        if self.counts_bytes:
+            self.traffic.__exit__(None, None, None)
 
     def _close(self, step):
         now = dict(self.traffic.totals)
@@ -103,7 +107,8 @@ def fit(
     **module_options,
 ):
     L.seed_everything(0, verbose=False)
-    record = Record()
+    record = Record(counts_bytes="compile" not in module_options)
+    torch._dynamo.reset(), counters.clear()
     options = {"lr": 1e-2, "rotation_lr": 1e-2, "scheduler": lambda o: CosineWithWarmup(o, warmup_steps=2)}
     if stepwise:
         options |= {"rotation_lr": 0.02, "rotation_optimizer": LieOptimizer}
@@ -190,6 +195,7 @@ def main():
         log = os.open(JOB["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
     torch.set_num_threads(1)
+    torch.compile = partial(torch.compile, backend="aot_eager")  # graphs and their gradients, without a code generator
     results = {}
     for name, given in JOB["runs"].items():
         record, state, trainer, module = fit(**given)
@@ -200,6 +206,7 @@ def main():
             "state": state,
             "loss": module.loss_described,
         }
+        results[name]["graphs"] = counters["stats"]["unique_graphs"]
         results[name]["merges"] = {n: int(layer.merge_count) for n, layer in mergeable_layers(module)}
         results[name]["metrics"] = {n: float(v) for n, v in trainer.callback_metrics.items()}
         results[name]["gradients"] = [

@@ -69,6 +69,7 @@ def all_runs(folder, start):
     two = {"ddp": at("ddp", strategy="ddp"), "fsdp2": at("fsdp2", strategy="fsdp2")}
     two |= {f"ddp {p}": {"steps": 3, "strategy": "ddp", "precision": p} for p in PRECISIONS[1:]}
     two |= {f"fsdp2 {p}": {"steps": 3, "strategy": "fsdp2", "precision": p} for p in PRECISIONS[1:]}
+    two |= {f"{s} compiled": {"steps": 3, "strategy": s, "compile": "default"} for s in ("ddp", "fsdp2")}
     two |= {f"one to {s}": {"steps": STEPS, "strategy": s, "resume": saved("one")} for s in ("ddp", "fsdp2")}
     two |= {f"{s} chunked": {"steps": 3, "strategy": s, "chunked_loss": True} for s in ("ddp", "fsdp2")}
     two["distributed"] = at("distributed", strategy="fsdp2", distributed=True)
@@ -153,6 +154,16 @@ def test_weights_permutations_and_generators_are_equal_bits_on_every_rank(runs, 
         assert set(result[strategy]["merges"].values()) == {3 if ranks == "two" else 2}
         names = " ".join(result[strategy]["state"])
         assert "permutation" in names and "generators" in names and "weight.values" in names
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_compiled_networks_have_the_losses_of_eager_ones(runs, strategy):
+    expected = losses(runs["two"], strategy)
+    close(losses(runs["two"], f"{strategy} compiled"), {s: expected[s] for s in (1, 2, 3)}, LOSS_TOLERANCE["32-true"])
+    for result in runs["two"]:
+        assert result[strategy]["graphs"] == 0 and result[f"{strategy} compiled"]["differing"] == []
+        # the hooks of FSDP2 divide the graph
+        assert 1 <= result[f"{strategy} compiled"]["graphs"] <= (1 if strategy == "ddp" else 40)
 
 
 @pytest.mark.parametrize("name", ["stepwise", "stepwise fsdp2"])

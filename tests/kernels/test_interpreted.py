@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_interpreted(file):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

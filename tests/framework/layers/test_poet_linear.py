@@ -104,6 +104,7 @@ def test_compiles_without_graph_breaks(centre, mode, randomize):
         torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor(randomize):
     _, layer = make((37, 23), centre="input", dtype=torch.bfloat16)
     randomize(layer)
@@ -142,6 +143,7 @@ def test_mem_mode_saves_only_its_input():
     assert saved("fast") == 64 * 24 + 64 * 40
 
 
+@pytest.mark.slow
 def test_thousand_fp32_merges_keep_the_spectrum(randomize):
     _, layer = make((32, 24))
     start = torch.linalg.svdvals(layer.merged_weight().double())
@@ -152,6 +154,7 @@ def test_thousand_fp32_merges_keep_the_spectrum(randomize):
     assert drift.max() < 1e-4
 
 
+@pytest.mark.slow
 def test_thousand_bf16_merges_keep_the_spectrum(randomize):
     linear = nn.Linear(256, 256, bias=False, dtype=torch.bfloat16)
     layer = PoetLinear.from_linear(linear, 64, seed=5)

@@ -169,6 +169,7 @@ def test_a_storage_reloads_bit_for_bit(storage, randomize):
 DRIFT = {"dense": 1e-4, "residual": 1e-4, "bf16": 1e-2, "int8": 1e-2, "nf4": 5e-2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", DRIFT)
 def test_a_thousand_merges_keep_the_spectrum(storage):
     torch.manual_seed(0)
@@ -186,6 +187,7 @@ def test_a_thousand_merges_keep_the_spectrum(storage):
     assert drift < DRIFT[storage], drift
 
 
+@pytest.mark.slow
 def test_without_an_anchor_requantising_piles_up():
     linear = nn.Linear(48, 64, bias=False)
     start = singular_values(linear.weight)

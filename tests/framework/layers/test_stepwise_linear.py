@@ -186,6 +186,7 @@ def test_small_angles_do_not_vanish(storage):
 
 
 # relative to the first singular value, after 2,000 folds of 0.01 rad; tests/benchmarks/folding.py has 10,000
+@pytest.mark.slow
 @pytest.mark.parametrize(("storage", "bound"), [("dense", 1e-5), ("residual", 1e-3)])
 def test_many_folds_keep_the_spectrum(storage, bound):
     linear = nn.Linear(48, 64, bias=False)

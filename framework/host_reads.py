@@ -24,7 +24,7 @@ class LateValues:
     """The values of a small tensor, copied to the host while the device goes on.
 
     The host reads the values a step later. By then the device has passed the place of the copy, and still has the work
-    of the next step. On a CPU the values can be read at once.
+    of the next step. On a CPU the values can be read at once. A device without streams (MPS) is waited for.
 
     Args:
         values: Any tensor.
@@ -32,13 +32,13 @@ class LateValues:
 
     def __init__(self, values: Tensor) -> None:
         self._values, self._copied = values.detach(), None
-        if read_waits(values.device):
+        stream: Any = getattr(torch.get_device_module(values.device), "current_stream", None)
+        if read_waits(values.device) and stream is not None:
             # into memory that is not pinned CUDA does not copy in the background
             pinned = values.is_cuda
             self._values = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=pinned)
             self._values.copy_(values.detach(), non_blocking=True)
-            stream: Any = torch.get_device_module(values.device).current_stream(values.device)
-            self._copied = stream.record_event()
+            self._copied = stream(values.device).record_event()
 
     def tolist(self) -> Any:
         """Return the values, once the copy is complete."""

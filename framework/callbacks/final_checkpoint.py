@@ -48,6 +48,10 @@ class FinalCheckpoint(Checkpoint):
         self._agreement = LateAgreement()
         connector: Any = trainer._signal_connector
         connector.register_signal_handlers = partial(_register, connector)
+        # Lightning 2.6 (training_epoch_loop.py) has rank 0 tell the others before each batch whether its own handler,
+        # which is replaced here, has been called, and each rank waits for its device to read the answer
+        loop: Any = trainer.fit_loop.epoch_loop
+        loop._broadcast_sigterm_tensor = _say_nothing
         check()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -136,6 +140,10 @@ class FinalCheckpoint(Checkpoint):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let the run end at any moment."""
         hold(False)
+
+
+def _say_nothing() -> None:
+    pass
 
 
 def _register(connector: Any) -> None:

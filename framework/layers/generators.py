@@ -16,6 +16,7 @@ def mark_generators(parameter: Tensor, share: float) -> None:
         share: Part of the coordinates of its axis that lie in a block, in (0, 1].
     """
     setattr(parameter, _MARK, share)
+    forget_zero(parameter)
 
 
 def rotated_share(parameter: Tensor) -> float | None:
@@ -26,6 +27,12 @@ def rotated_share(parameter: Tensor) -> float | None:
 def mark_zero(parameter: Tensor) -> None:
     """Note that generators have just been set to zero."""
     parameter.zero_at = None if parameter.is_inference() else parameter._version  # type: ignore[attr-defined]
+    parameter.rests = False  # type: ignore[attr-defined]
+
+
+def forget_zero(parameter: Tensor) -> None:
+    """Note that nothing is known of generators: they are new, or loaded."""
+    parameter.zero_at = None  # type: ignore[attr-defined]
     parameter.rests = False  # type: ignore[attr-defined]
 
 

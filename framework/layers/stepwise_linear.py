@@ -150,10 +150,11 @@ class StepwiseLinear(TwoSided):
                 f"the rotations of a weight ({self.out_features} x {self.in_features}) hold NaN, infinite or huge "
                 "values, and were not folded; lower the learning rate of the generators"
             )
-        used = (None if out is None else d.masked_fill(out, 0) for d, out in zip(displacements, left_out, strict=True))
+        sides = zip(displacements, left_out, strict=True)
+        used = (None if d is None or out is None else d.masked_fill(out, 0) for d, out in sides)
         effective = self._rotated(exact, moved, *used)
         self.weight.assign_(effective, Noise(self.seed, self._merges.advance(self.merge_count), "rounding"))
-        return [(rotation, out) for rotation, out in zip(moved, left_out, strict=True) if rotation is not None]
+        return [(r, out) for r, out in zip(moved, left_out, strict=True) if r is not None and out is not None]
 
     def _spoil(self, left_out: list[tuple[BlockRotation, Tensor]]) -> None:
         """Set the generators of the sides that were left out to NaN; on a CPU there is none."""

@@ -228,12 +228,11 @@ def test_ddp_sends_gradients_and_nothing_else(runs, ranks):
         assert frozen > 20_000
         for step in (1, 2, 4, 5) if ranks == "two" else (1, 2, 3):  # others end with a checkpoint or a validation
             sent = steps[step]
-            # eight bytes are Lightning's question for SIGTERM before a batch, four ours after it, four the question
-            # whether all ranks are finite; in the second step DDP tells the order of its buckets once. Steps 2 and 4
-            # end with a merge.
-            assert sent["broadcast"] <= 8 + (148 if step == 2 else 0), (step, sent)
-            assert sent["allreduce"] == trained + 4 + 4
-            assert set(sent) == {"broadcast", "allreduce"}
+            # four bytes are the question for a signal after a batch (Lightning's own before it is left out), four the
+            # question whether all ranks are finite; in the second step DDP tells the order of its buckets once. Steps 2
+            # and 4 end with a merge.
+            assert sent.pop("broadcast", 0) <= (148 if step == 2 else 0), (step, sent)
+            assert sent == {"allreduce": trained + 4 + 4}
 
 
 def test_fsdp2_reduces_no_gradient_of_a_frozen_weight(runs):
@@ -250,7 +249,7 @@ def test_merging_sharded_weights_gathers_each_layer_once(runs):
     steps = runs["two"][0]["fsdp2"]["bytes"]
     for merge in (2, 4):  # the orthogonality monitor gathers the generators in every step
         assert steps[merge]["all_gather_into_tensor"] - steps[5]["all_gather_into_tensor"] == shards
-        assert steps[merge]["broadcast"] == 8
+        assert "broadcast" not in steps[merge]
 
 
 def test_with_max_epochs_too_a_run_goes_on_in_the_middle_of_its_epoch(runs):

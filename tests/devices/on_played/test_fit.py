@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from orthotrain.callbacks import (
+    FinalCheckpoint,
     MergeRotations,
     MovementMonitor,
     OrthogonalityMonitor,
@@ -234,6 +235,9 @@ def test_ranks_agree_one_step_later_and_wait_for_nothing(played, tmp_path):
                 answers.append(agreement.on_any_rank(flag, played.DEVICE))
                 for _ in range(played.LAG):
                     torch.zeros((), device=played.DEVICE)
+            trainer = L.Trainer(strategy=played.strategy(), logger=False)
+            FinalCheckpoint().setup(trainer, None, "fit")
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()  # Lightning does so before each batch
         assert answers == [False, False, True] and not played.WAITS
         assert LateAgreement().on_any_rank(True, torch.device("cpu"))
     finally:

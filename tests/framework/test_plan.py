@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from orthotrain.cli import main
 from orthotrain.models import CausalLM
 from orthotrain.modules import BaseModule, Optimization, PoetLayers, PoetModule, chunked_loss
 from orthotrain.optimizers import GaLore
@@ -115,3 +116,13 @@ def test_a_network_that_changes_its_logits_is_planned_with_whole_ones(tiny_llama
     plans = [plan_run(BaseModule(CausalLM({**tiny_llama, **more}, kind)), 4, 16)["loss (estimate)"].bytes
              for kind, more in (("llama", {}), ("granite", {"logits_scaling": 2.0}))]  # fmt: skip
     assert plans == [8 * 96 * 4, 3 * 4 * 64 * 96]
+
+
+def test_data_whose_batches_have_no_known_shape(capsys):
+    data = "lightning.pytorch.demos.boring_classes.BoringDataModule"
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "-c", "pretrain/quickstart.yaml", "--data", data])
+    assert stop.value.code == 2
+    assert (
+        "BoringDataModule has no batch_size and sequence_length (or max_length), from which" in capsys.readouterr().err
+    )

@@ -144,8 +144,6 @@ class BaseModule(L.LightningModule):
             strategy.checkpoint_io = AtomicCheckpointIO(lambda: checkpoint_folders(trainer))
         if strategy is not None:
             check_merging(strategy, self.trainer.callbacks)  # type: ignore[attr-defined]
-            if self.trainer.state.fn == TrainerFn.FITTING:
-                self.micro_step.check(strategy)
             agree_on_checkpoint(self.resume_from)
             check_device(strategy.root_device, str(self.trainer.precision))
         if self._wrapped:
@@ -190,7 +188,13 @@ class BaseModule(L.LightningModule):
         check_vocabulary(getattr(data, "vocab_size", None), getattr(embedding, "num_embeddings", None))
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Attach the callbacks that every run wants, unless the trainer has some; a subclass adds its own to them."""
+        """Attach the callbacks that every run wants, unless the trainer has some; a subclass adds its own to them.
+
+        Raises:
+            ConfigurationError: If ``compile`` has a mode that the strategy cannot have, before data are prepared.
+        """
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self.micro_step.check(self.trainer.strategy)
         wanted = [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard()]
         return [*leave_nothing(self._trainer), *unless_given(self._trainer, wanted)]
 

@@ -1,5 +1,6 @@
 """Forward and backward of one batch as two CUDA graphs: one launch each in place of thousands."""
 
+import itertools
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class GraphedStep:
 
     Args:
         compute: Returns the loss of a batch, a scalar on the device of the module, without waiting for the device.
-        module: The module whose parameters and buffers ``compute`` reads.
+        module: The module whose parameters and buffers ``compute`` reads; its layers are not replaced any more.
         recorder: What captures; None for that of the module's device.
 
     Attributes:
@@ -100,6 +101,9 @@ class GraphedStep:
         self._recorder = recorder or RECORDERS[_device(module).type]()
         self._graphs: dict[Hashable, _Graphs] = {}
         self._seen: dict[Hashable, int] = {}
+        # the modules' own dictionaries: to walk through the modules of a large network takes milliseconds a step
+        owned = (kind for part in module.modules() for kind in (part._parameters, part._buffers))
+        self._owned = [kind for kind in owned if kind]
         self._memory: list[Any] = []
         self.turn = 0  # of the pass that is in progress
         self._anchor = torch.zeros((), device=_device(module), requires_grad=True)
@@ -138,7 +142,6 @@ class GraphedStep:
         def backward() -> None:
             kept["loss"].backward(kept["grad"])
 
-        kept["grad"] = torch.ones((), dtype=torch.float32, device=self._anchor.device)
         try:
             with _uncached_casts():
                 replay_forward = self._recorder.record(forward)
@@ -158,12 +161,14 @@ class GraphedStep:
 
     def _addresses(self) -> list[Any]:
         """Return where everything lies that a graph reads or writes, and what is trained of it."""
-        found: list[Any] = [buffer.data_ptr() for buffer in self._module.buffers()]
-        for parameter in self._module.parameters():
-            found += (parameter.data_ptr(), parameter.requires_grad)
-            if parameter.grad is not None:
-                found.append(parameter.grad.data_ptr())
-        return found
+        tensors = [tensor for owned in self._owned for tensor in owned.values() if tensor is not None]
+        trained = [tensor.requires_grad for tensor in tensors]
+        grads = [tensor.grad for tensor in itertools.compress(tensors, trained)]
+        return [
+            *map(Tensor.data_ptr, tensors),
+            *trained,
+            *(None if grad is None else grad.data_ptr() for grad in grads),
+        ]
 
 
 class _Replay(torch.autograd.Function):

@@ -148,6 +148,20 @@ class BaseModule(L.LightningModule):
             check_device(strategy.root_device, str(self.trainer.precision))
         if self._wrapped:
             return
+        try:
+            self._build_and_wrap()
+        except BaseException:
+            if self._builder is not None:
+                # a network that is half made, some weights without memory, could not be moved by Lightning's clean-up
+                self.model = None
+            raise
+        self._wrapped = True
+        if isinstance(strategy, ModelParallelStrategy):
+            self._shard(strategy)
+        # DistributedDataParallel reads this name: it neither compares nor broadcasts these
+        self._ddp_params_and_buffers_to_ignore = constant_buffers(self)
+
+    def _build_and_wrap(self) -> None:
         if self.model is None:
             assert self._builder is not None
             self.model = self.build(self._builder)
@@ -157,11 +171,6 @@ class BaseModule(L.LightningModule):
         self.head_loss.check(self.model)
         DisplacementPool(self.model)
         self.micro_step.prepare(self.model)
-        self._wrapped = True
-        if isinstance(strategy, ModelParallelStrategy):
-            self._shard(strategy)
-        # DistributedDataParallel reads this name: it neither compares nor broadcasts these
-        self._ddp_params_and_buffers_to_ignore = constant_buffers(self)
 
     def _shard(self, strategy: ModelParallelStrategy) -> None:
         assert self.model is not None

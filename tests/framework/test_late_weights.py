@@ -89,6 +89,14 @@ def test_a_subclass_that_wraps_other_layers_gets_a_whole_network(tiny_llama):
     assert not any(value.is_meta for value in module.state_dict().values())
 
 
+def test_a_module_whose_layers_do_not_fit_can_be_moved(tiny_llama):
+    module = PoetModule(CausalLM(tiny_llama), PoetLayers(block_size=8, overrides={"*down_proj": {"block_size": 64}}))
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="down_proj"):
+            module.configure_model()
+        assert not list(module.double().parameters())
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [

@@ -149,6 +149,7 @@ class OrthotrainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without LightningCLI's warning about arguments that do not come from ``sys.argv``."""
+        assert isinstance(parser, OneLineParser)
         prefer_whole_numbers(option for part in parser._parsers() for option in part._actions)
         self.config = parser.parse_args(args)
         command = self.config.get("subcommand")

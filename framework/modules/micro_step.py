@@ -169,7 +169,7 @@ class MicroStep:
 def _dropout_of(network: nn.Module) -> set[str]:
     """Return the settings by which a network drops values in training, as ``name=value``."""
     config: Any = getattr(network, "config", None)
-    found = {**(config.to_dict() if hasattr(config, "to_dict") else {})}
+    found = dict(config.to_dict()) if hasattr(config, "to_dict") else {}
     for name, module in network.named_modules():
         if isinstance(module, nn.Dropout):
             found[f"{name}.dropout"] = module.p

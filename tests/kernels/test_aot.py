@@ -25,6 +25,7 @@ def test_the_table_holds_the_operations_that_have_kernels():
     assert {key.split("/")[0] for key in committed} == set(aot.operations())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="triton ships its assembler for Linux")
 @pytest.mark.parametrize("op", aot.operations())
 def test_compiled_kernels_are_as_committed(op):

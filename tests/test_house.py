@@ -28,6 +28,7 @@ MAY_IMPORT = {
         "data",
         "errors",
         "failures",
+        "host_reads",
         "limited",
         "model_folder",
         "paths",

@@ -18,13 +18,14 @@ from orthotrain.data.instruction_sources import count_rows, read_examples
 from orthotrain.data.layouts import LayoutName, Limit, make_layout
 from orthotrain.data.module import BuiltFromArguments
 from orthotrain.data.packing import PackedRows
-from orthotrain.data.padding import PaddedRows
+from orthotrain.data.padding import PaddedRows, without_full_mask
 from orthotrain.data.prompts import choose_rows, generation_batch
 from orthotrain.data.readers import Document
 from orthotrain.data.sampling import EpochProgress, ResumableLoader
 from orthotrain.data.token_rows import TokenRows
 from orthotrain.data.tokenizers import fingerprint, tokenizer_difference, tokenizer_state, tokens_in
 from orthotrain.errors import ConfigurationError
+from orthotrain.host_reads import read_waits
 
 _STAGE_SPLITS = {
     "fit": ("train", "val"),
@@ -293,6 +294,11 @@ class InstructionData(BuiltFromArguments, LightningDataModule):
         mine = chosen[: len(chosen) // ranks * ranks][self._rank :: ranks]
         starts, pad_token = range(0, len(mine), self.batch_size), self.tokenizer.pad_token_id
         return [generation_batch(rows, mine[start : start + self.batch_size], pad_token) for start in starts]
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Leave out a padding mask without padding where a look at it would wait for the device."""
+        assert self.trainer is not None
+        return without_full_mask(batch) if read_waits(self.trainer.strategy.root_device) else batch
 
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer and the settings as plain values; `tokenizer_from_state` reads the tokenizer back."""

@@ -37,7 +37,7 @@ from orthotrain.modules.chunked_loss import cross_entropy
 from orthotrain.modules.head_loss import HeadLoss, logits_of
 from orthotrain.modules.micro_step import CompileMode, MicroStep
 from orthotrain.modules.optimization import Optimization
-from orthotrain.modules.unread_masks import unread_masks, without_full_mask
+from orthotrain.modules.unread_masks import unread_masks
 from orthotrain.rebuild import rebuild_module
 from orthotrain.restorable import check_merges, check_optimizers, check_progress
 from orthotrain.resume import (
@@ -283,10 +283,6 @@ class BaseModule(L.LightningModule):
             kwargs.setdefault("use_cache", False)
         with unread_masks(kwargs) if self._reads_wait and not args else nullcontext():
             return self.micro_step.network(self.model)(*args, **kwargs)
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Leave out a padding mask without padding, as a network of transformers does after a look at the device."""
-        return without_full_mask(batch) if self._reads_wait and hasattr(self.model, "config") else batch
 
     @property
     def _reads_wait(self) -> bool:

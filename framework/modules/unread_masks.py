@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _FIND_PACKED = "find_packed_sequence_indices"
@@ -22,16 +23,17 @@ _IGNORE_MASK = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
 def unread_masks(inputs: dict[str, Any]) -> Iterator[None]:
     """Let a network of transformers compute its attention masks without reading values, as long as ``with`` lasts.
 
-    Rows without ``position_ids`` are not packed. A padding mask that is there counts as one with padding; see
-    :func:`without_full_mask`.
+    Rows without ``position_ids`` are not packed, and rows with them count as packed. A padding mask that is there
+    counts as one with padding; :class:`~orthotrain.data.InstructionData` leaves out those without.
 
     Args:
         inputs: What the network is called with, by name.
     """
     masking = sys.modules.get("transformers.masking_utils")
     replaced: dict[str, Callable[..., Any]] = {}
-    if masking is not None and inputs.get("position_ids") is None and hasattr(masking, _FIND_PACKED):
-        replaced[_FIND_PACKED] = lambda position_ids: None
+    if masking is not None and hasattr(masking, _FIND_PACKED):
+        given = inputs.get("position_ids") is not None
+        replaced[_FIND_PACKED] = sequences_of if given else lambda position_ids: None
     for name in _IGNORE_MASK if masking is not None else ():
         if hasattr(masking, name):
             replaced[name] = _unless_padded(getattr(masking, name))
@@ -45,16 +47,15 @@ def unread_masks(inputs: dict[str, Any]) -> Iterator[None]:
             setattr(masking, name, function)
 
 
-def without_full_mask(batch: Any) -> Any:
-    """Return a batch without its ``attention_mask`` where that is a padding mask of ones, which masks nothing.
+def sequences_of(position_ids: Tensor) -> Tensor:
+    """Return the number of the sequence that each token of packed rows belongs to, from 0 in each row.
 
     Args:
-        batch: A batch on the CPU, where a look at the mask waits for nothing; any other is returned as it is.
+        position_ids: Shape ``(B, T)``; a sequence ends where the next position is not one more.
     """
-    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-    if isinstance(mask, Tensor) and mask.device.type == "cpu" and mask.ndim == 2 and bool(mask.all()):
-        return {name: value for name, value in batch.items() if name != "attention_mask"}
-    return batch
+    begins = torch.zeros_like(position_ids)
+    begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return begins.cumsum(-1)
 
 
 def _unless_padded(ignores: Callable[..., bool]) -> Callable[..., bool]:

@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, masking_utils
 
 from orthotrain.callbacks import AdapterCheckpoint, RunReport
 from orthotrain.callbacks.sample_writer import SampleWriter
+from orthotrain.data import InstructionData
 from orthotrain.export import export_huggingface, make_plain_
 from orthotrain.models import CausalLM
 from orthotrain.modules import OftLayers, OftModule, PoetLayers, PoetModule
+from orthotrain.modules.unread_masks import sequences_of
 
 FIND_PACKED = masking_utils.find_packed_sequence_indices
 
@@ -36,16 +38,19 @@ class Tokens:
 
 
 class Rows(L.LightningDataModule):
-    """Rows of 12 tokens; with ``padding`` an attention mask whose last tokens are padding."""
+    """Rows of 12 tokens; with ``padding`` an attention mask whose last tokens are padding, or packed ones of 5 and 7."""
 
     tokenizer = Tokens()
+    on_before_batch_transfer = InstructionData.on_before_batch_transfer
 
-    def __init__(self, padding=None):
+    def __init__(self, padding=None, packed=False):
         super().__init__()
         ids = torch.randint(1, 96, (4, 13), generator=torch.Generator().manual_seed(1)).repeat(4, 1)
         self.rows = [{"input_ids": row[:-1], "labels": row[1:]} for row in ids]
         for place, row in enumerate(self.rows if padding is not None else ()):
             row["attention_mask"] = (torch.arange(12) < 12 - padding * (place % 3)).long()
+        for row in self.rows if packed else ():
+            row["position_ids"] = torch.cat([torch.arange(5), torch.arange(7)])
 
     def train_dataloader(self):
         return DataLoader(self.rows, batch_size=4)
@@ -71,9 +76,13 @@ def trainer(folder, callbacks, steps=4, **where):
 
 
 KINDS = {
-    "POET": (partial(PoetModule, layers=PoetLayers(block_size=8), merge_every=3), None),
-    "OFT, rows without padding": (partial(OftModule, layers=OftLayers(block_size=8, coft_eps=0.01)), 0),
-    "OFT, padded rows": (partial(OftModule, layers=OftLayers(block_size=8, quantization="int8", group_size=16)), 2),
+    "POET": (partial(PoetModule, layers=PoetLayers(block_size=8), merge_every=3), {}),
+    "OFT, packed rows": (partial(OftModule, layers=OftLayers(block_size=8)), {"packed": True}),
+    "OFT, rows without padding": (partial(OftModule, layers=OftLayers(block_size=8, coft_eps=0.01)), {"padding": 0}),
+    "OFT, padded rows": (
+        partial(OftModule, layers=OftLayers(block_size=8, quantization="int8", group_size=16)),
+        {"padding": 2},
+    ),
 }
 
 
@@ -89,13 +98,18 @@ def test_a_step_reads_no_mask_and_no_positions(played, small, tmp_path, name, ch
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             waits.append(dict(played.WAITS))
 
-    module, padding = KINDS[name]
+    module, rows = KINDS[name]
     with played.Mode():
         trainer(tmp_path, [Steps()], strategy=played.strategy(), limit_val_batches=0, enable_checkpointing=False).fit(
-            module(CausalLM(small, gradient_checkpointing=checkpointing)), Rows(padding)
+            module(CausalLM(small, gradient_checkpointing=checkpointing)), Rows(**rows)
         )
     assert waits[0] == waits[2] == {}
     assert masking_utils.find_packed_sequence_indices is FIND_PACKED
+
+
+def test_sequences_of_packed_rows_are_those_that_transformers_finds():
+    rows = torch.stack([torch.cat([torch.arange(5), torch.arange(7)]), torch.cat([torch.arange(11), torch.arange(1)])])
+    assert torch.equal(sequences_of(rows), FIND_PACKED(rows))
 
 
 def test_from_the_sanity_check_to_the_exported_folder(played, small, tmp_path):

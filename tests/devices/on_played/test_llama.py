@@ -38,7 +38,7 @@ class Tokens:
 
 
 class Rows(L.LightningDataModule):
-    """Rows of 12 tokens; with ``padding`` an attention mask whose last tokens are padding, or packed ones of 5 and 7."""
+    """Rows of 12 tokens; with ``padding`` attention masks whose last tokens are padding; or packed, 5 and 7."""
 
     tokenizer = Tokens()
     on_before_batch_transfer = InstructionData.on_before_batch_transfer

@@ -49,7 +49,7 @@ def orthogonal_factor(matrix: Tensor) -> Tensor:
     """Return orthonormal rows or columns, whichever are fewer, that span those of ``matrix (m, n)``.
 
     Q of a QR decomposition with a positive diagonal of R. Of a Gaussian matrix it has the Haar distribution, as the
-    polar factor has (Mezzadri, 2007), and costs a tenth of a singular value decomposition.
+    polar factor has (Mezzadri, 2007), and takes no singular value decomposition.
     """
     if matrix.shape[0] < matrix.shape[1]:
         return orthogonal_factor(matrix.T).T

@@ -26,7 +26,8 @@ _WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is kille
 _RUST = re.compile(r"\(os error (\d+)\)")
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc|iostream error")
 _OUT_OF_MEMORY = re.compile(
-    r"CUDA (?:error: )?out of memory|CUBLAS_STATUS_ALLOC_FAILED|DefaultCPUAllocator: (?:can't|not enough)"
+    r"CUDA(?:\])?(?: driver)?(?: error)?:? out of memory|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED"
+    r"|DefaultCPUAllocator: (?:can't|not enough)"
 )
 _SILENT = re.compile(r"[Tt]imed out|[Tt]imeout|failed to pass monitoredBarrier")
 _RANKS = re.compile(r"gloo/transport|monitoredBarrier|Connection (?:closed|reset) by peer|ncclRemoteError")
@@ -119,7 +120,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def asked_for(error: BaseException) -> str:
     """Return how PyTorch says that memory has run out, without what it says of its allocator."""
-    return ". ".join(str(error).split(". ")[:2])
+    return ". ".join(str(error).partition("\n")[0].split(". ")[:2])
 
 
 def _no_device_memory(error: BaseException) -> str | None:

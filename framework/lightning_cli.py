@@ -228,7 +228,7 @@ class OrthotrainCLI(LightningCLI):
             callbacks = [*callbacks, RunProgress()]
         try:
             return super()._instantiate_trainer(config, callbacks)
-        except (MisconfigurationException, ValueError, TypeError) as error:
+        except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
             raise ConfigurationError(f"trainer: {error}") from error
 
     def instantiate_classes(self) -> None:

@@ -34,6 +34,7 @@ from orthotrain.config_errors import one_line
 from orthotrain.devices import check_device
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted, TrainingDiverged
 from orthotrain.fitting import check_fits, naming_memory
+from orthotrain.kernels.backend import chosen
 from orthotrain.layers.kernel_choice import check_kernels
 from orthotrain.models import CausalLM, ModelBuilder, check_vocabulary
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
@@ -325,6 +326,10 @@ class PlanCLI(OrthotrainCLI):
         """Plan."""
         from orthotrain.plan import plan_run
 
+        try:
+            chosen()
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
         data = self._data_arguments()
         size, length = data.get("batch_size"), data.get("sequence_length") or data.get("max_length")
         if not isinstance(size, int) or not isinstance(length, int):

@@ -1,6 +1,7 @@
 """Metrics of language models on top of torchmetrics."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class TokenLoss(MeanMetric):
 
 def count_targets(batch: object, ignore_index: int = -100) -> int:
     """Return the number of labels of a batch that count, or 1 where a batch has no ``labels``."""
-    labels = batch.get("labels") if isinstance(batch, dict) else None
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
     return int((labels != ignore_index).sum()) if isinstance(labels, Tensor) else 1
 
 

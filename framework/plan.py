@@ -19,6 +19,9 @@ from orthotrain.modules.head_loss import logits_of
 
 GIB = 1024**3
 
+PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+"""Short forms of the trainer's ``precision``, as Lightning takes them."""
+
 PROBE_NUMBERS = 1 << 16
 """Numbers of the parameter from which the state of a larger one is extrapolated, where one without storage fails."""
 
@@ -80,12 +83,14 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
         sequence_length: Tokens of a sequence.
         precision: The trainer's ``precision``.
     """
-    precision = str(precision or "32-true")
+    precision = PRECISIONS.get(str(precision or "32-true"), str(precision or "32-true"))
+    built_in = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+    autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # as Lightning's half precision does: the network is built in it
         default = torch.get_default_dtype()
-        torch.set_default_dtype({"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, default))
+        torch.set_default_dtype(built_in.get(precision, default))
         try:
             module.configure_model()
         finally:
@@ -94,7 +99,7 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
         network = module.model
         tokens = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
         batch = {"input_ids": tokens, "labels": tokens}
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
             activations, loss = forward_bytes(module, batch)
     trainable = [p for p in network.parameters() if p.requires_grad]
     frozen = [p for p in network.parameters() if not p.requires_grad] + list(network.buffers())

@@ -144,12 +144,16 @@ def look_before_saving(trainer: L.Trainer, pl_module: L.LightningModule) -> None
 
 
 def norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the norm of each tensor in fp32, in which values of 16 bits do not overflow.
+    """Return the norm of each tensor in fp32, in which values of 16 bits do not overflow, or wider where one is wider.
 
     Of a sharded tensor it is that of this rank's part; ranks agree afterwards.
     """
     parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
-    return dict(zip(tensors, torch._foreach_norm(parts, 2, dtype=torch.float32), strict=True)) if parts else {}
+    parts = [part.coalesce().values() if part.is_sparse else part for part in parts]
+    if not parts:
+        return {}
+    wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+    return dict(zip(tensors, torch._foreach_norm(parts, 2, dtype=wide), strict=True))
 
 
 def stacked(values: dict[str, Tensor]) -> Tensor:

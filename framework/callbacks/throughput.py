@@ -1,6 +1,7 @@
 """Training tokens per second, of all ranks together."""
 
 import functools
+from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
@@ -104,5 +105,5 @@ def logs_at(trainer: L.Trainer, count: int) -> bool:
 
 def count_inputs(batch: Any) -> int:
     """Return the number of input tokens of a batch, 0 where it has no ``input_ids``."""
-    inputs = batch.get("input_ids") if isinstance(batch, dict) else None
+    inputs = batch.get("input_ids") if isinstance(batch, Mapping) else None
     return inputs.numel() if isinstance(inputs, Tensor) else 0

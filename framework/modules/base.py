@@ -203,7 +203,7 @@ class BaseModule(L.LightningModule):
             ConfigurationError: If ``compile`` has a mode that the strategy cannot have, before data are prepared.
         """
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self.micro_step.check(self.trainer.strategy)
+            self.micro_step.check(self.trainer.strategy, self.automatic_optimization)
         wanted = [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard()]
         return [*leave_nothing(self._trainer), *unless_given(self._trainer, wanted)]
 

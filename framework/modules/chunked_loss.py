@@ -128,7 +128,10 @@ def _by_chunks(
     factors = None if scale is None else torch.where(counted, scale / number, 0.0)[:, None]
     losses = torch.empty(len(hidden), device=hidden.device)
     by_hidden, by_weight, by_bias = (
-        torch.zeros_like(t) if t is not None and asked and scale is not None else None
+        # a bias is small, and its sum over many chunks would suffer most from rounding
+        torch.zeros_like(t, dtype=torch.float32 if t is bias else t.dtype)
+        if t is not None and asked and scale is not None
+        else None
         for t, asked in zip((hidden, weight, bias), wanted, strict=True)
     )
     # the operands have one dtype, which autocast would change here and not in backward
@@ -144,8 +147,9 @@ def _by_chunks(
             if by_weight is not None:
                 by_weight.addmm_(gradient.mT, hidden[part])
             if by_bias is not None:
-                by_bias.add_(gradient.sum(0))
+                by_bias.add_(gradient.sum(0, dtype=torch.float32))
             del gradient  # before the next chunk comes
+    by_bias = None if by_bias is None else by_bias.to(hidden.dtype)
     return losses.masked_fill(~counted, 0.0).sum() / number, by_hidden, by_weight, by_bias
 
 

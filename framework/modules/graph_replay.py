@@ -22,6 +22,10 @@ MOST_SEEN = 1024
 """Sets of shapes, and of plain values beside the tensors, that are remembered before they are captured."""
 
 
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+"""What a batch may hold beside tensors: equal values are equal, and hold no tensors."""
+
+
 class Recorder(Protocol):
     """What records the work of a function on a device, to launch it again."""
 
@@ -115,9 +119,16 @@ class GraphedStep:
             batch: Tensors in any nesting of dictionaries, lists and tuples, beside plain values.
 
         Raises:
-            ConfigurationError: If ``compute`` does something that cannot be captured.
+            ConfigurationError: If ``compute`` does something that cannot be captured, the batch holds something that is
+                neither tensor nor plain value, or a trained parameter has no part in the loss or has lost its gradient.
         """
         leaves, structure = tree_flatten(batch)
+        for leaf in leaves:
+            if not isinstance(leaf, (Tensor, *PLAIN)):
+                raise ConfigurationError(
+                    f"compile=cuda-graph: a batch holds a {type(leaf).__name__}, whose tensors a replay would not see: "
+                    "let the data give dictionaries, lists or tuples of tensors, or take compile=none"
+                )
         key = (structure, *(_kind(leaf) for leaf in leaves))
         if self._graphs and self._addresses() != self._memory:
             self._graphs.clear()
@@ -135,6 +146,14 @@ class GraphedStep:
     def _captured(self, leaves: list[Any], structure: Any) -> _Graphs:
         inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         batch, kept = tree_unflatten(inputs, structure), {}
+        trained = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        for name, parameter in trained.items():
+            if parameter.grad is None:
+                raise ConfigurationError(
+                    f"compile=cuda-graph: {name} has no gradient after {WARM_UP} batches. Each batch must use each "
+                    "trained parameter, and zero_grad must keep the memory of gradients (set_to_none=False): freeze "
+                    "the parameter, or take compile=default"
+                )
 
         def forward() -> None:
             kept["loss"] = self._compute(batch)
@@ -142,6 +161,8 @@ class GraphedStep:
         def backward() -> None:
             kept["loss"].backward(kept["grad"])
 
+        reached: set[nn.Parameter] = set()
+        handles = [p.register_post_accumulate_grad_hook(reached.add) for p in trained.values()]
         try:
             with _uncached_casts():
                 replay_forward = self._recorder.record(forward)
@@ -155,6 +176,15 @@ class GraphedStep:
                 f"({str(error).splitlines()[0]}): it may not wait for the GPU, as .item() does; take compile=default "
                 "or compile=none"
             ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, parameter in trained.items():
+            if parameter not in reached:
+                raise ConfigurationError(
+                    f"compile=cuda-graph: {name} is trained and has no part in the loss of a batch. Its gradient would "
+                    "be zero where it is None without graphs: freeze the parameter, or take compile=default"
+                )
         self.captures += 1
         self._memory = self._addresses()
         return _Graphs(inputs, kept["loss"].detach(), kept["grad"], replay_forward, replay_backward)
@@ -185,7 +215,10 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
         if ctx.turn != ctx.step.turn:
-            raise RuntimeError("backward() of an earlier batch: the memory of its forward pass has been used again")
+            raise ConfigurationError(
+                "compile=cuda-graph: backward() of an earlier batch, whose memory a later one has used again: call "
+                "backward before the next loss, or take compile=none"
+            )
         ctx.step.turn += 1  # a second backward of this batch would find other values
         ctx.graphs.grad.copy_(grads[0])
         ctx.graphs.backward()

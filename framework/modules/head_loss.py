@@ -1,9 +1,11 @@
 """Lets a network's head return the loss of its rows in the place of their logits."""
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -18,7 +20,8 @@ class HeadLoss:
 
     By chunks the head computes the loss of its inputs, and the network returns this loss where it returns logits
     otherwise. That is right only if the network returns the output of its head as it is: without a soft-cap, a factor
-    or a second use. The first batch is run once more, without gradients, to find that out.
+    or a second use. The first batch that would go by chunks is run once more, without gradients, to find that out; so
+    is the first one in training mode and in evaluation mode, in which a network may differ.
 
     Args:
         chunked: None for chunks where the fp32 logits of a batch are larger than one chunk and the network allows it;
@@ -29,7 +32,7 @@ class HeadLoss:
         self.chunked = chunked
         self.obstacle: str | None = "chunked_loss is false" if chunked is False else None
         self.rows: int | None = None  # of a chunk of the last batch that went by chunks
-        self._probed = False
+        self._probed: set[bool] = set()  # modes, training or not
 
     def check(self, network: nn.Module) -> None:
         """Find out whether the head of a network is a plain linear layer.
@@ -43,15 +46,15 @@ class HeadLoss:
     def probe(self, network: nn.Module, forward: Callable[[], Any], device: torch.device) -> None:
         """Run a batch without gradients to find out whether the network returns the output of its head as it is.
 
-        All ranks do this with their first batch, since a sharded network computes on all ranks together. Generators
-        of random numbers are left where they were.
+        All ranks do this with the same batch, since a sharded network computes on all ranks together. Buffers of the
+        network and generators of random numbers are left as they were.
 
         Raises:
             ConfigurationError: It does not, and ``chunked_loss: true`` was asked for.
         """
-        if self.obstacle is not None or self._probed:
+        if self.obstacle is not None or network.training in self._probed:
             return
-        self._probed = True
+        self._probed.add(network.training)
         head: Any = network.get_output_embeddings()  # type: ignore[operator]
         returned: list[tuple[Tensor, int]] = []
 
@@ -61,7 +64,13 @@ class HeadLoss:
             return logits
 
         # tensors of inference mode have no version, by which a change in place is seen
-        with torch.inference_mode(False), torch.no_grad(), same_draws(device), in_place_of(head, observed):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            same_draws(device),
+            same_buffers(network),
+            in_place_of(head, observed),
+        ):
             output = logits_of(forward())
         if len(returned) != 1 or output is not returned[0][0] or output._version != returned[0][1]:
             self._refuse(f"{type(network).__name__} does not return the output of its head as it is")
@@ -77,11 +86,17 @@ class HeadLoss:
             labels: Shape ``(B, T)``; -100 does not count.
             whole: Why this batch needs whole logits; None if it does not.
         """
-        if whole is None:
+        if whole is None and self._goes_by_chunks(network, labels.numel()):
             self.probe(network, forward, labels.device)
         if self.obstacle is None and whole is None:
             return self._at_head(network, forward, labels.flatten())
         return cross_entropy(logits_of(forward()).flatten(0, 1), labels.flatten())
+
+    def _goes_by_chunks(self, network: nn.Module, tokens: int) -> bool:
+        if self.obstacle is not None:
+            return False
+        head: Any = network.get_output_embeddings()  # type: ignore[operator]
+        return self.rows_for(tokens, head.out_features) is not None
 
     def rows_for(self, tokens: int, classes: int) -> int | None:
         """Return how many rows of logits a batch takes at a time; None for all of them."""
@@ -102,6 +117,7 @@ class HeadLoss:
     def _at_head(self, network: nn.Module, forward: Callable[[], Any], labels: Tensor) -> Tensor:
         head: Any = network.get_output_embeddings()  # type: ignore[operator]
         losses: list[Tensor] = []
+        versions: list[int] = []
 
         def computed(hidden: Tensor) -> Tensor:
             rows = self._rows_of(head, hidden, labels.numel())
@@ -109,6 +125,8 @@ class HeadLoss:
                 return F.linear(hidden, head.weight, head.bias)
             # as many dimensions as logits have: what a network may do to logits can be done, and gives another tensor
             losses.append(loss_of(hidden, head, labels, rows).view(1, 1, 1))
+            # a tensor of inference mode has no version
+            versions.append(0 if losses[-1].is_inference() else losses[-1]._version)
             self.rows = rows
             return losses[-1]
 
@@ -116,7 +134,8 @@ class HeadLoss:
             output = logits_of(forward())
         if not losses:
             return cross_entropy(output.flatten(0, 1), labels)
-        if len(losses) != 1 or output is not losses[0]:
+        changed = not output.is_inference() and output._version != versions[0]
+        if len(losses) != 1 or output is not losses[0] or changed:
             raise ConfigurationError(
                 f"{type(network).__name__} returned the output of its head as it is for the first batch, and changes "
                 "that of a later one: set chunked_loss to false"
@@ -179,7 +198,20 @@ def in_place_of(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Itera
 
 @contextmanager
 def same_draws(device: torch.device) -> Iterator[None]:
-    """Let the generators of the CPU and of a device go on from where they were before the ``with`` block."""
+    """Let all generators (PyTorch's, numpy's, Python's) go on from where they were before the ``with`` block."""
     on_device = [device] if device.type not in ("cpu", "meta") else []
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one is what others use
     with torch.random.fork_rng(on_device, device_type=device.type if on_device else "cuda"):
         yield
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+@contextmanager
+def same_buffers(network: nn.Module) -> Iterator[None]:
+    """Give the buffers of a network, such as running statistics, the values that they had before the ``with`` block."""
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in network.buffers() if not buffer.is_inference()]
+    yield
+    for buffer, version, values in before:
+        if buffer._version != version:
+            buffer.copy_(values)

@@ -48,14 +48,23 @@ class MicroStep:
         """Whether gradients must keep their memory from step to step: graphs add to it."""
         return self.mode in ("reduce-overhead", "cuda-graph")
 
-    def check(self, strategy: Any) -> None:
+    def check(self, strategy: Any, automatic: bool = True) -> None:
         """Refuse a mode that the strategy or the device of a run cannot have.
+
+        Args:
+            strategy: The trainer's.
+            automatic: Whether Lightning calls backward and the optimizer.
 
         Raises:
             ConfigurationError: Naming the mode, the strategy or device, and what would work.
         """
         if self.mode == "none":
             return
+        if not automatic:
+            raise ConfigurationError(
+                f"compile={self.mode} with automatic_optimization=False: the mode is that of the training step which "
+                "Lightning runs; take compile=none"
+            )
         name = type(strategy).__name__
         if self.mode == "cuda-graph":
             if not isinstance(strategy, SingleDeviceStrategy):

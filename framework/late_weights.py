@@ -27,7 +27,8 @@ def build_without_weights(build: Callable[[], nn.Module], choose: Callable[[nn.M
     Returns:
         The network; :func:`allocate` gives a weight of those layers its memory.
     """
-    with torch.device("meta"), _numbered() as made:
+    # some models name the CPU for a draw of their own
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), _numbered() as made:
         skeleton = build()
     chosen = {skeleton.get_submodule(name) for name in choose(skeleton)}
     numbers = frozenset(number for number, linear in enumerate(made) if linear in chosen)

@@ -228,7 +228,8 @@ class PoetLinear(TwoSided):
         Args:
             sample: Pairs of coordinates that stand for all.
         """
-        return {side: self._side_coverage(side, rotation, sample) for side, rotation in self.sides()}
+        with torch.device("cpu"):  # that of the generators, whatever the default device is
+            return {side: self._side_coverage(side, rotation, sample) for side, rotation in self.sides()}
 
     def _side_coverage(self, side: Side, rotation: BlockRotation, sample: int) -> SideCoverage:
         width, size, covered = rotation.features, rotation.block_size, rotation.blocks * rotation.block_size

@@ -216,7 +216,8 @@ class PoetModule(BaseModule):
         """Build the network, of a :class:`CausalLM` without the weights that are drawn anew when it is wrapped."""
         # one that is built without any storage needs none of it; a subclass may wrap other layers
         real = detect_fake_mode() is None and torch.get_default_device().type != "meta"
-        if real and isinstance(builder, CausalLM) and type(self).wrap is PoetModule.wrap:
+        own = type(self).wrap, type(builder).__call__, getattr(type(builder), "build", None)
+        if real and isinstance(builder, CausalLM) and own == (PoetModule.wrap, CausalLM.__call__, CausalLM.build):
             return builder.build(without=self.layers.drawn_anew)
         return super().build(builder)
 

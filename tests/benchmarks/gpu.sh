@@ -32,7 +32,7 @@ if [ -e "$results" ]; then
 fi
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
+trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' HUP INT TERM
 
 [ -n "${PYTHON:-}" ] || PYTHON=$root/.venv/bin/python
 [ -x "$(command -v "$PYTHON")" ] || PYTHON=python3

@@ -68,3 +68,19 @@ class HostCount:
         if read_waits(buffer.device) and not buffer.is_inference():
             self._known = (buffer, buffer._version, value)
         return value
+
+
+def is_ones(mask: Any) -> bool:
+    """Tell whether a padding mask ``(B, T)`` of the CPU, of integers or bools, holds ones alone."""
+    known = isinstance(mask, Tensor) and mask.device.type == "cpu" and mask.ndim == 2
+    return known and not mask.is_floating_point() and bool((mask == 1).all())
+
+
+def mark_ones(mask: Tensor) -> None:
+    """Note that a mask holds ones alone, for :func:`marked_ones`."""
+    mask.holds_ones = True  # type: ignore[attr-defined]
+
+
+def marked_ones(mask: Any) -> bool:
+    """Tell whether a mask is known to hold ones alone."""
+    return getattr(mask, "holds_ones", False)

@@ -85,7 +85,8 @@ class FiniteGuard(L.Callback):
         trained = {name: p.detach() for name, p in pl_module.named_parameters() if p.requires_grad}
         values = {f"the gradient of {name}": norm for name, norm in self._gradients.items()} | norms(trained)
         if loss is not None:
-            values["the loss"] = torch.as_tensor(loss, device=pl_module.device).detach()
+            # of whatever shape that backward takes
+            values["the loss"] = torch.as_tensor(loss, device=pl_module.device).detach().sum()
         self._gradients = {}
         self._notes.append(Note(trainer.global_step, batch_idx, list(values), stacked(values)))
         if not read_waits(pl_module.device) or self._is_time(trainer):
@@ -104,11 +105,12 @@ class FiniteGuard(L.Callback):
         Raises:
             TrainingDiverged: If some of it is not finite, on this rank or another.
         """
-        notes, self._notes = self._notes, []
+        notes = self._notes
         if not notes or trainer.state.fn != TrainerFn.FITTING:
             return
         found = first_non_finite(notes)
         if not on_any_rank(found is not None, pl_module.device):
+            self._notes = []  # kept otherwise: whoever saves after the error is refused too
             return
         if found is None:
             step, batch, culprit = notes[-1].step, notes[-1].batch, "another rank met NaN or infinite values"

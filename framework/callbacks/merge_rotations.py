@@ -64,6 +64,7 @@ class MergeRotations(L.Callback):
         self.merges = self.early_merges = 0
         self.last_merge: int | None = None
         self._last_step = 0
+        self._asked = 0, False
         self._layers: dict[str, Mergeable] = {}
         self._watch = NormWatch(max_generator_norm or 0.0)
         self._looks = FiniteLooks()
@@ -130,7 +131,7 @@ class MergeRotations(L.Callback):
             return
         self._last_step = step
         self._looks.look()  # at what the step before has folded
-        if self.should_merge(step):
+        if self._merges_at(step):
             self._watch.forget()
             if step % self.resample_every == 0:
                 merge_rotations(self._layers, trainer.optimizers)
@@ -170,7 +171,13 @@ class MergeRotations(L.Callback):
     def needs_finite(self, step: int) -> bool:
         """Tell whether a merge after this step needs finite generators: layers that fold every step see to theirs."""
         fixed = any(not isinstance(layer, Stepwise) for layer in self._layers.values())
-        return fixed and self.should_merge(step)
+        return fixed and self._merges_at(step)
+
+    def _merges_at(self, step: int) -> bool:
+        """Ask :meth:`should_merge`, which a subclass may have given a state, once for each step."""
+        if self._asked[0] != step:
+            self._asked = step, self.should_merge(step)
+        return self._asked[1]
 
     def state_dict(self) -> dict[str, Any]:
         """Save the counters as plain values."""

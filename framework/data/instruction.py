@@ -18,14 +18,14 @@ from orthotrain.data.instruction_sources import count_rows, read_examples
 from orthotrain.data.layouts import LayoutName, Limit, make_layout
 from orthotrain.data.module import BuiltFromArguments
 from orthotrain.data.packing import PackedRows
-from orthotrain.data.padding import PaddedRows, without_full_mask
+from orthotrain.data.padding import PaddedRows
 from orthotrain.data.prompts import choose_rows, generation_batch
 from orthotrain.data.readers import Document
 from orthotrain.data.sampling import EpochProgress, ResumableLoader
 from orthotrain.data.token_rows import TokenRows
 from orthotrain.data.tokenizers import fingerprint, tokenizer_difference, tokenizer_state, tokens_in
 from orthotrain.errors import ConfigurationError
-from orthotrain.host_reads import read_waits
+from orthotrain.host_reads import is_ones, mark_ones, read_waits
 
 _STAGE_SPLITS = {
     "fit": ("train", "val"),
@@ -296,9 +296,16 @@ class InstructionData(BuiltFromArguments, LightningDataModule):
         return [generation_batch(rows, mine[start : start + self.batch_size], pad_token) for start in starts]
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Leave out a padding mask without padding where a look at it would wait for the device."""
+        """Look at the padding mask while it is on the host, if a later look would wait for the device."""
         assert self.trainer is not None
-        return without_full_mask(batch) if read_waits(self.trainer.strategy.root_device) else batch
+        self._without_padding = read_waits(self.trainer.strategy.root_device) and is_ones(batch.get("attention_mask"))
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Mark a padding mask without padding."""
+        if self._without_padding:
+            mark_ones(batch["attention_mask"])
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer and the settings as plain values; `tokenizer_from_state` reads the tokenizer back."""

@@ -2,11 +2,10 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
@@ -20,18 +19,6 @@ POOL_BATCHES = 64
 def pad(rows: Sequence[torch.Tensor], value: int, side: Literal["left", "right"] = "right") -> torch.Tensor:
     """Return rows of shape ``(length,)`` as one ``(B, longest)``, filled up with ``value`` on a side."""
     return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
-
-
-def without_full_mask(batch: Any) -> Any:
-    """Return a batch without its ``attention_mask`` where that is a padding mask of ones, which masks nothing.
-
-    Args:
-        batch: A batch on the CPU, where a look at the mask waits for nothing; any other is returned as it is.
-    """
-    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-    if isinstance(mask, Tensor) and mask.device.type == "cpu" and mask.ndim == 2 and bool(mask.all()):
-        return {name: value for name, value in batch.items() if name != "attention_mask"}
-    return batch
 
 
 class PaddedRows(Dataset):

@@ -114,9 +114,10 @@ def check_wrapping(chosen: Mapping[str, nn.Linear], wrap: Callable[[nn.Linear, s
 def release(linear: nn.Linear) -> None:
     """Let go of the memory of a layer's weight: its replacement is made, and the layer is about to leave the network.
 
-    A network of which every layer is replaced would otherwise be held twice until the last one is.
+    A network of which every layer is replaced would otherwise be held twice until the last one is. Whoever still holds
+    the layer and calls it gets an error, and no result without the weight.
     """
-    linear.weight = nn.Parameter(linear.weight.detach().new_empty(0, linear.in_features), requires_grad=False)
+    linear.register_parameter("weight", None)
 
 
 @contextmanager

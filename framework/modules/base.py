@@ -281,7 +281,7 @@ class BaseModule(L.LightningModule):
         assert self.model is not None, "call configure_model() first"
         if takes_cache(type(self.model)):
             kwargs.setdefault("use_cache", False)
-        with unread_masks(kwargs) if self._reads_wait and not args else nullcontext():
+        with unread_masks(self.model, kwargs) if self._reads_wait and not args else nullcontext():
             return self.micro_step.network(self.model)(*args, **kwargs)
 
     @property

@@ -147,13 +147,7 @@ class GraphedStep:
         inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         batch, kept = tree_unflatten(inputs, structure), {}
         trained = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
-        for name, parameter in trained.items():
-            if parameter.grad is None:
-                raise ConfigurationError(
-                    f"compile=cuda-graph: {name} has no gradient after {WARM_UP} batches. Each batch must use each "
-                    "trained parameter, and zero_grad must keep the memory of gradients (set_to_none=False): freeze "
-                    "the parameter, or take compile=default"
-                )
+        had_gradient = {name: parameter.grad is not None for name, parameter in trained.items()}
 
         def forward() -> None:
             kept["loss"] = self._compute(batch)
@@ -179,15 +173,27 @@ class GraphedStep:
         finally:
             for handle in handles:
                 handle.remove()
-        for name, parameter in trained.items():
-            if parameter not in reached:
-                raise ConfigurationError(
-                    f"compile=cuda-graph: {name} is trained and has no part in the loss of a batch. Its gradient would "
-                    "be zero where it is None without graphs: freeze the parameter, or take compile=default"
-                )
+        self._check_gradients(trained, had_gradient, reached)
         self.captures += 1
         self._memory = self._addresses()
         return _Graphs(inputs, kept["loss"].detach(), kept["grad"], replay_forward, replay_backward)
+
+    def _check_gradients(
+        self, trained: dict[str, nn.Parameter], had: dict[str, bool], reached: set[nn.Parameter]
+    ) -> None:
+        """Refuse gradients that replays would not add to, or would leave at zero where they are None without graphs."""
+        for name, parameter in trained.items():
+            if parameter in reached and not had[name]:
+                raise ConfigurationError(
+                    f"compile=cuda-graph: the gradient of {name} was dropped after the first batches, and a replay "
+                    "could not add to it: let zero_grad keep the memory of gradients (set_to_none=False), or take "
+                    "compile=none"
+                )
+            if parameter not in reached and had[name]:
+                raise ConfigurationError(
+                    f"compile=cuda-graph: {name} has no part in the loss of this batch, and had one before. Its "
+                    "gradient would be zero where it is None without graphs: take compile=default"
+                )
 
     def _addresses(self) -> list[Any]:
         """Return where everything lies that a graph reads or writes, and what is trained of it."""

@@ -210,8 +210,8 @@ def same_draws(device: torch.device) -> Iterator[None]:
 @contextmanager
 def same_buffers(network: nn.Module) -> Iterator[None]:
     """Give the buffers of a network, such as running statistics, the values that they had before the ``with`` block."""
-    before = [(buffer, buffer._version, buffer.clone()) for buffer in network.buffers() if not buffer.is_inference()]
+    # those of batch normalisation are written without a new version
+    before = [(buffer, buffer.clone()) for buffer in network.buffers() if not buffer.is_inference()]
     yield
-    for buffer, version, values in before:
-        if buffer._version != version:
-            buffer.copy_(values)
+    for buffer, values in before:
+        buffer.copy_(values)

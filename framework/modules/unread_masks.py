@@ -13,23 +13,29 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from orthotrain.host_reads import marked_ones
 
 _FIND_PACKED = "find_packed_sequence_indices"
 _IGNORE_MASK = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
 
 
 @contextmanager
-def unread_masks(inputs: dict[str, Any]) -> Iterator[None]:
+def unread_masks(network: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
     """Let a network of transformers compute its attention masks without reading values, as long as ``with`` lasts.
 
-    Rows without ``position_ids`` are not packed, and rows with them count as packed. A padding mask that is there
-    counts as one with padding; :class:`~orthotrain.data.InstructionData` leaves out those without.
+    Rows without ``position_ids`` are not packed, and rows with them count as packed. A padding mask counts as one with
+    padding, unless :class:`~orthotrain.data.InstructionData` has marked it: then the network is called without it.
 
     Args:
-        inputs: What the network is called with, by name.
+        network: What is called.
+        inputs: What it is called with, by name; a mask that is marked is taken out.
     """
-    masking = sys.modules.get("transformers.masking_utils")
+    masking, modeling = (sys.modules.get(f"transformers.{name}") for name in ("masking_utils", "modeling_utils"))
+    takes_none = modeling is not None and isinstance(network, modeling.PreTrainedModel)
+    if takes_none and marked_ones(inputs.get("attention_mask")):
+        del inputs["attention_mask"]
     replaced: dict[str, Callable[..., Any]] = {}
     if masking is not None and hasattr(masking, _FIND_PACKED):
         given = inputs.get("position_ids") is not None

@@ -4,8 +4,10 @@ import os
 import random
 import runpy
 import shutil
+import struct
 import subprocess
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,7 +198,13 @@ def damages(act):
 @damages
 def flip(path):
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    place = len(data) // 2
+    if zipfile.is_zipfile(path):  # not in what fills up the space between two entries
+        with zipfile.ZipFile(path) as archive:
+            largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        header = largest.header_offset
+        place = header + 30 + sum(struct.unpack_from("<HH", data, header + 26)) + largest.file_size // 2
+    data[place] ^= 1
     path.write_bytes(data)
 
 

@@ -42,6 +42,7 @@ class Rows(L.LightningDataModule):
 
     tokenizer = Tokens()
     on_before_batch_transfer = InstructionData.on_before_batch_transfer
+    on_after_batch_transfer = InstructionData.on_after_batch_transfer
 
     def __init__(self, padding=None, packed=False):
         super().__init__()

@@ -1,5 +1,7 @@
 """One step replayed: shapes that come and go, memory that moves, gradients that are cleared, and what is refused."""
 
+from collections import UserDict
+
 import pytest
 import torch
 from torch import nn
@@ -118,11 +120,42 @@ def test_values_that_never_come_again_are_not_remembered_without_end(pair, monke
 
 def test_a_backward_that_comes_too_late_is_refused(pair):
     first, second = pair.step(batch()), pair.step(batch())
-    with pytest.raises(RuntimeError, match=r"backward\(\) of an earlier batch"):
+    with pytest.raises(ConfigurationError, match=r"backward\(\) of an earlier batch"):
         first.backward()
     second.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"backward\(\) of an earlier batch"):
+    with pytest.raises(ConfigurationError, match=r"backward\(\) of an earlier batch"):
         second.backward()
+
+
+def test_a_batch_that_is_no_nesting_of_tensors_is_refused(pair):
+    class Batch(UserDict):
+        """As the tokenizers of transformers return it."""
+
+    with pytest.raises(ConfigurationError, match="a batch holds a Batch, whose tensors a replay would not see"):
+        pair.step(Batch(batch()))
+
+
+def test_gradients_that_are_dropped_before_a_capture_are_refused(played_graphs):
+    pair = Pair()
+    for _ in range(WARM_UP):
+        pair.step(batch()).backward()
+        pair.module.zero_grad(set_to_none=True)
+    with pytest.raises(ConfigurationError, match="the gradient of layer.weight was dropped"):
+        pair.step(batch())
+
+
+def test_a_parameter_that_only_some_batches_use_is_refused(played_graphs):
+    module = Regression()
+
+    def loss(given):
+        return module.loss(given) + (module.unused.weight.sum() if len(given["x"]) > 4 else 0.0)
+
+    step = GraphedStep(loss, module)
+    step(batch(5)).backward()
+    for _ in range(WARM_UP):
+        step(batch(3)).backward()
+    with pytest.raises(ConfigurationError, match="unused.weight has no part in the loss of this batch"):
+        step(batch(3))
 
 
 def test_a_loss_that_waits_for_its_device_is_refused_by_name(played_graphs):

@@ -1,6 +1,9 @@
 """The loss that a head computes in the place of logits: for which networks, with what result, and what the run says."""
 
+import random
+
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -138,12 +141,72 @@ def test_a_change_of_any_kind_is_noticed(name, inference):
     assert torch.equal(*losses) and "does not return the output" in module.loss_described
 
 
-def test_a_network_that_changes_a_later_batch_is_refused():
-    network = Network(lambda net, x: net.head(x) if net.training else net.head(x) * 2.0)
-    module = BaseModule(network)
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: net.head(x) if net.training else net.head(x) * 2.0,
+        lambda net, x: net.head(x).mul_(0.5) if net.training else net.head(x),
+    ],
+    ids=["evaluation", "training, in place"],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_network_that_differs_in_training_has_whole_logits_there(forward, first):
+    losses = []
+    for chunked in (None, False):
+        torch.manual_seed(0)
+        module = BaseModule(Network(forward), chunked_loss=chunked)
+        module.configure_model()
+        losses.append([module.train(training).loss(batch()).detach() for training in (first, not first)])
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
+def test_a_look_leaves_buffers_and_all_generators_as_they_were():
+    class Counting(Network):
+        def __init__(self):
+            super().__init__(lambda net, x: net.head(x))
+            self.norm = nn.BatchNorm1d(16)
+
+        def forward(self, input_ids):
+            random.random()
+            np.random.rand()  # noqa: NPY002
+            return self.head(self.norm(self.embedding(input_ids).flatten(0, 1)).view(*input_ids.shape, -1))
+
+    found = []
+    for chunked in (None, False):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002 - the global one is what others draw from
+        module = BaseModule(Counting(), chunked_loss=chunked)
+        module.configure_model()
+        module.loss(batch())
+        drawn = random.random(), np.random.rand()  # noqa: NPY002
+        found.append([*map(torch.as_tensor, (*module.model.norm.state_dict().values(), *drawn))])
+        assert (module.loss_described == CHUNKS) == (chunked is None)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_batch_that_fits_into_one_chunk_is_run_once():
+    calls = []
+    module = BaseModule(Network(lambda net, x: calls.append(1) or net.head(x)))
+    module.configure_model()
+    module.loss(batch(rows=1, length=ROWS))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_network_that_changes_a_later_batch_is_refused(in_place):
+    seen = []
+
+    def forward(net, x):
+        seen.append(1)
+        logits = net.head(x)
+        if len(seen) <= 2:  # the look and the first batch
+            return logits
+        return logits.mul_(2.0) if in_place else logits * 2.0
+
+    module = BaseModule(Network(forward))
     module.configure_model()
     module.loss(batch())
-    network.eval()
     with pytest.raises(ConfigurationError, match="Network returned .* changes that of a later one: set chunked_loss"):
         module.loss(batch())
 

@@ -14,6 +14,9 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 out=${OUT:-runs/gpu} stages="1 2 3 4 5 6 7" only="" seconds=480 rehearse=()
 while [ $# -gt 0 ]; do
     case $1 in
+        --stages | --only | --seconds) [ $# -gt 1 ] || { echo "gpu.sh: $1 needs a value" >&2; exit 2; } ;;
+    esac
+    case $1 in
         --rehearse) rehearse=(--rehearse) ;;
         --stages) stages=$2; shift ;;
         --only) only=$2; shift ;;
@@ -23,6 +26,12 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+for number in $stages; do
+    case $number in [1-7]) ;; *) echo "gpu.sh: --stages $number: there are stages 1 to 7" >&2; exit 2 ;; esac
+done
+case $seconds in
+    '' | *[!0-9]*) echo "gpu.sh: --seconds $seconds: take a whole number" >&2; exit 2 ;;
+esac
 limits=(0 25 55 75 55 95 90 85)  # seconds of the stages when all have 480
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 results=$out/results.jsonl log=$out/log.txt

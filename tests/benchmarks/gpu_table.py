@@ -21,6 +21,7 @@ from gpu import tables  # noqa: E402
 from gpu.record import read_lines  # noqa: E402
 
 Line = dict[str, Any]
+STAGES = 7
 
 
 def ended(lines: list[Line]) -> list[Line]:
@@ -66,6 +67,10 @@ def written(found: dict[str, Any], folder: Path | None) -> Path | None:
     if found.get("rehearsal") and (folder is None or folder.resolve() == own.resolve()):
         return None
     path = (folder or own) / file_name(found["device"])
+    if folder is None and len(found["results"]) < STAGES and path.exists():
+        raise ValueError(
+            f"these are results of {len(found['results'])} stages, and {path} has more: name a --out FOLDER"
+        )
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -84,7 +89,10 @@ def main() -> int:
         text = table(found["results"])
         if text:
             print(text, end="\n\n")
-    path = written(found, options.out)
+    try:
+        path = written(found, options.out)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     print(f"wrote {path}" if path else "a rehearsal: no file was written; --out FOLDER writes one")
     return 1 if tables.failed(found["results"]) else 0
 

@@ -117,7 +117,14 @@ def wait_for(condition, seconds=60):
 
 
 @pytest.mark.parametrize(
-    "arguments, reason", [(["--rehears"], "unknown option --rehears"), ([], "results.jsonl exists")]
+    "arguments, reason",
+    [
+        (["--rehears"], "unknown option --rehears"),
+        ([], "results.jsonl exists"),
+        (["--stages"], "--stages needs a value"),
+        (["--stages", "2 9"], "there are stages 1 to 7"),
+        (["--seconds", "1.5"], "take a whole number"),
+    ],
 )
 def test_what_the_script_refuses(arguments, reason, tmp_path):
     (tmp_path / "results.jsonl").write_text("")

@@ -155,3 +155,44 @@ def test_the_peak_is_the_weights_and_one_layer(storage):
     assert done.returncode == 0, done.stderr[-2000:]
     # 8 layers of 32 MiB in bf16; the largest matrix takes 16 MiB in fp32, in which it is drawn, and some copies
     assert float(done.stdout.split()[-1]) < 64
+
+
+class Halved(CausalLM):
+    """A builder of one's own, which changes the network that it has built."""
+
+    def __call__(self):
+        network = super().__call__()
+        with torch.no_grad():
+            network.get_input_embeddings().weight.mul_(0.5)
+        return network
+
+
+def test_a_builder_of_ones_own_builds_the_whole_network(tiny_llama):
+    weights = []
+    for builder in (CausalLM, Halved):
+        torch.manual_seed(0)
+        module = PoetModule(builder(tiny_llama), PoetLayers(block_size=8))
+        module.configure_model()
+        weights.append(module.model.get_input_embeddings().weight.detach())
+    assert torch.equal(weights[1], 0.5 * weights[0])
+
+
+def test_the_network_without_storage_draws_nothing():
+    class Drawing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.randn(3, device="cpu"))
+            self.layer = nn.Linear(3, 3)
+
+    torch.manual_seed(0)
+    expected = Drawing().factor
+    torch.manual_seed(0)
+    assert torch.equal(build_without_weights(Drawing, lambda network: ["layer"]).factor, expected)
+
+
+def test_a_replaced_layer_that_somebody_still_holds_cannot_be_called(tiny_llama):
+    network = CausalLM(tiny_llama)()
+    held = network.model.layers[0].mlp.down_proj
+    PoetLayers(block_size=8).apply_(network)
+    with pytest.raises(TypeError, match="weight"):
+        held(torch.randn(1, 48))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gpu import contenders
 from gpu.contenders import LORA_RANK, OFT_BLOCK, POET_BLOCK, Make, side_by_side
-from gpu.device import Gpu, Run
+from gpu.device import Gpu
 from gpu.measuring import interleaved, peak_mib
 from gpu.record import Case
 from orthotrain.kernels.backend import use_backend
@@ -97,7 +97,33 @@ def cases(machine: Gpu) -> Iterator[Case]:
         yield Case(f"{shapes[0].name} {name}, launches", partial(launched, machine, shapes[0], contender))
 
 
-Measure = Callable[[Gpu, dict[str, Run]], dict[str, Any]]
+class Both:
+    """A forward and backward pass. It drops the gradients first, because a capture must allocate them.
+
+    Args:
+        layer: What is measured.
+        x: Its input, which gets a gradient.
+        grads: Gradients of its outputs.
+    """
+
+    def __init__(self, layer: nn.Module, x: Tensor, grads: tuple[Tensor, ...]) -> None:
+        self.layer, self.x, self.grads = layer, x, grads
+        self.trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
+    def drop(self) -> None:
+        """Drop the gradients of an earlier pass."""
+        self.x.grad = None
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def __call__(self) -> None:
+        """Run both passes."""
+        self.drop()
+        y = self.layer(self.x)
+        torch.autograd.backward(y if isinstance(y, tuple) else (y,), self.grads)
+
+
+Measure = Callable[[Gpu, dict[str, Both]], dict[str, Any]]
 
 
 def compared(machine: Gpu, shape: Shape, contender: Contender, measure: Measure) -> dict[str, Any]:
@@ -111,15 +137,17 @@ def compared(machine: Gpu, shape: Shape, contender: Contender, measure: Measure)
     return {**own, **{f"linear_{key}": value for key, value in linear.items()}, "ratio": own["ms"] / linear["ms"]}
 
 
-def eager(machine: Gpu, runs: dict[str, Run]) -> dict[str, Any]:
+def eager(machine: Gpu, runs: dict[str, Both]) -> dict[str, Any]:
     """Return times as layers run by themselves, and how far a pass raises the memory in use."""
     times: dict[str, dict[str, float]] = interleaved(machine, runs)
+    for run in runs.values():
+        run.drop()
     for name, run in runs.items():
-        times[name]["peak_mib"] = peak_mib(machine, run)
+        times[name]["peak_mib"] = peak_mib(machine, run, run.drop)
     return times
 
 
-def replayed(machine: Gpu, runs: dict[str, Run]) -> dict[str, Any]:
+def replayed(machine: Gpu, runs: dict[str, Both]) -> dict[str, Any]:
     """Return times of the replay of CUDA graphs."""
     return interleaved(machine, {name: machine.captured(run) for name, run in runs.items()})
 
@@ -134,7 +162,7 @@ def launched(machine: Gpu, shape: Shape, contender: Contender) -> dict[str, Any]
     return {"launches": own / contender.count, "linear_launches": linear / contender.count}
 
 
-def made(machine: Gpu, shape: Shape, contender: Contender) -> dict[str, Run]:
+def made(machine: Gpu, shape: Shape, contender: Contender) -> dict[str, Both]:
     """Return a forward and backward pass of a contender, and of as many trained linear layers."""
     torch.manual_seed(0)
     d_out, d_in, tokens = machine.pick(tuple(shape), (shape.d_out // 64, shape.d_in // 64, shape.tokens // 256))
@@ -145,18 +173,4 @@ def made(machine: Gpu, shape: Shape, contender: Contender) -> dict[str, Run]:
         plain = side_by_side(copy.deepcopy, contender.count)(linear)
     x = torch.randn(tokens, d_in, **options, requires_grad=True)
     grads = (torch.randn(tokens, d_out, **options),) * contender.count
-    return {"own": both(own, x, grads), "linear": both(plain, x, grads)}
-
-
-def both(layer: nn.Module, x: Tensor, grads: tuple[Tensor, ...]) -> Run:
-    """Return a forward and backward pass. It drops the gradients first, because a capture must allocate them."""
-    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-
-    def run() -> None:
-        x.grad = None
-        for parameter in trained:
-            parameter.grad = None
-        y = layer(x)
-        torch.autograd.backward(y if isinstance(y, tuple) else (y,), grads)
-
-    return run
+    return {"own": Both(own, x, grads), "linear": Both(plain, x, grads)}

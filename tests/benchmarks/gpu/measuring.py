@@ -31,8 +31,15 @@ def interleaved(machine: Gpu, runs: dict[str, Run], rounds: int = 8, repeat: int
     }
 
 
-def peak_mib(machine: Gpu, run: Run) -> float:
-    """Return how far one run raises the memory in use, in MiB."""
+def peak_mib(machine: Gpu, run: Run, drop: Run) -> float:
+    """Return how far one run raises the memory in use, in MiB.
+
+    Args:
+        machine: What measures.
+        run: What is measured.
+        drop: Drops what an earlier run has left, such as gradients, which this one makes again.
+    """
+    drop()
     machine.reset_peak()
     before = machine.allocated()
     run()

@@ -108,3 +108,27 @@ def notes(*batches):
     """What batches with these tensors leave to look at."""
     values = [norms(batch) for batch in batches]
     return [Note(step + 1, step, list(own), stacked(own)) for step, own in enumerate(values)]
+
+
+def test_whoever_saves_after_the_error_is_refused_too(tmp_path):
+    rows = DataLoader(torch.randn(32, 16), batch_size=4)
+    trainer = L.Trainer(
+        max_steps=8, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, callbacks=[ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True)],
+    )  # fmt: skip
+    with pytest.raises(TrainingDiverged):
+        trainer.fit(module(False), rows)
+    saved = (tmp_path / "last.ckpt").read_bytes()
+    with pytest.raises(TrainingDiverged):
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert (tmp_path / "last.ckpt").read_bytes() == saved
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_norms_of_wide_narrow_and_sparse_gradients(dtype):
+    values = torch.tensor([[3.0, 4.0]], dtype=dtype)
+    sparse = torch.sparse_coo_tensor(torch.tensor([[2]]), values, (5, 2))
+    assert {name: float(norm) for name, norm in norms({"dense": values, "sparse": sparse}).items()} == {
+        "dense": 5.0,
+        "sparse": 5.0,
+    }

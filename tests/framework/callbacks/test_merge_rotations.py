@@ -222,3 +222,16 @@ def network_weight(index):
 def test_a_bound_that_is_not_positive_is_refused(value):
     with pytest.raises(ConfigurationError, match=f"max_generator_norm={value}"):
         PoetModule(network(), max_generator_norm=value)
+
+
+def test_a_rhythm_with_a_state_is_asked_once_a_step():
+    class EverySecond(MergeRotations):
+        asked = 0
+
+        def should_merge(self, step):
+            self.asked += 1
+            return self.asked % 2 == 0
+
+    merging = EverySecond()
+    answers = [(merging._merges_at(step), merging._merges_at(step)) for step in range(1, 5)]
+    assert answers == [(False, False), (True, True)] * 2 and merging.asked == 4

@@ -149,7 +149,7 @@ BAD = [
     ),
     (["--model.model", "{init_args: {path: x}}"], "'path' is not accepted"),
     (["--model.optimization.optimizer", "torch.optim.AdamV"], "no attribute 'AdamV'; did you mean Adam"),
-    (["--model.optimization.scheduler.init_args.warmup", "3"], "'warmup' is not accepted; did you mean warmup_"),
+    (["--model.optimization.scheduler.init_args.warmup", "3"], "warmup_steps"),
     (["pretrain/quickstart.yaml"], "a config is given as -c pretrain/quickstart.yaml"),
     (["-c"], "-c needs the name of a config, such as pretrain/quickstart.yaml"),
     (["--data.vocab_size", "330"], "vocabulary"),

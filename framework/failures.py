@@ -179,9 +179,14 @@ def _lost_rank(error: BaseException) -> str | None:
     return f"the connection to another rank is lost: that rank has ended, and its last line says why; {_AGAIN}"
 
 
+def is_panic(error: BaseException) -> bool:
+    """Tell whether an error is a panic of a library in Rust, which no class that can be imported stands for."""
+    return type(error).__name__ == "PanicException"
+
+
 def _panic(error: BaseException) -> str | None:
     """A library in Rust has given up: texts are encoded in a place that names the tokenizer, but not decoded."""
-    if type(error).__name__ != "PanicException":  # each library has a class of its own, which cannot be imported
+    if not is_panic(error):
         return None
     said = (str(error).splitlines() or ["without a word"])[0]
     return f"a tokenizer or another library in Rust has failed: {said:.200}; take another tokenizer"

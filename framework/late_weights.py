@@ -37,11 +37,10 @@ def build_without_weights(build: Callable[[], nn.Module], choose: Callable[[nn.M
         return build()
 
 
-def allocate(linear: nn.Linear, device: torch.device | None = None) -> None:
-    """Give a linear layer's weight memory, without values, on a device; None for the default one."""
-    weight = linear.weight
-    memory = torch.empty(weight.shape, dtype=weight.dtype, device=device or torch.get_default_device())
-    linear.weight = nn.Parameter(memory, weight.requires_grad)
+def allocate(linear: nn.Linear) -> None:
+    """Give a linear layer's weight memory on the default device, without values."""
+    memory = torch.empty_like(linear.weight, device=torch.get_default_device())
+    linear.weight = nn.Parameter(memory, linear.weight.requires_grad)
 
 
 @contextmanager

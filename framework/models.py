@@ -1,6 +1,5 @@
 """Model builders: plain descriptions in YAML that become a network when the strategy asks for it."""
 
-import copy
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
@@ -99,14 +98,13 @@ class CausalLM(ModelBuilder):
         """
         from transformers import AutoModelForCausalLM
 
-        configuration = self._configuration()
         values = count_described(self.model_type, self.config)
         # what is given later may take fewer bytes
         bytes_each = torch.get_default_dtype() if without is None else torch.uint8
         check_memory(values, bytes_each, f"the {self.model_type} configuration")
 
         def draw() -> nn.Module:
-            return AutoModelForCausalLM.from_config(copy.deepcopy(configuration))
+            return AutoModelForCausalLM.from_config(self._configuration())
 
         with waiting("drawing the network's weights"):
             model = draw() if without is None else build_without_weights(draw, without)

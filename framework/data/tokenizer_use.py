@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.failures import is_panic
 from orthotrain.limited import LimitExceeded, call_limited, first_line
 
 SAMPLE = (
@@ -39,11 +40,6 @@ def encoding_with(tokenizer: Any) -> Iterator[None]:
             f"tokenizer{named}: cannot encode a text ({first_line(error)}); take another tokenizer, or mend the "
             "patterns and the vocabulary in its tokenizer.json"
         ) from error
-
-
-def is_panic(error: BaseException) -> bool:
-    """Tell whether an error is a panic of a library in Rust, which no class that can be imported stands for."""
-    return type(error).__name__ == "PanicException"
 
 
 def check_encoding(tokenizer: Any, where: str) -> None:

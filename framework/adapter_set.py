@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from orthotrain.adapter_values import adapter_parameters, adapter_state, load_adapter_state, oft_layers
 from orthotrain.checkpoint import compare_state
+from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftLinear
-from orthotrain.progress import shown
 
 
 class AdapterSet:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from orthotrain.console.progress import Progress
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.cayley_neumann import cayley_neumann_generators
@@ -18,7 +19,6 @@ from orthotrain.kernels.fold import fold
 from orthotrain.kernels.poet_linear import poet_linear, serves
 from orthotrain.layers.centre import Costs, cached_costs, default_path, device_name
 from orthotrain.layers.poet_settings import PoetSettings
-from orthotrain.progress import Progress
 from orthotrain.temporary import write_text
 
 DTYPES = {"float32": torch.float32, "half": torch.bfloat16}

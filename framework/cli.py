@@ -7,8 +7,8 @@ where it is needed, so that a signal at any later moment ends the command in one
 import sys
 from collections.abc import Callable, Sequence
 
-from orthotrain.streams import open_standard_streams, reader_is_gone, silence_standard_output
-from orthotrain.termination import INTERRUPTED, NAMES, Ended, check, give_back, listen
+from orthotrain.console.streams import open_standard_streams, reader_is_gone, silence_standard_output
+from orthotrain.console.termination import INTERRUPTED, NAMES, Ended, check, give_back, listen
 
 TYPE_CHECKING = False  # importing it from typing takes as long as all of this module
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ MEANT = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; a known failure ends in one line on standard error (:mod:`orthotrain.failures`).
+    """Run a command; a known failure ends in one line on standard error (:mod:`orthotrain.console.failures`).
 
-    SIGTERM and Ctrl-C end the command at its next safe point (:mod:`orthotrain.termination`), with exit code 143 or
+    SIGTERM and Ctrl-C end the command at its next safe point (:mod:`orthotrain.console.termination`), with exit code 143 or
     130 whatever else has happened.
 
     Args:
@@ -80,7 +80,7 @@ def _run(arguments: list[str]) -> None:
     except SystemExit:
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception
-        from orthotrain.failures import explain
+        from orthotrain.console.failures import explain
 
         told = explain(error)
         if told is None:
@@ -114,9 +114,9 @@ def _dispatch(arguments: list[str]) -> None:
         print(f"orthotrain {metadata.version('orthotrain')}")
         return
     from orthotrain.config_files import resolve_config_arguments
+    from orthotrain.console.failures import quiet_threads, working_folder
+    from orthotrain.console.filtered_messages import drop_noise
     from orthotrain.errors import ConfigurationError
-    from orthotrain.failures import quiet_threads, working_folder
-    from orthotrain.noise import drop_noise
 
     drop_noise()
     quiet_threads()

@@ -6,9 +6,9 @@ from typing import Any
 
 from orthotrain.checkpoint import check_checkpoint, read_checkpoint
 from orthotrain.checkpoint_io import AtomicCheckpointIO
+from orthotrain.console.progress import waiting
 from orthotrain.errors import ConfigurationError
 from orthotrain.paths import local_path
-from orthotrain.progress import waiting
 from orthotrain.sharded_checkpoint import REST, load_shards
 from orthotrain.sharded_optimizer import joined_state, optimizer_key
 

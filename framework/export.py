@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from orthotrain.checkpoint import read_checkpoint
+from orthotrain.console.progress import transformers_bars, waiting, writing
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.layers.bitsandbytes_linear import compute_dtype_of
 from orthotrain.layers.surgery import unwrap_mergeables
@@ -16,7 +17,6 @@ from orthotrain.model_folder import check_new_folder, new_folder
 from orthotrain.models import ModelBuilder
 from orthotrain.modules import BaseModule
 from orthotrain.peft_adapter import export_peft
-from orthotrain.progress import transformers_bars, waiting, writing
 from orthotrain.rebuild import rebuild_module
 
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from orthotrain.console.failures import asked_for, is_out_of_memory
 from orthotrain.device_memory import total_bytes
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted
-from orthotrain.failures import asked_for, is_out_of_memory
 from orthotrain.models import CausalLM
 from orthotrain.modules import BaseModule, OftLayers, PoetLayers
 from orthotrain.modules.head_loss import HeadLoss

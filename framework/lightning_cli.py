@@ -30,7 +30,8 @@ from orthotrain.best_checkpoint import best_checkpoint
 from orthotrain.callbacks.run_progress import RunProgress
 from orthotrain.callbacks.sample_writer import SampleWriter
 from orthotrain.checkpoint import describe_checkpoint, refuse_run_folder
-from orthotrain.config_errors import one_line
+from orthotrain.console.config_errors import one_line
+from orthotrain.console.termination import check
 from orthotrain.devices import check_device
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted, TrainingDiverged
 from orthotrain.fitting import check_fits, naming_memory
@@ -43,7 +44,6 @@ from orthotrain.plugins import Parameterization
 from orthotrain.resume import check_resumable, checkpoint_folders, last_checkpoint, written_folders
 from orthotrain.run_lock import holding
 from orthotrain.temporary import write_text
-from orthotrain.termination import check
 from orthotrain.trainer_numbers import check_trainer_numbers, prefer_whole_numbers
 from orthotrain.yaml_check import VALUE_ERRORS, check_yaml
 

@@ -5,8 +5,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError
-from orthotrain.failures import naming
 from orthotrain.paths import check_folder_files, local_path, read_json
 from orthotrain.temporary import check_name, discard, folder_beside
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from orthotrain.console.limited_process import LimitExceeded, call_limited
 from orthotrain.device_memory import total_bytes
 from orthotrain.errors import ConfigurationError
-from orthotrain.limited import LimitExceeded, call_limited
 
 MOST_VALUES = 10**13
 """Most values of a network: ten times those of the largest that anybody has trained."""

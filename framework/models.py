@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from orthotrain.console.progress import shown, transformers_bars, waiting
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.late_weights import build_without_weights
 from orthotrain.model_folder import check_model_folder
 from orthotrain.model_size import NotBuildable, check_memory, count_described, count_values
-from orthotrain.progress import shown, transformers_bars, waiting
 
 Task = Literal["causal_lm", "seq2seq_lm", "sequence_classification"]
 AUTO_CLASSES = {

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from orthotrain.console.progress import writing
 from orthotrain.errors import ConfigurationError
 from orthotrain.model_folder import new_folder
 from orthotrain.paths import json_failure
-from orthotrain.progress import writing
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from orthotrain.checkpoint_classes import TrustedClasses, dotted_name
 from orthotrain.checkpoint_io import FROZEN
-from orthotrain.config_errors import one_line
+from orthotrain.console.config_errors import one_line
 from orthotrain.description import DescriptionBuilder, missing_arguments, parameters_of
 from orthotrain.errors import ConfigurationError
 from orthotrain.models import CausalLM

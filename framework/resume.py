@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint
 from orthotrain.callbacks.agreement import of_all_ranks
 from orthotrain.checkpoint import check_checkpoint, describe_checkpoint, newest_first, step_of
+from orthotrain.console.progress import waiting
 from orthotrain.errors import ConfigurationError
-from orthotrain.progress import waiting
 from orthotrain.sharded_checkpoint import REST
 from orthotrain.temporary import remove_leftovers
 

@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.futures import Future
 
 from orthotrain.checkpoint_io import reason_of
+from orthotrain.console.progress import Progress, bytes_in
 from orthotrain.errors import ConfigurationError
 from orthotrain.plain_files import crc32_of, read_part, unreadable
-from orthotrain.progress import Progress, bytes_in
 from orthotrain.shard_description import DESCRIPTION, own_name, read_shard_description
 from orthotrain.storable import storable
 from orthotrain.temporary import discard, folder_beside, publish, remove_leftovers

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError
-from orthotrain.failures import naming
 from orthotrain.journal import NAME, OLD_SUFFIX, PARTIAL_SUFFIX, note, of_the_dead, settle
 
 _MOST_NAME_BYTES = 255

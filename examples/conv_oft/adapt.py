@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from orthotrain.console.filtered_messages import silence
 from orthotrain.layers import OftConv2d, unwrap_mergeables
 from orthotrain.modules import BaseModule, Optimization
-from orthotrain.noise import silence
 
 HEAD_LR = 3e-3
 """Learning rate of the head where it does not train alone."""

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from orthotrain.console.filtered_messages import silence
 from orthotrain.layers import mergeable_layers
 from orthotrain.modules import BaseModule, Optimization, PoetLayers, PoetModule
-from orthotrain.noise import silence
 from orthotrain.schedules import CosineWithWarmup
 from orthotrain.spectrum import singular_values
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from orthotrain.console.filtered_messages import silence
 from orthotrain.modules import BaseModule, Optimization, PoetLayers, PoetModule
-from orthotrain.noise import silence
 from orthotrain.schedules import CosineWithWarmup
 
 

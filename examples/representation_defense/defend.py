@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from orthotrain.console.filtered_messages import silence
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, Optimization
-from orthotrain.noise import silence
 
 MARGIN = 2.0
 RADIUS = 0.05

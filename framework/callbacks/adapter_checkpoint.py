@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.checkpoint_io import FROZEN
+from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError
-from orthotrain.failures import naming
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import whole
 from orthotrain.plain_files import crc32_of

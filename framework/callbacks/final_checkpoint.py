@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint
 from orthotrain.callbacks.agreement import LateAgreement, least_of_ranks
-from orthotrain.termination import NAMES, Ended, asked, check, hold, listen
+from orthotrain.console.termination import NAMES, Ended, asked, check, hold, listen
 
 
 class FinalCheckpoint(Checkpoint):
@@ -21,7 +21,7 @@ class FinalCheckpoint(Checkpoint):
     checkpoint, it says of the loops what they were after the last whole optimizer step: Lightning counts an epoch as
     finished in which ``max_steps`` was reached, and micro-batches whose gradients are in no checkpoint as done.
 
-    A signal may reach any number of ranks, at different moments, and is noted only (:mod:`orthotrain.termination`).
+    A signal may reach any number of ranks, at different moments, and is noted only (:mod:`orthotrain.console.termination`).
     After each optimizer step, and after each batch of an evaluation, the ranks agree by one reduction of four bytes,
     save, and end. On devices the ranks read the result one step later, so that no step waits for it. Lightning's own
     handler communicates from inside the signal, in the middle of whatever collective is under way, and is replaced. The

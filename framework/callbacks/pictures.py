@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orthotrain.failures import naming
+from orthotrain.console.failures import naming
 from orthotrain.temporary import write_atomically
 
 Series = Sequence[tuple[float, float]]

@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from orthotrain.callbacks.throughput import logs_at
+from orthotrain.console.progress import Progress
 from orthotrain.host_reads import read_waits
-from orthotrain.progress import Progress
 
 
 class RunProgress(ProgressBar):

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 
 from orthotrain.callbacks.run_files import run_folder
-from orthotrain.failures import naming
+from orthotrain.console.failures import naming
 from orthotrain.generation import generated_tokens
 from orthotrain.temporary import open_to_append, write_text
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from orthotrain.callbacks.pictures import draw_lines, panels, save
 from orthotrain.callbacks.run_files import run_folder
+from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.mergeable import Covering, Mergeable, Scaled, mergeable_layers
 from orthotrain.layers.sharding import gathered
-from orthotrain.progress import shown
 from orthotrain.spectrum import singular_values, spectral_drift, svd_entropy
 from orthotrain.stored_values import stored_count, stored_curves, stored_tensors
 from orthotrain.temporary import open_to_append

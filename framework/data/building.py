@@ -8,13 +8,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from orthotrain.console.progress import Progress
 from orthotrain.data.readers import Document
 from orthotrain.data.sources import Corpus
 from orthotrain.data.token_cache import TokenCacheWriter
 from orthotrain.data.tokenizer_use import encoding_with
 from orthotrain.data.tokenizers import fingerprint, train_tokenizer
 from orthotrain.errors import ConfigurationError
-from orthotrain.progress import Progress
 
 SPLITS = ("train", "val", "test")
 TOKENIZER_SAMPLE_BYTES = 32 << 20

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from orthotrain.console.progress import Progress
 from orthotrain.data.instruction_rows import Example
 from orthotrain.data.layouts import Encoder, Layout, Limit
 from orthotrain.data.special_tokens import SpecialTokens
 from orthotrain.data.token_rows import TokenRows
 from orthotrain.errors import ConfigurationError
-from orthotrain.progress import Progress
 
 OnTooLong = Literal["drop", "truncate", "error"]
 

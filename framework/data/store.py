@@ -12,14 +12,14 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerFast
 
+from orthotrain.console.progress import waiting
+from orthotrain.console.termination import check
 from orthotrain.data.building import SPLITS, Splitter, build_caches, learn_tokenizer
 from orthotrain.data.sources import CACHE_MARK, Corpus, location
 from orthotrain.data.token_cache import VERSION, CorruptCacheError, TokenCache
 from orthotrain.data.tokenizers import fingerprint, load_tokenizer, load_trained_tokenizer
 from orthotrain.errors import ConfigurationError
-from orthotrain.progress import waiting
 from orthotrain.temporary import remove_leftovers, write_text
-from orthotrain.termination import check
 
 
 def folder_name(sources: list[str], settings: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from orthotrain.limited import end, first_line, limit_seconds, receive, start
+from orthotrain.console.limited_process import end, first_line, limit_seconds, receive, start
 
 MEMORY_BYTES = 512 << 20
 """Memory of the process beyond what it has of its parent."""

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError
-from orthotrain.failures import naming
 from orthotrain.paths import check_regular_file
 from orthotrain.temporary import discard, file_beside, finish
 

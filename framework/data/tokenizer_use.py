@@ -5,9 +5,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from orthotrain.console.failures import is_panic
+from orthotrain.console.limited_process import LimitExceeded, call_limited, first_line
 from orthotrain.errors import ConfigurationError
-from orthotrain.failures import is_panic
-from orthotrain.limited import LimitExceeded, call_limited, first_line
 
 SAMPLE = (
     "The quick brown fox jumps over the lazy dog, and THE FIVE BOXING WIZARDS JUMP QUICKLY!\n"

@@ -9,10 +9,10 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from orthotrain.console.failures import is_panic
 from orthotrain.data.identity import check_data_state
 from orthotrain.data.tokenizer_use import check_encoding
 from orthotrain.errors import ConfigurationError
-from orthotrain.failures import is_panic
 from orthotrain.model_folder import check_there
 from orthotrain.paths import check_folder_files, check_regular_file, local_path, read_json
 

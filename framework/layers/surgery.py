@@ -12,11 +12,11 @@ from torch import nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from orthotrain.console.progress import Progress
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.bitsandbytes_linear import is_bitsandbytes
 from orthotrain.layers.frozen_linear import FrozenLinear, frozen_linears
 from orthotrain.layers.mergeable import Mergeable
-from orthotrain.progress import Progress
 
 
 def select_linears(

@@ -25,6 +25,7 @@ from orthotrain.callbacks.run_files import leave_nothing
 from orthotrain.callbacks.throughput import Throughput, logs_at
 from orthotrain.checkpoint import check_finite, compare_state, read_checkpoint
 from orthotrain.checkpoint_io import AtomicCheckpointIO
+from orthotrain.console.termination import check
 from orthotrain.devices import check_device
 from orthotrain.errors import ConfigurationError
 from orthotrain.host_reads import read_waits
@@ -51,7 +52,6 @@ from orthotrain.resume import (
 )
 from orthotrain.stored_paths import keep_own_paths
 from orthotrain.strategies import ShardedStrategy, check_merging
-from orthotrain.termination import check
 
 
 class BaseModule(L.LightningModule):

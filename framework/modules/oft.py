@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from orthotrain.callbacks.project_generators import ProjectGenerators
 from orthotrain.callbacks.run_files import run_folder
+from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.generation import generated_tokens, is_encoder_decoder
 from orthotrain.generation_metrics import GenerationMetrics, TokenAccuracy
@@ -19,7 +20,6 @@ from orthotrain.modules.micro_step import CompileMode
 from orthotrain.modules.network_checks import check_attention, check_positions, shifts_labels, with_usable_mask
 from orthotrain.modules.oft_layers import OftLayers
 from orthotrain.modules.optimization import Optimization
-from orthotrain.progress import shown
 from orthotrain.temporary import open_to_append
 
 Objective = Literal["next_token", "model"]

@@ -108,7 +108,9 @@ def test_sigterm_takes_the_ranks_along_that_the_command_has_started(harness, sec
         assert max(run.steps()) == read_checkpoint(run.folder / "last.ckpt")["global_step"]
 
 
-@pytest.mark.skipif(not LONG, reason="tests/framework/test_termination.py has it in a process without a network")
+@pytest.mark.skipif(
+    not LONG, reason="tests/framework/console/test_termination.py has it in a process without a network"
+)
 def test_a_second_ctrl_c_ends_at_once(harness):
     run = harness.new_run()
     process = start(run)

@@ -8,8 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthotrain import model_size
+from orthotrain.console.limited_process import LimitExceeded, call_limited
 from orthotrain.errors import ConfigurationError
-from orthotrain.limited import LimitExceeded, call_limited
 from orthotrain.models import CausalLM, PretrainedModel
 
 

@@ -8,9 +8,9 @@ import torch
 
 from orthotrain.checkpoint import read_checkpoint
 from orthotrain.cli import main
+from orthotrain.console.termination import _note
 from orthotrain.data import TextData
 from orthotrain.modules import BaseModule
-from orthotrain.termination import _note
 
 SIGNALS = {"SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
 QUICK = ["fit", "-c", "pretrain/quickstart.yaml"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-import orthotrain.progress
+import orthotrain.console.progress
 from orthotrain.cli import main
 
 QUICK = ["-c", "pretrain/quickstart.yaml"]
@@ -11,7 +11,7 @@ QUICK = ["-c", "pretrain/quickstart.yaml"]
 @pytest.fixture
 def said(monkeypatch):
     lines = []
-    monkeypatch.setattr(orthotrain.progress, "say", lines.append)
+    monkeypatch.setattr(orthotrain.console.progress, "say", lines.append)
     return lines
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from orthotrain.terminal import FOOT, is_interactive
-from orthotrain.termination import check
+from orthotrain.console.terminal import FOOT, is_interactive
+from orthotrain.console.termination import check
 
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_RENEWALS = 0.2

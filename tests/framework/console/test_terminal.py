@@ -9,8 +9,8 @@ import textwrap
 
 import pytest
 
-import orthotrain.terminal
-from orthotrain.terminal import is_interactive
+import orthotrain.console.terminal
+from orthotrain.console.terminal import is_interactive
 
 pty = pytest.importorskip("pty")
 fcntl = pytest.importorskip("fcntl")
@@ -19,7 +19,7 @@ termios = pytest.importorskip("termios")
 STEPS = """
 import logging, os, sys, time, warnings
 logging.basicConfig(format="%(message)s", level=logging.INFO)
-from orthotrain.progress import Progress
+from orthotrain.console.progress import Progress
 with Progress("tokenizing", 120e6, delay=0) as bar:
     for step in range(1, 7):
         time.sleep(0.25)
@@ -145,8 +145,8 @@ def test_no_line_where_it_cannot_be_drawn_or_another_rank_draws_it(monkeypatch, 
     stream.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", term)
-    monkeypatch.setattr(orthotrain.terminal.rank_zero_only, "rank", rank, raising=False)
+    monkeypatch.setattr(orthotrain.console.terminal.rank_zero_only, "rank", rank, raising=False)
     assert not is_interactive()
-    monkeypatch.setattr(orthotrain.terminal.rank_zero_only, "rank", 0)
+    monkeypatch.setattr(orthotrain.console.terminal.rank_zero_only, "rank", 0)
     monkeypatch.setenv("TERM", "xterm")
     assert is_interactive() == terminal

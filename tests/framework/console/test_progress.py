@@ -7,22 +7,31 @@ from pathlib import Path
 
 import pytest
 
-import orthotrain.progress
-from orthotrain.progress import Progress, bytes_in, duration, per_second, shown, transformers_bars, waiting, writing
+import orthotrain.console.progress
+from orthotrain.console.progress import (
+    Progress,
+    bytes_in,
+    duration,
+    per_second,
+    shown,
+    transformers_bars,
+    waiting,
+    writing,
+)
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still until it is told otherwise."""
     now = [100.0]
-    monkeypatch.setattr(orthotrain.progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(orthotrain.console.progress.time, "monotonic", lambda: now[0])
     return now
 
 
 @pytest.fixture
 def lines(monkeypatch):
     said = []
-    monkeypatch.setattr(orthotrain.progress, "say", said.append)
+    monkeypatch.setattr(orthotrain.console.progress, "say", said.append)
     return said
 
 
@@ -44,8 +53,8 @@ class Foot:
 
 @pytest.fixture
 def foot(monkeypatch):
-    monkeypatch.setattr(orthotrain.progress, "is_interactive", lambda: True)
-    monkeypatch.setattr(orthotrain.progress, "FOOT", foot := Foot())
+    monkeypatch.setattr(orthotrain.console.progress, "is_interactive", lambda: True)
+    monkeypatch.setattr(orthotrain.console.progress, "FOOT", foot := Foot())
     return foot
 
 
@@ -70,7 +79,7 @@ def test_a_log_gets_a_line_at_the_beginning_where_it_is_asked_for(clock, lines):
 
 def test_a_quick_step_says_nothing_anywhere(clock, lines, foot, monkeypatch):
     for interactive in (False, True):
-        monkeypatch.setattr(orthotrain.progress, "is_interactive", lambda yes=interactive: yes)
+        monkeypatch.setattr(orthotrain.console.progress, "is_interactive", lambda yes=interactive: yes)
         with Progress("tokenizing", 120e6) as bar:
             clock[0] += 1.9
             bar.advance(120e6)
@@ -156,7 +165,7 @@ def test_an_error_ends_the_step(clock, lines):
         raise ValueError
     for _ in zip(shown([1, 2, 3], "left early", "layers"), [1], strict=False):
         pass
-    assert orthotrain.progress._UNDER_WAY == []
+    assert orthotrain.console.progress._UNDER_WAY == []
 
 
 def test_a_step_that_is_one_call_is_watched_from_outside(lines, tmp_path):

@@ -11,9 +11,10 @@ import pyarrow.parquet
 import pytest
 import torch
 
-import orthotrain.progress
+import orthotrain.console.progress
 from orthotrain.adapters import AdapterSet
 from orthotrain.calibrate import calibrate
+from orthotrain.console.progress import Progress, bytes_in
 from orthotrain.data import InstructionData, TextData
 from orthotrain.data.instruction_sources import count_rows
 from orthotrain.data.sources import open_corpus
@@ -22,7 +23,6 @@ from orthotrain.layers.surgery import unwrap_mergeables
 from orthotrain.models import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers
 from orthotrain.peft_adapter import export_peft, import_peft
-from orthotrain.progress import Progress, bytes_in
 from orthotrain.sharded_checkpoint import save_shards
 
 
@@ -110,7 +110,7 @@ def test_writing_is_watched_while_it_goes_on(ended, base, tmp_path, monkeypatch)
 
     def save(folder):
         (folder / "weights").write_bytes(bytes(1000))
-        seen.append(orthotrain.progress._UNDER_WAY[-1].watch())
+        seen.append(orthotrain.console.progress._UNDER_WAY[-1].watch())
 
     monkeypatch.setattr(network, "save_pretrained", save)
     export_huggingface(network, tmp_path / "merged")

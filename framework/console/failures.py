@@ -13,8 +13,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from orthotrain.console.streams import reader_is_gone
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted, TrainingDiverged
-from orthotrain.streams import reader_is_gone
 
 CHANGE_FIRST, START_AGAIN = 2, 1
 """Exit codes: the user has to change something first (input, a full disk); the same command may go on as it is."""

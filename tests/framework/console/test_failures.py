@@ -19,8 +19,8 @@ from tokenizers.normalizers import Replace
 from torch.utils.data import DataLoader
 
 from orthotrain import cli
+from orthotrain.console.failures import explain, naming, quiet_threads
 from orthotrain.errors import ConfigurationError, TrainingDiverged
-from orthotrain.failures import explain, naming, quiet_threads
 
 FAULTS = Path(__file__).parents[1] / "faults"
 RANKS = runpy.run_path(str(FAULTS / "ranks.py"))

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from orthotrain import termination
-from orthotrain.progress import Progress
-from orthotrain.termination import Ended, asked, check, give_back, hold, listen
+from orthotrain.console import termination
+from orthotrain.console.progress import Progress
+from orthotrain.console.termination import Ended, asked, check, give_back, hold, listen
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +134,7 @@ def test_the_command_line_listens_before_it_imports_anything():
          "print(sorted(set(sys.modules) - before))"], capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     imported = {name for name in eval(said) if not name.startswith("_")}
-    ours = {"orthotrain", "orthotrain.cli", "orthotrain.streams", "orthotrain.termination"}
+    ours = {"orthotrain", "orthotrain.cli", "orthotrain.console.streams", "orthotrain.console.termination"}
     assert imported <= ours | {"collections.abc", "contextlib", "signal", "types", "enum"}
 
 

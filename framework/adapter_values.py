@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from orthotrain.checkpoint import check_finite, compare_state
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.paths import local_path
+from orthotrain.files.plain_files import crc32_of
 from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftRotation, mergeable_layers
-from orthotrain.paths import local_path
-from orthotrain.plain_files import crc32_of
 
 _MOST_DESCRIPTION = 1 << 24
 

@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from orthotrain.console.progress import Progress
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.temporary import write_text
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.cayley_neumann import cayley_neumann_generators
 from orthotrain.kernels.fold import fold
 from orthotrain.kernels.poet_linear import poet_linear, serves
 from orthotrain.layers.centre import Costs, cached_costs, default_path, device_name
 from orthotrain.layers.poet_settings import PoetSettings
-from orthotrain.temporary import write_text
 
 DTYPES = {"float32": torch.float32, "half": torch.bfloat16}
 

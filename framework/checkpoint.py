@@ -9,11 +9,11 @@ from torch import Tensor
 
 from orthotrain.checkpoint_io import needs_consolidating
 from orthotrain.errors import ConfigurationError, visible
+from orthotrain.files.paths import local_path
+from orthotrain.files.plain_files import check_file, describe_file, read_file, unreadable
+from orthotrain.files.temporary import is_unfinished
 from orthotrain.model_folder import MADE_BY
-from orthotrain.paths import local_path
-from orthotrain.plain_files import check_file, describe_file, read_file, unreadable
 from orthotrain.sharded_checkpoint import REST, check_shards
-from orthotrain.temporary import is_unfinished
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.plain_files import check_readable, read_file
+from orthotrain.files.plain_files import check_readable, read_file
+from orthotrain.files.temporary import remove_folder, remove_leftovers, write_atomically
 from orthotrain.restorable import check_layout
 from orthotrain.storable import storable
 from orthotrain.stored_paths import is_own_checkpoint
-from orthotrain.temporary import remove_folder, remove_leftovers, write_atomically
 
 FROZEN = "frozen_fingerprints"
 """The entry of a checkpoint that leaves out what is frozen."""

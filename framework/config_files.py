@@ -8,7 +8,7 @@ import yaml
 
 import orthotrain.configs
 from orthotrain.errors import ConfigurationError
-from orthotrain.paths import check_regular_file, local_path
+from orthotrain.files.paths import check_regular_file, local_path
 from orthotrain.yaml_check import MAX_CHARACTERS, VALUE_ERRORS, check_yaml
 
 

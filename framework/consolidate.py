@@ -8,7 +8,7 @@ from orthotrain.checkpoint import check_checkpoint, read_checkpoint
 from orthotrain.checkpoint_io import AtomicCheckpointIO
 from orthotrain.console.progress import waiting
 from orthotrain.errors import ConfigurationError
-from orthotrain.paths import local_path
+from orthotrain.files.paths import local_path
 from orthotrain.sharded_checkpoint import REST, load_shards
 from orthotrain.sharded_optimizer import joined_state, optimizer_key
 

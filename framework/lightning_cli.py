@@ -34,16 +34,16 @@ from orthotrain.console.config_errors import one_line
 from orthotrain.console.termination import check
 from orthotrain.devices import check_device
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted, TrainingDiverged
+from orthotrain.files.paths import local_path
+from orthotrain.files.temporary import write_text
 from orthotrain.fitting import check_fits, naming_memory
 from orthotrain.kernels.backend import chosen
 from orthotrain.layers.kernel_choice import check_kernels
 from orthotrain.models import CausalLM, ModelBuilder, check_vocabulary
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
-from orthotrain.paths import local_path
 from orthotrain.plugins import Parameterization
 from orthotrain.resume import check_resumable, checkpoint_folders, last_checkpoint, written_folders
 from orthotrain.run_lock import holding
-from orthotrain.temporary import write_text
 from orthotrain.trainer_numbers import check_trainer_numbers, prefer_whole_numbers
 from orthotrain.yaml_check import VALUE_ERRORS, check_yaml
 

@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError
-from orthotrain.paths import check_folder_files, local_path, read_json
-from orthotrain.temporary import check_name, discard, folder_beside
+from orthotrain.files.paths import check_folder_files, local_path, read_json
+from orthotrain.files.temporary import check_name, discard, folder_beside
 
 _MOST_HEADER_BYTES = 32 << 20
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from orthotrain.console.progress import writing
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.paths import json_failure
 from orthotrain.model_folder import new_folder
-from orthotrain.paths import json_failure
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

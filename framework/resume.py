@@ -13,8 +13,8 @@ from orthotrain.callbacks.agreement import of_all_ranks
 from orthotrain.checkpoint import check_checkpoint, describe_checkpoint, newest_first, step_of
 from orthotrain.console.progress import waiting
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.temporary import remove_leftovers
 from orthotrain.sharded_checkpoint import REST
-from orthotrain.temporary import remove_leftovers
 
 
 def adapt_ranks(checkpoint: dict[str, Any], ranks: int) -> None:

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from orthotrain.plain_files import unreadable
-from orthotrain.plain_pickle import Foreign, Interpreter
+from orthotrain.files.plain_files import unreadable
+from orthotrain.files.plain_pickle import Foreign, Interpreter
 
 DESCRIPTION = ".metadata"
 _MOST_BYTES = 1 << 28

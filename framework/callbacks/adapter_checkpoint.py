@@ -19,10 +19,10 @@ from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.checkpoint_io import FROZEN
 from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.plain_files import crc32_of
+from orthotrain.files.temporary import discard, folder_beside, publish, remove_folder, remove_leftovers
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import whole
-from orthotrain.plain_files import crc32_of
-from orthotrain.temporary import discard, folder_beside, publish, remove_folder, remove_leftovers
 
 WEIGHTS_FILE, DESCRIPTION_FILE, RESUME_FILE = "adapter.safetensors", "adapter.json", "resume.ckpt"
 FILES = (WEIGHTS_FILE, DESCRIPTION_FILE, RESUME_FILE)

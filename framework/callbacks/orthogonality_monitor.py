@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from orthotrain.callbacks.pictures import draw_lines, panels, save
 from orthotrain.callbacks.run_files import run_folder
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.pictures import draw_lines, panels, save
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import gathered
 from orthotrain.layers.spectral_bound import spectral_bound

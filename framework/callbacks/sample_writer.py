@@ -8,8 +8,8 @@ import lightning as L
 
 from orthotrain.callbacks.run_files import run_folder
 from orthotrain.console.failures import naming
+from orthotrain.files.temporary import open_to_append, write_text
 from orthotrain.generation import generated_tokens
-from orthotrain.temporary import open_to_append, write_text
 
 
 class SampleWriter(L.Callback):

@@ -10,15 +10,15 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from orthotrain.callbacks.pictures import draw_lines, panels, save
 from orthotrain.callbacks.run_files import run_folder
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.pictures import draw_lines, panels, save
+from orthotrain.files.temporary import open_to_append
 from orthotrain.layers.mergeable import Covering, Mergeable, Scaled, mergeable_layers
 from orthotrain.layers.sharding import gathered
 from orthotrain.spectrum import singular_values, spectral_drift, svd_entropy
 from orthotrain.stored_values import stored_count, stored_curves, stored_tensors
-from orthotrain.temporary import open_to_append
 
 DECOMPOSING = "measuring spectra"
 

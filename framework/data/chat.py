@@ -9,9 +9,9 @@ from orthotrain.data.template_process import TemplateError, TemplateProcess
 from orthotrain.data.tokenizer_use import encoding_with
 from orthotrain.data.tokenizers import load_tokenizer, tokenizer_from_state
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.paths import check_regular_file, local_path
+from orthotrain.files.plain_files import describe_file
 from orthotrain.model_folder import check_there
-from orthotrain.paths import check_regular_file, local_path
-from orthotrain.plain_files import describe_file
 
 PLAIN_TEMPLATE = "{prompt}\n"
 _ANY_VOCABULARY = 1 << 31

@@ -12,7 +12,7 @@ from orthotrain.data.json_rows import MAX_ROW_BYTES
 from orthotrain.data.row_files import ROW_SUFFIXES, file_rows, holds_rows, suffix_of
 from orthotrain.data.sources import files_in, glob_files
 from orthotrain.errors import ConfigurationError
-from orthotrain.paths import check_regular_file, local_path
+from orthotrain.files.paths import check_regular_file, local_path
 
 _FORMATS = ".jsonl .json .parquet .jsonl.gz .json.gz"
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%+-]+))?")

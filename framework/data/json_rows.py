@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.paths import json_failure
+from orthotrain.files.paths import json_failure
 
 MAX_ROW_BYTES = 32 << 20
 """Longest row: parsing takes up to 25 times the bytes of a row, so this bounds the memory of a reader."""

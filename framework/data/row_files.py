@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from orthotrain.data.json_rows import MAX_ROW_BYTES, json_rows, too_long
 from orthotrain.errors import ConfigurationError
-from orthotrain.paths import check_regular_file, json_failure
+from orthotrain.files.paths import check_regular_file, json_failure
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 

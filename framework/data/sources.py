@@ -13,7 +13,7 @@ from typing import Any
 
 from orthotrain.data.readers import SUFFIXES, Document, is_readable, read_documents, row_documents
 from orthotrain.errors import ConfigurationError
-from orthotrain.paths import check_regular_file, local_path
+from orthotrain.files.paths import check_regular_file, local_path
 
 PYTHON_STDLIB = "python-stdlib"
 CACHE_MARK = ".orthotrain.lock"

@@ -19,7 +19,7 @@ from orthotrain.data.sources import CACHE_MARK, Corpus, location
 from orthotrain.data.token_cache import VERSION, CorruptCacheError, TokenCache
 from orthotrain.data.tokenizers import fingerprint, load_tokenizer, load_trained_tokenizer
 from orthotrain.errors import ConfigurationError
-from orthotrain.temporary import remove_leftovers, write_text
+from orthotrain.files.temporary import remove_leftovers, write_text
 
 
 def folder_name(sources: list[str], settings: dict[str, Any]) -> str:

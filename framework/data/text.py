@@ -22,7 +22,7 @@ from orthotrain.data.token_cache import TokenCache
 from orthotrain.data.tokenizer_use import encoding_with
 from orthotrain.data.tokenizers import check_vocabulary_size, fingerprint, tokenizer_difference, tokenizer_state
 from orthotrain.errors import ConfigurationError
-from orthotrain.paths import local_path
+from orthotrain.files.paths import local_path
 
 STREAM_HEAD_BYTES = 64 << 20
 """How much of a stream is read to train the tokenizer and to set validation and test documents aside."""

@@ -19,8 +19,8 @@ import numpy as np
 
 from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError
-from orthotrain.paths import check_regular_file
-from orthotrain.temporary import discard, file_beside, finish
+from orthotrain.files.paths import check_regular_file
+from orthotrain.files.temporary import discard, file_beside, finish
 
 MAGIC = b"ORTHOTOK"
 VERSION = 2

@@ -11,6 +11,7 @@ from orthotrain.callbacks.project_generators import ProjectGenerators
 from orthotrain.callbacks.run_files import run_folder
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError, check_choice
+from orthotrain.files.temporary import open_to_append
 from orthotrain.generation import generated_tokens, is_encoder_decoder
 from orthotrain.generation_metrics import GenerationMetrics, TokenAccuracy
 from orthotrain.metrics import count_targets
@@ -20,7 +21,6 @@ from orthotrain.modules.micro_step import CompileMode
 from orthotrain.modules.network_checks import check_attention, check_positions, shifts_labels, with_usable_mask
 from orthotrain.modules.oft_layers import OftLayers
 from orthotrain.modules.optimization import Optimization
-from orthotrain.temporary import open_to_append
 
 Objective = Literal["next_token", "model"]
 

@@ -12,9 +12,9 @@ from orthotrain.checkpoint import check_checkpoint, check_finite, compare_state,
 from orthotrain.checkpoint_io import AtomicCheckpointIO
 from orthotrain.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
-from orthotrain.journal import JOURNAL
+from orthotrain.files.journal import JOURNAL
+from orthotrain.files.temporary import remove_leftovers
 from orthotrain.sharded_checkpoint import save_shards
-from orthotrain.temporary import remove_leftovers
 
 
 class Bomb:

@@ -29,13 +29,13 @@ from orthotrain.consolidate import consolidate
 from orthotrain.data.token_cache import HEADER_BYTES, CorruptCacheError, TokenCache, TokenCacheWriter
 from orthotrain.errors import ConfigurationError
 from orthotrain.export import load_network
+from orthotrain.files.temporary import OLD_SUFFIX, remove_leftovers, set_aside
 from orthotrain.model_folder import check_model_folder
 from orthotrain.models import CausalLM, PretrainedModel
 from orthotrain.modules import PoetLayers, PoetModule
 from orthotrain.peft_format import read_folder
 from orthotrain.resume import newest_good_checkpoint
 from orthotrain.sharded_checkpoint import load_shards, save_shards
-from orthotrain.temporary import OLD_SUFFIX, remove_leftovers, set_aside
 
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**63 - 1, 2**63, 2**64 - 1]
 

@@ -10,7 +10,7 @@ import torch
 from orthotrain.checkpoint import check_checkpoint, read_checkpoint
 from orthotrain.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
-from orthotrain.plain_files import crc32_of
+from orthotrain.files.plain_files import crc32_of
 from orthotrain.shard_description import read_shard_description
 from orthotrain.sharded_checkpoint import load_shards, save_shards
 

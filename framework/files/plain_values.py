@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthotrain.archive import Archive
 from orthotrain.errors import visible
-from orthotrain.plain_pickle import MOST_INSTRUCTIONS, Foreign, Interpreter
+from orthotrain.files.archive import Archive
+from orthotrain.files.plain_pickle import MOST_INSTRUCTIONS, Foreign, Interpreter
 
 MOST_DEPTH = 100
 MOST_PICKLE_BYTES = 1 << 29

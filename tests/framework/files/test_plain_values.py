@@ -16,9 +16,9 @@ from torch import nn
 
 from orthotrain.checkpoint import check_checkpoint, describe_checkpoint, read_checkpoint
 from orthotrain.errors import ConfigurationError
-from orthotrain.plain_files import read_file
-from orthotrain.plain_pickle import Interpreter
-from orthotrain.plain_values import StoredTensor, _known
+from orthotrain.files.plain_files import read_file
+from orthotrain.files.plain_pickle import Interpreter
+from orthotrain.files.plain_values import StoredTensor, _known
 
 
 def archive(path, pickled, entries=None):
@@ -261,7 +261,7 @@ def test_within_three_gigabytes(tmp_path, kind):
 
 def test_the_same_in_a_part_of_a_shard(tmp_path):
     """What is no tensor in a distributed checkpoint is a small archive in a file of it."""
-    from orthotrain.plain_files import read_part
+    from orthotrain.files.plain_files import read_part
 
     for kind in ("billion laughs", "a ring", "equal hashes", "a tensor type", "eval", "nothing"):
         pickled, message = PICKLES[kind]

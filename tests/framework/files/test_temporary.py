@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.journal import JOURNAL
-from orthotrain.model_folder import new_folder
-from orthotrain.temporary import (
+from orthotrain.files.journal import JOURNAL
+from orthotrain.files.temporary import (
     OLD_SUFFIX,
     discard,
     file_beside,
@@ -23,6 +22,7 @@ from orthotrain.temporary import (
     write_atomically,
     write_text,
 )
+from orthotrain.model_folder import new_folder
 
 PLANTED = f"{JOURNAL}.0123456789abcdef"
 

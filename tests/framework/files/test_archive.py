@@ -9,9 +9,9 @@ import zlib
 import pytest
 import torch
 
-from orthotrain.archive import MOST_ENTRIES, Archive
 from orthotrain.checkpoint import check_checkpoint, read_checkpoint
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.archive import MOST_ENTRIES, Archive
 
 
 def good():

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from orthotrain.archive import Archive
 from orthotrain.console.progress import Progress
 from orthotrain.errors import ConfigurationError, visible
-from orthotrain.plain_values import read_description, read_values
+from orthotrain.files.archive import Archive
+from orthotrain.files.plain_values import read_description, read_values
 
 _VERIFIED: set[tuple[Any, ...]] = set()
 """Files whose bytes this process has compared with their checksums, as they were then."""

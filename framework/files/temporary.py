@@ -15,7 +15,7 @@ from typing import IO
 
 from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError
-from orthotrain.journal import NAME, OLD_SUFFIX, PARTIAL_SUFFIX, note, of_the_dead, settle
+from orthotrain.files.journal import NAME, OLD_SUFFIX, PARTIAL_SUFFIX, note, of_the_dead, settle
 
 _MOST_NAME_BYTES = 255
 _LOCK = threading.Lock()

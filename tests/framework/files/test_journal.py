@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from orthotrain import journal
-from orthotrain.journal import JOURNAL, OLD_SUFFIX
-from orthotrain.temporary import discard, file_beside, folder_beside, remove_leftovers, set_aside, write_text
+from orthotrain.files import journal
+from orthotrain.files.journal import JOURNAL, OLD_SUFFIX
+from orthotrain.files.temporary import discard, file_beside, folder_beside, remove_leftovers, set_aside, write_text
 
 
 def names(folder):

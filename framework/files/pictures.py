@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from orthotrain.console.failures import naming
-from orthotrain.temporary import write_atomically
+from orthotrain.files.temporary import write_atomically
 
 Series = Sequence[tuple[float, float]]
 

@@ -1,0 +1,1 @@
+"""Reading files without running code, and writing files that are whole or absent."""

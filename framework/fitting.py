@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from orthotrain.console.failures import asked_for, is_out_of_memory
-from orthotrain.device_memory import total_bytes
+from orthotrain.devices.memory import total_bytes
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted
 from orthotrain.models import CausalLM
 from orthotrain.modules import BaseModule, OftLayers, PoetLayers

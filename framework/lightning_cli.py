@@ -32,7 +32,7 @@ from orthotrain.callbacks.sample_writer import SampleWriter
 from orthotrain.checkpoint import describe_checkpoint, refuse_run_folder
 from orthotrain.console.config_errors import one_line
 from orthotrain.console.termination import check
-from orthotrain.devices import check_device
+from orthotrain.devices.accelerators import check_device
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted, TrainingDiverged
 from orthotrain.files.paths import local_path
 from orthotrain.files.temporary import write_text

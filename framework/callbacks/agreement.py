@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orthotrain.host_reads import LateValues, read_waits
+from orthotrain.devices.host_reads import LateValues, read_waits
 
 
 def on_any_rank(flag: bool, device: torch.device) -> bool:

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from orthotrain.callbacks.agreement import on_any_rank
 from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.callbacks.throughput import logs_at
+from orthotrain.devices.host_reads import read_waits
 from orthotrain.errors import ConfigurationError, TrainingDiverged
-from orthotrain.host_reads import read_waits
 
 LONGEST_WITHOUT_A_LOOK = 1000
 """Batches whose notes are kept before the host looks at them, also in a run that logs nothing."""

@@ -5,8 +5,8 @@ from typing import Any
 import lightning as L
 
 from orthotrain.callbacks.attached import given_callbacks, marked
+from orthotrain.devices.host_reads import host_number, read_waits
 from orthotrain.errors import ConfigurationError
-from orthotrain.host_reads import host_number, read_waits
 from orthotrain.layers.finite import FiniteLooks
 from orthotrain.layers.folding import NormWatch, fold_rotations, merge_rotations
 from orthotrain.layers.mergeable import Counting, Foldable, Mergeable, Stepwise, mergeable_layers

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from orthotrain.callbacks.throughput import logs_at
 from orthotrain.console.progress import Progress
-from orthotrain.host_reads import read_waits
+from orthotrain.devices.host_reads import read_waits
 
 
 class RunProgress(ProgressBar):

@@ -12,7 +12,7 @@ from torch import nn
 from orthotrain.callbacks.run_files import run_folder
 from orthotrain.callbacks.spectrum_monitor import spectrum
 from orthotrain.callbacks.throughput import Throughput, logs_at
-from orthotrain.device_memory import describe_peak, forget_peak, peak_bytes
+from orthotrain.devices.memory import describe_peak, forget_peak, peak_bytes
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.pictures import draw_lines, panels, save
 from orthotrain.files.temporary import write_text

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from orthotrain.host_reads import host_number
+from orthotrain.devices.host_reads import host_number
 
 
 class Throughput(L.Callback):

@@ -24,8 +24,8 @@ from orthotrain.data.readers import Document
 from orthotrain.data.sampling import EpochProgress, ResumableLoader
 from orthotrain.data.token_rows import TokenRows
 from orthotrain.data.tokenizers import fingerprint, tokenizer_difference, tokenizer_state, tokens_in
+from orthotrain.devices.host_reads import is_ones, mark_ones, read_waits
 from orthotrain.errors import ConfigurationError
-from orthotrain.host_reads import is_ones, mark_ones, read_waits
 
 _STAGE_SPLITS = {
     "fit": ("train", "val"),

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from orthotrain.devices.host_reads import read_waits
 from orthotrain.errors import ConfigurationError
-from orthotrain.host_reads import read_waits
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.checks import check_permutation, debug_permutation, traced
 from orthotrain.layers.generators import known_zero, mark_generators, mark_zero

@@ -7,8 +7,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from orthotrain.devices.host_reads import LateValues, read_waits
 from orthotrain.errors import TrainingDiverged
-from orthotrain.host_reads import LateValues, read_waits
 
 
 class FiniteLooks:

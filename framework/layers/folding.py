@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch.optim import Optimizer
 
-from orthotrain.host_reads import LateValues, read_waits
+from orthotrain.devices.host_reads import LateValues, read_waits
 from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.displacement_pool import pooled
 from orthotrain.layers.finite import FiniteLooks

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from orthotrain.devices.host_reads import HostCount
 from orthotrain.errors import ConfigurationError
-from orthotrain.host_reads import HostCount
 from orthotrain.kernels.guard import without_autocast
 from orthotrain.layers.frozen_weight import DenseWeight, FrozenWeight, plain_linear
 from orthotrain.layers.mergeable import check_stored_counts

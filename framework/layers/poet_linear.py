@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from orthotrain.devices.host_reads import HostCount
 from orthotrain.errors import check_choice
-from orthotrain.host_reads import HostCount
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.groups import by_feature
 from orthotrain.kernels.guard import without_autocast

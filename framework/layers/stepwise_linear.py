@@ -5,8 +5,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from orthotrain.devices.host_reads import HostCount, read_waits
 from orthotrain.errors import ConfigurationError, TrainingDiverged
-from orthotrain.host_reads import HostCount, read_waits
 from orthotrain.kernels.guard import without_autocast
 from orthotrain.kernels.tangent import tangent, tangent_linear
 from orthotrain.layers.bf16_weight import Bf16Weight

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from orthotrain.host_reads import HostCount
+from orthotrain.devices.host_reads import HostCount
 from orthotrain.kernels.block_rotate.chunks import Rows, columns_of
 from orthotrain.kernels.fold import fold
 from orthotrain.layers.block_rotation import BlockRotation

@@ -26,9 +26,9 @@ from orthotrain.callbacks.throughput import Throughput, logs_at
 from orthotrain.checkpoint import check_finite, compare_state, read_checkpoint
 from orthotrain.checkpoint_io import AtomicCheckpointIO
 from orthotrain.console.termination import check
-from orthotrain.devices import check_device
+from orthotrain.devices.accelerators import check_device
+from orthotrain.devices.host_reads import read_waits
 from orthotrain.errors import ConfigurationError
-from orthotrain.host_reads import read_waits
 from orthotrain.layers.displacement_pool import DisplacementPool
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import shard_network, whole

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthotrain.host_reads import marked_ones
+from orthotrain.devices.host_reads import marked_ones
 
 _FIND_PACKED = "find_packed_sequence_indices"
 _IGNORE_MASK = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")

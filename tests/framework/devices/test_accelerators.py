@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 
-from orthotrain.devices import check_device, oldest_capability
+from orthotrain.devices.accelerators import check_device, oldest_capability
 from orthotrain.errors import ConfigurationError
 from orthotrain.modules import BaseModule
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from orthotrain.device_memory import describe_peak, forget_peak, peak_bytes, total_bytes
+from orthotrain.devices.memory import describe_peak, forget_peak, peak_bytes, total_bytes
 
 GPU, CPU = torch.device("cuda", 1), torch.device("cpu")
 

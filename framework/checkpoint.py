@@ -12,7 +12,7 @@ from orthotrain.errors import ConfigurationError, visible
 from orthotrain.files.paths import local_path
 from orthotrain.files.plain_files import check_file, describe_file, read_file, unreadable
 from orthotrain.files.temporary import is_unfinished
-from orthotrain.model_folder import MADE_BY
+from orthotrain.models.folder import MADE_BY
 from orthotrain.sharded_checkpoint import REST, check_shards
 
 

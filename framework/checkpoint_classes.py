@@ -12,11 +12,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.models import ModelBuilder
+from orthotrain.models.builders import ModelBuilder
 from orthotrain.plugins import find_registered
 
 HOLDERS = (
-    *("orthotrain.modules", "orthotrain.models", "orthotrain.export", "orthotrain.optimizers", "orthotrain.schedules"),
+    *(
+        "orthotrain.modules",
+        "orthotrain.models.builders",
+        "orthotrain.export",
+        "orthotrain.optimizers",
+        "orthotrain.schedules",
+    ),
     *("torch.optim", "torch.optim.lr_scheduler", "bitsandbytes.optim"),
 )
 """The modules whose public classes a checkpoint may name. Only these are imported; no file adds to them."""

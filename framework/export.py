@@ -13,8 +13,8 @@ from orthotrain.console.progress import transformers_bars, waiting, writing
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.layers.bitsandbytes_linear import compute_dtype_of
 from orthotrain.layers.surgery import unwrap_mergeables
-from orthotrain.model_folder import check_new_folder, new_folder
-from orthotrain.models import ModelBuilder
+from orthotrain.models.builders import ModelBuilder
+from orthotrain.models.folder import check_new_folder, new_folder
 from orthotrain.modules import BaseModule
 from orthotrain.peft_adapter import export_peft
 from orthotrain.rebuild import rebuild_module

@@ -39,7 +39,7 @@ from orthotrain.files.temporary import write_text
 from orthotrain.fitting import check_fits, naming_memory
 from orthotrain.kernels.backend import chosen
 from orthotrain.layers.kernel_choice import check_kernels
-from orthotrain.models import CausalLM, ModelBuilder, check_vocabulary
+from orthotrain.models.builders import CausalLM, ModelBuilder, check_vocabulary
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
 from orthotrain.plugins import Parameterization
 from orthotrain.resume import check_resumable, checkpoint_folders, last_checkpoint, written_folders

@@ -21,7 +21,7 @@ from torch import Tensor
 from orthotrain.console.progress import writing
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import json_failure
-from orthotrain.model_folder import new_folder
+from orthotrain.models.folder import new_folder
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

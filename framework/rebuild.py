@@ -8,7 +8,7 @@ from orthotrain.checkpoint_io import FROZEN
 from orthotrain.console.config_errors import one_line
 from orthotrain.description import DescriptionBuilder, missing_arguments, parameters_of
 from orthotrain.errors import ConfigurationError
-from orthotrain.models import CausalLM
+from orthotrain.models.builders import CausalLM
 
 Module = TypeVar("Module")
 

@@ -11,7 +11,7 @@ from orthotrain.data.tokenizers import load_tokenizer, tokenizer_from_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import check_regular_file, local_path
 from orthotrain.files.plain_files import describe_file
-from orthotrain.model_folder import check_there
+from orthotrain.models.folder import check_there
 
 PLAIN_TEMPLATE = "{prompt}\n"
 _ANY_VOCABULARY = 1 << 31

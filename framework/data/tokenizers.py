@@ -14,7 +14,7 @@ from orthotrain.data.identity import check_data_state
 from orthotrain.data.tokenizer_use import check_encoding
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import check_folder_files, check_regular_file, local_path, read_json
-from orthotrain.model_folder import check_there
+from orthotrain.models.folder import check_there
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"

@@ -33,7 +33,7 @@ from orthotrain.layers.displacement_pool import DisplacementPool
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
-from orthotrain.models import ModelBuilder, check_vocabulary
+from orthotrain.models.builders import ModelBuilder, check_vocabulary
 from orthotrain.modules.chunked_loss import cross_entropy
 from orthotrain.modules.head_loss import HeadLoss, logits_of
 from orthotrain.modules.micro_step import CompileMode, MicroStep

@@ -9,7 +9,7 @@ from torch import nn
 from orthotrain.callbacks.merge_rotations import MergeRotations, check_period, sole_merging
 from orthotrain.layers import LoraLinear, replace_linears, select_linears
 from orthotrain.layers.surgery import check_excluded
-from orthotrain.models import ModelBuilder
+from orthotrain.models.builders import ModelBuilder
 from orthotrain.modules.base import BaseModule
 from orthotrain.modules.micro_step import CompileMode
 from orthotrain.modules.optimization import Optimization

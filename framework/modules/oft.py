@@ -15,10 +15,10 @@ from orthotrain.files.temporary import open_to_append
 from orthotrain.generation import generated_tokens, is_encoder_decoder
 from orthotrain.generation_metrics import GenerationMetrics, TokenAccuracy
 from orthotrain.metrics import count_targets
-from orthotrain.models import ModelBuilder
+from orthotrain.models.builders import ModelBuilder
+from orthotrain.models.network_checks import check_attention, check_positions, shifts_labels, with_usable_mask
 from orthotrain.modules.base import BaseModule
 from orthotrain.modules.micro_step import CompileMode
-from orthotrain.modules.network_checks import check_attention, check_positions, shifts_labels, with_usable_mask
 from orthotrain.modules.oft_layers import OftLayers
 from orthotrain.modules.optimization import Optimization
 

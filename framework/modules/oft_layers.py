@@ -23,7 +23,7 @@ from orthotrain.plugins import Parameterization
 class OftLayers:
     """Which linear layers get a rotation of their input, and how. Everything else is frozen.
 
-    But for what the model's checkpoint did not hold, as :class:`orthotrain.models.PretrainedModel` notes it: a new head
+    But for what the model's checkpoint did not hold, as :class:`orthotrain.models.builders.PretrainedModel` notes it: a new head
     has random values, so it is trained itself and never wrapped. Quantised layers of bitsandbytes that are not chosen
     become :class:`orthotrain.layers.FrozenLinear`.
 

@@ -20,7 +20,7 @@ from orthotrain.data import TextData
 from orthotrain.layers import mergeable_layers
 from orthotrain.layers.folding import merge_rotations
 from orthotrain.layers.sharding import gathered, is_sharded, whole
-from orthotrain.models import CausalLM
+from orthotrain.models.builders import CausalLM
 from orthotrain.modules import Optimization, PoetLayers, PoetModule
 from orthotrain.optimizers import LieOptimizer
 from orthotrain.schedules import CosineWithWarmup

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from orthotrain.checkpoint_classes import TrustedClasses
 from orthotrain.description import DescriptionBuilder, missing_arguments, parameters_of
 from orthotrain.errors import ConfigurationError
-from orthotrain.models import CausalLM, ModelBuilder
+from orthotrain.models.builders import CausalLM, ModelBuilder
 from orthotrain.modules import PoetLayers, PoetModule
 from orthotrain.plugins import Cayley, CayleyNeumann, Parameterization
 
@@ -87,7 +87,7 @@ def test_plain_values_become_what_the_annotation_says(value, kind, expected):
         ({"mode": "FAST"}, Settings, "here.mode: expected Literal"),
         (torch.zeros(2), Any, "here: expected a plain value"),
         (b"x", Any, "here: expected a plain value"),
-        ({"class_path": "orthotrain.models.CausalLM", "args": 1}, ModelBuilder, "unexpected 'args' beside"),
+        ({"class_path": "orthotrain.models.builders.CausalLM", "args": 1}, ModelBuilder, "unexpected 'args' beside"),
         ({"class_path": "torch.optim.AdamW"}, ModelBuilder, "torch.optim.AdamW, which is no ModelBuilder"),
         ({"class_path": ["os.system"]}, ModelBuilder, "names .*os.system.*, which is no network"),
         ({"class_path": "torch.optim.AdamW", "init_args": [1]}, Callable[[Iterable], Optimizer], "a dictionary of arg"),
@@ -117,16 +117,23 @@ def test_what_is_built_later_gets_its_first_arguments_later():
 
 
 STRANGE_NAMES = [
-    *("orthotrain.models.CausalLM ", "orthotrain.models", "orthotrain.models.torch", "orthotrain.cli.main", "", "."),
+    *(
+        "orthotrain.models.builders.CausalLM ",
+        "orthotrain.models.builders",
+        "orthotrain.models.builders.torch",
+        "orthotrain.cli.main",
+        "",
+        ".",
+    ),
     *("orthotrain.consolidate.consolidate", "orthotrain.modules.poet.PoetModule.wrap", "torch.optim.swa_utils"),
     *("torch.optim.Adam.step", "torch.nn.Linear", "torch.hub.load", "bitsandbytes.optim.torch", "a..b", "TAKES"),
-    *("orthotrain.models.Causal\u217cM", f"{__name__}.Passes"),
+    *("orthotrain.models.builders.Causal\u217cM", f"{__name__}.Passes"),
 ]
 
 
 def test_names_are_whole_and_exact():
     trusted = TrustedClasses("file.ckpt", [f"{__name__}.Takes", CausalLM])
-    assert trusted.find("orthotrain.models.CausalLM") is CausalLM
+    assert trusted.find("orthotrain.models.builders.CausalLM") is CausalLM
     for name in STRANGE_NAMES:
         with pytest.raises(ConfigurationError, match="which is no network"):
             trusted.find(name)
@@ -134,7 +141,7 @@ def test_names_are_whole_and_exact():
 
 def test_folders_of_a_download_are_allowed_by_name():
     model = {
-        "class_path": "orthotrain.models.PretrainedModel",
+        "class_path": "orthotrain.models.builders.PretrainedModel",
         "init_args": {"name": "x", "options": {"cache_dir": "y"}},
     }
     with pytest.raises(ConfigurationError, match="asks to load a model with cache_dir='y'.*export --allow cache_dir"):

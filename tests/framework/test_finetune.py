@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orthotrain.checkpoint import read_checkpoint
 from orthotrain.cli import main
 from orthotrain.export import load_network
-from orthotrain.models import PretrainedModel
+from orthotrain.models.builders import PretrainedModel
 from orthotrain.peft_adapter import import_peft
 
 QUICK = ["-c", "finetune/quickstart.yaml"]

@@ -10,7 +10,7 @@ from orthotrain.checkpoint import check_checkpoint
 from orthotrain.cli import main
 from orthotrain.errors import ConfigurationError
 from orthotrain.fitting import GIB, Planned, advice, check_fits
-from orthotrain.models import CausalLM
+from orthotrain.models.builders import CausalLM
 from orthotrain.modules import OftLayers, OftModule, PoetLayers, PoetModule
 
 WIDE = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from orthotrain.adapters import adapter_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, PoetLinear, mergeable_layers, replace_linears
-from orthotrain.models import PretrainedModel
+from orthotrain.models.builders import PretrainedModel
 from orthotrain.modules import OftLayers
 from orthotrain.peft_adapter import export_peft, import_peft
 from orthotrain.peft_format import nearest_divisor

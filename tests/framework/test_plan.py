@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orthotrain.cli import main
-from orthotrain.models import CausalLM
+from orthotrain.models.builders import CausalLM
 from orthotrain.modules import BaseModule, Optimization, PoetLayers, PoetModule, chunked_loss
 from orthotrain.optimizers import GaLore
 from orthotrain.plan import plan_run, saved_bytes, state_tensors

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orthotrain.models import CausalLM
+from orthotrain.models.builders import CausalLM
 from orthotrain.modules import PoetLayers
 from orthotrain.traffic import all_reduce_bytes, gradient_bytes
 

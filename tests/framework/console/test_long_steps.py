@@ -20,7 +20,7 @@ from orthotrain.data.instruction_sources import count_rows
 from orthotrain.data.sources import open_corpus
 from orthotrain.export import export_huggingface
 from orthotrain.layers.surgery import unwrap_mergeables
-from orthotrain.models import CausalLM, PretrainedModel
+from orthotrain.models.builders import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers
 from orthotrain.peft_adapter import export_peft, import_peft
 from orthotrain.sharded_checkpoint import save_shards

@@ -22,7 +22,7 @@ from orthotrain.files.temporary import (
     write_atomically,
     write_text,
 )
-from orthotrain.model_folder import new_folder
+from orthotrain.models.folder import new_folder
 
 PLANTED = f"{JOURNAL}.0123456789abcdef"
 

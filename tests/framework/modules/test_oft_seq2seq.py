@@ -16,7 +16,7 @@ from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
 from orthotrain.export import export_huggingface
 from orthotrain.layers import mergeable_layers
-from orthotrain.models import CausalLM, PretrainedModel
+from orthotrain.models.builders import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers, OftModule, Optimization
 from orthotrain.peft_adapter import export_peft, import_peft
 

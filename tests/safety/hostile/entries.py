@@ -68,7 +68,7 @@ def load_from_checkpoint(name: str, path: str) -> None:
 def load_adapter(base: str, path: str) -> None:
     """Load an adapter file into a network."""
     from orthotrain.adapters import load_adapter
-    from orthotrain.models import PretrainedModel
+    from orthotrain.models.builders import PretrainedModel
     from orthotrain.modules import OftLayers
 
     network = PretrainedModel(base)()
@@ -79,7 +79,7 @@ def load_adapter(base: str, path: str) -> None:
 @entry
 def import_peft(base: str, folder: str) -> None:
     """Load a PEFT folder into a network."""
-    from orthotrain.models import PretrainedModel
+    from orthotrain.models.builders import PretrainedModel
     from orthotrain.peft_adapter import import_peft
 
     import_peft(PretrainedModel(base)(), folder)
@@ -88,7 +88,7 @@ def import_peft(base: str, folder: str) -> None:
 @entry
 def pretrained(name: str, options: dict) -> None:
     """Load a model folder."""
-    from orthotrain.models import PretrainedModel
+    from orthotrain.models.builders import PretrainedModel
 
     PretrainedModel(name, **options)()
 

@@ -23,8 +23,8 @@ from transformers import (
 from orthotrain.data import InstructionData
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
+from orthotrain.models.network_checks import check_attention, shifts_labels
 from orthotrain.modules import OftLayers, OftModule, Optimization
-from orthotrain.modules.network_checks import check_attention, shifts_labels
 
 SIZES = {
     "hidden_size": 32,

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from orthotrain.adapter_values import adapter_parameters, adapter_state, load_adapter_state, oft_layers
-from orthotrain.checkpoint import compare_state
+from orthotrain.checkpoints.reading import compare_state
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftLinear

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from orthotrain.checkpoint import check_finite, compare_state
+from orthotrain.checkpoints.reading import check_finite, compare_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import local_path
 from orthotrain.files.plain_files import crc32_of

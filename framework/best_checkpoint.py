@@ -6,10 +6,10 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from orthotrain.checkpoint import describe_checkpoint
+from orthotrain.checkpoints.reading import describe_checkpoint
+from orthotrain.checkpoints.resume import checkpoint_folders, newest_good_checkpoint
+from orthotrain.checkpoints.stored_paths import is_own_checkpoint
 from orthotrain.errors import ConfigurationError
-from orthotrain.resume import checkpoint_folders, newest_good_checkpoint
-from orthotrain.stored_paths import is_own_checkpoint
 
 
 def best_checkpoint(trainer: L.Trainer) -> str:

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from orthotrain.checkpoint import check_checkpoint, read_checkpoint
-from orthotrain.checkpoint_io import AtomicCheckpointIO
+from orthotrain.checkpoints.reading import check_checkpoint, read_checkpoint
+from orthotrain.checkpoints.shards import REST, load_shards
+from orthotrain.checkpoints.writing import AtomicCheckpointIO
 from orthotrain.console.progress import waiting
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import local_path
-from orthotrain.sharded_checkpoint import REST, load_shards
 from orthotrain.sharded_optimizer import joined_state, optimizer_key
 
 

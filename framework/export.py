@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from orthotrain.checkpoint import read_checkpoint
+from orthotrain.checkpoints.reading import read_checkpoint
+from orthotrain.checkpoints.rebuild import rebuild_module
 from orthotrain.console.progress import transformers_bars, waiting, writing
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.layers.bitsandbytes_linear import compute_dtype_of
@@ -17,7 +18,6 @@ from orthotrain.models.builders import ModelBuilder
 from orthotrain.models.folder import check_new_folder, new_folder
 from orthotrain.modules import BaseModule
 from orthotrain.peft_adapter import export_peft
-from orthotrain.rebuild import rebuild_module
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -29,7 +29,8 @@ import orthotrain.schedules  # noqa: F401
 from orthotrain.best_checkpoint import best_checkpoint
 from orthotrain.callbacks.run_progress import RunProgress
 from orthotrain.callbacks.sample_writer import SampleWriter
-from orthotrain.checkpoint import describe_checkpoint, refuse_run_folder
+from orthotrain.checkpoints.reading import describe_checkpoint, refuse_run_folder
+from orthotrain.checkpoints.resume import check_resumable, checkpoint_folders, last_checkpoint, written_folders
 from orthotrain.console.config_errors import one_line
 from orthotrain.console.termination import check
 from orthotrain.devices.accelerators import check_device
@@ -42,7 +43,6 @@ from orthotrain.layers.kernel_choice import check_kernels
 from orthotrain.models.builders import CausalLM, ModelBuilder, check_vocabulary
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
 from orthotrain.plugins import Parameterization
-from orthotrain.resume import check_resumable, checkpoint_folders, last_checkpoint, written_folders
 from orthotrain.run_lock import holding
 from orthotrain.trainer_numbers import check_trainer_numbers, prefer_whole_numbers
 from orthotrain.yaml_check import VALUE_ERRORS, check_yaml

@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 
 from orthotrain.callbacks.agreement import on_any_rank
 from orthotrain.callbacks.merge_rotations import MergeRotations
-from orthotrain.checkpoint import check_finite, read_checkpoint
+from orthotrain.checkpoints.layout_checks import check_layout, check_optimizer
+from orthotrain.checkpoints.reading import check_finite, read_checkpoint
+from orthotrain.checkpoints.shards import REST, check_shards, load_shards, save_shards
 from orthotrain.errors import ConfigurationError
 from orthotrain.optimizers.sharded_8bit import step_locally
-from orthotrain.restorable import check_layout, check_optimizer
-from orthotrain.sharded_checkpoint import REST, check_shards, load_shards, save_shards
 from orthotrain.sharded_optimizer import (
     empty_tensors,
     joined_state,

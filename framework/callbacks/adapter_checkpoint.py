@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from orthotrain.callbacks.merge_rotations import MergeRotations
-from orthotrain.checkpoint_io import FROZEN
+from orthotrain.checkpoints.writing import FROZEN
 from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.plain_files import crc32_of

@@ -5,8 +5,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from orthotrain.checkpoints.callback_values import stored_count
 from orthotrain.seeding import seed_draws
-from orthotrain.stored_values import stored_count
 
 
 class BatchSeeds(L.Callback):

@@ -5,12 +5,12 @@ from typing import Any
 import lightning as L
 
 from orthotrain.callbacks.attached import given_callbacks, marked
+from orthotrain.checkpoints.callback_values import stored_count
 from orthotrain.devices.host_reads import host_number, read_waits
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.finite import FiniteLooks
 from orthotrain.layers.folding import NormWatch, fold_rotations, merge_rotations
 from orthotrain.layers.mergeable import Counting, Foldable, Mergeable, Stepwise, mergeable_layers
-from orthotrain.stored_values import stored_count
 
 
 class MergeRotations(L.Callback):

@@ -8,12 +8,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orthotrain.callbacks.run_files import run_folder
+from orthotrain.checkpoints.callback_values import stored_curves
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.pictures import draw_lines, panels, save
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import gathered
 from orthotrain.layers.spectral_bound import spectral_bound
-from orthotrain.stored_values import stored_curves
 
 
 class OrthogonalityMonitor(L.Callback):

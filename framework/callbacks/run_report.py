@@ -12,6 +12,7 @@ from torch import nn
 from orthotrain.callbacks.run_files import run_folder
 from orthotrain.callbacks.spectrum_monitor import spectrum
 from orthotrain.callbacks.throughput import Throughput, logs_at
+from orthotrain.checkpoints.callback_values import stored_curves, stored_numbers, stored_tensors
 from orthotrain.devices.memory import describe_peak, forget_peak, peak_bytes
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.pictures import draw_lines, panels, save
@@ -21,7 +22,6 @@ from orthotrain.kernels.backend import describe, forget_ran
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import is_sharded
 from orthotrain.spectrum import spectral_drift
-from orthotrain.stored_values import stored_curves, stored_numbers, stored_tensors
 
 
 class RunReport(L.Callback):

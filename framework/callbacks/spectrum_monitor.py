@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from orthotrain.callbacks.run_files import run_folder
+from orthotrain.checkpoints.callback_values import stored_count, stored_curves, stored_tensors
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.pictures import draw_lines, panels, save
@@ -18,7 +19,6 @@ from orthotrain.files.temporary import open_to_append
 from orthotrain.layers.mergeable import Covering, Mergeable, Scaled, mergeable_layers
 from orthotrain.layers.sharding import gathered
 from orthotrain.spectrum import singular_values, spectral_drift, svd_entropy
-from orthotrain.stored_values import stored_count, stored_curves, stored_tensors
 
 DECOMPOSING = "measuring spectra"
 

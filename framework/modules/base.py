@@ -23,8 +23,20 @@ from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard, look_before_saving
 from orthotrain.callbacks.run_files import leave_nothing
 from orthotrain.callbacks.throughput import Throughput, logs_at
-from orthotrain.checkpoint import check_finite, compare_state, read_checkpoint
-from orthotrain.checkpoint_io import AtomicCheckpointIO
+from orthotrain.checkpoints.layout_checks import check_merges, check_optimizers, check_progress
+from orthotrain.checkpoints.reading import check_finite, compare_state, read_checkpoint
+from orthotrain.checkpoints.rebuild import rebuild_module
+from orthotrain.checkpoints.resume import (
+    adapt_ranks,
+    agree_on_checkpoint,
+    agree_on_step,
+    begin_next_epoch,
+    checkpoint_folder_of,
+    checkpoint_folders,
+    forget_end_of_epoch,
+)
+from orthotrain.checkpoints.stored_paths import keep_own_paths
+from orthotrain.checkpoints.writing import AtomicCheckpointIO
 from orthotrain.console.termination import check
 from orthotrain.devices.accelerators import check_device
 from orthotrain.devices.host_reads import read_waits
@@ -39,18 +51,6 @@ from orthotrain.modules.head_loss import HeadLoss, logits_of
 from orthotrain.modules.micro_step import CompileMode, MicroStep
 from orthotrain.modules.optimization import Optimization
 from orthotrain.modules.unread_masks import unread_masks
-from orthotrain.rebuild import rebuild_module
-from orthotrain.restorable import check_merges, check_optimizers, check_progress
-from orthotrain.resume import (
-    adapt_ranks,
-    agree_on_checkpoint,
-    agree_on_step,
-    begin_next_epoch,
-    checkpoint_folder_of,
-    checkpoint_folders,
-    forget_end_of_epoch,
-)
-from orthotrain.stored_paths import keep_own_paths
 from orthotrain.strategies import ShardedStrategy, check_merging
 
 

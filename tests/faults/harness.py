@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from orthotrain.checkpoint import check_checkpoint, read_checkpoint
-from orthotrain.resume import newest_good_checkpoint
-from orthotrain.sharded_checkpoint import REST, load_shards
+from orthotrain.checkpoints.reading import check_checkpoint, read_checkpoint
+from orthotrain.checkpoints.resume import newest_good_checkpoint
+from orthotrain.checkpoints.shards import REST, load_shards
 
 HERE = Path(__file__).parent
 RANKS = runpy.run_path(str(HERE / "ranks.py"))

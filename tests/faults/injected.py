@@ -14,9 +14,9 @@ import lightning as L
 from torch.distributed.checkpoint.filesystem import _FileSystemWriter
 
 import orthotrain.callbacks.adapter_checkpoint as adapter_checkpoint
-import orthotrain.checkpoint_io as checkpoint_io
+import orthotrain.checkpoints.shards as sharded_checkpoint
+import orthotrain.checkpoints.writing as checkpoint_io
 import orthotrain.files.temporary as temporary
-import orthotrain.sharded_checkpoint as sharded_checkpoint
 from orthotrain.layers import PoetLinear, StepwiseLinear
 from orthotrain.modules import OftModule, PoetModule
 

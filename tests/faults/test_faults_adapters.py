@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orthotrain.checkpoint import check_checkpoint
+from orthotrain.checkpoints.reading import check_checkpoint
 from orthotrain.errors import ConfigurationError
 
 HARNESS = runpy.run_path(str(Path(__file__).parent / "harness.py"))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orthotrain.checkpoint import check_checkpoint, read_checkpoint
+from orthotrain.checkpoints.reading import check_checkpoint, read_checkpoint
 
 HARNESS = runpy.run_path(str(Path(__file__).parent / "harness.py"))
 STEPS, LONG = HARNESS["STEPS"], HARNESS["LONG"]

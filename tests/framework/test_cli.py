@@ -17,7 +17,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orthotrain.checkpoint import read_checkpoint
+from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.cli import COMMANDS, TRAINER_COMMANDS, main
 from orthotrain.data.building import build_caches
 from orthotrain.errors import ConfigurationError

@@ -8,10 +8,10 @@ import pytest
 import torch
 from filelock import FileLock
 
-from orthotrain.checkpoint import check_checkpoint, read_checkpoint
+from orthotrain.checkpoints.reading import check_checkpoint, read_checkpoint
+from orthotrain.checkpoints.resume import adapt_ranks
 from orthotrain.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
-from orthotrain.resume import adapt_ranks
 
 FAULTS = Path(__file__).parents[1] / "faults"
 RANKS = runpy.run_path(str(FAULTS / "ranks.py"))

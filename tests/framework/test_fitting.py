@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orthotrain import fitting
-from orthotrain.checkpoint import check_checkpoint
+from orthotrain.checkpoints.reading import check_checkpoint
 from orthotrain.cli import main
 from orthotrain.errors import ConfigurationError
 from orthotrain.fitting import GIB, Planned, advice, check_fits

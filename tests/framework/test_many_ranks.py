@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orthotrain.checkpoint import read_checkpoint
+from orthotrain.checkpoints.reading import read_checkpoint
 
 FAULTS = Path(__file__).parents[1] / "faults"
 RANKS = runpy.run_path(str(FAULTS / "ranks.py"))

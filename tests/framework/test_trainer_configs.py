@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from orthotrain.checkpoint import read_checkpoint
+from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.config_files import shipped_configs
 from orthotrain.errors import ConfigurationError
 from orthotrain.lightning_cli import OrthotrainCLI

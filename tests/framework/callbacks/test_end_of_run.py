@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from orthotrain.callbacks import AdapterCheckpoint
-from orthotrain.checkpoint import read_checkpoint
+from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.data import TextData
 from orthotrain.models.builders import CausalLM
 from orthotrain.modules import OftLayers, OftModule, PoetLayers, PoetModule

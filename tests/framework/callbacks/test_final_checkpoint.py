@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from orthotrain.checkpoint import read_checkpoint
+from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.cli import main
 from orthotrain.console.termination import _note
 from orthotrain.data import TextData

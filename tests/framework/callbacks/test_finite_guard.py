@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from orthotrain.callbacks import FiniteGuard, MergeRotations
 from orthotrain.callbacks.finite_guard import Note, first_non_finite, norms, stacked
-from orthotrain.checkpoint import read_checkpoint
+from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.modules import Optimization, PoetLayers, PoetModule
 from orthotrain.optimizers import LieOptimizer

@@ -14,6 +14,7 @@ import torch
 import orthotrain.console.progress
 from orthotrain.adapters import AdapterSet
 from orthotrain.calibrate import calibrate
+from orthotrain.checkpoints.shards import save_shards
 from orthotrain.console.progress import Progress, bytes_in
 from orthotrain.data import InstructionData, TextData
 from orthotrain.data.instruction_sources import count_rows
@@ -23,7 +24,6 @@ from orthotrain.layers.surgery import unwrap_mergeables
 from orthotrain.models.builders import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers
 from orthotrain.peft_adapter import export_peft, import_peft
-from orthotrain.sharded_checkpoint import save_shards
 
 
 @pytest.fixture

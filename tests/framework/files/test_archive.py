@@ -9,7 +9,7 @@ import zlib
 import pytest
 import torch
 
-from orthotrain.checkpoint import check_checkpoint, read_checkpoint
+from orthotrain.checkpoints.reading import check_checkpoint, read_checkpoint
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.archive import MOST_ENTRIES, Archive
 

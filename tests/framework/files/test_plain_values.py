@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from orthotrain.checkpoint import check_checkpoint, describe_checkpoint, read_checkpoint
+from orthotrain.checkpoints.reading import check_checkpoint, describe_checkpoint, read_checkpoint
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.plain_files import read_file
 from orthotrain.files.plain_pickle import Interpreter

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from orthotrain.checkpoint import read_checkpoint
+from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import PoetLinear
 from orthotrain.layers.folding import merge_rotations

@@ -81,7 +81,7 @@ CALLABLES = {
     "urllib.request.urlopen": {"url": "x"}, "orthotrain.cli.main": {"argv": ["calibrate"]},
     "orthotrain.export.export_checkpoint": {"checkpoint": "x",
     "out": "y"},
-    "orthotrain.checkpoint_io.remove_folder": {"folder": "CANARY"},
+    "orthotrain.checkpoints.writing.remove_folder": {"folder": "CANARY"},
     "torch.nn.Module.load_state_dict": {},
     "torch.utils.cpp_extension.load": {"name": "x", "sources": ["x"]},
     "torch.nn.Sequential": {"args": ["os.abort"]},

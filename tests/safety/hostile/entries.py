@@ -28,7 +28,7 @@ def entry(function: Callable) -> Callable:
 
 def make_shards(checkpoint: str, folder: str) -> None:
     """Write a checkpoint file as the distributed checkpoint of one process."""
-    from orthotrain.sharded_checkpoint import save_shards
+    from orthotrain.checkpoints.shards import save_shards
     from orthotrain.sharded_optimizer import optimizer_key, split_state
 
     contents = torch.load(checkpoint, weights_only=True)
@@ -50,7 +50,7 @@ def checkpoint_model(path: str, allow: list[str]) -> None:
 @entry
 def load_network(path: str, allow: list[str]) -> None:
     """Rebuild a network as export does."""
-    from orthotrain.checkpoint import read_checkpoint
+    from orthotrain.checkpoints.reading import read_checkpoint
     from orthotrain.export import load_network
 
     load_network(read_checkpoint(path), path, allow)

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from orthotrain.checkpoint_classes import TrustedClasses, dotted_name
-from orthotrain.checkpoint_io import FROZEN
+from orthotrain.checkpoints.description import DescriptionBuilder, missing_arguments, parameters_of
+from orthotrain.checkpoints.trusted_classes import TrustedClasses, dotted_name
+from orthotrain.checkpoints.writing import FROZEN
 from orthotrain.console.config_errors import one_line
-from orthotrain.description import DescriptionBuilder, missing_arguments, parameters_of
 from orthotrain.errors import ConfigurationError
 from orthotrain.models.builders import CausalLM
 

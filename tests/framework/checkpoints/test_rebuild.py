@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from orthotrain.checkpoint import read_checkpoint
+from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.errors import ConfigurationError
 from orthotrain.export import CheckpointModel, load_network
 from orthotrain.models.builders import CausalLM

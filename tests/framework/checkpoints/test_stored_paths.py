@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from orthotrain.callbacks import AdapterCheckpoint
-from orthotrain.checkpoint_io import AtomicCheckpointIO
+from orthotrain.checkpoints.stored_paths import is_own_checkpoint
+from orthotrain.checkpoints.writing import AtomicCheckpointIO
 from orthotrain.layers import OftLinear, replace_linears
 from orthotrain.modules import BaseModule
-from orthotrain.stored_paths import is_own_checkpoint
 
 
 class Small(BaseModule):

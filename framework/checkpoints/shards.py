@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.futures import Future
 
-from orthotrain.checkpoint_io import reason_of
+from orthotrain.checkpoints.shard_description import DESCRIPTION, own_name, read_shard_description
+from orthotrain.checkpoints.storable import storable
+from orthotrain.checkpoints.writing import reason_of
 from orthotrain.console.progress import Progress, bytes_in
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.plain_files import crc32_of, read_part, unreadable
 from orthotrain.files.temporary import discard, folder_beside, publish, remove_leftovers
-from orthotrain.shard_description import DESCRIPTION, own_name, read_shard_description
-from orthotrain.storable import storable
 
 REST, SUMS = "meta.pt", "checksums.json"
 """What lies beside the shards and torch's description: what is no tensor, and the checksum of every file."""

@@ -7,12 +7,12 @@ import pickle
 import pytest
 import torch
 
-from orthotrain.checkpoint import check_checkpoint, read_checkpoint
+from orthotrain.checkpoints.reading import check_checkpoint, read_checkpoint
+from orthotrain.checkpoints.shard_description import read_shard_description
+from orthotrain.checkpoints.shards import load_shards, save_shards
 from orthotrain.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.plain_files import crc32_of
-from orthotrain.shard_description import read_shard_description
-from orthotrain.sharded_checkpoint import load_shards, save_shards
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthotrain.checkpoint_io import needs_consolidating
+from orthotrain.checkpoints.shards import REST, check_shards
+from orthotrain.checkpoints.writing import needs_consolidating
 from orthotrain.errors import ConfigurationError, visible
 from orthotrain.files.paths import local_path
 from orthotrain.files.plain_files import check_file, describe_file, read_file, unreadable
 from orthotrain.files.temporary import is_unfinished
 from orthotrain.models.folder import MADE_BY
-from orthotrain.sharded_checkpoint import REST, check_shards
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -8,13 +8,13 @@ import signal
 import pytest
 import torch
 
-from orthotrain.checkpoint import check_checkpoint, check_finite, compare_state, read_checkpoint
-from orthotrain.checkpoint_io import AtomicCheckpointIO
+from orthotrain.checkpoints.reading import check_checkpoint, check_finite, compare_state, read_checkpoint
+from orthotrain.checkpoints.shards import save_shards
+from orthotrain.checkpoints.writing import AtomicCheckpointIO
 from orthotrain.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.journal import JOURNAL
 from orthotrain.files.temporary import remove_leftovers
-from orthotrain.sharded_checkpoint import save_shards
 
 
 class Bomb:

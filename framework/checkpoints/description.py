@@ -14,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from orthotrain.checkpoint_classes import TrustedClasses
+from orthotrain.checkpoints.trusted_classes import TrustedClasses
 from orthotrain.errors import ConfigurationError
 
 KEYS = {"class_path", "init_args", "dict_kwargs"}

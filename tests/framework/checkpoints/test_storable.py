@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.parsing import AttributeDict
 from torch import nn
 from torch.utils.data import DataLoader
 
-from orthotrain.checkpoint import read_checkpoint
-from orthotrain.checkpoint_io import AtomicCheckpointIO
+from orthotrain.checkpoints.reading import read_checkpoint
+from orthotrain.checkpoints.writing import AtomicCheckpointIO
 from orthotrain.errors import ConfigurationError
 from orthotrain.modules import BaseModule
 

@@ -8,12 +8,12 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from orthotrain.checkpoints.layout_checks import check_layout
+from orthotrain.checkpoints.storable import storable
+from orthotrain.checkpoints.stored_paths import is_own_checkpoint
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.plain_files import check_readable, read_file
 from orthotrain.files.temporary import remove_folder, remove_leftovers, write_atomically
-from orthotrain.restorable import check_layout
-from orthotrain.storable import storable
-from orthotrain.stored_paths import is_own_checkpoint
 
 FROZEN = "frozen_fingerprints"
 """The entry of a checkpoint that leaves out what is frozen."""

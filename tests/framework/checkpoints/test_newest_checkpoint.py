@@ -7,11 +7,11 @@ import zlib
 import pytest
 import torch
 
-from orthotrain.checkpoint import check_checkpoint, describe_checkpoint, read_checkpoint, step_of
-from orthotrain.checkpoint_io import AtomicCheckpointIO
+from orthotrain.checkpoints.reading import check_checkpoint, describe_checkpoint, read_checkpoint, step_of
+from orthotrain.checkpoints.resume import newest_good_checkpoint
+from orthotrain.checkpoints.shards import save_shards
+from orthotrain.checkpoints.writing import AtomicCheckpointIO
 from orthotrain.errors import ConfigurationError
-from orthotrain.resume import newest_good_checkpoint
-from orthotrain.sharded_checkpoint import save_shards
 
 
 def checkpoint_of(path, step, age, **more):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.optim import Optimizer
 
-from orthotrain.checkpoint_classes import TrustedClasses
-from orthotrain.description import DescriptionBuilder, missing_arguments, parameters_of
+from orthotrain.checkpoints.description import DescriptionBuilder, missing_arguments, parameters_of
+from orthotrain.checkpoints.trusted_classes import TrustedClasses
 from orthotrain.errors import ConfigurationError
 from orthotrain.models.builders import CausalLM, ModelBuilder
 from orthotrain.modules import PoetLayers, PoetModule

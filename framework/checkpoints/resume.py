@@ -10,11 +10,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint
 from orthotrain.callbacks.agreement import of_all_ranks
-from orthotrain.checkpoint import check_checkpoint, describe_checkpoint, newest_first, step_of
+from orthotrain.checkpoints.reading import check_checkpoint, describe_checkpoint, newest_first, step_of
+from orthotrain.checkpoints.shards import REST
 from orthotrain.console.progress import waiting
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.temporary import remove_leftovers
-from orthotrain.sharded_checkpoint import REST
 
 
 def adapt_ranks(checkpoint: dict[str, Any], ranks: int) -> None:

@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orthotrain.checkpoint import check_checkpoint, read_checkpoint
+from orthotrain.checkpoints.reading import check_checkpoint, read_checkpoint
+from orthotrain.checkpoints.resume import newest_good_checkpoint
+from orthotrain.checkpoints.shards import load_shards, save_shards
 from orthotrain.cli import main
 from orthotrain.consolidate import consolidate
 from orthotrain.data.token_cache import HEADER_BYTES, CorruptCacheError, TokenCache, TokenCacheWriter
@@ -34,8 +36,6 @@ from orthotrain.models.builders import CausalLM, PretrainedModel
 from orthotrain.models.folder import check_model_folder
 from orthotrain.modules import PoetLayers, PoetModule
 from orthotrain.peft_format import read_folder
-from orthotrain.resume import newest_good_checkpoint
-from orthotrain.sharded_checkpoint import load_shards, save_shards
 
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**63 - 1, 2**63, 2**64 - 1]
 
@@ -337,7 +337,7 @@ def test_a_distributed_checkpoint_is_written_beside_the_older_one(tmp_path, monk
 
     for place in ("_write_sums", "publish"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"orthotrain.sharded_checkpoint.{place}", dies)
+            patch.setattr(f"orthotrain.checkpoints.shards.{place}", dies)
             killed(lambda: shard_folder(folder, new=torch.ones(1)))
         check_checkpoint(folder)
         assert newest_good_checkpoint([tmp_path]) == (folder, [])

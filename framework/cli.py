@@ -231,7 +231,7 @@ def consolidate_command(arguments: list[str]) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="the distributed checkpoint")
     parser.add_argument("file", metavar="FILE", help="file to write; must not exist")
     options = parser.parse_args(arguments)
-    from orthotrain.consolidate import consolidate
+    from orthotrain.distributed.consolidate import consolidate
 
     wrote(consolidate(options.folder, options.file))
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 
-from orthotrain.callbacks.agreement import least_of_ranks
+from orthotrain.distributed.agreement import least_of_ranks
 from orthotrain.layers.sharding import is_sharded
 
 

@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint
-from orthotrain.callbacks.agreement import LateAgreement, least_of_ranks
 from orthotrain.console.termination import NAMES, Ended, asked, check, hold, listen
+from orthotrain.distributed.agreement import LateAgreement, least_of_ranks
 
 
 class FinalCheckpoint(Checkpoint):

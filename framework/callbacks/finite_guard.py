@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from orthotrain.callbacks.agreement import on_any_rank
 from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.callbacks.throughput import logs_at
 from orthotrain.devices.host_reads import read_waits
+from orthotrain.distributed.agreement import on_any_rank
 from orthotrain.errors import ConfigurationError, TrainingDiverged
 
 LONGEST_WITHOUT_A_LOOK = 1000

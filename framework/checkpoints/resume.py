@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint
-from orthotrain.callbacks.agreement import of_all_ranks
 from orthotrain.checkpoints.reading import check_checkpoint, describe_checkpoint, newest_first, step_of
 from orthotrain.checkpoints.shards import REST
 from orthotrain.console.progress import waiting
+from orthotrain.distributed.agreement import of_all_ranks
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.temporary import remove_leftovers
 

@@ -40,6 +40,7 @@ from orthotrain.checkpoints.writing import AtomicCheckpointIO
 from orthotrain.console.termination import check
 from orthotrain.devices.accelerators import check_device
 from orthotrain.devices.host_reads import read_waits
+from orthotrain.distributed.strategy import ShardedStrategy, check_merging
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.displacement_pool import DisplacementPool
 from orthotrain.layers.mergeable import mergeable_layers
@@ -51,7 +52,6 @@ from orthotrain.modules.head_loss import HeadLoss, logits_of
 from orthotrain.modules.micro_step import CompileMode, MicroStep
 from orthotrain.modules.optimization import Optimization
 from orthotrain.modules.unread_masks import unread_masks
-from orthotrain.strategies import ShardedStrategy, check_merging
 
 
 class BaseModule(L.LightningModule):
@@ -177,7 +177,7 @@ class BaseModule(L.LightningModule):
         if not isinstance(strategy, ShardedStrategy):
             raise ConfigurationError(
                 "ModelParallelStrategy would restore the optimizer's state to other parameters than it was saved of: "
-                "take orthotrain.strategies.ShardedStrategy, or -c trainer/fsdp2.yaml"
+                "take orthotrain.distributed.strategy.ShardedStrategy, or -c trainer/fsdp2.yaml"
             )
         shard_network(self.model, strategy.device_mesh["data_parallel"])
         self._sharded = True

@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
+from orthotrain.distributed.strategy import ShardedStrategy
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.modules.graph_replay import RECORDERS, GraphedStep
-from orthotrain.strategies import ShardedStrategy
 
 CompileMode = Literal["none", "default", "reduce-overhead", "cuda-graph"]
 

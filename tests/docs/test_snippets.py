@@ -212,7 +212,7 @@ def run(command, after, capsys):
         main(words)
         assert "GiB" in capsys.readouterr().out
     elif any("trainer/" in word for word in words):
-        # with real processes: tests/framework/test_trainer_configs.py and test_distributed.py
+        # with real processes: tests/framework/distributed/test_trainer_configs.py and test_distributed.py
         words = words[1 : words.index("--ckpt_path")] if "--ckpt_path" in words else words[1:]
         one = ["--trainer.devices", "1", "--trainer.num_nodes", "1"]
         OrthotrainCLI([*resolve_config_arguments(shrunk(words)), *one], run=False)

@@ -1,4 +1,4 @@
-"""What a rank of tests/framework/test_distributed.py does; run as ``__main__`` with ``JOB`` among its globals."""
+"""What a rank of tests/framework/distributed/test_distributed.py does; run as ``__main__`` with ``JOB`` among its globals."""
 
 import os
 import sys
@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthotrain.data import TextData
+from orthotrain.distributed.strategy import ShardedStrategy
 from orthotrain.layers import mergeable_layers
 from orthotrain.layers.folding import merge_rotations
 from orthotrain.layers.sharding import gathered, is_sharded, whole
@@ -24,7 +25,6 @@ from orthotrain.models.builders import CausalLM
 from orthotrain.modules import Optimization, PoetLayers, PoetModule
 from orthotrain.optimizers import LieOptimizer
 from orthotrain.schedules import CosineWithWarmup
-from orthotrain.strategies import ShardedStrategy
 
 JOB = JOB  # noqa: F821
 NETWORK = {

@@ -18,7 +18,7 @@ from orthotrain.callbacks import (
     RunReport,
     SpectrumMonitor,
 )
-from orthotrain.callbacks.agreement import LateAgreement
+from orthotrain.distributed.agreement import LateAgreement
 from orthotrain.errors import TrainingDiverged
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, Optimization, PoetLayers, PoetModule

@@ -125,7 +125,11 @@ STRANGE_NAMES = [
         "",
         ".",
     ),
-    *("orthotrain.consolidate.consolidate", "orthotrain.modules.poet.PoetModule.wrap", "torch.optim.swa_utils"),
+    *(
+        "orthotrain.distributed.consolidate.consolidate",
+        "orthotrain.modules.poet.PoetModule.wrap",
+        "torch.optim.swa_utils",
+    ),
     *("torch.optim.Adam.step", "torch.nn.Linear", "torch.hub.load", "bitsandbytes.optim.torch", "a..b", "TAKES"),
     *("orthotrain.models.builders.Causal\u217cM", f"{__name__}.Passes"),
 ]

@@ -11,7 +11,7 @@ import torch
 from orthotrain.checkpoints.reading import check_checkpoint, check_finite, compare_state, read_checkpoint
 from orthotrain.checkpoints.shards import save_shards
 from orthotrain.checkpoints.writing import AtomicCheckpointIO
-from orthotrain.consolidate import consolidate
+from orthotrain.distributed.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.journal import JOURNAL
 from orthotrain.files.temporary import remove_leftovers

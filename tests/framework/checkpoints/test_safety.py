@@ -27,8 +27,8 @@ from orthotrain.checkpoints.reading import check_checkpoint, read_checkpoint
 from orthotrain.checkpoints.resume import newest_good_checkpoint
 from orthotrain.checkpoints.shards import load_shards, save_shards
 from orthotrain.cli import main
-from orthotrain.consolidate import consolidate
 from orthotrain.data.token_cache import HEADER_BYTES, CorruptCacheError, TokenCache, TokenCacheWriter
+from orthotrain.distributed.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
 from orthotrain.export import load_network
 from orthotrain.files.temporary import OLD_SUFFIX, remove_leftovers, set_aside
@@ -205,7 +205,7 @@ def test_damaged_checkpoints_that_can_be_read_load_or_are_refused(tiny_llama, tm
         "os.abort",
         "this.d",
         {"class_path": "no_such_package.Network"},
-        "orthotrain.consolidate.consolidate",
+        "orthotrain.distributed.consolidate.consolidate",
         {"class_path": "this.d"},
         {"class_path": "functools.partial", "init_args": {"func": "os.mkdir", "args": ["TRAP"]}},
         {"class_path": "torch.nn.Sequential", "init_args": {"x": ["posix.system"]}},

@@ -10,7 +10,7 @@ import torch
 from orthotrain.checkpoints.reading import check_checkpoint, read_checkpoint
 from orthotrain.checkpoints.shard_description import read_shard_description
 from orthotrain.checkpoints.shards import load_shards, save_shards
-from orthotrain.consolidate import consolidate
+from orthotrain.distributed.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.plain_files import crc32_of
 

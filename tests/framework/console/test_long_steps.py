@@ -141,7 +141,7 @@ def test_calibrating_counts_its_rounds(ended):
 def test_consolidating_counts_bytes_and_its_command_says_what_it_takes(ended, tmp_path):
     weights = {"state_dict": {"w": torch.randn(1000), "v": torch.randn(500)}}
     save_shards(weights, {"optimizer_states": []}, tmp_path / "shards.ckpt", bool)
-    from orthotrain.consolidate import consolidate
+    from orthotrain.distributed.consolidate import consolidate
 
     consolidate(tmp_path / "shards.ckpt", tmp_path / "one.ckpt")
     checked, read = ended["checking the shards"], ended["reading the shards"]

@@ -13,12 +13,12 @@ from torch._dynamo import lookup_backend
 from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 
+from orthotrain.distributed.strategy import ShardedStrategy
 from orthotrain.errors import ConfigurationError
 from orthotrain.models.builders import CausalLM
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, Optimization, PoetLayers, PoetModule
 from orthotrain.modules.micro_step import MicroStep
 from orthotrain.schedules import CosineWithWarmup
-from orthotrain.strategies import ShardedStrategy
 
 OPTIMIZATION = Optimization(lr=1e-2, rotation_lr=1e-2, scheduler=lambda o: CosineWithWarmup(o, warmup_steps=2))
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 96}

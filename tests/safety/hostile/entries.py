@@ -29,7 +29,7 @@ def entry(function: Callable) -> Callable:
 def make_shards(checkpoint: str, folder: str) -> None:
     """Write a checkpoint file as the distributed checkpoint of one process."""
     from orthotrain.checkpoints.shards import save_shards
-    from orthotrain.sharded_optimizer import optimizer_key, split_state
+    from orthotrain.distributed.optimizer_state import optimizer_key, split_state
 
     contents = torch.load(checkpoint, weights_only=True)
     state, states = {"state_dict": contents.pop("state_dict")}, []

@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-import orthotrain.consolidate
+import orthotrain.distributed.consolidate
 import orthotrain.lightning_cli
 import orthotrain.peft_adapter
 import orthotrain.plan

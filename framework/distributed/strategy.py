@@ -14,14 +14,13 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from orthotrain.callbacks.agreement import on_any_rank
 from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.checkpoints.layout_checks import check_layout, check_optimizer
 from orthotrain.checkpoints.reading import check_finite, read_checkpoint
 from orthotrain.checkpoints.shards import REST, check_shards, load_shards, save_shards
-from orthotrain.errors import ConfigurationError
-from orthotrain.optimizers.sharded_8bit import step_locally
-from orthotrain.sharded_optimizer import (
+from orthotrain.distributed.agreement import on_any_rank
+from orthotrain.distributed.optimizer_8bit import step_locally
+from orthotrain.distributed.optimizer_state import (
     empty_tensors,
     joined_state,
     like_parameter,
@@ -30,6 +29,7 @@ from orthotrain.sharded_optimizer import (
     split_state,
     whole_state,
 )
+from orthotrain.errors import ConfigurationError
 
 
 def check_merging(strategy: object, callbacks: Iterable[object]) -> None:

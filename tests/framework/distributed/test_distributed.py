@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from orthotrain.checkpoints.reading import check_checkpoint, read_checkpoint
 from orthotrain.checkpoints.resume import adapt_ranks
-from orthotrain.consolidate import consolidate
+from orthotrain.distributed.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
 
 FAULTS = Path(__file__).parents[1] / "faults"

@@ -8,13 +8,13 @@ from orthotrain.checkpoints.reading import check_checkpoint, read_checkpoint
 from orthotrain.checkpoints.shards import REST, load_shards
 from orthotrain.checkpoints.writing import AtomicCheckpointIO
 from orthotrain.console.progress import waiting
+from orthotrain.distributed.optimizer_state import joined_state, optimizer_key
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import local_path
-from orthotrain.sharded_optimizer import joined_state, optimizer_key
 
 
 def consolidate(folder: str | Path, file: str | Path) -> Path:
-    """Write the shards of a checkpoint of :class:`orthotrain.strategies.ShardedStrategy` as one file.
+    """Write the shards of a checkpoint of :class:`orthotrain.distributed.strategy.ShardedStrategy` as one file.
 
     Needs one process, no devices, and memory for the whole checkpoint.
 

@@ -15,10 +15,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.config_files import shipped_configs
+from orthotrain.distributed.strategy import ShardedStrategy, check_merging
 from orthotrain.errors import ConfigurationError
 from orthotrain.lightning_cli import OrthotrainCLI
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, PoetLayers, PoetModule
-from orthotrain.strategies import ShardedStrategy, check_merging
 
 FAULTS = Path(__file__).parents[1] / "faults"
 RANKS = runpy.run_path(str(FAULTS / "ranks.py"))

@@ -9,9 +9,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from orthotrain.distributed.optimizer_8bit import WRAPPED, local_entry, whole_entry
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.sharding import whole
-from orthotrain.optimizers.sharded_8bit import WRAPPED, local_entry, whole_entry
 
 
 def whole_state(optimizer: Optimizer) -> dict[str, Any]:

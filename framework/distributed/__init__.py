@@ -1,0 +1,1 @@
+"""Several ranks: the sharded strategy, its checkpoints, and what ranks agree on."""

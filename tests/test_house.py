@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from transformers import BartConfig, BartForConditionalGeneration
 
-from orthotrain.config_files import shipped_configs
-from orthotrain.lightning_cli import OrthotrainCLI, PlanCLI
+from orthotrain.cli.config_files import shipped_configs
+from orthotrain.cli.trainer_cli import OrthotrainCLI, PlanCLI
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"framework": "orthotrain", "plugins": "orthotrain.plugins", "kernels": "orthotrain.kernels"}

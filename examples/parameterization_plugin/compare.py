@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-FIT = [sys.executable, "-P", "-c", "import sys; from orthotrain.cli import main; sys.exit(main())", "fit"]
+FIT = [sys.executable, "-P", "-c", "import sys; from orthotrain.cli.main import main; sys.exit(main())", "fit"]
 """What the `orthotrain` command is, in the environment that runs this program."""
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthotrain.calibrate import model_name
+from orthotrain.cli.calibrate import model_name
 from orthotrain.layers.centre import ROUTES, choose_route
 from orthotrain.layers.displacement_pool import DisplacementPool
 

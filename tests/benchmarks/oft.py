@@ -25,9 +25,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from orthotrain.cli.plan import saved_bytes
 from orthotrain.layers.displacement_pool import DisplacementPool
 from orthotrain.modules import OftLayers
-from orthotrain.plan import saved_bytes
 
 memory = runpy.run_path(str(Path(__file__).parent / "memory.py"))
 CONFIG = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 8, "num_attention_heads": 4}

@@ -19,10 +19,10 @@ import yaml
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer
 
-from orthotrain.cli import main
-from orthotrain.config_files import resolve_config_arguments
+from orthotrain.cli.config_files import resolve_config_arguments
+from orthotrain.cli.main import main
+from orthotrain.cli.trainer_cli import OrthotrainCLI
 from orthotrain.layers import OftConv2d
-from orthotrain.lightning_cli import OrthotrainCLI
 from orthotrain.modules import Optimization, PoetLayers
 from orthotrain.plugins import create, registry
 

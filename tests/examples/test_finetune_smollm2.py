@@ -7,7 +7,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from orthotrain.cli import main
+from orthotrain.cli.main import main
 from orthotrain.data.tokenizers import train_tokenizer
 
 NF4 = ["--model.layers.quantization", "nf4"]

@@ -12,7 +12,7 @@ os.environ.update(JOB["environment"])
 
 import torch  # noqa: E402
 
-from orthotrain.cli import main  # noqa: E402
+from orthotrain.cli.main import main  # noqa: E402
 
 if __name__ == "__main__":
     if JOB["log"]:

@@ -11,8 +11,8 @@ import time
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        "orthotrain.lightning_cli",
-        "orthotrain.cli",
+        "orthotrain.cli.trainer_cli",
+        "orthotrain.cli.main",
         "transformers.models.llama.modeling_llama",
         "transformers.models.auto.modeling_auto",
         "torch.distributed.fsdp",

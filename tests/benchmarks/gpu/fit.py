@@ -14,7 +14,7 @@ from gpu.device import Gpu
 from gpu.record import Case
 
 STEPS, FIRST, MERGE_EVERY = 300, 200, 50
-PROGRAM = "from orthotrain.cli import main; main()"  # the console script may not be installed
+PROGRAM = "from orthotrain.cli.main import main; main()"  # the console script may not be installed
 
 
 def cases(machine: Gpu) -> Iterator[Case]:

@@ -13,8 +13,8 @@ from gpu.recipes import network, offered, poet, rates, shipped
 from gpu.record import Case
 from gpu.speed import batches, built, finite, vocabulary_of
 from gpu.training import step_of
+from orthotrain.cli.plan import plan_run
 from orthotrain.modules import BaseModule, PoetModule
-from orthotrain.plan import plan_run
 
 CONFIG = "poet_llama_8b.yaml"
 ROWS, LENGTH, WARM_UP, STEPS = 1, 1024, 1, 3

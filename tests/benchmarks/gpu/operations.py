@@ -8,7 +8,7 @@ from gpu import floors
 from gpu.device import Gpu
 from gpu.measuring import interleaved
 from gpu.record import Case
-from orthotrain.calibrate import GPU_SHAPES, calibrate
+from orthotrain.cli.calibrate import GPU_SHAPES, calibrate
 from orthotrain.kernels.groups import GROUPS
 
 
@@ -63,7 +63,7 @@ def permutation_route(route: str) -> Iterator[None]:
 
 def calibrated(machine: Gpu) -> dict[str, Any]:
     """Return the entry of this card for the table of costs, and the largest relative error of its predictions."""
-    from orthotrain.calibrate import predicted
+    from orthotrain.cli.calibrate import predicted
     from orthotrain.layers.centre import Costs
 
     shapes = machine.pick(GPU_SHAPES, [(8, 64, 16), (16, 32, 16), (16, 64, 8)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orthotrain.checkpoints.reading import read_checkpoint
-from orthotrain.cli import main
+from orthotrain.cli.main import main
 from orthotrain.console.termination import _note
 from orthotrain.data import TextData
 from orthotrain.modules import BaseModule

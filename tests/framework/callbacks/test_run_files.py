@@ -7,9 +7,9 @@ import pytest
 import yaml
 from lightning.pytorch.tuner import Tuner
 
-from orthotrain.cli import main
-from orthotrain.config_files import resolve_config_arguments
-from orthotrain.lightning_cli import OrthotrainCLI
+from orthotrain.cli.config_files import resolve_config_arguments
+from orthotrain.cli.main import main
+from orthotrain.cli.trainer_cli import OrthotrainCLI
 from orthotrain.modules import BaseModule
 
 QUICK = ["-c", "pretrain/quickstart.yaml"]

@@ -3,7 +3,7 @@
 import pytest
 
 import orthotrain.console.progress
-from orthotrain.cli import main
+from orthotrain.cli.main import main
 
 QUICK = ["-c", "pretrain/quickstart.yaml"]
 

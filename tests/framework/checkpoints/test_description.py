@@ -121,7 +121,7 @@ STRANGE_NAMES = [
         "orthotrain.models.builders.CausalLM ",
         "orthotrain.models.builders",
         "orthotrain.models.builders.torch",
-        "orthotrain.cli.main",
+        "orthotrain.cli.main.main",
         "",
         ".",
     ),

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from orthotrain.checkpoints.reading import check_checkpoint, read_checkpoint
 from orthotrain.checkpoints.resume import newest_good_checkpoint
 from orthotrain.checkpoints.shards import load_shards, save_shards
-from orthotrain.cli import main
+from orthotrain.cli.main import main
 from orthotrain.data.token_cache import HEADER_BYTES, CorruptCacheError, TokenCache, TokenCacheWriter
 from orthotrain.distributed.consolidate import consolidate
 from orthotrain.errors import ConfigurationError

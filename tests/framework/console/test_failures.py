@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from tokenizers.normalizers import Replace
 from torch.utils.data import DataLoader
 
-from orthotrain import cli
+from orthotrain.cli import main as cli
 from orthotrain.console.failures import explain, naming, quiet_threads
 from orthotrain.errors import ConfigurationError, TrainingDiverged
 

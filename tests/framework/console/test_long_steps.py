@@ -13,8 +13,8 @@ import torch
 
 import orthotrain.console.progress
 from orthotrain.adapters import AdapterSet
-from orthotrain.calibrate import calibrate
 from orthotrain.checkpoints.shards import save_shards
+from orthotrain.cli.calibrate import calibrate
 from orthotrain.console.progress import Progress, bytes_in
 from orthotrain.data import InstructionData, TextData
 from orthotrain.data.instruction_sources import count_rows

@@ -130,17 +130,17 @@ def test_a_call_that_blocks_is_ended_where_nothing_can_be_lost(held, tmp_path, m
 def test_the_command_line_listens_before_it_imports_anything():
     """The libraries take seconds; until then Python's own handlers would print a traceback."""
     said = subprocess.run(
-        [sys.executable, "-P", "-c", "import re, sys; before = set(sys.modules); import orthotrain.cli; "
+        [sys.executable, "-P", "-c", "import re, sys; before = set(sys.modules); import orthotrain.cli.main; "
          "print(sorted(set(sys.modules) - before))"], capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     imported = {name for name in eval(said) if not name.startswith("_")}
-    ours = {"orthotrain", "orthotrain.cli", "orthotrain.console.streams", "orthotrain.console.termination"}
+    ours = {"orthotrain", "orthotrain.cli.main", "orthotrain.console.streams", "orthotrain.console.termination"}
     assert imported <= ours | {"collections.abc", "contextlib", "signal", "types", "enum"}
 
 
 EXIT = """
     import os, signal, sys
-    from orthotrain import cli
+    from orthotrain.cli import main as cli
 
     def command(arguments):
         os.kill(os.getpid(), signal.{name}) if "{when}" == "in" else None

@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from orthotrain.checkpoints.reading import read_checkpoint
-from orthotrain.config_files import shipped_configs
+from orthotrain.cli.config_files import shipped_configs
+from orthotrain.cli.trainer_cli import OrthotrainCLI
 from orthotrain.distributed.strategy import ShardedStrategy, check_merging
 from orthotrain.errors import ConfigurationError
-from orthotrain.lightning_cli import OrthotrainCLI
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, PoetLayers, PoetModule
 
 FAULTS = Path(__file__).parents[1] / "faults"

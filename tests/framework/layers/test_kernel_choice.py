@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from orthotrain.cli import main
+from orthotrain.cli.main import main
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels import backend
 from orthotrain.kernels.backend import check_possible, use_backend

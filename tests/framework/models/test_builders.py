@@ -51,8 +51,8 @@ def test_attention_that_a_configuration_would_fetch_is_refused(tiny_llama, tmp_p
 def test_gradient_checkpointing_changes_memory_and_not_the_gradients(tiny_llama):
     import copy
 
+    from orthotrain.cli.plan import saved_bytes
     from orthotrain.modules import PoetLayers
-    from orthotrain.plan import saved_bytes
 
     torch.manual_seed(0)
     plain = CausalLM(tiny_llama)()

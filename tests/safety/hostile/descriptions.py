@@ -78,7 +78,7 @@ CALLABLES = {
     "webbrowser.open": {"url": "http://127.0.0.1:9/"}, "antigravity.fly": {}, "this.d": {}, "trap_module.Network": {},
     "trap_module.Network.inner": {}, "turtle.Turtle": {}, "os.abort": {},
     "yaml.unsafe_load": {"stream": "!!python/object/apply:os.mkdir ['SPRUNG']"},
-    "urllib.request.urlopen": {"url": "x"}, "orthotrain.cli.main": {"argv": ["calibrate"]},
+    "urllib.request.urlopen": {"url": "x"}, "orthotrain.cli.main.main": {"argv": ["calibrate"]},
     "orthotrain.export.export_checkpoint": {"checkpoint": "x",
     "out": "y"},
     "orthotrain.checkpoints.writing.remove_folder": {"folder": "CANARY"},

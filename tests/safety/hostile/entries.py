@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from orthotrain.cli import fail
+from orthotrain.cli.main import fail
 from orthotrain.errors import ConfigurationError
 
 

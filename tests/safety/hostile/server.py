@@ -33,11 +33,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import orthotrain.cli.plan
+import orthotrain.cli.trainer_cli
 import orthotrain.distributed.consolidate
-import orthotrain.lightning_cli
 import orthotrain.peft_adapter
-import orthotrain.plan
-from orthotrain.cli import main
+from orthotrain.cli.main import main
 
 HERE = Path(__file__).parent
 ENTRIES = runpy.run_path(str(HERE / "entries.py"))
@@ -153,7 +153,7 @@ def serve(request: dict) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    assert all((accelerate, lightning, psutil, transformers, orthotrain.plan, torch.nn.attention.flex_attention))
+    assert all((accelerate, lightning, psutil, transformers, orthotrain.cli.plan, torch.nn.attention.flex_attention))
     assert all((AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast))
     gc.collect()
     gc.freeze()  # no child looks through what the imports have made

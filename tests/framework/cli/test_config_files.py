@@ -6,11 +6,11 @@ import socket
 import jsonargparse
 import pytest
 
-from orthotrain.cli import main
-from orthotrain.config_files import resolve_config_arguments
+from orthotrain.cli.config_files import resolve_config_arguments
+from orthotrain.cli.main import main
+from orthotrain.cli.trainer_numbers import check_trainer_numbers, prefer_whole_numbers
+from orthotrain.cli.yaml_check import check_yaml
 from orthotrain.errors import ConfigurationError
-from orthotrain.trainer_numbers import check_trainer_numbers, prefer_whole_numbers
-from orthotrain.yaml_check import check_yaml
 
 HOSTILE = {
     "a: &a [*a]": r"the alias \*a within the value",

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthotrain.checkpoints.reading import read_checkpoint
-from orthotrain.cli import main
+from orthotrain.cli.main import main
 from orthotrain.export import load_network
 from orthotrain.models.builders import PretrainedModel
 from orthotrain.peft_adapter import import_peft

@@ -113,7 +113,7 @@ def _dispatch(arguments: list[str]) -> None:
 
         print(f"orthotrain {metadata.version('orthotrain')}")
         return
-    from orthotrain.config_files import resolve_config_arguments
+    from orthotrain.cli.config_files import resolve_config_arguments
     from orthotrain.console.failures import quiet_threads, working_folder
     from orthotrain.console.filtered_messages import drop_noise
     from orthotrain.errors import ConfigurationError
@@ -162,8 +162,8 @@ def run_trainer(arguments: list[str]) -> None:
     """Run one of LightningCLI's commands."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    from orthotrain.cli.trainer_cli import OrthotrainCLI
     from orthotrain.errors import ConfigurationError
-    from orthotrain.lightning_cli import OrthotrainCLI
 
     check()
     try:
@@ -194,7 +194,7 @@ def export_command(arguments: list[str]) -> None:
 
 def plan_command(arguments: list[str]) -> None:
     """``orthotrain plan``: count parameters and bytes of a config without allocating them."""
-    from orthotrain.lightning_cli import PlanCLI
+    from orthotrain.cli.trainer_cli import PlanCLI
 
     print(PlanCLI(args=arguments, run=False).plan.table())
 
@@ -213,7 +213,7 @@ def calibrate_command(arguments: list[str]) -> None:
     """``orthotrain calibrate``: measure the parts of a POET layer, from which ``centre=auto`` chooses from then on."""
     from pathlib import Path
 
-    from orthotrain.calibrate import calibrate, comparison, usable_device, write_table
+    from orthotrain.cli.calibrate import calibrate, comparison, usable_device, write_table
 
     parser = _parser("calibrate", "Measure what the parts of a POET layer cost on a device, for centre=auto.")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure; by default cpu")

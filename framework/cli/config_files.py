@@ -7,9 +7,9 @@ from pathlib import Path
 import yaml
 
 import orthotrain.configs
+from orthotrain.cli.yaml_check import MAX_CHARACTERS, VALUE_ERRORS, check_yaml
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import check_regular_file, local_path
-from orthotrain.yaml_check import MAX_CHARACTERS, VALUE_ERRORS, check_yaml
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthotrain import calibrate as module
-from orthotrain.calibrate import (
+from orthotrain.cli import calibrate as module
+from orthotrain.cli.calibrate import (
     Part,
     calibrate,
     features,
@@ -18,7 +18,7 @@ from orthotrain.calibrate import (
     predicted,
     write_table,
 )
-from orthotrain.cli import main
+from orthotrain.cli.main import main
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.centre import ROUTES, VARIABLE, Costs, choose_route, costs_for, device_name, route_costs
 

@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from orthotrain.cli.plan import GIB, Plan, plan_run
 from orthotrain.console.failures import asked_for, is_out_of_memory
 from orthotrain.devices.memory import total_bytes
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted
 from orthotrain.models.builders import CausalLM
 from orthotrain.modules import BaseModule, OftLayers, PoetLayers
 from orthotrain.modules.head_loss import HeadLoss
-from orthotrain.plan import GIB, Plan, plan_run
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 
-from orthotrain.cli import main
+from orthotrain.cli.main import main
+from orthotrain.cli.plan import plan_run, saved_bytes, state_tensors
 from orthotrain.models.builders import CausalLM
 from orthotrain.modules import BaseModule, Optimization, PoetLayers, PoetModule, chunked_loss
 from orthotrain.optimizers import GaLore
-from orthotrain.plan import plan_run, saved_bytes, state_tensors
 
 
 def check_against_a_run(build, exact=True):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from orthotrain.cli.traffic import all_reduce_bytes, gradient_bytes
 from orthotrain.models.builders import CausalLM
 from orthotrain.modules import PoetLayers
-from orthotrain.traffic import all_reduce_bytes, gradient_bytes
 
 
 def bytes_of(vocab_size, poet):

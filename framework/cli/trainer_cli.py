@@ -26,26 +26,26 @@ import orthotrain.data
 import orthotrain.export
 import orthotrain.optimizers
 import orthotrain.schedules  # noqa: F401
-from orthotrain.best_checkpoint import best_checkpoint
 from orthotrain.callbacks.run_progress import RunProgress
 from orthotrain.callbacks.sample_writer import SampleWriter
 from orthotrain.checkpoints.reading import describe_checkpoint, refuse_run_folder
 from orthotrain.checkpoints.resume import check_resumable, checkpoint_folders, last_checkpoint, written_folders
+from orthotrain.cli.ckpt_path import best_checkpoint
+from orthotrain.cli.memory_advice import check_fits, naming_memory
+from orthotrain.cli.run_lock import holding
+from orthotrain.cli.trainer_numbers import check_trainer_numbers, prefer_whole_numbers
+from orthotrain.cli.yaml_check import VALUE_ERRORS, check_yaml
 from orthotrain.console.config_errors import one_line
 from orthotrain.console.termination import check
 from orthotrain.devices.accelerators import check_device
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted, TrainingDiverged
 from orthotrain.files.paths import local_path
 from orthotrain.files.temporary import write_text
-from orthotrain.fitting import check_fits, naming_memory
 from orthotrain.kernels.backend import chosen
 from orthotrain.layers.kernel_choice import check_kernels
 from orthotrain.models.builders import CausalLM, ModelBuilder, check_vocabulary
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
 from orthotrain.plugins import Parameterization
-from orthotrain.run_lock import holding
-from orthotrain.trainer_numbers import check_trainer_numbers, prefer_whole_numbers
-from orthotrain.yaml_check import VALUE_ERRORS, check_yaml
 
 CONFIGURABLE = (
     BaseModule, ModelBuilder, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers, Parameterization,
@@ -324,7 +324,7 @@ class PlanCLI(OrthotrainCLI):
 
     def after_instantiate_classes(self) -> None:
         """Plan."""
-        from orthotrain.plan import plan_run
+        from orthotrain.cli.plan import plan_run
 
         try:
             chosen()

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthotrain.checkpoints.reading import read_checkpoint
-from orthotrain.cli import COMMANDS, TRAINER_COMMANDS, main
+from orthotrain.cli.main import COMMANDS, TRAINER_COMMANDS, main
+from orthotrain.cli.trainer_cli import no_child_left
 from orthotrain.data.building import build_caches
 from orthotrain.errors import ConfigurationError
 from orthotrain.export import load_network
-from orthotrain.lightning_cli import no_child_left
 from orthotrain.modules import PoetModule
 
 QUICK = ["-c", "pretrain/quickstart.yaml"]
@@ -276,7 +276,7 @@ def test_an_interrupt_before_training_is_one_line(monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("orthotrain.cli.run_trainer", interrupted)
+    monkeypatch.setattr("orthotrain.cli.main.run_trainer", interrupted)
     with pytest.raises(SystemExit) as stop:
         main(["fit", *QUICK])
     assert stop.value.code == 130
@@ -341,7 +341,7 @@ def test_help_names_the_classes_of_this_package(capsys):
 )
 def test_help_of_an_unknown_class_lists_the_known_ones(option, known):
     """In a process of its own: other tests define classes, too."""
-    command = [sys.executable, "-c", "from orthotrain.cli import main; main()", "fit", f"--{option}.help", "Nope"]
+    command = [sys.executable, "-c", "from orthotrain.cli.main import main; main()", "fit", f"--{option}.help", "Nope"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and f"unknown class 'Nope'; known: {known}" in done.stderr
 

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from orthotrain import fitting
 from orthotrain.checkpoints.reading import check_checkpoint
-from orthotrain.cli import main
+from orthotrain.cli import memory_advice as fitting
+from orthotrain.cli.main import main
+from orthotrain.cli.memory_advice import GIB, Planned, advice, check_fits
 from orthotrain.errors import ConfigurationError
-from orthotrain.fitting import GIB, Planned, advice, check_fits
 from orthotrain.models.builders import CausalLM
 from orthotrain.modules import OftLayers, OftModule, PoetLayers, PoetModule
 

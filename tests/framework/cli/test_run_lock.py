@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from orthotrain.cli import main
+from orthotrain.cli.main import main
+from orthotrain.cli.run_lock import LOCK_NAME, holding
 from orthotrain.errors import ConfigurationError
-from orthotrain.run_lock import LOCK_NAME, holding
 
 RANKS = runpy.run_path(str(Path(__file__).parents[1] / "faults" / "ranks.py"))
 

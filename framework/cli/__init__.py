@@ -1,0 +1,1 @@
+"""The command line: LightningCLI's commands, and those that need no trainer."""

@@ -5,7 +5,7 @@ t - 2 for t >= 4, and three terms are order 2 too. Its exact Cayley transform is
 there the generators change sign. Layers are called by their names in the network, below ``base_model.model``.
 """
 
-from orthotrain.peft_export import export_peft
-from orthotrain.peft_import import import_peft
+from orthotrain.adapters.peft_export import export_peft
+from orthotrain.adapters.peft_import import import_peft
 
 __all__ = ["export_peft", "import_peft"]

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from orthotrain.adapters.peft_folder import read_folder
 from orthotrain.checkpoints.reading import check_checkpoint, read_checkpoint
 from orthotrain.checkpoints.resume import newest_good_checkpoint
 from orthotrain.checkpoints.shards import load_shards, save_shards
@@ -35,7 +36,6 @@ from orthotrain.files.temporary import OLD_SUFFIX, remove_leftovers, set_aside
 from orthotrain.models.builders import CausalLM, PretrainedModel
 from orthotrain.models.folder import check_model_folder
 from orthotrain.modules import PoetLayers, PoetModule
-from orthotrain.peft_format import read_folder
 
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**63 - 1, 2**63, 2**64 - 1]
 

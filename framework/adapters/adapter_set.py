@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from orthotrain.adapter_values import adapter_parameters, adapter_state, load_adapter_state, oft_layers
+from orthotrain.adapters.state import adapter_parameters, adapter_state, load_adapter_state, oft_layers
 from orthotrain.checkpoints.reading import compare_state
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError

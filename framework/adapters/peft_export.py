@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from orthotrain.adapters import OftLayer, oft_layers, rotation_of
+from orthotrain.adapters.peft_folder import PREFIX, PeftSettings, nearest_divisor, write_folder
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftRotation
-from orthotrain.peft_format import PREFIX, PeftSettings, nearest_divisor, write_folder
 from orthotrain.plugins import Cayley, CayleyNeumann
 
 TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.adapters import OftLayer, rotation_of
+from orthotrain.adapters.peft_folder import PREFIX, PeftSettings, read_folder
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.skew import block_size_of
@@ -18,7 +19,6 @@ from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftRotation, m
 from orthotrain.layers.bitsandbytes_linear import compute_dtype_of
 from orthotrain.layers.frozen_linear import frozen_linears
 from orthotrain.layers.surgery import swap_modules
-from orthotrain.peft_format import PREFIX, PeftSettings, read_folder
 
 _GENERATORS = re.compile(re.escape(PREFIX) + r"(?P<layer>.+)\.(?P<kind>oft_R|oft_embedding_R)\.weight")
 

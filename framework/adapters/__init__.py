@@ -5,8 +5,8 @@ trained (biases, norms, a head). It does not say how its generators are to be re
 are those of the network it is loaded into.
 """
 
-from orthotrain.adapter_set import AdapterSet
-from orthotrain.adapter_values import (
+from orthotrain.adapters.adapter_set import AdapterSet
+from orthotrain.adapters.state import (
     OftLayer,
     adapter_parameters,
     adapter_state,

@@ -19,7 +19,7 @@ HOLDERS = (
     *(
         "orthotrain.modules",
         "orthotrain.models.builders",
-        "orthotrain.export",
+        "orthotrain.export.folder",
         "orthotrain.optimizers",
         "orthotrain.schedules",
     ),

@@ -185,7 +185,7 @@ def export_command(arguments: list[str]) -> None:
     parser.add_argument("--trust_remote_code", action="store_true",
                         help="run code that comes with the pretrained model, as the run did")  # fmt: skip
     options = parser.parse_args(arguments)
-    from orthotrain.export import export_checkpoint  # takes seconds, which a refused command line need not
+    from orthotrain.export.folder import export_checkpoint  # takes seconds, which a refused command line need not
 
     check()
     allowed = {"allow": options.allow, "trust_remote_code": options.trust_remote_code}

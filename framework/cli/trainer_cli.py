@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import orthotrain.callbacks
 import orthotrain.data
-import orthotrain.export
+import orthotrain.export.folder
 import orthotrain.optimizers
 import orthotrain.schedules  # noqa: F401
 from orthotrain.callbacks.run_progress import RunProgress

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.errors import ConfigurationError
-from orthotrain.export import CheckpointModel, load_network
+from orthotrain.export.folder import CheckpointModel, load_network
 from orthotrain.models.builders import CausalLM
 from orthotrain.modules import OftModule, Optimization, PoetLayers, PoetModule
 
@@ -147,7 +147,10 @@ def test_no_argument_of_a_description_runs_code(tiny_llama, tmp_path, monkeypatc
 
 def test_a_checkpoint_that_starts_from_itself_is_refused(tiny_llama, tmp_path):
     (tmp_path / "other.ckpt").symlink_to("bad.ckpt")
-    model = {"class_path": "orthotrain.export.CheckpointModel", "init_args": {"path": str(tmp_path / "other.ckpt")}}
+    model = {
+        "class_path": "orthotrain.export.folder.CheckpointModel",
+        "init_args": {"path": str(tmp_path / "other.ckpt")},
+    }
     file = saved(described(tiny_llama, model=model), tmp_path / "bad.ckpt")
     with pytest.raises(ConfigurationError, match="bad.ckpt: .*says that its network is that of the file itself"):
         CheckpointModel(file)()

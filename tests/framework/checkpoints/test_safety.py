@@ -31,7 +31,7 @@ from orthotrain.cli.main import main
 from orthotrain.data.token_cache import HEADER_BYTES, CorruptCacheError, TokenCache, TokenCacheWriter
 from orthotrain.distributed.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
-from orthotrain.export import load_network
+from orthotrain.export.folder import load_network
 from orthotrain.files.temporary import OLD_SUFFIX, remove_leftovers, set_aside
 from orthotrain.models.builders import CausalLM, PretrainedModel
 from orthotrain.models.folder import check_model_folder
@@ -210,7 +210,7 @@ def test_damaged_checkpoints_that_can_be_read_load_or_are_refused(tiny_llama, tm
         {"class_path": "functools.partial", "init_args": {"func": "os.mkdir", "args": ["TRAP"]}},
         {"class_path": "torch.nn.Sequential", "init_args": {"x": ["posix.system"]}},
         {"class_path": "torch.hub.load", "init_args": {"repo_or_dir": "x"}},
-        {"class_path": "orthotrain.export.CheckpointModel", "init_args": {"path": "x", "allow": ["os.abort"]}},
+        {"class_path": "orthotrain.export.folder.CheckpointModel", "init_args": {"path": "x", "allow": ["os.abort"]}},
         {
             "class_path": "orthotrain.models.builders.PretrainedModel",
             "init_args": {"name": "x", "trust_remote_code": True},

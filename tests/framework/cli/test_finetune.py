@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.cli.main import main
-from orthotrain.export import load_network
+from orthotrain.export.folder import load_network
 from orthotrain.models.builders import PretrainedModel
 from orthotrain.peft_adapter import import_peft
 

@@ -19,7 +19,7 @@ from orthotrain.console.progress import Progress, bytes_in
 from orthotrain.data import InstructionData, TextData
 from orthotrain.data.instruction_sources import count_rows
 from orthotrain.data.sources import open_corpus
-from orthotrain.export import export_huggingface
+from orthotrain.export.folder import export_huggingface
 from orthotrain.layers.surgery import unwrap_mergeables
 from orthotrain.models.builders import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers

@@ -14,7 +14,7 @@ from orthotrain.callbacks.sample_writer import SampleWriter
 from orthotrain.data import InstructionData
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
-from orthotrain.export import export_huggingface
+from orthotrain.export.folder import export_huggingface
 from orthotrain.layers import mergeable_layers
 from orthotrain.models.builders import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers, OftModule, Optimization

@@ -36,7 +36,7 @@ def rows() -> Iterator[Row]:
 
 def chain_rows() -> Iterator[Row]:
     """Checkpoints that start from another checkpoint, and widen what that one may name."""
-    own = "orthotrain.export.CheckpointModel"
+    own = "orthotrain.export.folder.CheckpointModel"
     for name, allow in {
         "allows": ["os.system"],
         "allows all": ["*"],

@@ -42,7 +42,7 @@ def make_shards(checkpoint: str, folder: str) -> None:
 @entry
 def checkpoint_model(path: str, allow: list[str]) -> None:
     """Build the network that finetuning starts from."""
-    from orthotrain.export import CheckpointModel
+    from orthotrain.export.folder import CheckpointModel
 
     CheckpointModel(path, allow)()
 
@@ -51,7 +51,7 @@ def checkpoint_model(path: str, allow: list[str]) -> None:
 def load_network(path: str, allow: list[str]) -> None:
     """Rebuild a network as export does."""
     from orthotrain.checkpoints.reading import read_checkpoint
-    from orthotrain.export import load_network
+    from orthotrain.export.folder import load_network
 
     load_network(read_checkpoint(path), path, allow)
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.export import export_checkpoint, export_huggingface, make_plain_
+from orthotrain.export.folder import export_checkpoint, export_huggingface, make_plain_
 from orthotrain.models.builders import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers
 

@@ -1,8 +1,8 @@
 """Data: text from anywhere, tokenized once, in an order that every rank agrees on and that resumes mid-epoch."""
 
+from orthotrain.data.corpus.text_data import TextData
+from orthotrain.data.corpus.token_cache import CorruptCacheError, TokenCache
 from orthotrain.data.instruction import InstructionData
-from orthotrain.data.text import TextData
-from orthotrain.data.token_cache import CorruptCacheError, TokenCache
 from orthotrain.data.tokenizers import tokenizer_from_state
 
 __all__ = ["CorruptCacheError", "InstructionData", "TextData", "TokenCache", "tokenizer_from_state"]

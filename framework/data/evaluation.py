@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 from torch.utils.data import DistributedSampler
 
-from orthotrain.data.token_cache import TokenCache
+from orthotrain.data.corpus.token_cache import TokenCache
 from orthotrain.errors import ConfigurationError
 
 _SCANNED_TOKENS = 1 << 20

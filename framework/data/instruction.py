@@ -7,8 +7,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data.building import Splitter
 from orthotrain.data.chat import load_instruction_tokenizer
+from orthotrain.data.corpus.readers import Document
+from orthotrain.data.corpus.tokenizing import Splitter
 from orthotrain.data.docstrings import STDLIB_DOCSTRINGS
 from orthotrain.data.encoding import OnTooLong, encode_rows
 from orthotrain.data.identity import DataIdentity, check_data_state, check_sizes
@@ -20,7 +21,6 @@ from orthotrain.data.module import BuiltFromArguments
 from orthotrain.data.packing import PackedRows
 from orthotrain.data.padding import PaddedRows
 from orthotrain.data.prompts import choose_rows, generation_batch
-from orthotrain.data.readers import Document
 from orthotrain.data.sampling import EpochProgress, ResumableLoader
 from orthotrain.data.token_rows import TokenRows
 from orthotrain.data.tokenizers import fingerprint, tokenizer_difference, tokenizer_state, tokens_in

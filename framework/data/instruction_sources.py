@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from orthotrain.data.corpus.sources import files_in, glob_files
 from orthotrain.data.docstrings import STDLIB_DOCSTRINGS, docstring_examples
 from orthotrain.data.instruction_rows import Columns, Example, parse_row
 from orthotrain.data.json_rows import MAX_ROW_BYTES
 from orthotrain.data.row_files import ROW_SUFFIXES, file_rows, holds_rows, suffix_of
-from orthotrain.data.sources import files_in, glob_files
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import check_regular_file, local_path
 

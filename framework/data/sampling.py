@@ -9,8 +9,8 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from orthotrain.data.corpus.token_cache import TokenCache
 from orthotrain.data.identity import UNKNOWN, DataIdentity
-from orthotrain.data.token_cache import TokenCache
 
 
 def as_batch(windows: np.ndarray) -> dict[str, torch.Tensor]:

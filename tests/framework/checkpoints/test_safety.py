@@ -28,7 +28,7 @@ from orthotrain.checkpoints.reading import check_checkpoint, read_checkpoint
 from orthotrain.checkpoints.resume import newest_good_checkpoint
 from orthotrain.checkpoints.shards import load_shards, save_shards
 from orthotrain.cli.main import main
-from orthotrain.data.token_cache import HEADER_BYTES, CorruptCacheError, TokenCache, TokenCacheWriter
+from orthotrain.data.corpus.token_cache import HEADER_BYTES, CorruptCacheError, TokenCache, TokenCacheWriter
 from orthotrain.distributed.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
 from orthotrain.export.folder import load_network

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.cli.main import COMMANDS, TRAINER_COMMANDS, main
 from orthotrain.cli.trainer_cli import no_child_left
-from orthotrain.data.building import build_caches
+from orthotrain.data.corpus.tokenizing import build_caches
 from orthotrain.errors import ConfigurationError
 from orthotrain.export.folder import load_network
 from orthotrain.modules import PoetModule
@@ -290,7 +290,7 @@ def test_a_signal_while_the_caches_are_built_is_one_line(small_config, tmp_path,
         os.kill(os.getpid(), getattr(signal, name))
         build_caches(*arguments)  # some item of it is the safe point at which it ends
 
-    monkeypatch.setattr("orthotrain.data.store.build_caches", interrupted)
+    monkeypatch.setattr("orthotrain.data.corpus.cache_folder.build_caches", interrupted)
     with pytest.raises(SystemExit) as stop:
         main(["fit", *QUICK, "-c", str(small_config), "--data.cache_dir", str(tmp_path / "cache")])
     assert stop.value.code == code

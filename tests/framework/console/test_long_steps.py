@@ -17,8 +17,8 @@ from orthotrain.checkpoints.shards import save_shards
 from orthotrain.cli.calibrate import calibrate
 from orthotrain.console.progress import Progress, bytes_in
 from orthotrain.data import InstructionData, TextData
+from orthotrain.data.corpus.sources import open_corpus
 from orthotrain.data.instruction_sources import count_rows
-from orthotrain.data.sources import open_corpus
 from orthotrain.export.folder import export_huggingface
 from orthotrain.layers.surgery import unwrap_mergeables
 from orthotrain.models.builders import CausalLM, PretrainedModel
@@ -62,7 +62,7 @@ def test_text_is_counted_in_bytes_to_the_last_and_in_tokens(ended, corpus, tmp_p
 
 
 def test_text_without_an_end_has_a_rate(ended, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("orthotrain.data.sources.Files.size", lambda self: None)
+    monkeypatch.setattr("orthotrain.data.corpus.sources.Files.size", lambda self: None)
     TextData(str(corpus), vocab_size=300, cache_dir=str(tmp_path)).prepare_data()
     assert ended["tokenizing"].total is None and " MB in 0:0" in ended["tokenizing"].text()
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 BUILD = """
-import sys, orthotrain.data.store as store
+import sys, orthotrain.data.corpus.cache_folder as store
 from orthotrain.data import TextData
 build, builds = store.build_caches, []
 store.build_caches = lambda *given: builds.append(1) or build(*given)

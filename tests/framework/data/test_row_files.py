@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from orthotrain.data import json_rows as scanner
 from orthotrain.data import row_files
+from orthotrain.data.corpus.sources import open_corpus
 from orthotrain.data.instruction_rows import Columns
 from orthotrain.data.instruction_sources import read_examples
 from orthotrain.data.json_rows import json_rows
 from orthotrain.data.row_files import file_rows
-from orthotrain.data.sources import open_corpus
 from orthotrain.errors import ConfigurationError
 
 MEMORY_BYTES = 1_900 << 20

@@ -3,12 +3,12 @@ import torch
 from torch.utils.data import DistributedSampler
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data.building import Splitter
+from orthotrain.data.corpus.sources import open_corpus
+from orthotrain.data.corpus.streaming import StreamLoader, TokenStream
+from orthotrain.data.corpus.token_cache import TokenCache, TokenCacheWriter
+from orthotrain.data.corpus.tokenizing import Splitter
 from orthotrain.data.evaluation import EvalBatches, document_beginnings
 from orthotrain.data.sampling import ResumableLoader, TokenWindows, TrainSampler
-from orthotrain.data.sources import open_corpus
-from orthotrain.data.streaming import StreamLoader, TokenStream
-from orthotrain.data.token_cache import TokenCache, TokenCacheWriter
 from orthotrain.errors import ConfigurationError
 
 

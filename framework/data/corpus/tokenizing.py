@@ -9,9 +9,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.console.progress import Progress
-from orthotrain.data.readers import Document
-from orthotrain.data.sources import Corpus
-from orthotrain.data.token_cache import TokenCacheWriter
+from orthotrain.data.corpus.readers import Document
+from orthotrain.data.corpus.sources import Corpus
+from orthotrain.data.corpus.token_cache import TokenCacheWriter
 from orthotrain.data.tokenizer_use import encoding_with
 from orthotrain.data.tokenizers import fingerprint, train_tokenizer
 from orthotrain.errors import ConfigurationError

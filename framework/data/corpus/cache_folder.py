@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from orthotrain.console.progress import waiting
 from orthotrain.console.termination import check
-from orthotrain.data.building import SPLITS, Splitter, build_caches, learn_tokenizer
-from orthotrain.data.sources import CACHE_MARK, Corpus, location
-from orthotrain.data.token_cache import VERSION, CorruptCacheError, TokenCache
+from orthotrain.data.corpus.sources import CACHE_MARK, Corpus, location
+from orthotrain.data.corpus.token_cache import VERSION, CorruptCacheError, TokenCache
+from orthotrain.data.corpus.tokenizing import SPLITS, Splitter, build_caches, learn_tokenizer
 from orthotrain.data.tokenizers import fingerprint, load_tokenizer, load_trained_tokenizer
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.temporary import remove_leftovers, write_text

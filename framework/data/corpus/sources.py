@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orthotrain.data.readers import SUFFIXES, Document, is_readable, read_documents, row_documents
+from orthotrain.data.corpus.readers import SUFFIXES, Document, is_readable, read_documents, row_documents
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import check_regular_file, local_path
 

@@ -9,16 +9,16 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data.building import SPLITS, Splitter
+from orthotrain.data.corpus.cache_folder import folder_name, prepare_folder
+from orthotrain.data.corpus.sources import open_corpus
+from orthotrain.data.corpus.streaming import StreamLoader, TokenStream
+from orthotrain.data.corpus.token_cache import TokenCache
+from orthotrain.data.corpus.tokenizing import SPLITS, Splitter
 from orthotrain.data.encoding import most_characters
 from orthotrain.data.evaluation import EvalBatches, document_beginnings
 from orthotrain.data.identity import DataIdentity, check_data_state, check_sizes
 from orthotrain.data.module import BuiltFromArguments
 from orthotrain.data.sampling import EpochProgress, ResumableLoader, TokenWindows, TrainSampler
-from orthotrain.data.sources import open_corpus
-from orthotrain.data.store import folder_name, prepare_folder
-from orthotrain.data.streaming import StreamLoader, TokenStream
-from orthotrain.data.token_cache import TokenCache
 from orthotrain.data.tokenizer_use import encoding_with
 from orthotrain.data.tokenizers import check_vocabulary_size, fingerprint, tokenizer_difference, tokenizer_state
 from orthotrain.errors import ConfigurationError

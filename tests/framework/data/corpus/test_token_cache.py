@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthotrain.data import CorruptCacheError, TokenCache, token_cache
-from orthotrain.data.token_cache import HEADER_BYTES, Metadata, TokenCacheWriter, decode_header, encode_header
+from orthotrain.data.corpus.token_cache import HEADER_BYTES, Metadata, TokenCacheWriter, decode_header, encode_header
 from orthotrain.errors import ConfigurationError
 
 METADATA = Metadata("uint16", 5, 17, 2, "a" * 64, "b" * 64, "c" * 64, "d" * 64)

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from orthotrain.data import readers, sources
-from orthotrain.data.building import Splitter
-from orthotrain.data.readers import Document
-from orthotrain.data.sources import open_corpus
+from orthotrain.data.corpus import readers, sources
+from orthotrain.data.corpus.readers import Document
+from orthotrain.data.corpus.sources import open_corpus
+from orthotrain.data.corpus.tokenizing import Splitter
 from orthotrain.errors import ConfigurationError
 
 ROWS = ["first text", "zweiter Text: ß", "third\nwith a line"]

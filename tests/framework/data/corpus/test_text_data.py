@@ -7,9 +7,9 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast
 
-import orthotrain.data.store
+import orthotrain.data.corpus.cache_folder
 from orthotrain.data import CorruptCacheError, TextData, building, tokenizer_from_state
-from orthotrain.data.sources import open_corpus
+from orthotrain.data.corpus.sources import open_corpus
 from orthotrain.errors import ConfigurationError
 
 
@@ -111,8 +111,10 @@ def test_an_unchanged_source_is_not_built_again_and_a_changed_one_is(make_data, 
     first = make_data(**settings)
     first.setup()
     builds = []
-    build = orthotrain.data.store.build_caches
-    monkeypatch.setattr(orthotrain.data.store, "build_caches", lambda *given: builds.append(1) or build(*given))
+    build = orthotrain.data.corpus.cache_folder.build_caches
+    monkeypatch.setattr(
+        orthotrain.data.corpus.cache_folder, "build_caches", lambda *given: builds.append(1) or build(*given)
+    )
     make_data(**settings).setup()
     assert not builds
     (folder / "00.txt").write_text("changed " * 50)

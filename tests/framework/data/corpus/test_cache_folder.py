@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 from orthotrain.data import TextData
-from orthotrain.data.sources import CACHE_MARK
+from orthotrain.data.corpus.sources import CACHE_MARK
 from orthotrain.errors import ConfigurationError
 
 NOBODY = 65534

@@ -10,11 +10,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data.building import Splitter, encode
+from orthotrain.data.corpus.readers import Document
+from orthotrain.data.corpus.sources import Corpus
+from orthotrain.data.corpus.tokenizing import Splitter, encode
 from orthotrain.data.identity import UNKNOWN, DataIdentity
-from orthotrain.data.readers import Document
 from orthotrain.data.sampling import EpochProgress, as_batch, is_place
-from orthotrain.data.sources import Corpus
 
 Position = tuple[int, int]
 """Index of a document in the stream and of the token inside it that the next window starts with."""

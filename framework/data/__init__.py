@@ -2,7 +2,7 @@
 
 from orthotrain.data.corpus.text_data import TextData
 from orthotrain.data.corpus.token_cache import CorruptCacheError, TokenCache
-from orthotrain.data.instruction import InstructionData
+from orthotrain.data.instructions.instruction_data import InstructionData
 from orthotrain.data.tokenizers import tokenizer_from_state
 
 __all__ = ["CorruptCacheError", "InstructionData", "TextData", "TokenCache", "tokenizer_from_state"]

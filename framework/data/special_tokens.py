@@ -4,7 +4,7 @@ import re
 
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data.instruction_rows import Example
+from orthotrain.data.instructions.rows import Example
 
 
 class SpecialTokens:

@@ -14,9 +14,9 @@ from orthotrain.data.corpus.sources import open_corpus
 from orthotrain.data.corpus.streaming import StreamLoader, TokenStream
 from orthotrain.data.corpus.token_cache import TokenCache
 from orthotrain.data.corpus.tokenizing import SPLITS, Splitter
-from orthotrain.data.encoding import most_characters
 from orthotrain.data.evaluation import EvalBatches, document_beginnings
 from orthotrain.data.identity import DataIdentity, check_data_state, check_sizes
+from orthotrain.data.instructions.encoding import most_characters
 from orthotrain.data.module import BuiltFromArguments
 from orthotrain.data.sampling import EpochProgress, ResumableLoader, TokenWindows, TrainSampler
 from orthotrain.data.tokenizer_use import encoding_with

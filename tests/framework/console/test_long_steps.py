@@ -18,7 +18,7 @@ from orthotrain.cli.calibrate import calibrate
 from orthotrain.console.progress import Progress, bytes_in
 from orthotrain.data import InstructionData, TextData
 from orthotrain.data.corpus.sources import open_corpus
-from orthotrain.data.instruction_sources import count_rows
+from orthotrain.data.instructions.sources import count_rows
 from orthotrain.export.folder import export_huggingface
 from orthotrain.layers.surgery import unwrap_mergeables
 from orthotrain.models.builders import CausalLM, PretrainedModel

@@ -5,11 +5,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data import tokenizer_from_state
-from orthotrain.data.chat import ExampleEncoder
 from orthotrain.data.corpus.readers import Document
 from orthotrain.data.corpus.tokenizing import encode
-from orthotrain.data.instruction_rows import Example
-from orthotrain.data.seq2seq import Seq2SeqEncoder
+from orthotrain.data.instructions.chat import ExampleEncoder
+from orthotrain.data.instructions.rows import Example
+from orthotrain.data.instructions.seq2seq import Seq2SeqEncoder
 from orthotrain.data.tokenizers import (
     END_OF_TEXT,
     PADDING,

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 
 from orthotrain.data.corpus.sources import PYTHON_STDLIB, Files, open_corpus
-from orthotrain.data.instruction_rows import Example
+from orthotrain.data.instructions.rows import Example
 
 STDLIB_DOCSTRINGS = "python-stdlib-docstrings"
 INSTRUCTION = "Write the docstring of this Python function.\n\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from orthotrain.data.corpus.sources import files_in, glob_files
-from orthotrain.data.docstrings import STDLIB_DOCSTRINGS, docstring_examples
-from orthotrain.data.instruction_rows import Columns, Example, parse_row
+from orthotrain.data.instructions.docstrings import STDLIB_DOCSTRINGS, docstring_examples
+from orthotrain.data.instructions.rows import Columns, Example, parse_row
 from orthotrain.data.json_rows import MAX_ROW_BYTES
 from orthotrain.data.row_files import ROW_SUFFIXES, file_rows, holds_rows, suffix_of
 from orthotrain.errors import ConfigurationError

@@ -3,9 +3,9 @@
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data.chat import EncodedExample, check_template
-from orthotrain.data.instruction_rows import Example
-from orthotrain.data.token_rows import TokenRows
+from orthotrain.data.instructions.chat import EncodedExample, check_template
+from orthotrain.data.instructions.rows import Example
+from orthotrain.data.instructions.token_rows import TokenRows
 from orthotrain.data.tokenizer_use import encoding_with
 from orthotrain.errors import ConfigurationError
 

@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import BartConfig, BartForConditionalGeneration, DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 from orthotrain.data import InstructionData
-from orthotrain.data.encoding import encode_rows
-from orthotrain.data.instruction_rows import Columns, parse_row
-from orthotrain.data.layouts import Seq2SeqLayout
-from orthotrain.data.padding import PaddedRows
-from orthotrain.data.prompts import generation_batch
+from orthotrain.data.instructions.encoding import encode_rows
+from orthotrain.data.instructions.layouts import Seq2SeqLayout
+from orthotrain.data.instructions.padding import PaddedRows
+from orthotrain.data.instructions.prompts import generation_batch
+from orthotrain.data.instructions.rows import Columns, parse_row
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
 

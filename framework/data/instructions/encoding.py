@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from orthotrain.console.progress import Progress
-from orthotrain.data.instruction_rows import Example
-from orthotrain.data.layouts import Encoder, Layout, Limit
+from orthotrain.data.instructions.layouts import Encoder, Layout, Limit
+from orthotrain.data.instructions.rows import Example
+from orthotrain.data.instructions.token_rows import TokenRows
 from orthotrain.data.special_tokens import SpecialTokens
-from orthotrain.data.token_rows import TokenRows
 from orthotrain.errors import ConfigurationError
 
 OnTooLong = Literal["drop", "truncate", "error"]

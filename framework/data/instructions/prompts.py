@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from orthotrain.data.padding import pad
-from orthotrain.data.token_rows import TokenRows
+from orthotrain.data.instructions.padding import pad
+from orthotrain.data.instructions.token_rows import TokenRows
 
 
 def generation_batch(rows: TokenRows, chosen: list[int], pad_token: int) -> dict[str, Any]:

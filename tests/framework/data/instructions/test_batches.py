@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orthotrain.data.chat import EncodedExample
-from orthotrain.data.instruction_loaders import Loading, eval_loader, train_loader
-from orthotrain.data.packing import PackedRows, block_causal_mask, pack
-from orthotrain.data.padding import LengthGroupedSampler, PaddedRows
-from orthotrain.data.prompts import choose_rows, generation_batch
-from orthotrain.data.token_rows import TokenRows
+from orthotrain.data.instructions.chat import EncodedExample
+from orthotrain.data.instructions.loaders import Loading, eval_loader, train_loader
+from orthotrain.data.instructions.packing import PackedRows, block_causal_mask, pack
+from orthotrain.data.instructions.padding import LengthGroupedSampler, PaddedRows
+from orthotrain.data.instructions.prompts import choose_rows, generation_batch
+from orthotrain.data.instructions.token_rows import TokenRows
 
 PAD = 1
 

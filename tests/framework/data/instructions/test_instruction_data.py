@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthotrain.data import InstructionData, tokenizer_from_state
-from orthotrain.data.docstrings import INSTRUCTION, docstring_examples, functions_with_docstrings
+from orthotrain.data.instructions.docstrings import INSTRUCTION, docstring_examples, functions_with_docstrings
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
 

@@ -7,22 +7,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data.chat import load_instruction_tokenizer
 from orthotrain.data.corpus.readers import Document
 from orthotrain.data.corpus.tokenizing import Splitter
-from orthotrain.data.docstrings import STDLIB_DOCSTRINGS
-from orthotrain.data.encoding import OnTooLong, encode_rows
 from orthotrain.data.identity import DataIdentity, check_data_state, check_sizes
-from orthotrain.data.instruction_loaders import Loading, eval_loader, train_loader
-from orthotrain.data.instruction_rows import Columns, Example
-from orthotrain.data.instruction_sources import count_rows, read_examples
-from orthotrain.data.layouts import LayoutName, Limit, make_layout
+from orthotrain.data.instructions.chat import load_instruction_tokenizer
+from orthotrain.data.instructions.docstrings import STDLIB_DOCSTRINGS
+from orthotrain.data.instructions.encoding import OnTooLong, encode_rows
+from orthotrain.data.instructions.layouts import LayoutName, Limit, make_layout
+from orthotrain.data.instructions.loaders import Loading, eval_loader, train_loader
+from orthotrain.data.instructions.packing import PackedRows
+from orthotrain.data.instructions.padding import PaddedRows
+from orthotrain.data.instructions.prompts import choose_rows, generation_batch
+from orthotrain.data.instructions.rows import Columns, Example
+from orthotrain.data.instructions.sources import count_rows, read_examples
+from orthotrain.data.instructions.token_rows import TokenRows
 from orthotrain.data.module import BuiltFromArguments
-from orthotrain.data.packing import PackedRows
-from orthotrain.data.padding import PaddedRows
-from orthotrain.data.prompts import choose_rows, generation_batch
 from orthotrain.data.sampling import EpochProgress, ResumableLoader
-from orthotrain.data.token_rows import TokenRows
 from orthotrain.data.tokenizers import fingerprint, tokenizer_difference, tokenizer_state, tokens_in
 from orthotrain.devices.host_reads import is_ones, mark_ones, read_waits
 from orthotrain.errors import ConfigurationError

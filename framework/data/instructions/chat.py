@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data.instruction_rows import Example
-from orthotrain.data.template_process import TemplateError, TemplateProcess
+from orthotrain.data.instructions.rows import Example
+from orthotrain.data.instructions.template_process import TemplateError, TemplateProcess
 from orthotrain.data.tokenizer_use import encoding_with
 from orthotrain.data.tokenizers import load_tokenizer, tokenizer_from_state
 from orthotrain.errors import ConfigurationError

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from orthotrain.data.chat import EncodedExample
+from orthotrain.data.instructions.chat import EncodedExample
 
 IGNORED = -100
 """The label of a token that does not count."""

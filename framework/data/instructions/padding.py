@@ -9,8 +9,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from orthotrain.data.instructions.token_rows import IGNORED, TokenRows
 from orthotrain.data.sampling import TrainSampler
-from orthotrain.data.token_rows import IGNORED, TokenRows
 
 POOL_BATCHES = 64
 """How many batches are sorted together: more pads less, fewer shuffles better."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from orthotrain.data.token_rows import IGNORED, TokenRows
+from orthotrain.data.instructions.token_rows import IGNORED, TokenRows
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:

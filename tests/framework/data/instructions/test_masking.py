@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data.chat import ExampleEncoder
-from orthotrain.data.encoding import encode_rows
-from orthotrain.data.instruction_rows import Columns, parse_row
-from orthotrain.data.layouts import CausalLayout
-from orthotrain.data.token_rows import TokenRows
+from orthotrain.data.instructions.chat import ExampleEncoder
+from orthotrain.data.instructions.encoding import encode_rows
+from orthotrain.data.instructions.layouts import CausalLayout
+from orthotrain.data.instructions.rows import Columns, parse_row
+from orthotrain.data.instructions.token_rows import TokenRows
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
 

@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from orthotrain.data import template_process
-from orthotrain.data.chat import ExampleEncoder
-from orthotrain.data.encoding import encode_rows
-from orthotrain.data.instruction_rows import Example
-from orthotrain.data.layouts import CausalLayout
-from orthotrain.data.template_process import TemplateError, TemplateProcess
+from orthotrain.data.instructions import template_process
+from orthotrain.data.instructions.chat import ExampleEncoder
+from orthotrain.data.instructions.encoding import encode_rows
+from orthotrain.data.instructions.layouts import CausalLayout
+from orthotrain.data.instructions.rows import Example
+from orthotrain.data.instructions.template_process import TemplateError, TemplateProcess
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
 

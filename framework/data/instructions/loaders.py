@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from orthotrain.data.evaluation import EvalBatches
-from orthotrain.data.packing import PackedRows
-from orthotrain.data.padding import LengthGroupedSampler, PaddedRows
+from orthotrain.data.instructions.packing import PackedRows
+from orthotrain.data.instructions.padding import LengthGroupedSampler, PaddedRows
 from orthotrain.data.sampling import ResumableLoader, TrainSampler
 
 

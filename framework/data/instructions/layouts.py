@@ -6,10 +6,10 @@ from typing import ClassVar, Literal, Protocol
 
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data.chat import EncodedExample, ExampleEncoder
-from orthotrain.data.instruction_rows import Example
-from orthotrain.data.seq2seq import Seq2SeqEncoder, Seq2SeqRows
-from orthotrain.data.token_rows import TokenRows
+from orthotrain.data.instructions.chat import EncodedExample, ExampleEncoder
+from orthotrain.data.instructions.rows import Example
+from orthotrain.data.instructions.seq2seq import Seq2SeqEncoder, Seq2SeqRows
+from orthotrain.data.instructions.token_rows import TokenRows
 from orthotrain.errors import ConfigurationError, check_choice
 
 LayoutName = Literal["causal", "seq2seq"]

@@ -1,0 +1,1 @@
+"""Rows of instructions and chats: read, encoded, packed or padded into batches."""

@@ -24,9 +24,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from orthotrain.console.filtered_messages import silence
 from orthotrain.layers import mergeable_layers
+from orthotrain.layers.spectrum import singular_values
 from orthotrain.modules import BaseModule, Optimization, PoetLayers, PoetModule
 from orthotrain.schedules import CosineWithWarmup
-from orthotrain.spectrum import singular_values
 
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -16,9 +16,9 @@ from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.skew import block_size_of
 from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftRotation, mergeable_layers, select_linears
-from orthotrain.layers.bitsandbytes_linear import compute_dtype_of
-from orthotrain.layers.frozen_linear import frozen_linears
 from orthotrain.layers.surgery import swap_modules
+from orthotrain.layers.weights.bitsandbytes_linear import compute_dtype_of
+from orthotrain.layers.weights.frozen_linear import frozen_linears
 
 _GENERATORS = re.compile(re.escape(PREFIX) + r"(?P<layer>.+)\.(?P<kind>oft_R|oft_embedding_R)\.weight")
 

@@ -21,7 +21,7 @@ from orthotrain.generation import evaluating
 from orthotrain.kernels.backend import describe, forget_ran
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import is_sharded
-from orthotrain.spectrum import spectral_drift
+from orthotrain.layers.spectrum import spectral_drift
 
 
 class RunReport(L.Callback):

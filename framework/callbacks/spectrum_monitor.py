@@ -18,7 +18,7 @@ from orthotrain.files.pictures import draw_lines, panels, save
 from orthotrain.files.temporary import open_to_append
 from orthotrain.layers.mergeable import Covering, Mergeable, Scaled, mergeable_layers
 from orthotrain.layers.sharding import gathered
-from orthotrain.spectrum import singular_values, spectral_drift, svd_entropy
+from orthotrain.layers.spectrum import singular_values, spectral_drift, svd_entropy
 
 DECOMPOSING = "measuring spectra"
 

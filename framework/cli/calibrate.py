@@ -18,8 +18,8 @@ from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.cayley_neumann import cayley_neumann_generators
 from orthotrain.kernels.fold import fold
 from orthotrain.kernels.poet_linear import poet_linear, serves
-from orthotrain.layers.centre import Costs, cached_costs, default_path, device_name
-from orthotrain.layers.poet_settings import PoetSettings
+from orthotrain.layers.poet.poet_settings import PoetSettings
+from orthotrain.layers.poet.route_costs import Costs, cached_costs, default_path, device_name
 
 DTYPES = {"float32": torch.float32, "half": torch.bfloat16}
 

@@ -12,8 +12,8 @@ from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.checkpoints.rebuild import rebuild_module
 from orthotrain.console.progress import transformers_bars, waiting, writing
 from orthotrain.errors import ConfigurationError, check_choice
-from orthotrain.layers.bitsandbytes_linear import compute_dtype_of
 from orthotrain.layers.surgery import unwrap_mergeables
+from orthotrain.layers.weights.bitsandbytes_linear import compute_dtype_of
 from orthotrain.models.builders import ModelBuilder
 from orthotrain.models.folder import check_new_folder, new_folder
 from orthotrain.modules import BaseModule

@@ -6,10 +6,10 @@ import torch
 from torch.optim import Optimizer
 
 from orthotrain.devices.host_reads import LateValues, read_waits
-from orthotrain.layers.block_rotation import BlockRotation
-from orthotrain.layers.displacement_pool import pooled
 from orthotrain.layers.finite import FiniteLooks
 from orthotrain.layers.mergeable import Foldable, Mergeable
+from orthotrain.layers.rotation.block_rotation import BlockRotation
+from orthotrain.layers.rotation.displacement_pool import pooled
 from orthotrain.layers.sharding import gathered
 from orthotrain.layers.spectral_bound import largest_bounds
 

@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthotrain.console.progress import Progress
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.bitsandbytes_linear import is_bitsandbytes
-from orthotrain.layers.frozen_linear import FrozenLinear, frozen_linears
 from orthotrain.layers.mergeable import Mergeable
+from orthotrain.layers.weights.bitsandbytes_linear import is_bitsandbytes
+from orthotrain.layers.weights.frozen_linear import FrozenLinear, frozen_linears
 
 
 def select_linears(

@@ -42,8 +42,8 @@ from orthotrain.devices.accelerators import check_device
 from orthotrain.devices.host_reads import read_waits
 from orthotrain.distributed.strategy import ShardedStrategy, check_merging
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.displacement_pool import DisplacementPool
 from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
 from orthotrain.models.builders import ModelBuilder, check_vocabulary

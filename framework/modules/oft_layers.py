@@ -10,12 +10,12 @@ from torch import nn
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftLinear, replace_linears, select_linears
-from orthotrain.layers.bitsandbytes_linear import compute_dtype_of, is_bitsandbytes
-from orthotrain.layers.block_rotation import check_parameterization
-from orthotrain.layers.frozen_linear import frozen_linears
-from orthotrain.layers.oft_linear import Quantization
-from orthotrain.layers.oft_rotation import RotationDtype
+from orthotrain.layers.oft.oft_linear import Quantization
+from orthotrain.layers.oft.oft_rotation import RotationDtype
+from orthotrain.layers.rotation.block_rotation import check_parameterization
 from orthotrain.layers.surgery import check_excluded, check_wrapping, release, swap_modules
+from orthotrain.layers.weights.bitsandbytes_linear import compute_dtype_of, is_bitsandbytes
+from orthotrain.layers.weights.frozen_linear import frozen_linears
 from orthotrain.plugins import Parameterization
 
 

@@ -18,10 +18,10 @@ from orthotrain.callbacks.movement_monitor import MovementMonitor
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.layers import PoetLinear, StepwiseLinear, initialize_, mergeable_layers, replace_linears, select_linears
-from orthotrain.layers.bitsandbytes_linear import is_bitsandbytes
-from orthotrain.layers.initialization import Initialization
-from orthotrain.layers.poet_settings import PoetSettings
+from orthotrain.layers.poet.initialization import Initialization
+from orthotrain.layers.poet.poet_settings import PoetSettings
 from orthotrain.layers.surgery import check_excluded, check_wrapping, release
+from orthotrain.layers.weights.bitsandbytes_linear import is_bitsandbytes
 from orthotrain.models.builders import CausalLM, ModelBuilder, PretrainedModel
 from orthotrain.models.late_weights import allocate
 from orthotrain.modules.base import BaseModule

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.skew import block_size_of
-from orthotrain.layers.generators import rotated_share
+from orthotrain.layers.rotation.generators import rotated_share
 
 SIDES = ("in", "out")
 """Sides that take turns; a layer that is rotated on one side alone has ``only``."""

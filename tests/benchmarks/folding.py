@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.layers import PoetLinear, PoetSettings, StepwiseLinear, initialize_
-from orthotrain.layers.bf16_weight import Bf16Weight
+from orthotrain.layers.spectrum import singular_values
+from orthotrain.layers.weights.bf16_weight import Bf16Weight
 from orthotrain.plugins import CayleyNeumann
-from orthotrain.spectrum import singular_values
 
 STORAGES: dict[str, dict[str, Any]] = {
     "fp32": {},

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.cli.calibrate import model_name
-from orthotrain.layers.centre import ROUTES, choose_route
-from orthotrain.layers.displacement_pool import DisplacementPool
+from orthotrain.layers.poet.route_costs import ROUTES, choose_route
+from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))  # at the end: no name there comes before that of a package

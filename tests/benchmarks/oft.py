@@ -26,7 +26,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthotrain.cli.plan import saved_bytes
-from orthotrain.layers.displacement_pool import DisplacementPool
+from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.modules import OftLayers
 
 memory = runpy.run_path(str(Path(__file__).parent / "memory.py"))

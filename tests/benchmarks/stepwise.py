@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from orthotrain.layers import PoetSettings, StepwiseLinear
 from orthotrain.layers.folding import fold_rotations
 from orthotrain.layers.mergeable import mergeable_layers
-from orthotrain.layers.poet_settings import Storage
+from orthotrain.layers.poet.poet_settings import Storage
 from orthotrain.modules import BaseModule
 from orthotrain.plugins import CayleyNeumann
 

@@ -43,7 +43,7 @@ def test_every_derivation_example_and_config_is_on_a_page(site):
 @pytest.mark.parametrize(
     ("page", "words"),
     [
-        ("orthotrain.layers.poet_linear", ["PoetLinear", "activation_mode", "R_out^T W R_in^T"]),
+        ("orthotrain.layers.poet.poet_linear", ["PoetLinear", "activation_mode", "R_out^T W R_in^T"]),
         ("orthotrain.plugins.cayley_neumann", ["CayleyNeumann", "order"]),
         ("orthotrain.kernels.block_rotate.op", ["block_rotate", "Raises"]),
         ("orthotrain.callbacks.merge_rotations", ["MergeRotations", "every_n_steps"]),

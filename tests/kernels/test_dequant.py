@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from orthotrain.kernels.dequant import dequant_int8, dequant_nf4
-from orthotrain.layers import packing
+from orthotrain.layers.weights import packing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

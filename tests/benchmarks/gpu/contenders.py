@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from orthotrain.layers import OftLinear, PoetLinear, PoetSettings, StepwiseLinear
-from orthotrain.layers.displacement_pool import DisplacementPool
+from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.plugins import CayleyNeumann
 
 POET_BLOCK, OFT_BLOCK, LORA_RANK = 256, 32, 16

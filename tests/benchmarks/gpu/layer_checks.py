@@ -14,7 +14,7 @@ from gpu.kernel_checks import relative
 from gpu.record import Case
 from orthotrain.kernels.backend import use_backend
 from orthotrain.layers import OftLinear, PoetLinear, PoetSettings, StepwiseLinear
-from orthotrain.layers.centre import ROUTES
+from orthotrain.layers.poet.route_costs import ROUTES
 from orthotrain.plugins import CayleyNeumann
 
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 3e-3, torch.float32: 2e-5}

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from orthotrain.layers.block_rotation import BlockRotation
 from orthotrain.layers.mergeable import mergeable_layers
-from orthotrain.layers.oft_conv2d import OftConv2d
-from orthotrain.layers.oft_embedding import OftEmbedding
+from orthotrain.layers.oft.oft_conv2d import OftConv2d
+from orthotrain.layers.oft.oft_embedding import OftEmbedding
+from orthotrain.layers.rotation.block_rotation import BlockRotation
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, PoetLayers, PoetModule
 from orthotrain.optimizers import LieOptimizer
 

@@ -20,7 +20,15 @@ from orthotrain.cli.calibrate import (
 )
 from orthotrain.cli.main import main
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.centre import ROUTES, VARIABLE, Costs, choose_route, costs_for, device_name, route_costs
+from orthotrain.layers.poet.route_costs import (
+    ROUTES,
+    VARIABLE,
+    Costs,
+    choose_route,
+    costs_for,
+    device_name,
+    route_costs,
+)
 
 CPU = torch.device("cpu")
 SMALL = [(64, 32, 8), (16, 64, 16), (128, 48, 4), (32, 64, 32), (8, 96, 8)]

@@ -9,8 +9,8 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.kernels import backend
 from orthotrain.kernels.backend import check_possible, use_backend
 from orthotrain.layers import OftLinear, PoetLinear
-from orthotrain.layers.poet_settings import PoetSettings
-from orthotrain.layers.stepwise_linear import StepwiseLinear
+from orthotrain.layers.poet.poet_settings import PoetSettings
+from orthotrain.layers.poet.stepwise_linear import StepwiseLinear
 
 QUICK = ["-c", "pretrain/quickstart.yaml"]
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from orthotrain.layers import LoraLinear, OftConv2d, OftEmbedding, OftLinear, PoetLinear, StepwiseLinear
-from orthotrain.layers.bf16_weight import Bf16Weight
 from orthotrain.layers.folding import fold_rotations, merge_rotations
-from orthotrain.layers.poet_settings import PoetSettings
+from orthotrain.layers.poet.poet_settings import PoetSettings
+from orthotrain.layers.weights.bf16_weight import Bf16Weight
 
 STORAGES = ["dense", "bf16", "residual", "int8", "nf4"]
 

@@ -102,6 +102,6 @@ def played_graphs(monkeypatch):
     monkeypatch.setitem(graph_replay.RECORDERS, "cpu", recorder)
     # transformers asks this before it looks at positions, and the eager run shall have the same attention mask
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr("orthotrain.layers.poet_linear.serves", lambda x: False)
-    monkeypatch.setattr("orthotrain.layers.oft_linear._fuses", lambda *_: False)
+    monkeypatch.setattr("orthotrain.layers.poet.poet_linear.serves", lambda x: False)
+    monkeypatch.setattr("orthotrain.layers.oft.oft_linear._fuses", lambda *_: False)
     return recorders

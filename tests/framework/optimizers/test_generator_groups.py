@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import PoetSettings, StepwiseLinear
-from orthotrain.layers.block_rotation import BlockRotation
+from orthotrain.layers.rotation.block_rotation import BlockRotation
 from orthotrain.modules import Optimization
 from orthotrain.optimizers import LieOptimizer
 from orthotrain.optimizers.generator_groups import checked_block_size

@@ -1,0 +1,1 @@
+"""OFT layers: a learned rotation in front of a frozen layer."""

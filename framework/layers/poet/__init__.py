@@ -1,0 +1,1 @@
+"""POET layers: a frozen weight between two learned rotations."""

@@ -1,0 +1,1 @@
+"""Block rotations, their generators, and the batch of all displacements of a network."""

@@ -1,0 +1,229 @@
+"""A block-diagonal rotation of d coordinates in the frame of a permutation."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from orthotrain.devices.host_reads import read_waits
+from orthotrain.errors import ConfigurationError
+from orthotrain.kernels.block_rotate import block_rotate
+from orthotrain.kernels.checks import check_permutation, debug_permutation, traced
+from orthotrain.layers.kernel_choice import check_kernels
+from orthotrain.layers.rotation.generators import known_zero, mark_generators, mark_zero
+from orthotrain.plugins import Parameterization, create
+
+
+class Pooled(Protocol):
+    """Displacements of many rotations that were computed together."""
+
+    traced: bool
+
+    @property
+    def has_gradient_in_front(self) -> bool:
+        """Whether parts may be asked for ``front``."""
+
+    def part(self, place: int, dtype: torch.dtype | None, front: bool = False) -> Tensor:
+        """Return those of the rotation at ``place``."""
+
+
+class BlockRotation(nn.Module):
+    """``x @ R`` with ``n`` learned blocks of size ``b`` on the first ``n * b`` permuted coordinates.
+
+    Block-stochastic POET (arXiv:2506.08001, section 3) is ``n = floor(d / b)``: coordinates left over pass through
+    until the next permutation covers them. Fully stochastic POET is ``n = 1``. OFT is the case without a permutation.
+
+    The generators are trained, start at zero (the identity), and stay in fp32 when the module is cast to a 16-bit type:
+    a bf16 generator would lose the updates of a small learning rate.
+
+    Args:
+        features: Width ``d`` of the rotated axis.
+        block_size: Size ``b`` of a block, ``2 <= b <= d``.
+        parameterization: A :class:`Parameterization`, a registered name, or ``{"class_path": ..., "init_args": ...}``.
+        blocks: Number of blocks ``n``; None for as many as fit.
+        permutation: ``(d,)`` int64, or ``(d / g,)`` of groups of ``g`` neighbours (kernels/groups.py), or None for the
+            natural order.
+        shared: Whether one row of generators serves all blocks.
+
+    Attributes:
+        known_identity: Whether the layer folds every step, so that no forward pass needs the displacement.
+
+    Raises:
+        ConfigurationError: If no block of this size fits, naming the sizes that do; the permutation has another length
+            or dtype, or with ``ORTHOTRAIN_DEBUG=1`` is none; or the kernels that were asked for cannot run here.
+    """
+
+    permutation: Tensor | None
+
+    def __init__(
+        self,
+        features: int,
+        block_size: int,
+        parameterization: Parameterization | str | dict[str, Any] = "cayley_neumann",
+        blocks: int | None = None,
+        permutation: Tensor | None = None,
+        *,
+        shared: bool = False,
+    ) -> None:
+        super().__init__()
+        check_block_size(features, block_size)
+        self.features = features
+        self.block_size = block_size
+        self.blocks = features // block_size if blocks is None else blocks
+        if not 1 <= self.blocks <= features // block_size:
+            raise ConfigurationError(
+                f"blocks={blocks}: a width of {features} takes 1 to {features // block_size} blocks of {block_size}"
+            )
+        self.parameterization = create(parameterization)
+        width = block_size * (block_size - 1) // 2
+        self.generators = nn.Parameter(torch.zeros(1 if shared else self.blocks, width, dtype=torch.float32))
+        self._mark()
+        if not traced(self.generators):  # a plan is made on any machine, of fake tensors
+            check_kernels()
+        check_order(permutation, features)
+        self.register_buffer("permutation", permutation)
+        self.pooled: tuple[Pooled, int] | None = None
+        self.known_identity = False
+
+    @property
+    def has_gradient_in_front(self) -> bool:
+        """Whether the displacement may be asked for ``front``: only a pool undoes such a gradient.
+
+        Not while tracing: there are no values to tell by, and what is traced should see a custom op.
+        """
+        return self.pooled is not None and not traced(self.generators) and self.pooled[0].has_gradient_in_front
+
+    def displacement(self, dtype: torch.dtype | None = None, front: bool = False) -> Tensor:
+        """Return ``D = R - I``, ``(n, b, b)``.
+
+        Args:
+            dtype: None for that of the generators; in a narrower one see
+                :meth:`~orthotrain.plugins.Parameterization.rounded_displacement`.
+            front: Whether the gradient will be that of a perturbation in front of the rotation (kernels/oft_linear).
+        """
+        # a layer that is compiled alone does not take what is new in every pass of an eager network
+        if self.pooled is not None and self.pooled[0].traced == torch.compiler.is_compiling():
+            displacement = self.pooled[0].part(self.pooled[1], dtype, front)
+        else:
+            displacement = self._displacement(dtype or self.generators.dtype)
+        if displacement.shape[0] == self.blocks:
+            return displacement
+        return displacement.expand(self.blocks, -1, -1).contiguous()
+
+    def _displacement(self, dtype: torch.dtype) -> Tensor:
+        if dtype.itemsize >= self.generators.dtype.itemsize:
+            return self.parameterization.displacement(self.generators, self.block_size).to(dtype)
+        return self.parameterization.rounded_displacement(self.generators, self.block_size, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x @ R`` for ``x (..., d)``, in the dtype of ``x``."""
+        return block_rotate(x, self.displacement(x.dtype), self.permutation, self.permutation)
+
+    def moved(self) -> bool:
+        """Tell whether the generators are not all zero.
+
+        Those whose squares vanish in their dtype, below 1e-23 in fp32, count as zero: they move no weight. Where a look
+        at the values waits for a device or for ranks, generators have moved unless they are known to be zero.
+        """
+        if isinstance(self.generators, DTensor) or read_waits(self.generators.device):
+            return not known_zero(self.generators)
+        # a norm is read off four times faster than any(); NaN is not zero
+        return float(torch.linalg.vector_norm(self.generators.detach())) != 0
+
+    @torch.no_grad()
+    def reset_(self, permutation: Tensor | None = None) -> Self:
+        """Set the generators to zero and, if one is given, take the next permutation, which may be on the CPU."""
+        self.generators.zero_()
+        mark_zero(self.generators)
+        if permutation is not None:
+            assert self.permutation is not None
+            self.permutation.copy_(permutation, non_blocking=True)
+        return self
+
+    def extra_repr(self) -> str:
+        """Describe the blocks in one line."""
+        order = "permuted" if self.permutation is not None else "natural order"
+        shared = ", shared" if self.generators.shape[0] < self.blocks else ""
+        return f"{self.features}, blocks={self.blocks} x {self.block_size}{shared}, {self.parameterization!r}, {order}"
+
+    def _mark(self) -> None:
+        mark_generators(self.generators, self.blocks * self.block_size / self.features)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.permutation is not None:
+            check_stored_permutation(state_dict.get(f"{prefix}permutation"), self.permutation, f"{prefix}permutation")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._mark()  # assign=True has taken another parameter
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.generators.detach()
+        super()._apply(fn, recurse)
+        self._mark()
+        if self.generators.dtype in (torch.bfloat16, torch.float16):
+            self.generators.data = before.to(self.generators.device, torch.float32)
+        return self
+
+
+def check_block_size(features: int, block_size: int) -> None:
+    """Refuse a block size that cannot rotate ``features`` coordinates.
+
+    Raises:
+        ConfigurationError: Naming the size and what would work.
+    """
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or not 2 <= block_size <= features:
+        raise ConfigurationError(
+            f"block_size={block_size!r} does not fit {features} features: take an integer from 2 to {features}"
+        )
+
+
+def check_order(permutation: Tensor | None, features: int) -> None:
+    """Refuse what is no permutation of ``features`` coordinates; its values are looked at with ``ORTHOTRAIN_DEBUG=1``.
+
+    Raises:
+        ConfigurationError: Naming what it is.
+    """
+    if permutation is None:
+        return
+    try:
+        check_permutation("BlockRotation", "permutation", permutation, features, permutation)
+        if not traced(permutation):
+            debug_permutation("BlockRotation", "permutation", permutation)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def check_stored_permutation(stored: Any, own: Tensor, name: str) -> None:
+    """Refuse to load what is no permutation: kernels read and write where it says.
+
+    Args:
+        stored: What a state dict has for it, None if it has nothing.
+        own: The permutation in whose place it comes; another shape is refused by torch.
+        name: Its name in the state dict, which says the layer.
+
+    Raises:
+        ConfigurationError: Naming the layer and what it has.
+    """
+    if not isinstance(stored, Tensor) or stored.shape != own.shape or traced(stored):
+        return
+    if stored.dtype != torch.int64:
+        raise ConfigurationError(f"{name} is {stored.dtype}; a permutation is int64")
+    if not torch.equal(stored.sort().values, torch.arange(stored.numel(), device=stored.device)):
+        raise ConfigurationError(f"{name} is no permutation: it repeats or leaves out one of {stored.numel()} places")
+
+
+def check_parameterization(spec: Parameterization | str) -> None:
+    """Refuse a parameterization that does not exist.
+
+    Raises:
+        ConfigurationError: Naming it and the known ones.
+    """
+    try:
+        create(spec)
+    except ValueError as error:
+        raise ConfigurationError(f"parameterization: {error}") from error

@@ -1,0 +1,136 @@
+"""All displacements of a network in one call: rotations of one block size together, once per forward pass."""
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from orthotrain.kernels.oft_linear import has_gradient_in_front, in_front
+from orthotrain.layers.rotation.block_rotation import BlockRotation
+
+
+class DisplacementPool:
+    """Computes the displacements of many rotations as one batch and hands each its part.
+
+    A layer's own call costs a handful of small operations each way; a network has hundreds of them. The pool lives from
+    the beginning of the network's forward to its end. Rotations compute for themselves whenever there is none: outside
+    the network's forward, where a layer is compiled and the network is not, with sharded generators, and under the
+    activation checkpointing of transformers, whose recomputation runs after the forward has ended. A network that is
+    compiled as a whole has the pool inside its graph.
+
+    Args:
+        network: Hooks are put on it; its rotations are looked up at every forward, so layers may come and go.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._filled: list[BlockRotation] = []
+        for module in network.modules():
+            if isinstance(module, BlockRotation):
+                module.parameterization.config()  # looks up the names of its arguments, which cannot be traced
+        self.handles: list[RemovableHandle] = [
+            network.register_forward_pre_hook(self._fill),
+            network.register_forward_hook(self._drain, always_call=True),
+        ]
+
+    def _fill(self, network: nn.Module, arguments: Any) -> None:
+        rotations = []
+        for module in network.modules():
+            if getattr(module, "gradient_checkpointing", False):  # transformers sets it where it recomputes
+                return
+            if isinstance(module, BlockRotation) and not module.known_identity:
+                rotations.append(module)
+        self._filled += pool(rotations)
+
+    def _drain(self, network: nn.Module, arguments: Any, output: Any) -> None:
+        for rotation in self._filled:
+            rotation.pooled = None
+        self._filled.clear()
+
+
+@contextmanager
+def pooled(rotations: Iterable[BlockRotation]) -> Iterator[None]:
+    """Compute the displacements of rotations together, for as long as the ``with`` block lasts."""
+    filled = pool(rotations)
+    try:
+        yield
+    finally:
+        for rotation in filled:
+            rotation.pooled = None
+
+
+def pool(rotations: Iterable[BlockRotation]) -> list[BlockRotation]:
+    """Hand rotations that share block size and parameterization their displacements; return those that have got one."""
+    groups: dict[Any, list[BlockRotation]] = {}
+    for rotation in rotations:
+        generators = rotation.generators
+        if not isinstance(generators, DTensor):
+            # equal maps by their values: torch.compile compares objects by identity
+            same_map = (type(rotation.parameterization), *rotation.parameterization.config()["init_args"].items())
+            # a network may lie on several devices (device_map), or be cast in part
+            key = (rotation.block_size, same_map, generators.device, generators.dtype)
+            groups.setdefault(key, []).append(rotation)
+    shared = [group for group in groups.values() if len(group) > 1]
+    for group in shared:
+        displacements = PooledDisplacements(group)
+        for place, rotation in enumerate(group):
+            rotation.pooled = (displacements, place)
+    return [rotation for group in shared for rotation in group]
+
+
+class PooledDisplacements:
+    """Displacements of rotations that share block size and parameterization.
+
+    Args:
+        rotations: All with generators of one dtype and device.
+
+    Attributes:
+        traced: Whether it was made while torch.compile traces, and so belongs to a graph.
+    """
+
+    def __init__(self, rotations: list[BlockRotation]) -> None:
+        self._parameterization, self._block_size = rotations[0].parameterization, rotations[0].block_size
+        self._sizes = [rotation.generators.shape[0] for rotation in rotations]
+        self._generators = torch.cat([rotation.generators for rotation in rotations])
+        self.traced = torch.compiler.is_compiling()
+        # the first to ask may do so without gradients (activation checkpointing), and others after it with them
+        self._grad_enabled = torch.is_grad_enabled()
+        self._whole: Tensor | None = None
+        self._parts: dict[tuple[torch.dtype, bool], tuple[Tensor, ...]] = {}
+
+    @functools.cached_property
+    def has_gradient_in_front(self) -> bool:
+        """Whether parts may be asked for ``front``; see :mod:`kernels.oft_linear.front`."""
+        return has_gradient_in_front(self._exact)
+
+    def part(self, place: int, dtype: torch.dtype | None, front: bool = False) -> Tensor:
+        """Return the displacements of rotation ``place`` in ``dtype``, computed for all of them at the first request.
+
+        Args:
+            place: Which rotation.
+            dtype: None for that of the generators.
+            front: Whether their gradient will be that of a perturbation in front of the rotation.
+        """
+        key = (dtype or self._generators.dtype, front)
+        if key not in self._parts:
+            with torch.set_grad_enabled(self._grad_enabled):
+                self._parts[key] = self._computed(*key).split(self._sizes)
+        return self._parts[key][place]
+
+    @property
+    def _exact(self) -> Tensor:
+        if self._whole is None:  # no cached_property: its lock cannot be traced
+            with torch.set_grad_enabled(self._grad_enabled):
+                self._whole = self._parameterization.displacement(self._generators, self._block_size)
+        return self._whole
+
+    def _computed(self, dtype: torch.dtype, front: bool) -> Tensor:
+        if front:
+            return in_front(self._exact).to(dtype)
+        if dtype.itemsize >= self._generators.dtype.itemsize:
+            return self._exact.to(dtype)
+        return self._parameterization.rounded_displacement(self._generators, self._block_size, dtype)

@@ -1,0 +1,76 @@
+"""Linear layers that bitsandbytes has quantised and that nothing wraps: frozen here too, with a state that reloads.
+
+A ``Linear4bit`` repacks its weight in the first evaluation on a CPU with AVX512-BF16. From then on it gives its input
+no gradient, and its state dict has other keys.
+"""
+
+from collections.abc import Container
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from orthotrain.errors import ConfigurationError
+from orthotrain.layers.weights.bitsandbytes_linear import adopt_bitsandbytes, compute_dtype_of
+from orthotrain.layers.weights.frozen_weight import FrozenWeight, plain_linear
+
+
+class FrozenLinear(nn.Module):
+    """``y = x @ W.T + bias`` over a :class:`FrozenWeight`, without a rotation.
+
+    Args:
+        weight: The frozen weight ``(out, in)``.
+        bias: ``(out,)``, or None; whether it is trained is left as it is.
+    """
+
+    def __init__(self, weight: FrozenWeight, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.weight = weight
+        self.bias = bias
+
+    @classmethod
+    def from_bitsandbytes(cls, linear: nn.Linear, compute_dtype: torch.dtype | None = None) -> Self | None:
+        """Take over a quantised layer of bitsandbytes, None for any other.
+
+        Args:
+            linear: Any ``nn.Linear``.
+            compute_dtype: See :func:`orthotrain.layers.weights.bitsandbytes_linear.adopt_bitsandbytes`.
+
+        Raises:
+            ConfigurationError: If its format cannot be taken over.
+        """
+        weight = adopt_bitsandbytes(linear, compute_dtype)
+        return None if weight is None else cls(weight, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``; differentiable in ``x``, whatever was evaluated before."""
+        return self.weight.matmul(x, self.bias)
+
+    @torch.no_grad()
+    def unwrap(self) -> nn.Linear:
+        """Return an ``nn.Linear`` that computes the same, its weight in the dtype that this one computes in."""
+        return plain_linear(self.weight.dequantize(), self.bias)
+
+
+def frozen_linears(model: nn.Module, without: Container[nn.Module] = ()) -> dict[nn.Module, FrozenLinear]:
+    """Return the replacement of every quantised linear layer of bitsandbytes in a model; the model is not changed.
+
+    Args:
+        model: Any module.
+        without: Layers that something else replaces.
+
+    Raises:
+        ConfigurationError: If one has a format that cannot be taken over, naming it.
+    """
+    replacements: dict[nn.Module, FrozenLinear] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module in without:
+            continue
+        try:
+            frozen = FrozenLinear.from_bitsandbytes(module, compute_dtype_of(model))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"layer {name}: {error}") from error
+        if frozen is not None:
+            replacements[module] = frozen.train(module.training)
+    return replacements

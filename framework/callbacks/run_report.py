@@ -18,7 +18,7 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.files.pictures import draw_lines, panels, save
 from orthotrain.files.temporary import write_text
 from orthotrain.generation import evaluating
-from orthotrain.kernels.backend import describe, forget_ran
+from orthotrain.kernels.dispatch import describe, forget_ran
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import is_sharded
 from orthotrain.layers.spectrum import spectral_drift

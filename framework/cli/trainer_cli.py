@@ -41,7 +41,7 @@ from orthotrain.devices.accelerators import check_device
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted, TrainingDiverged
 from orthotrain.files.paths import local_path
 from orthotrain.files.temporary import write_text
-from orthotrain.kernels.backend import chosen
+from orthotrain.kernels.dispatch import chosen
 from orthotrain.layers.kernel_choice import check_kernels
 from orthotrain.models.builders import CausalLM, ModelBuilder, check_vocabulary
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers

@@ -3,7 +3,7 @@
 import torch
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.kernels.backend import check_possible
+from orthotrain.kernels.dispatch import check_possible
 
 
 def check_kernels(device: torch.device | None = None) -> None:

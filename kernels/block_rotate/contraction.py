@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.block_rotate.tiling import (
     POINTERS,
     WIDEST_LOAD,
@@ -20,7 +21,6 @@ from orthotrain.kernels.block_rotate.tiling import (
     wide,
 )
 from orthotrain.kernels.groups import group_of
-from orthotrain.kernels.variant import Variant
 
 PROGRAMS = 512
 """Programs to aim at when the rows are split: a few for every multiprocessor of a large GPU."""

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.block_rotate.tiling import LARGEST_OFFSET, WIDEST_LOAD
 from orthotrain.kernels.groups import by_feature, group_of
-from orthotrain.kernels.variant import Variant
 
 LARGEST_ROW = 64 * 1024
 """Bytes of a row that fit the shared memory of every device beside a second program."""

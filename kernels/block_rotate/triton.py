@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.block_rotate import contraction, permutation
 from orthotrain.kernels.block_rotate.tiling import (
     POINTERS,
@@ -23,7 +24,6 @@ from orthotrain.kernels.block_rotate.tiling import (
     wide,
 )
 from orthotrain.kernels.groups import group_of
-from orthotrain.kernels.variant import Variant
 
 
 def rotation_tiles(dtype: torch.dtype, block_size: int) -> Tiles:

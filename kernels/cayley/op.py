@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.backend import implementation
-from orthotrain.kernels.chain import FUSED
+from orthotrain.kernels.chain.program import FUSED
 from orthotrain.kernels.checks import check_square
+from orthotrain.kernels.dispatch import implementation
 from orthotrain.kernels.guard import guarded
 
 

@@ -10,10 +10,10 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from orthotrain.kernels.chain import FIRST, SECOND, Chain, ChainBuilder
-from orthotrain.kernels.chain_kernels import add_product, copy_input, input_tile, square_tile
-from orthotrain.kernels.chain_launch import fused_programs, fused_tiling, run_chain, tiled_variant
-from orthotrain.kernels.variant import Variant
+from orthotrain.kernels.ahead_of_time import Variant
+from orthotrain.kernels.chain.kernels import add_product, copy_input, input_tile, square_tile
+from orthotrain.kernels.chain.launch import fused_programs, fused_tiling, run_chain, tiled_variant
+from orthotrain.kernels.chain.program import FIRST, SECOND, Chain, ChainBuilder
 
 SLOTS = tl.constexpr(4)
 """Matrices that a program keeps: Q, Q^2, the inverse Y of I - Q^2, and its residual."""

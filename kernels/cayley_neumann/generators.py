@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from orthotrain.kernels.backend import implementation
 from orthotrain.kernels.cayley_neumann.op import check_order
 from orthotrain.kernels.checks import traced
+from orthotrain.kernels.dispatch import implementation
 from orthotrain.kernels.guard import guarded
 from orthotrain.kernels.skew.op import check_generators
 

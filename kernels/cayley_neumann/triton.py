@@ -9,16 +9,16 @@ import functools
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.chain import FIRST, FUSED, SECOND, Chain, ChainBuilder
-from orthotrain.kernels.chain_launch import (
+from orthotrain.kernels.ahead_of_time import Variant
+from orthotrain.kernels.chain.launch import (
     fused_variant,
     precision_for,
     run_chain,
     run_chain_on_generators,
     step_variant,
 )
+from orthotrain.kernels.chain.program import FIRST, FUSED, SECOND, Chain, ChainBuilder
 from orthotrain.kernels.skew import triton as skew
-from orthotrain.kernels.variant import Variant
 
 
 @functools.cache

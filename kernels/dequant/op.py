@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.backend import implementation
 from orthotrain.kernels.checks import check_dtype, check_tensor
 from orthotrain.kernels.dequant.reference import NESTED_GROUP
+from orthotrain.kernels.dispatch import implementation
 from orthotrain.kernels.guard import guarded
 
 

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.dequant.reference import NF4_LEVELS
-from orthotrain.kernels.variant import Variant
 
 SIZE = 2048
 """Values that a program unpacks."""

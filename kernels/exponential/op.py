@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.backend import implementation
 from orthotrain.kernels.checks import check_square
+from orthotrain.kernels.dispatch import implementation
 from orthotrain.kernels.guard import guarded
 
 

@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.chain import FIRST, SECOND, Chain, ChainBuilder
-from orthotrain.kernels.chain_launch import run_chain, step_variant
+from orthotrain.kernels.ahead_of_time import Variant
+from orthotrain.kernels.chain.launch import run_chain, step_variant
+from orthotrain.kernels.chain.program import FIRST, SECOND, Chain, ChainBuilder
 from orthotrain.kernels.exponential.reference import squarings
-from orthotrain.kernels.variant import Variant
 
 COUNT = squarings(torch.float32)
 

@@ -7,9 +7,9 @@ scatter of rows is free: only columns need a pass of their own.
 import torch
 from torch import Tensor
 
+from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.block_rotate.contraction import contract_blocks, contraction_variant
 from orthotrain.kernels.block_rotate.triton import gathered, rotate, rotate_scattered, rotation_variant
-from orthotrain.kernels.variant import Variant
 
 
 def fold_forward(

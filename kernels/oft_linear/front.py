@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from orthotrain.kernels.block_rotate.reference import block_products
-from orthotrain.kernels.guard import guarded
-from orthotrain.kernels.near_orthogonal import (
+from orthotrain.kernels.block_batches import (
     gram_deviation,
     inverts_by_transposing,
     largest,
     times_inverse_transpose,
 )
+from orthotrain.kernels.block_rotate.reference import block_products
+from orthotrain.kernels.guard import guarded
 from orthotrain.kernels.oft_linear.reference import fold_weight
 from orthotrain.kernels.parts import in_parts
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from orthotrain.kernels.backend import implementation
 from orthotrain.kernels.checks import check_blocks, traced
+from orthotrain.kernels.dispatch import implementation
 from orthotrain.kernels.guard import guarded, returned
 
 

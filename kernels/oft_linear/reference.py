@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orthotrain.kernels.block_rotate.reference import add_block_products, block_products, block_rotate_forward
-from orthotrain.kernels.near_orthogonal import (
+from orthotrain.kernels.block_batches import (
     gram_deviation,
     inverts_by_transposing,
     largest,
     times_inverse_transpose,
 )
+from orthotrain.kernels.block_rotate.reference import add_block_products, block_products, block_rotate_forward
 
 
 def rotates_weight(tokens: int, out_features: int) -> bool:

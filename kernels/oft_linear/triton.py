@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.block_rotate.contraction import contract_blocks
 from orthotrain.kernels.block_rotate.triton import block_rotate_forward, rotate_scattered, rotation_variant
-from orthotrain.kernels.variant import Variant
 
 
 def oft_linear_forward(x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | None) -> Tensor:

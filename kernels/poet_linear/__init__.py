@@ -1,5 +1,5 @@
 """The product of the POET layer with its folded weight, whose rotations get their gradients from activations."""
 
-from orthotrain.kernels.poet_linear.function import poet_linear, serves
+from orthotrain.kernels.poet_linear.op import poet_linear, serves
 
 __all__ = ["poet_linear", "serves"]

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from orthotrain.kernels.block_batches import inverse_transpose_times, times_inverse_transpose
 from orthotrain.kernels.block_rotate.reference import contract
-from orthotrain.kernels.near_orthogonal import inverse_transpose_times, times_inverse_transpose
 from orthotrain.kernels.solve import solve_blocks
 
 

@@ -8,8 +8,8 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
+from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.triangle import upper_index
-from orthotrain.kernels.variant import Variant
 
 ELEMENTS = 4096
 """Entries of one program's tile: 32 a thread with four warps."""

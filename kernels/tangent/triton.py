@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.block_rotate import contraction
 from orthotrain.kernels.skew.triton import skew_backward
-from orthotrain.kernels.variant import Variant
 
 
 def activation_gradient(x: Tensor, grad: Tensor, order: Tensor | None, blocks: int, block_size: int) -> Tensor:

@@ -9,7 +9,7 @@ from orthotrain.kernels.cayley import reference as cayley_reference
 from orthotrain.kernels.cayley import triton as cayley
 from orthotrain.kernels.cayley_neumann import reference as neumann_reference
 from orthotrain.kernels.cayley_neumann import triton as neumann
-from orthotrain.kernels.chain_launch import wide_precision
+from orthotrain.kernels.chain.launch import wide_precision
 from orthotrain.kernels.exponential import triton as exponential
 
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orthotrain.kernels.block_batches import gram_deviation, inverts_by_transposing, largest
 from orthotrain.kernels.cayley import cayley
-from orthotrain.kernels.near_orthogonal import gram_deviation, inverts_by_transposing, largest
 from orthotrain.kernels.oft_linear import (
     OftLinearInFront,
     has_gradient_in_front,

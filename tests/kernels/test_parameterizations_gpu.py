@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from orthotrain.kernels.backend import use_backend
 from orthotrain.kernels.cayley import cayley
 from orthotrain.kernels.cayley_neumann import cayley_neumann, cayley_neumann_generators
+from orthotrain.kernels.dispatch import use_backend
 from orthotrain.kernels.exponential import exponential
 from orthotrain.kernels.skew import skew
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from orthotrain.kernels.cayley import cayley
 from orthotrain.kernels.fold import fold
-from orthotrain.kernels.poet_linear import function, poet_linear, reference, serves
+from orthotrain.kernels.poet_linear import op as function
+from orthotrain.kernels.poet_linear import poet_linear, reference, serves
 
 
 def seeded(seed):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from orthotrain.kernels.backend import use_backend
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.dequant import dequant_int8, dequant_nf4
+from orthotrain.kernels.dispatch import use_backend
 from orthotrain.kernels.fold import fold
 from orthotrain.kernels.oft_linear import oft_linear
 from orthotrain.kernels.skew import skew

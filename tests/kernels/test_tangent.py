@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from orthotrain.kernels.backend import use_backend
 from orthotrain.kernels.block_rotate import block_rotate
+from orthotrain.kernels.dispatch import use_backend
 from orthotrain.kernels.skew.reference import skew_forward
 from orthotrain.kernels.tangent import tangent, tangent_linear
 from orthotrain.kernels.tangent.reference import activation_gradient

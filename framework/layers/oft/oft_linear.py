@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.errors import ConfigurationError, check_choice
-from orthotrain.kernels.backend import chosen
+from orthotrain.kernels.dispatch import chosen
 from orthotrain.kernels.oft_linear import OftLinearInFront, oft_linear, rotates_weight
 from orthotrain.layers.oft.oft_rotation import OftRotation, RotationDtype
 from orthotrain.layers.weights.bitsandbytes_linear import adopt_bitsandbytes

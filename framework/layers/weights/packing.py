@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.kernels.backend import backend_for
 from orthotrain.kernels.dequant import dequant_int8, dequant_nf4
+from orthotrain.kernels.dispatch import backend_for
 from orthotrain.layers.weights.quantized_product import storage_format
 from orthotrain.layers.weights.rounding import LEVELS, Noise, in_parts, round_steps
 

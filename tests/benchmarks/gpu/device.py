@@ -226,7 +226,7 @@ class Rehearsal(Gpu):
     def kernels(self) -> Iterator[None]:
         from triton.runtime.jit import JITFunction
 
-        from orthotrain.kernels import backend
+        from orthotrain.kernels import dispatch as backend
 
         with (
             mock.patch.object(JITFunction, "run", _started),

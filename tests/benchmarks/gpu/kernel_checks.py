@@ -10,11 +10,11 @@ from torch import Tensor
 
 from gpu.device import Gpu
 from gpu.record import Case
-from orthotrain.kernels.backend import use_backend
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.cayley import cayley
 from orthotrain.kernels.cayley_neumann import cayley_neumann, cayley_neumann_generators
 from orthotrain.kernels.dequant import dequant_int8, dequant_nf4
+from orthotrain.kernels.dispatch import use_backend
 from orthotrain.kernels.exponential import exponential
 from orthotrain.kernels.fold import fold
 from orthotrain.kernels.groups import GROUPS

@@ -12,7 +12,7 @@ from gpu.contenders import turned
 from gpu.device import Gpu
 from gpu.kernel_checks import relative
 from gpu.record import Case
-from orthotrain.kernels.backend import use_backend
+from orthotrain.kernels.dispatch import use_backend
 from orthotrain.layers import OftLinear, PoetLinear, PoetSettings, StepwiseLinear
 from orthotrain.layers.poet.route_costs import ROUTES
 from orthotrain.plugins import CayleyNeumann

@@ -14,7 +14,7 @@ from gpu.contenders import LORA_RANK, OFT_BLOCK, POET_BLOCK, Make, side_by_side
 from gpu.device import Gpu
 from gpu.measuring import interleaved, peak_mib
 from gpu.record import Case
-from orthotrain.kernels.backend import use_backend
+from orthotrain.kernels.dispatch import use_backend
 
 SHAPES = ((4096, 4096), (14336, 4096))
 TOKENS = (2048, 16384)

@@ -69,7 +69,7 @@ def imported() -> dict[str, Any]:
 
 def first_kernel(machine: Gpu) -> dict[str, Any]:
     """Return which kernels are chosen, and the seconds of the first and of the second call of one."""
-    from orthotrain.kernels import backend
+    from orthotrain.kernels import dispatch as backend
     from orthotrain.kernels.skew import skew
 
     generators = torch.randn(4, 120, device=machine.device)

@@ -13,7 +13,7 @@ from gpu.kernel_checks import WRONG
 from gpu.recipes import offered
 from gpu.record import Case
 from gpu.training import step_of
-from orthotrain.kernels.backend import use_backend
+from orthotrain.kernels.dispatch import use_backend
 from orthotrain.layers import OftLinear
 from orthotrain.layers.folding import merge_rotations
 from orthotrain.layers.mergeable import mergeable_layers

@@ -6,8 +6,8 @@ from torch import nn
 
 from orthotrain.cli.main import main
 from orthotrain.errors import ConfigurationError
-from orthotrain.kernels import backend
-from orthotrain.kernels.backend import check_possible, use_backend
+from orthotrain.kernels import dispatch as backend
+from orthotrain.kernels.dispatch import check_possible, use_backend
 from orthotrain.layers import OftLinear, PoetLinear
 from orthotrain.layers.poet.poet_settings import PoetSettings
 from orthotrain.layers.poet.stepwise_linear import StepwiseLinear

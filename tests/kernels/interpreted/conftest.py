@@ -15,7 +15,7 @@ collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 @pytest.fixture(autouse=True)
 def triton_on_poisoned_memory():
     """Every operation takes its Triton kernels, and fresh memory holds NaN: an element not written shows."""
-    from orthotrain.kernels.backend import use_backend
+    from orthotrain.kernels.dispatch import use_backend
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all() and torch.empty(2, 2).new_empty(1, dtype=torch.float16).isnan().all()

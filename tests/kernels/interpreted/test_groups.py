@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthotrain.kernels.backend import implementation
 from orthotrain.kernels.block_rotate import permutation
+from orthotrain.kernels.dispatch import implementation
 from orthotrain.kernels.groups import GROUPS, by_feature
 
 

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthotrain.kernels import chain_launch
 from orthotrain.kernels.cayley import cayley
 from orthotrain.kernels.cayley import reference as cayley_reference
 from orthotrain.kernels.cayley_neumann import cayley_neumann, cayley_neumann_generators
 from orthotrain.kernels.cayley_neumann import reference as neumann_reference
+from orthotrain.kernels.chain import launch as chain_launch
 from orthotrain.kernels.exponential import exponential
 from orthotrain.kernels.exponential import reference as exponential_reference
 from orthotrain.kernels.skew.reference import skew_forward

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthotrain.kernels.backend import implementation
+from orthotrain.kernels.dispatch import implementation
 from orthotrain.kernels.tangent import reference, tangent, tangent_linear
 
 TOLERANCE = {torch.float32: 2.0**-20, torch.float16: 2.0**-20}

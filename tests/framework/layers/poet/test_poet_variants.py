@@ -11,7 +11,7 @@ from torch import nn
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.groups import by_feature
-from orthotrain.kernels.poet_linear.function import PoetLinearFunction
+from orthotrain.kernels.poet_linear.op import PoetLinearFunction
 from orthotrain.layers import PoetLinear, PoetSettings, StepwiseLinear, initialize_
 from orthotrain.layers.poet.initialization import Initialization
 from orthotrain.layers.poet.route_costs import ROUTES

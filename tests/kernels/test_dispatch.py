@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from orthotrain.kernels import backend
-from orthotrain.kernels.backend import backend_for, describe, forget_ran, use_backend
+from orthotrain.kernels import dispatch as backend
+from orthotrain.kernels.dispatch import backend_for, describe, forget_ran, use_backend
 from orthotrain.kernels.skew import skew
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.backend import implementation
 from orthotrain.kernels.checks import traced
+from orthotrain.kernels.dispatch import implementation
 from orthotrain.kernels.guard import without_autocast
 from orthotrain.kernels.scale import log_gradient, scaled
 

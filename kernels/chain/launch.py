@@ -12,9 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from orthotrain.kernels.chain import FUSED, Chain, Step
-from orthotrain.kernels.chain_kernels import ROW, chain_step_kernel, fused_chain_kernel
-from orthotrain.kernels.variant import Variant
+from orthotrain.kernels.ahead_of_time import Variant
+from orthotrain.kernels.chain.kernels import ROW, chain_step_kernel, fused_chain_kernel
+from orthotrain.kernels.chain.program import FUSED, Chain, Step
 
 SCRATCH_BYTES = 2**28
 """Scratch memory of a chain on large blocks: they are taken in groups that fit."""

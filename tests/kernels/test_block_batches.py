@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from orthotrain.kernels.cayley import cayley
-from orthotrain.kernels.near_orthogonal import (
+from orthotrain.kernels.block_batches import (
     gram_deviation,
     inverse_transpose_times,
     inverts_by_transposing,
     largest,
     times_inverse_transpose,
 )
+from orthotrain.kernels.cayley import cayley
 
 
 @pytest.fixture

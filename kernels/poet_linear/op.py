@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from orthotrain.kernels.backend import chosen
+from orthotrain.kernels.block_batches import gram_deviation, inverts_by_transposing, largest
 from orthotrain.kernels.checks import check_blocks, check_permutation, traced
+from orthotrain.kernels.dispatch import chosen
 from orthotrain.kernels.fold import fold
 from orthotrain.kernels.guard import without_autocast
-from orthotrain.kernels.near_orthogonal import gram_deviation, inverts_by_transposing, largest
 from orthotrain.kernels.poet_linear import reference
 
 

@@ -1,0 +1,1 @@
+"""Chains of small block products: described once, run as one Triton kernel."""

@@ -1,11 +1,13 @@
 """Metrics of language models on top of torchmetrics."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
+from torchmetrics.text.rouge import ROUGEScore
 
 
 class TokenLoss(MeanMetric):
@@ -42,3 +44,79 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
         bytes_per_token: Bytes of the text over its number of tokens.
     """
     return nats_per_token / math.log(2) / bytes_per_token
+
+
+class TokenAccuracy(MeanMetric):
+    """Share of response tokens whose most likely prediction is right, synchronised over ranks."""
+
+    higher_is_better = True  # type: ignore[assignment]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nan_strategy="disable", **options)
+
+    def update(self, logits: Tensor, labels: Tensor, ignore_index: int = -100) -> None:  # type: ignore[override]
+        """Add a batch; NaN among the logits of a counted position makes the share NaN.
+
+        Args:
+            logits: Shape ``(..., vocabulary)``.
+            labels: Shape ``(...)``: the token that each position should predict.
+            ignore_index: The label that does not count.
+        """
+        counted = labels != ignore_index
+        if counted.any():
+            largest, predicted = logits.max(-1)  # NaN is larger than any number
+            hits = (predicted == labels).float().masked_fill(largest.isnan(), torch.nan)
+            super().update(hits[counted])
+
+
+class GenerationMetrics(nn.Module):
+    """Exact match and ROUGE-L of generated texts, synchronised over ranks.
+
+    Exact match ignores white space around a text. ROUGE-L is the F-measure of the longest common subsequence of
+    lower-case words (Lin, 2004), averaged over texts; words are runs of Latin letters and digits.
+
+    Example:
+        >>> metrics = GenerationMetrics()
+        >>> metrics.update(["Return the sum.", "no"], ["Return the sum.", "Close the file."])
+        >>> {name: round(value, 2) for name, value in metrics.compute().items()}
+        {'exact_match': 0.5, 'rouge_l': 0.5}
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exact_match = MeanMetric()
+        self.rouge = ROUGEScore(rouge_keys="rougeL")
+
+    def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
+        """Add texts.
+
+        Args:
+            predictions: What the model wrote.
+            references: What it should have written, one for each prediction.
+
+        Raises:
+            ValueError: There are not as many of the one as of the other.
+        """
+        if len(predictions) != len(references):
+            raise ValueError(f"{len(predictions)} predictions and {len(references)} references: must be as many")
+        if not predictions:
+            return
+        pairs = zip(predictions, references, strict=True)
+        self.exact_match.update(torch.tensor([float(mine.strip() == theirs.strip()) for mine, theirs in pairs]))
+        self.rouge.update(list(predictions), list(references))
+
+    def compute(self) -> dict[str, float]:
+        """Return ``exact_match`` and ``rouge_l``, both between 0 and 1.
+
+        Raises:
+            RuntimeError: No text was added.
+        """
+        if not self.exact_match.update_called:
+            raise RuntimeError("GenerationMetrics has no texts yet: call update() first")
+        rouge = self.rouge.compute()
+        return {"exact_match": float(self.exact_match.compute()), "rouge_l": float(rouge["rougeL_fmeasure"])}
+
+    def reset(self) -> None:
+        """Forget all texts."""
+        self.exact_match.reset()
+        self.rouge.reset()

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from orthotrain.checkpoints.reading import read_checkpoint
-from orthotrain.export.folder import load_network
+from orthotrain.export import load_network
 
 TEXT = "def mean(values):\n    return sum(values) / len(values)\n"
 

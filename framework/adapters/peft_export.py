@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from orthotrain.adapters import OftLayer, oft_layers, rotation_of
 from orthotrain.adapters.peft_folder import PREFIX, PeftSettings, nearest_divisor, write_folder
+from orthotrain.adapters.state import OftLayer, oft_layers, rotation_of
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftRotation
 from orthotrain.plugins import Cayley, CayleyNeumann

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthotrain.adapters import OftLayer, rotation_of
 from orthotrain.adapters.peft_folder import PREFIX, PeftSettings, read_folder
+from orthotrain.adapters.state import OftLayer, rotation_of
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.skew import block_size_of

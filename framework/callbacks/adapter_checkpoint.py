@@ -61,6 +61,10 @@ class AdapterCheckpoint(Checkpoint):
         self._step_before = 0
         self._tensors: dict[str, Tensor] | None = None
 
+    def folder_of(self, trainer: L.Trainer) -> Path:
+        """Return the folder of the checkpoints, as this rank names it."""
+        return Path(self.dirpath or Path(trainer.log_dir or ".") / "adapters")
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember what the frozen part looks like; refuse a run whose adapter would not be the whole story."""
         if any(isinstance(callback, MergeRotations) for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -136,7 +140,7 @@ class AdapterCheckpoint(Checkpoint):
             rank_zero_info(f"forgotten: the checkpoint remembers {str(other)[:80]!r}, which is no folder of an adapter")
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = Path(trainer.strategy.broadcast(self.dirpath or Path(trainer.log_dir or ".") / "adapters"))
+        folder = Path(trainer.strategy.broadcast(self.folder_of(trainer)))
         target = folder / _folder_name(trainer.global_step)
         self._saved = [name for name in self._saved if name != target.name] + [target.name]
         partial: Any = None  # rank 0 makes it and tells the others

@@ -21,12 +21,12 @@ class FinalCheckpoint(Checkpoint):
     checkpoint, it says of the loops what they were after the last whole optimizer step: Lightning counts an epoch as
     finished in which ``max_steps`` was reached, and micro-batches whose gradients are in no checkpoint as done.
 
-    A signal may reach any number of ranks, at different moments, and is noted only (:mod:`orthotrain.console.termination`).
-    After each optimizer step, and after each batch of an evaluation, the ranks agree by one reduction of four bytes,
-    save, and end. On devices the ranks read the result one step later, so that no step waits for it. Lightning's own
-    handler communicates from inside the signal, in the middle of whatever collective is under way, and is replaced. The
-    exit code is 128 and the signal's number (143, 130), as of a process that the signal
-    ended. A second Ctrl-C ends the run at once.
+    A signal may reach any number of ranks, at different moments, and is noted only
+    (:mod:`orthotrain.console.termination`). After each optimizer step, and after each batch of an evaluation, the ranks
+    agree by one reduction of four bytes, save, and end. On devices the ranks read the result one step later, so that no
+    step waits for it. Lightning's own handler communicates from inside the signal, in the middle of whatever collective
+    is under way, and is replaced. The exit code is 128 and the signal's number (143, 130), as of a process that the
+    signal ended. A second Ctrl-C ends the run at once.
 
     A validation that is cut short is left out when the run goes on; one between the micro-batches of an optimizer step
     is run to its end, since their gradients are in no checkpoint.

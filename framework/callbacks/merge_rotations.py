@@ -1,10 +1,11 @@
 """Merge-then-reinitialise: fold the rotations into the frozen weights every N optimizer steps."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from orthotrain.callbacks.attached import given_callbacks, marked
 from orthotrain.checkpoints.callback_values import stored_count
 from orthotrain.devices.host_reads import host_number, read_waits
 from orthotrain.errors import ConfigurationError
@@ -206,17 +207,18 @@ def check_period(name: str, steps: int) -> None:
         raise ConfigurationError(f"{name}={steps!r}: merge every 1 or more optimizer steps")
 
 
-def sole_merging(trainer: L.Trainer | None, own: MergeRotations) -> list[L.Callback]:
-    """Return the callback with which a module merges, for the trainer to attach.
+def check_merging(strategy: object, callbacks: Iterable[object]) -> None:
+    """Refuse a strategy under which a merge would be lost.
+
+    Args:
+        strategy: The trainer's.
+        callbacks: The trainer's, those of the module among them.
 
     Raises:
-        ConfigurationError: If the user has given the trainer one too.
+        ConfigurationError: If rotations are merged under DeepSpeed.
     """
-    for other in given_callbacks(trainer):
-        if isinstance(other, MergeRotations) and other is not own:
-            raise ConfigurationError(
-                f"trainer.callbacks has {type(other).__name__}(every_n_steps={other.every_n_steps}) beside the "
-                f"module's MergeRotations(every_n_steps={own.every_n_steps}), two callbacks that both fold: leave it "
-                "out and set merge_every and resample_every of the module"
-            )
-    return marked([own])
+    if isinstance(strategy, DeepSpeedStrategy) and any(isinstance(c, MergeRotations) for c in callbacks):
+        raise ConfigurationError(
+            "DeepSpeed keeps copies of the trained parameters in fp32, which a merge does not reach: the rotations "
+            "would come back in the next step; take -c trainer/fsdp2.yaml or -c trainer/ddp.yaml"
+        )

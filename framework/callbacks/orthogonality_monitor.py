@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from orthotrain.callbacks.run_files import run_folder
 from orthotrain.checkpoints.callback_values import stored_curves
+from orthotrain.checkpoints.run_folder import run_folder
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.pictures import draw_lines, panels, save
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import gathered
-from orthotrain.layers.spectral_bound import spectral_bound
+from orthotrain.layers.spectrum import spectral_bound
 
 
 class OrthogonalityMonitor(L.Callback):

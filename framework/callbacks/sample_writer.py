@@ -6,10 +6,10 @@ from typing import Any
 
 import lightning as L
 
-from orthotrain.callbacks.run_files import run_folder
+from orthotrain.checkpoints.run_folder import run_folder
 from orthotrain.console.failures import naming
 from orthotrain.files.temporary import open_to_append, write_text
-from orthotrain.generation import generated_tokens
+from orthotrain.models.network_checks import generated_tokens
 
 
 class SampleWriter(L.Callback):

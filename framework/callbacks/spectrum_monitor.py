@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from orthotrain.callbacks.run_files import run_folder
 from orthotrain.checkpoints.callback_values import stored_count, stored_curves, stored_tensors
+from orthotrain.checkpoints.run_folder import run_folder
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.pictures import draw_lines, panels, save

@@ -8,7 +8,7 @@ from orthotrain.checkpoints.trusted_classes import TrustedClasses, dotted_name
 from orthotrain.checkpoints.writing import FROZEN
 from orthotrain.console.config_errors import one_line
 from orthotrain.errors import ConfigurationError
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 
 Module = TypeVar("Module")
 

@@ -4,17 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-
-from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint
-from orthotrain.checkpoints.reading import check_checkpoint, describe_checkpoint, newest_first, step_of
+from orthotrain.checkpoints.reading import check_checkpoint, describe_checkpoint, newest_first
 from orthotrain.checkpoints.shards import REST
-from orthotrain.console.progress import waiting
-from orthotrain.distributed.agreement import of_all_ranks
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.temporary import remove_leftovers
 
 
 def adapt_ranks(checkpoint: dict[str, Any], ranks: int) -> None:
@@ -119,7 +111,7 @@ def check_resumable(path: str | Path) -> None:
     Raises:
         ConfigurationError: Naming the checkpoint, and what can be done with it.
     """
-    if not _lies_here(path) or "lr_schedulers" in describe_checkpoint(path):
+    if not lies_here(path) or "lr_schedulers" in describe_checkpoint(path):
         return
     raise ConfigurationError(
         f"checkpoint {str(path)!r} holds the weights alone (save_weights_only: true): fit cannot go on from it, but "
@@ -127,98 +119,6 @@ def check_resumable(path: str | Path) -> None:
     )
 
 
-def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
-    """Return where the callbacks of a trainer save their checkpoints."""
-    folders = []
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            folders.append(checkpoint_folder_of(callback, trainer))
-        elif isinstance(callback, AdapterCheckpoint):
-            folders.append(Path(callback.dirpath or Path(trainer.log_dir or ".") / "adapters"))
-    return folders
-
-
-def checkpoint_folder_of(callback: ModelCheckpoint, trainer: L.Trainer) -> Path:
-    """Return where a ``ModelCheckpoint`` saves."""
-    # Lightning's own search, which only knows last*.ckpt, resolves it this way
-    return Path(callback._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
-
-
-def written_folders(trainer: L.Trainer) -> list[Path]:
-    """Return the folders that a run writes to: its own, and those of its checkpoints."""
-    return [Path(trainer.log_dir or trainer.default_root_dir), *checkpoint_folders(trainer)]
-
-
-def last_checkpoint(trainer: L.Trainer, resumes: bool) -> str | None:
-    """Return what ``--ckpt_path last`` means: the newest checkpoint of the run's folder that is whole.
-
-    What is skipped is said, with the reason; without any checkpoint a run begins at its first step, so that a
-    scheduler can start a job and restart it by one command.
-
-    Args:
-        trainer: Says where the checkpoints lie.
-        resumes: Whether training goes on from it; an evaluation takes weights alone too, and removes nothing of a run
-            that may be under way.
-
-    Raises:
-        ConfigurationError: If none of the checkpoints is whole.
-    """
-    folders = checkpoint_folders(trainer)
-    for folder in folders if resumes else ():
-        remove_leftovers(folder)
-    with waiting("checking the newest checkpoint"):
-        path, skipped = newest_good_checkpoint(folders, resumes)
-    for reason in skipped:
-        rank_zero_warn(f"skipped: {reason}")
-    if path is None:
-        rank_zero_info(f"--ckpt_path last: no checkpoint in {', '.join(map(str, folders)) or 'this run'} yet")
-        return None
-    rank_zero_info(f"going on from {path}")
-    return str(path)
-
-
-def agree_on_checkpoint(path: str | None) -> None:
-    """Make sure that all ranks go on from the same checkpoint; a collective, before any of them reads it.
-
-    Hosts without a shared folder have different ones, or one has none: they would go on from different steps.
-
-    Args:
-        path: What this rank goes on from; None to begin.
-
-    Raises:
-        ConfigurationError: On every rank, saying what each sees.
-    """
-    own = None if path is None else (Path(path).name, _step_of(path))
-    said = of_all_ranks(own)
-    if all(other == said[0] for other in said):
-        return
-    seen = {rank: "no checkpoint" if s is None else f"{s[0]} of step {s[1]}" for rank, s in enumerate(said)}
-    other = next(rank for rank in seen if said[rank] != said[0])
-    raise ConfigurationError(
-        f"ranks would go on from different checkpoints: rank 0 sees {seen[0]}, rank {other} sees {seen[other]}"
-        f"{'' if path is None else f' (here {path!r})'}; put the run folder on a file system that all hosts share"
-    )
-
-
-def agree_on_step(step: int) -> None:
-    """Make sure that all ranks begin with the same optimizer step; a collective.
-
-    Raises:
-        ConfigurationError: On every rank, saying which has which.
-    """
-    said = of_all_ranks(step)
-    if any(other != said[0] for other in said):
-        other = next(rank for rank, value in enumerate(said) if value != said[0])
-        raise ConfigurationError(
-            f"ranks begin with different steps: rank 0 at {said[0]}, rank {other} at {said[other]}; give all of them "
-            "the same checkpoint"
-        )
-
-
-def _step_of(path: str) -> int | None:
-    """Return the step of a checkpoint, without reading its tensors; None of one that lies elsewhere (``s3://``)."""
-    return step_of(path) if _lies_here(path) else None
-
-
-def _lies_here(path: str | Path) -> bool:
+def lies_here(path: str | Path) -> bool:
+    """Tell whether a checkpoint is on a file system of this host, and not elsewhere (``s3://``)."""
     return (Path(path) / REST if Path(path).is_dir() else Path(path)).is_file()

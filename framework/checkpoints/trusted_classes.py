@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.models.builders import ModelBuilder
+from orthotrain.models import ModelBuilder
 from orthotrain.plugins import find_registered
 
 HOLDERS = (

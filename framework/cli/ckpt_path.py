@@ -4,12 +4,15 @@ from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from orthotrain.checkpoints.reading import describe_checkpoint
-from orthotrain.checkpoints.resume import checkpoint_folders, newest_good_checkpoint
+from orthotrain.checkpoints.resume import newest_good_checkpoint
+from orthotrain.checkpoints.run_folder import checkpoint_folders
 from orthotrain.checkpoints.stored_paths import is_own_checkpoint
+from orthotrain.console.progress import waiting
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.temporary import remove_leftovers
 
 
 def best_checkpoint(trainer: L.Trainer) -> str:
@@ -46,3 +49,31 @@ def _best_of(state: object, callback: ModelCheckpoint, folder: Path) -> Path | N
         if candidate.exists() and is_own_checkpoint(candidate, folder, callback.FILE_EXTENSION):
             return candidate
     return None
+
+
+def last_checkpoint(trainer: L.Trainer, resumes: bool) -> str | None:
+    """Return what ``--ckpt_path last`` means: the newest checkpoint of the run's folder that is whole.
+
+    What is skipped is said, with the reason; without any checkpoint a run begins at its first step, so that a
+    scheduler can start a job and restart it by one command.
+
+    Args:
+        trainer: Says where the checkpoints lie.
+        resumes: Whether training goes on from it; an evaluation takes weights alone too, and removes nothing of a run
+            that may be under way.
+
+    Raises:
+        ConfigurationError: If none of the checkpoints is whole.
+    """
+    folders = checkpoint_folders(trainer)
+    for folder in folders if resumes else ():
+        remove_leftovers(folder)
+    with waiting("checking the newest checkpoint"):
+        path, skipped = newest_good_checkpoint(folders, resumes)
+    for reason in skipped:
+        rank_zero_warn(f"skipped: {reason}")
+    if path is None:
+        rank_zero_info(f"--ckpt_path last: no checkpoint in {', '.join(map(str, folders)) or 'this run'} yet")
+        return None
+    rank_zero_info(f"going on from {path}")
+    return str(path)

@@ -49,8 +49,8 @@ MEANT = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; a known failure ends in one line on standard error (:mod:`orthotrain.console.failures`).
 
-    SIGTERM and Ctrl-C end the command at its next safe point (:mod:`orthotrain.console.termination`), with exit code 143 or
-    130 whatever else has happened.
+    SIGTERM and Ctrl-C end the command at its next safe point (:mod:`orthotrain.console.termination`), with exit code
+    143 or 130 whatever else has happened.
 
     Args:
         argv: The command and its options. None for those of the process, which is to end afterwards: from then on a
@@ -185,7 +185,7 @@ def export_command(arguments: list[str]) -> None:
     parser.add_argument("--trust_remote_code", action="store_true",
                         help="run code that comes with the pretrained model, as the run did")  # fmt: skip
     options = parser.parse_args(arguments)
-    from orthotrain.export.folder import export_checkpoint  # takes seconds, which a refused command line need not
+    from orthotrain.export import export_checkpoint  # takes seconds, which a refused command line need not
 
     check()
     allowed = {"allow": options.allow, "trust_remote_code": options.trust_remote_code}

@@ -16,7 +16,7 @@ from orthotrain.cli.plan import GIB, Plan, plan_run
 from orthotrain.console.failures import asked_for, is_out_of_memory
 from orthotrain.devices.memory import total_bytes
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import BaseModule, OftLayers, PoetLayers
 from orthotrain.modules.head_loss import HeadLoss
 

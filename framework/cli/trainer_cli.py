@@ -29,8 +29,9 @@ import orthotrain.schedules  # noqa: F401
 from orthotrain.callbacks.run_progress import RunProgress
 from orthotrain.callbacks.sample_writer import SampleWriter
 from orthotrain.checkpoints.reading import describe_checkpoint, refuse_run_folder
-from orthotrain.checkpoints.resume import check_resumable, checkpoint_folders, last_checkpoint, written_folders
-from orthotrain.cli.ckpt_path import best_checkpoint
+from orthotrain.checkpoints.resume import check_resumable
+from orthotrain.checkpoints.run_folder import checkpoint_folders, written_folders
+from orthotrain.cli.ckpt_path import best_checkpoint, last_checkpoint
 from orthotrain.cli.memory_advice import check_fits, naming_memory
 from orthotrain.cli.run_lock import holding
 from orthotrain.cli.trainer_numbers import check_trainer_numbers, prefer_whole_numbers
@@ -42,8 +43,8 @@ from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted, Trainin
 from orthotrain.files.paths import local_path
 from orthotrain.files.temporary import write_text
 from orthotrain.kernels.dispatch import chosen
-from orthotrain.layers.kernel_choice import check_kernels
-from orthotrain.models.builders import CausalLM, ModelBuilder, check_vocabulary
+from orthotrain.layers.checks import check_kernels
+from orthotrain.models import CausalLM, ModelBuilder, check_vocabulary
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, OftLayers, Optimization, PoetLayers
 from orthotrain.plugins import Parameterization
 

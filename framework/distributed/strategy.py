@@ -1,7 +1,7 @@
 """Lightning's strategy for FSDP2, with checkpoints that every other strategy resumes."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,11 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.checkpoints.layout_checks import check_layout, check_optimizer
 from orthotrain.checkpoints.reading import check_finite, read_checkpoint
 from orthotrain.checkpoints.shards import REST, check_shards, load_shards, save_shards
@@ -30,23 +29,6 @@ from orthotrain.distributed.optimizer_state import (
     whole_state,
 )
 from orthotrain.errors import ConfigurationError
-
-
-def check_merging(strategy: object, callbacks: Iterable[object]) -> None:
-    """Refuse a strategy under which a merge would be lost.
-
-    Args:
-        strategy: The trainer's.
-        callbacks: The trainer's, those of the module among them.
-
-    Raises:
-        ConfigurationError: If rotations are merged under DeepSpeed.
-    """
-    if isinstance(strategy, DeepSpeedStrategy) and any(isinstance(c, MergeRotations) for c in callbacks):
-        raise ConfigurationError(
-            "DeepSpeed keeps copies of the trained parameters in fp32, which a merge does not reach: the rotations "
-            "would come back in the next step; take -c trainer/fsdp2.yaml or -c trainer/ddp.yaml"
-        )
 
 
 class ShardedStrategy(ModelParallelStrategy):

@@ -1,1 +1,13 @@
-"""Hugging Face folders and PEFT adapters from checkpoints."""
+"""Hugging Face folders and PEFT adapters from checkpoints, and networks rebuilt from them."""
+
+from orthotrain.export.checkpoint_model import CheckpointModel, load_network, load_tokenizer, make_plain_
+from orthotrain.export.folder import export_checkpoint, export_huggingface
+
+__all__ = [
+    "CheckpointModel",
+    "export_checkpoint",
+    "export_huggingface",
+    "load_network",
+    "load_tokenizer",
+    "make_plain_",
+]

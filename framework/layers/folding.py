@@ -11,7 +11,7 @@ from orthotrain.layers.mergeable import Foldable, Mergeable
 from orthotrain.layers.rotation.block_rotation import BlockRotation
 from orthotrain.layers.rotation.displacement_pool import pooled
 from orthotrain.layers.sharding import gathered
-from orthotrain.layers.spectral_bound import largest_bounds
+from orthotrain.layers.spectrum import largest_bounds
 
 POOLED_GENERATORS = 2**23
 """Generators whose displacements are computed at once when layers fold: 64 MiB of displacements in fp32."""

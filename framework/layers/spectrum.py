@@ -1,7 +1,14 @@
 """The spectrum of a weight: what orthogonal training keeps, and how to give it back to a weight that rounding moved."""
 
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+
 import torch
 from torch import Tensor
+
+from orthotrain.kernels.skew import block_size_of, skew
+from orthotrain.layers.mergeable import Mergeable
+from orthotrain.layers.sharding import whole
 
 
 @torch.no_grad()
@@ -37,3 +44,63 @@ def svd_entropy(values: Tensor) -> Tensor:
     energy = values.double().square()
     share = energy / energy.sum(-1, keepdim=True).clamp_min(1e-300)
     return torch.special.entr(share).sum(-1) / torch.log(torch.tensor(float(max(2, values.shape[-1]))))
+
+
+BATCH_NUMBERS = 1 << 24
+
+
+"""Entries of the skew blocks that are looked at together: 64 MiB in fp32, whatever the size of the network."""
+
+
+@torch.no_grad()
+def spectral_bound(generators: Tensor) -> Tensor:
+    """Return an upper bound of ``||Q||_2`` for each block, ``(n,)``, at most ``(b/2)^(1/8)`` times as large.
+
+    A skew-symmetric Q of size b has eigenvalues ``+-i t_1, ..., +-i t_m`` with m = floor(b/2), and ``||Q||_2`` is the
+    largest t. Those of the symmetric ``Q^4`` are ``t_j^4``, each twice, so that ``||Q^4||_F^2 = 2 sum_j t_j^8`` and
+
+        ``max_j t_j <= (sum_j t_j^8)^(1/8) = (||Q^4||_F^2 / 2)^(1/8) <= m^(1/8) max_j t_j``.
+
+    The norm of the generators, ``(||Q||_F^2 / 2)^(1/2)``, is a bound too, but one of ``m^(1/2)``: at b = 256 that is
+    11.3 times too large at worst, this one 1.83 times.
+
+    Args:
+        generators: ``(n, b(b-1)/2)``.
+    """
+    size = block_size_of(generators.shape[1])
+    assert size is not None, f"generators of shape {tuple(generators.shape)}"
+    lengths = generators.float().norm(dim=1)
+    # scaled to length 1: an eighth power of small angles would underflow
+    unit = skew(generators.float() / lengths.clamp_min(1e-30)[:, None], size)
+    square = unit @ unit
+    return lengths * ((square @ square).flatten(1).square().sum(1) / 2).pow(1 / 8)
+
+
+@torch.no_grad()
+def largest_bounds(layers: Mapping[str, Mergeable]) -> Tensor:
+    """Return the largest :func:`spectral_bound` of each layer, ``(len(layers),)``, without waiting for the device.
+
+    Blocks of one size are batched over all layers. With sharded generators it is a collective.
+    """
+    owners = [(place, whole(p)) for place, layer in enumerate(layers.values()) for p in layer.rotation_parameters()]
+    owners.sort(key=lambda owner: owner[1].shape[1])  # stable: each rank has the same order
+    device = owners[0][1].device
+    found = torch.zeros(len(layers), device=device)
+    for batch in _batches(owners):
+        places = torch.tensor([place for place, p in batch for _ in range(p.shape[0])]).to(device, non_blocking=True)
+        bounds = spectral_bound(torch.cat([p.detach().to(device) for _, p in batch]))
+        found.scatter_reduce_(0, places, bounds, "amax")
+    return found
+
+
+def _batches(owners: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+    """Split generators of sorted widths into runs of one width, none larger than :data:`BATCH_NUMBERS` need be."""
+    for width, same in groupby(owners, key=lambda owner: owner[1].shape[1]):
+        batch: list[tuple[int, Tensor]] = []
+        for owner in same:
+            blocks = sum(p.shape[0] for _, p in batch) + owner[1].shape[0]
+            if batch and 2 * blocks * width > BATCH_NUMBERS:
+                yield batch
+                batch = []
+            batch.append(owner)
+        yield batch

@@ -1,13 +1,13 @@
 """What the data asks of a network of transformers: positions, attention masks, and how it reads its labels."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.generation import is_encoder_decoder
 
 _MASKED = ("sdpa", "eager")
 
@@ -72,3 +72,34 @@ def shifts_labels(network: nn.Module | None) -> bool:
 
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     return any(cls.__name__ in causal for cls in type(network).__mro__)
+
+
+def is_encoder_decoder(network: nn.Module | None) -> bool:
+    """Whether a network of transformers reads its inputs with an encoder; False for any other network."""
+    return bool(getattr(getattr(network, "config", None), "is_encoder_decoder", False))
+
+
+def generated_tokens(network: nn.Module | None, output: Tensor, prompt_length: int) -> Tensor:
+    """Return the tokens that were generated.
+
+    Args:
+        network: Whose output it is.
+        output: What ``generate`` returned, ``(..., T)``.
+        prompt_length: Tokens of the prompt, padding included.
+
+    Returns:
+        ``(..., new)``; of an encoder-decoder all of the output, which begins with the decoder's start token.
+    """
+    return output if is_encoder_decoder(network) else output[..., prompt_length:]
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network and all modules in it into evaluation mode, and each back into the mode that it had."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -4,7 +4,8 @@ from orthotrain.modules.base import BaseModule
 from orthotrain.modules.lora import LoraLayers, LoraModule
 from orthotrain.modules.oft import OftLayers, OftModule
 from orthotrain.modules.optimization import Optimization
-from orthotrain.modules.poet import ClipRamp, PoetLayers, PoetModule
+from orthotrain.modules.poet import ClipRamp, PoetModule
+from orthotrain.modules.poet_layers import PoetLayers
 
 __all__ = [
     "BaseModule",

@@ -16,37 +16,31 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from orthotrain.callbacks.adapter_checkpoint import restore_frozen
-from orthotrain.callbacks.attached import unless_given
 from orthotrain.callbacks.batch_seeds import BatchSeeds
 from orthotrain.callbacks.even_predictions import EvenPredictions
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard, look_before_saving
-from orthotrain.callbacks.run_files import leave_nothing
+from orthotrain.callbacks.merge_rotations import check_merging
 from orthotrain.callbacks.throughput import Throughput, logs_at
 from orthotrain.checkpoints.layout_checks import check_merges, check_optimizers, check_progress
 from orthotrain.checkpoints.reading import check_finite, compare_state, read_checkpoint
 from orthotrain.checkpoints.rebuild import rebuild_module
-from orthotrain.checkpoints.resume import (
-    adapt_ranks,
-    agree_on_checkpoint,
-    agree_on_step,
-    begin_next_epoch,
-    checkpoint_folder_of,
-    checkpoint_folders,
-    forget_end_of_epoch,
-)
+from orthotrain.checkpoints.resume import adapt_ranks, begin_next_epoch, forget_end_of_epoch
+from orthotrain.checkpoints.run_folder import checkpoint_folder_of, checkpoint_folders, leave_nothing
 from orthotrain.checkpoints.stored_paths import keep_own_paths
 from orthotrain.checkpoints.writing import AtomicCheckpointIO
 from orthotrain.console.termination import check
 from orthotrain.devices.accelerators import check_device
 from orthotrain.devices.host_reads import read_waits
-from orthotrain.distributed.strategy import ShardedStrategy, check_merging
+from orthotrain.distributed.agreement import agree_on_checkpoint, agree_on_step
+from orthotrain.distributed.strategy import ShardedStrategy
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
-from orthotrain.models.builders import ModelBuilder, check_vocabulary
+from orthotrain.models import ModelBuilder, check_vocabulary
+from orthotrain.modules.attached_callbacks import unless_given
 from orthotrain.modules.chunked_loss import cross_entropy
 from orthotrain.modules.head_loss import HeadLoss, logits_of
 from orthotrain.modules.micro_step import CompileMode, MicroStep

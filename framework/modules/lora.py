@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 import lightning as L
 from torch import nn
 
-from orthotrain.callbacks.merge_rotations import MergeRotations, check_period, sole_merging
+from orthotrain.callbacks.merge_rotations import MergeRotations, check_period
 from orthotrain.layers import LoraLinear, replace_linears, select_linears
 from orthotrain.layers.surgery import check_excluded
-from orthotrain.models.builders import ModelBuilder
+from orthotrain.models import ModelBuilder
+from orthotrain.modules.attached_callbacks import sole_merging
 from orthotrain.modules.base import BaseModule
 from orthotrain.modules.micro_step import CompileMode
 from orthotrain.modules.optimization import Optimization

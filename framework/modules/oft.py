@@ -8,15 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.callbacks.project_generators import ProjectGenerators
-from orthotrain.callbacks.run_files import run_folder
+from orthotrain.checkpoints.run_folder import run_folder
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.files.temporary import open_to_append
-from orthotrain.generation import generated_tokens, is_encoder_decoder
-from orthotrain.generation_metrics import GenerationMetrics, TokenAccuracy
-from orthotrain.metrics import count_targets
-from orthotrain.models.builders import ModelBuilder
-from orthotrain.models.network_checks import check_attention, check_positions, shifts_labels, with_usable_mask
+from orthotrain.metrics import GenerationMetrics, TokenAccuracy, count_targets
+from orthotrain.models import ModelBuilder
+from orthotrain.models.network_checks import (
+    check_attention,
+    check_positions,
+    generated_tokens,
+    is_encoder_decoder,
+    shifts_labels,
+    with_usable_mask,
+)
 from orthotrain.modules.base import BaseModule
 from orthotrain.modules.micro_step import CompileMode
 from orthotrain.modules.oft_layers import OftLayers

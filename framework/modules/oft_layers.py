@@ -10,9 +10,9 @@ from torch import nn
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftLinear, replace_linears, select_linears
+from orthotrain.layers.checks import check_parameterization
 from orthotrain.layers.oft.oft_linear import Quantization
 from orthotrain.layers.oft.oft_rotation import RotationDtype
-from orthotrain.layers.rotation.block_rotation import check_parameterization
 from orthotrain.layers.surgery import check_excluded, check_wrapping, release, swap_modules
 from orthotrain.layers.weights.bitsandbytes_linear import compute_dtype_of, is_bitsandbytes
 from orthotrain.layers.weights.frozen_linear import frozen_linears
@@ -23,9 +23,9 @@ from orthotrain.plugins import Parameterization
 class OftLayers:
     """Which linear layers get a rotation of their input, and how. Everything else is frozen.
 
-    But for what the model's checkpoint did not hold, as :class:`orthotrain.models.builders.PretrainedModel` notes it: a new head
-    has random values, so it is trained itself and never wrapped. Quantised layers of bitsandbytes that are not chosen
-    become :class:`orthotrain.layers.FrozenLinear`.
+    But for what the model's checkpoint did not hold, as :class:`orthotrain.models.PretrainedModel` notes it: a new
+    head has random values, so it is trained itself and never wrapped. Quantised layers of bitsandbytes that are not
+    chosen become :class:`orthotrain.layers.FrozenLinear`.
 
     Args:
         block_size: Size of the rotated blocks; must divide the input width of every layer.

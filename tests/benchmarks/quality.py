@@ -27,7 +27,7 @@ import torch
 from orthotrain.data import TextData
 from orthotrain.errors import TrainingDiverged
 from orthotrain.layers import StepwiseLinear
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import BaseModule, LoraLayers, LoraModule, Optimization, PoetLayers, PoetModule
 from orthotrain.optimizers import GaLore, LieOptimizer
 from orthotrain.plugins import CayleyNeumann

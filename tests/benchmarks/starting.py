@@ -30,7 +30,7 @@ def build(layers: int, storage: str, init: str) -> dict[str, float]:
     """Build the network and return seconds, GiB of its tensors, and of the most memory beyond what was held before."""
     import transformers.models.llama.modeling_llama  # noqa: F401 - what is imported shall not count
 
-    from orthotrain.models.builders import CausalLM
+    from orthotrain.models import CausalLM
     from orthotrain.modules import PoetLayers, PoetModule
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -138,7 +138,7 @@ def test_a_program_and_its_options_exist(command):
         assert f'"{option}"' in source, f"{command}: no {option}"
 
 
-@pytest.mark.parametrize("name", ["orthotrain.generation_metrics"])
+@pytest.mark.parametrize("name", ["orthotrain.metrics"])
 def test_examples_in_docstrings(name):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert result.attempted and not result.failed

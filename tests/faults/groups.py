@@ -1,4 +1,4 @@
-"""What a rank of tests/framework/distributed/test_distributed.py does; run as ``__main__`` with ``JOB`` among its globals."""
+"""What a rank of test_distributed.py does; run as ``__main__`` with ``JOB`` among its globals."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ from orthotrain.distributed.strategy import ShardedStrategy
 from orthotrain.layers import mergeable_layers
 from orthotrain.layers.folding import merge_rotations
 from orthotrain.layers.sharding import gathered, is_sharded, whole
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import Optimization, PoetLayers, PoetModule
 from orthotrain.optimizers import LieOptimizer
 from orthotrain.schedules import CosineWithWarmup

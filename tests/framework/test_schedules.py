@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import Optimization
 from orthotrain.schedules import CosineWithWarmup, WarmupStableDecay
 

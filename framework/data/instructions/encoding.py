@@ -1,15 +1,17 @@
 """From examples to rows of tokens, and the account of those that did not make it."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from transformers import PreTrainedTokenizerFast
+
 from orthotrain.console.progress import Progress
 from orthotrain.data.instructions.layouts import Encoder, Layout, Limit
 from orthotrain.data.instructions.rows import Example
 from orthotrain.data.instructions.token_rows import TokenRows
-from orthotrain.data.special_tokens import SpecialTokens
 from orthotrain.errors import ConfigurationError
 
 OnTooLong = Literal["drop", "truncate", "error"]
@@ -149,3 +151,22 @@ def _too_long(example: Example, length: str, limit: Limit) -> ConfigurationError
         f"{example.where}: {length}, longer than {limit.argument} {limit.tokens}; raise {limit.argument}, "
         "remove the row, or set on_too_long to drop or truncate"
     )
+
+
+class SpecialTokens:
+    """Finds the special tokens of a tokenizer, such as ``</s>``, in the text of examples.
+
+    Args:
+        tokenizer: Whose tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        special = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._pattern = re.compile("|".join(special)) if special else None
+
+    def spelled_in(self, example: Example) -> str | None:
+        """The first special token that a message spells, or None."""
+        for _, content in example.messages:
+            if self._pattern is not None and (match := self._pattern.search(content)):
+                return match[0]
+        return None

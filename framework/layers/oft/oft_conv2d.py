@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from orthotrain.layers.divisors import check_divides
+from orthotrain.layers.checks import check_divides
 from orthotrain.layers.oft.oft_rotation import OftRotation, RotationDtype
 from orthotrain.plugins import Parameterization
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.guard import without_autocast
-from orthotrain.layers.divisors import check_divides
-from orthotrain.layers.rotation.block_rotation import BlockRotation, check_block_size
+from orthotrain.layers.checks import check_block_size, check_divides
+from orthotrain.layers.rotation.block_rotation import BlockRotation
 from orthotrain.plugins import Parameterization
 
 RotationDtype = Literal["input", "float32"]

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.kernels.groups import GROUPS
+from orthotrain.layers.checks import check_block_size, check_parameterization
 from orthotrain.layers.poet.route_costs import ActivationMode, Centre
 from orthotrain.layers.poet.trained_scale import TrainedScale
-from orthotrain.layers.rotation.block_rotation import check_block_size, check_parameterization
 from orthotrain.layers.weights.bf16_weight import Bf16Weight
 from orthotrain.layers.weights.frozen_weight import DenseWeight, FrozenWeight
 from orthotrain.layers.weights.quantized_weight import Int8Weight, Nf4Weight

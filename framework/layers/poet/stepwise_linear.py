@@ -35,8 +35,9 @@ class StepwiseLinear(TwoSided):
         rotation_in: Rotation of the input features, or None.
         rotation_out: Rotation of the output features, or None.
         centre: ``input`` forms the gradient from activations, ``weight`` from dL/dW, ``auto`` takes the one that the
-            table of costs makes cheaper (:mod:`orthotrain.layers.poet.route_costs`). From dL/dW, a weight that is not dense is
-            unpacked once, and what is unpacked is kept until backward; in 16 bits a bf16 weight is what it stores.
+            table of costs makes cheaper (:mod:`orthotrain.layers.poet.route_costs`). From dL/dW, a weight that is not
+            dense is unpacked once, and what is unpacked is kept until backward; in 16 bits a bf16 weight is what it
+            stores.
         scale: Trained factor s of the weight, which no fold changes, or None for 1.
         seed: Seed of the permutations and of stochastic rounding.
     """

@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from orthotrain.devices.host_reads import read_waits
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.block_rotate import block_rotate
-from orthotrain.kernels.checks import check_permutation, debug_permutation, traced
-from orthotrain.layers.kernel_choice import check_kernels
+from orthotrain.kernels.checks import traced
+from orthotrain.layers.checks import check_block_size, check_kernels, check_order
 from orthotrain.layers.rotation.generators import known_zero, mark_generators, mark_zero
 from orthotrain.plugins import Parameterization, create
 
@@ -170,34 +170,6 @@ class BlockRotation(nn.Module):
         return self
 
 
-def check_block_size(features: int, block_size: int) -> None:
-    """Refuse a block size that cannot rotate ``features`` coordinates.
-
-    Raises:
-        ConfigurationError: Naming the size and what would work.
-    """
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or not 2 <= block_size <= features:
-        raise ConfigurationError(
-            f"block_size={block_size!r} does not fit {features} features: take an integer from 2 to {features}"
-        )
-
-
-def check_order(permutation: Tensor | None, features: int) -> None:
-    """Refuse what is no permutation of ``features`` coordinates; its values are looked at with ``ORTHOTRAIN_DEBUG=1``.
-
-    Raises:
-        ConfigurationError: Naming what it is.
-    """
-    if permutation is None:
-        return
-    try:
-        check_permutation("BlockRotation", "permutation", permutation, features, permutation)
-        if not traced(permutation):
-            debug_permutation("BlockRotation", "permutation", permutation)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error
-
-
 def check_stored_permutation(stored: Any, own: Tensor, name: str) -> None:
     """Refuse to load what is no permutation: kernels read and write where it says.
 
@@ -215,15 +187,3 @@ def check_stored_permutation(stored: Any, own: Tensor, name: str) -> None:
         raise ConfigurationError(f"{name} is {stored.dtype}; a permutation is int64")
     if not torch.equal(stored.sort().values, torch.arange(stored.numel(), device=stored.device)):
         raise ConfigurationError(f"{name} is no permutation: it repeats or leaves out one of {stored.numel()} places")
-
-
-def check_parameterization(spec: Parameterization | str) -> None:
-    """Refuse a parameterization that does not exist.
-
-    Raises:
-        ConfigurationError: Naming it and the known ones.
-    """
-    try:
-        create(spec)
-    except ValueError as error:
-        raise ConfigurationError(f"parameterization: {error}") from error

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.divisors import check_divides
+from orthotrain.layers.checks import check_divides
 from orthotrain.layers.weights.frozen_weight import FrozenWeight
 from orthotrain.layers.weights.packing import pack_int8, pack_nf4, quant_state_tensors
 from orthotrain.layers.weights.quantized_product import dequantize, quantized_product

@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from gpu.device import Gpu
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import BaseModule, OftLayers, OftModule, Optimization, PoetLayers, PoetModule
 from orthotrain.optimizers import LieOptimizer
 from orthotrain.plugins import CayleyNeumann

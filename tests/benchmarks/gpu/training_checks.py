@@ -17,7 +17,7 @@ from orthotrain.kernels.dispatch import use_backend
 from orthotrain.layers import OftLinear
 from orthotrain.layers.folding import merge_rotations
 from orthotrain.layers.mergeable import mergeable_layers
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import (
     BaseModule,
     LoraLayers,

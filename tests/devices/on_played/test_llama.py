@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, masking_utils
 from orthotrain.callbacks import AdapterCheckpoint, RunReport
 from orthotrain.callbacks.sample_writer import SampleWriter
 from orthotrain.data import InstructionData
-from orthotrain.export.folder import export_huggingface, make_plain_
-from orthotrain.models.builders import CausalLM
+from orthotrain.export import export_huggingface, make_plain_
+from orthotrain.models import CausalLM
 from orthotrain.modules import OftLayers, OftModule, PoetLayers, PoetModule
 from orthotrain.modules.unread_masks import sequences_of
 

@@ -16,13 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orthotrain.adapters import adapter_state
+from orthotrain.adapters import adapter_state, export_peft, import_peft
 from orthotrain.adapters.peft_folder import nearest_divisor
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, PoetLinear, mergeable_layers, replace_linears
-from orthotrain.models.builders import PretrainedModel
+from orthotrain.models import PretrainedModel
 from orthotrain.modules import OftLayers
-from orthotrain.peft_adapter import export_peft, import_peft
 
 IDS = torch.arange(24).view(2, 12)
 

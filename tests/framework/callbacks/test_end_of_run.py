@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from orthotrain.callbacks import AdapterCheckpoint
 from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.data import TextData
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import OftLayers, OftModule, PoetLayers, PoetModule
 
 BATCHES, STEPS = 10, 10  # batches of an epoch, two for a step; steps of the uninterrupted run: two epochs

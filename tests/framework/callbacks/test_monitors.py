@@ -14,7 +14,7 @@ from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor, rot
 from orthotrain.callbacks.run_report import RunReport, draw_curves, singular_values, spectrum_drift
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import LoraLinear, PoetLinear, mergeable_layers, replace_linears
-from orthotrain.layers.spectral_bound import spectral_bound
+from orthotrain.layers.spectrum import spectral_bound
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import torch
 
 from orthotrain.callbacks import RunReport
 from orthotrain.data import TextData
-from orthotrain.generation import evaluating
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
+from orthotrain.models.network_checks import evaluating
 from orthotrain.modules import PoetLayers, PoetModule
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from orthotrain.checkpoints.description import DescriptionBuilder, missing_arguments, parameters_of
 from orthotrain.checkpoints.trusted_classes import TrustedClasses
 from orthotrain.errors import ConfigurationError
-from orthotrain.models.builders import CausalLM, ModelBuilder
+from orthotrain.models import CausalLM, ModelBuilder
 from orthotrain.modules import PoetLayers, PoetModule
 from orthotrain.plugins import Cayley, CayleyNeumann, Parameterization
 
@@ -87,7 +87,7 @@ def test_plain_values_become_what_the_annotation_says(value, kind, expected):
         ({"mode": "FAST"}, Settings, "here.mode: expected Literal"),
         (torch.zeros(2), Any, "here: expected a plain value"),
         (b"x", Any, "here: expected a plain value"),
-        ({"class_path": "orthotrain.models.builders.CausalLM", "args": 1}, ModelBuilder, "unexpected 'args' beside"),
+        ({"class_path": "orthotrain.models.CausalLM", "args": 1}, ModelBuilder, "unexpected 'args' beside"),
         ({"class_path": "torch.optim.AdamW"}, ModelBuilder, "torch.optim.AdamW, which is no ModelBuilder"),
         ({"class_path": ["os.system"]}, ModelBuilder, "names .*os.system.*, which is no network"),
         ({"class_path": "torch.optim.AdamW", "init_args": [1]}, Callable[[Iterable], Optimizer], "a dictionary of arg"),
@@ -118,7 +118,7 @@ def test_what_is_built_later_gets_its_first_arguments_later():
 
 STRANGE_NAMES = [
     *(
-        "orthotrain.models.builders.CausalLM ",
+        "orthotrain.models.CausalLM ",
         "orthotrain.models.builders",
         "orthotrain.models.builders.torch",
         "orthotrain.cli.main.main",
@@ -137,7 +137,7 @@ STRANGE_NAMES = [
 
 def test_names_are_whole_and_exact():
     trusted = TrustedClasses("file.ckpt", [f"{__name__}.Takes", CausalLM])
-    assert trusted.find("orthotrain.models.builders.CausalLM") is CausalLM
+    assert trusted.find("orthotrain.models.CausalLM") is CausalLM
     for name in STRANGE_NAMES:
         with pytest.raises(ConfigurationError, match="which is no network"):
             trusted.find(name)
@@ -145,7 +145,7 @@ def test_names_are_whole_and_exact():
 
 def test_folders_of_a_download_are_allowed_by_name():
     model = {
-        "class_path": "orthotrain.models.builders.PretrainedModel",
+        "class_path": "orthotrain.models.PretrainedModel",
         "init_args": {"name": "x", "options": {"cache_dir": "y"}},
     }
     with pytest.raises(ConfigurationError, match="asks to load a model with cache_dir='y'.*export --allow cache_dir"):

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from orthotrain.callbacks import OrthogonalityMonitor, SpectrumMonitor
 from orthotrain.data import TextData
 from orthotrain.errors import ConfigurationError
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import Optimization, PoetLayers, PoetModule
 from orthotrain.schedules import CosineWithWarmup
 

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.errors import ConfigurationError
-from orthotrain.export.folder import CheckpointModel, load_network
-from orthotrain.models.builders import CausalLM
+from orthotrain.export import CheckpointModel, load_network
+from orthotrain.models import CausalLM
 from orthotrain.modules import OftModule, Optimization, PoetLayers, PoetModule
 
 NAMES = {"class_path": "orthotrain.modules.PoetModule"}
@@ -34,7 +34,7 @@ def described(tiny_llama, **more):
     module = PoetModule(CausalLM(tiny_llama), PoetLayers(block_size=8), 2)
     module.configure_model()
     arguments = {
-        "model": {"class_path": "orthotrain.models.builders.CausalLM", "init_args": {"config": tiny_llama}},
+        "model": {"class_path": "orthotrain.models.CausalLM", "init_args": {"config": tiny_llama}},
         "layers": {"block_size": 8},
         "merge_every": 2,
         **more,
@@ -114,9 +114,9 @@ HOSTILE = [
     {"optimization": json.dumps({"optimizer": {"class_path": "os.mkdir"}})},
     {"optimization": {"class_path": "evil.Settings"}},
     {"optimization.optimizer": {"class_path": "os.mkdir"}},
-    {"model": json.dumps({"class_path": "orthotrain.models.builders.PretrainedModel", "init_args": {"name": "x"}})},
-    {"model": {"class_path": "orthotrain.models.builders.PretrainedModel", "init_args.trust_remote_code": True}},
-    {"model": {"class_path": "orthotrain.models.builders.CausalLM", "init_args": {"config": "evil.yaml"}}},
+    {"model": json.dumps({"class_path": "orthotrain.models.PretrainedModel", "init_args": {"name": "x"}})},
+    {"model": {"class_path": "orthotrain.models.PretrainedModel", "init_args.trust_remote_code": True}},
+    {"model": {"class_path": "orthotrain.models.CausalLM", "init_args": {"config": "evil.yaml"}}},
     {"layers": "evil.yaml"},
     {"layers": {"parameterization": "evil.Cayley"}},
     {"layers": {"parameterization": {"class_path": "evil.Cayley"}}},
@@ -148,7 +148,7 @@ def test_no_argument_of_a_description_runs_code(tiny_llama, tmp_path, monkeypatc
 def test_a_checkpoint_that_starts_from_itself_is_refused(tiny_llama, tmp_path):
     (tmp_path / "other.ckpt").symlink_to("bad.ckpt")
     model = {
-        "class_path": "orthotrain.export.folder.CheckpointModel",
+        "class_path": "orthotrain.export.CheckpointModel",
         "init_args": {"path": str(tmp_path / "other.ckpt")},
     }
     file = saved(described(tiny_llama, model=model), tmp_path / "bad.ckpt")

@@ -10,7 +10,7 @@ from torch import nn
 
 from orthotrain.callbacks import BatchSeeds
 from orthotrain.data import TextData
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, PoetLayers, PoetModule
 
 STEPS = 6

@@ -31,9 +31,9 @@ from orthotrain.cli.main import main
 from orthotrain.data.corpus.token_cache import HEADER_BYTES, CorruptCacheError, TokenCache, TokenCacheWriter
 from orthotrain.distributed.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
-from orthotrain.export.folder import load_network
+from orthotrain.export import load_network
 from orthotrain.files.temporary import OLD_SUFFIX, remove_leftovers, set_aside
-from orthotrain.models.builders import CausalLM, PretrainedModel
+from orthotrain.models import CausalLM, PretrainedModel
 from orthotrain.models.folder import check_model_folder
 from orthotrain.modules import PoetLayers, PoetModule
 
@@ -131,7 +131,7 @@ def test_a_thousand_damaged_pickles_in_valid_archives(checkpoint, tmp_path):
 
 def described(tiny_llama, **more):
     """A checkpoint as ``orthotrain fit`` writes it, in memory."""
-    network = {"class_path": "orthotrain.models.builders.CausalLM", "init_args": {"config": tiny_llama, **more}}
+    network = {"class_path": "orthotrain.models.CausalLM", "init_args": {"config": tiny_llama, **more}}
     layers = {"block_size": 8, "parameterization": "cayley", "overrides": {"*mlp*": {"sides": "in"}}}
     optimization = {"lr": 0.01, "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"betas": [0.9, 0.95]}}}
     arguments = {"model": network, "layers": layers, "merge_every": 2, "optimization": optimization}
@@ -210,9 +210,12 @@ def test_damaged_checkpoints_that_can_be_read_load_or_are_refused(tiny_llama, tm
         {"class_path": "functools.partial", "init_args": {"func": "os.mkdir", "args": ["TRAP"]}},
         {"class_path": "torch.nn.Sequential", "init_args": {"x": ["posix.system"]}},
         {"class_path": "torch.hub.load", "init_args": {"repo_or_dir": "x"}},
-        {"class_path": "orthotrain.export.folder.CheckpointModel", "init_args": {"path": "x", "allow": ["os.abort"]}},
         {
-            "class_path": "orthotrain.models.builders.PretrainedModel",
+            "class_path": "orthotrain.export.CheckpointModel",
+            "init_args": {"path": "x", "allow": ["os.abort"]},
+        },
+        {
+            "class_path": "orthotrain.models.PretrainedModel",
             "init_args": {"name": "x", "trust_remote_code": True},
         },
     ],
@@ -236,7 +239,7 @@ def test_a_checkpoint_does_not_choose_another_file_as_its_description(tiny_llama
 
 def test_classes_of_ones_own_are_allowed_by_name_or_as_classes(tiny_llama, tmp_path, monkeypatch):
     (tmp_path / "their_package.py").write_text(
-        "from orthotrain.models.builders import CausalLM\nfrom orthotrain.modules import PoetModule\n\n"
+        "from orthotrain.models import CausalLM\nfrom orthotrain.modules import PoetModule\n\n"
         "class Own(PoetModule):\n    pass\n\n\nclass Network(CausalLM):\n    pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -7,11 +7,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orthotrain.adapters import import_peft
 from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.cli.main import main
-from orthotrain.export.folder import load_network
-from orthotrain.models.builders import PretrainedModel
-from orthotrain.peft_adapter import import_peft
+from orthotrain.export import load_network
+from orthotrain.models import PretrainedModel
 
 QUICK = ["-c", "finetune/quickstart.yaml"]
 

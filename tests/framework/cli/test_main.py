@@ -22,7 +22,7 @@ from orthotrain.cli.main import COMMANDS, TRAINER_COMMANDS, main
 from orthotrain.cli.trainer_cli import no_child_left
 from orthotrain.data.corpus.tokenizing import build_caches
 from orthotrain.errors import ConfigurationError
-from orthotrain.export.folder import load_network
+from orthotrain.export import load_network
 from orthotrain.modules import PoetModule
 
 QUICK = ["-c", "pretrain/quickstart.yaml"]

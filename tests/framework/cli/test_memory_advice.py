@@ -10,7 +10,7 @@ from orthotrain.cli import memory_advice as fitting
 from orthotrain.cli.main import main
 from orthotrain.cli.memory_advice import GIB, Planned, advice, check_fits
 from orthotrain.errors import ConfigurationError
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import OftLayers, OftModule, PoetLayers, PoetModule
 
 WIDE = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}

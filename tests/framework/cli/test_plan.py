@@ -8,7 +8,7 @@ import torch
 
 from orthotrain.cli.main import main
 from orthotrain.cli.plan import plan_run, saved_bytes, state_tensors
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import BaseModule, Optimization, PoetLayers, PoetModule, chunked_loss
 from orthotrain.optimizers import GaLore
 

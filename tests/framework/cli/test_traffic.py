@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from orthotrain.cli.traffic import all_reduce_bytes, gradient_bytes
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import PoetLayers
 
 

@@ -12,18 +12,17 @@ import pytest
 import torch
 
 import orthotrain.console.progress
-from orthotrain.adapters import AdapterSet
+from orthotrain.adapters import AdapterSet, export_peft, import_peft
 from orthotrain.checkpoints.shards import save_shards
 from orthotrain.cli.calibrate import calibrate
 from orthotrain.console.progress import Progress, bytes_in
 from orthotrain.data import InstructionData, TextData
 from orthotrain.data.corpus.sources import open_corpus
 from orthotrain.data.instructions.sources import count_rows
-from orthotrain.export.folder import export_huggingface
+from orthotrain.export import export_huggingface
 from orthotrain.layers.surgery import unwrap_mergeables
-from orthotrain.models.builders import CausalLM, PretrainedModel
+from orthotrain.models import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers
-from orthotrain.peft_adapter import export_peft, import_peft
 
 
 @pytest.fixture

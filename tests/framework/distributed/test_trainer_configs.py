@@ -13,10 +13,11 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
+from orthotrain.callbacks.merge_rotations import check_merging
 from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.cli.config_files import shipped_configs
 from orthotrain.cli.trainer_cli import OrthotrainCLI
-from orthotrain.distributed.strategy import ShardedStrategy, check_merging
+from orthotrain.distributed.strategy import ShardedStrategy
 from orthotrain.errors import ConfigurationError
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, PoetLayers, PoetModule
 

@@ -6,8 +6,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.export.folder import export_checkpoint, export_huggingface, make_plain_
-from orthotrain.models.builders import CausalLM, PretrainedModel
+from orthotrain.export import export_checkpoint, export_huggingface, make_plain_
+from orthotrain.models import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers
 
 IDS = torch.arange(24).view(2, 12)

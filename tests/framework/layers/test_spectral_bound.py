@@ -7,7 +7,7 @@ from torch import nn
 from orthotrain.kernels.skew import skew
 from orthotrain.layers import PoetLinear
 from orthotrain.layers import spectral_bound as module
-from orthotrain.layers.spectral_bound import largest_bounds, spectral_bound
+from orthotrain.layers.spectrum import largest_bounds, spectral_bound
 
 
 def exact(generators, size):

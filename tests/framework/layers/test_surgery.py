@@ -6,7 +6,7 @@ from torch import nn
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import PoetLinear, replace_linears, select_linears, unwrap_mergeables
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 
 
 class Net(nn.Module):

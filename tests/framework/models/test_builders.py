@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthotrain.console.limited_process import LimitExceeded, call_limited
 from orthotrain.errors import ConfigurationError
+from orthotrain.models import CausalLM, PretrainedModel
 from orthotrain.models import size_check as model_size
-from orthotrain.models.builders import CausalLM, PretrainedModel
 
 
 def test_builds_from_a_configuration_and_from_a_folder(tiny_llama, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.models.late_weights import allocate, build_without_weights
 from orthotrain.modules import OftLayers, PoetLayers, PoetModule
 
@@ -120,7 +120,7 @@ PEAK = """
 import sys, torch
 from torch import nn
 import transformers.models.llama.modeling_llama, bitsandbytes
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import PoetLayers, PoetModule
 
 def resident(key):

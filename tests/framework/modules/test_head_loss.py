@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import LoraLinear, OftLinear, PoetLinear
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import BaseModule, OftLayers, OftModule, PoetLayers, PoetModule, chunked_loss
 
 VOCABULARY, ROWS = 96, 8

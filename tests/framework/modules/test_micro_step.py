@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from orthotrain.distributed.strategy import ShardedStrategy
 from orthotrain.errors import ConfigurationError
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, Optimization, PoetLayers, PoetModule
 from orthotrain.modules.micro_step import MicroStep
 from orthotrain.schedules import CosineWithWarmup

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import OftLayers, OftModule, Optimization, PoetLayers, PoetModule
 from orthotrain.modules.graph_replay import GraphedStep
 

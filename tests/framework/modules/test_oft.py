@@ -12,7 +12,7 @@ from orthotrain.callbacks import ProjectGenerators
 from orthotrain.data import InstructionData
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import mergeable_layers
-from orthotrain.models.builders import CausalLM, PretrainedModel
+from orthotrain.models import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers, OftModule, Optimization
 
 # arXiv:2506.19847: trained numbers in millions, all seven linears of a decoder layer, b = 32

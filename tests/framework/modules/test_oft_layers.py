@@ -14,7 +14,7 @@ from transformers import (
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftLinear, mergeable_layers
-from orthotrain.models.builders import CausalLM, PretrainedModel
+from orthotrain.models import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers
 
 SIZES = {

@@ -10,15 +10,15 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
 
+from orthotrain.adapters import export_peft, import_peft
 from orthotrain.callbacks.sample_writer import SampleWriter
 from orthotrain.data import InstructionData
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
-from orthotrain.export.folder import export_huggingface
+from orthotrain.export import export_huggingface
 from orthotrain.layers import mergeable_layers
-from orthotrain.models.builders import CausalLM, PretrainedModel
+from orthotrain.models import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers, OftModule, Optimization
-from orthotrain.peft_adapter import export_peft, import_peft
 
 WORDS = ("ab", "cdcd", "e", "ghghgh")
 ROWS = [{"prompt": f"{n} say {word}", "response": word} for n, word in enumerate(WORDS * 12)]

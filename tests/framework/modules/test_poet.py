@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from orthotrain.data import TextData
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import mergeable_layers
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 from orthotrain.modules import Optimization, PoetLayers, PoetModule
 from orthotrain.schedules import CosineWithWarmup
 

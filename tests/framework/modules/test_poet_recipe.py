@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.layers import PoetLinear, mergeable_layers
-from orthotrain.models.builders import PretrainedModel
+from orthotrain.models import PretrainedModel
 from orthotrain.modules import BaseModule, ClipRamp, LoraLayers, LoraModule, Optimization, PoetLayers, PoetModule
 from orthotrain.schedules import CosineWithWarmup, WarmupStableDecay
 

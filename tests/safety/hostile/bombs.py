@@ -183,7 +183,7 @@ def size_rows() -> Iterator[Row]:
         def described(place, key=key, size=size):
             config = place.contents()["hyper_parameters"]["init_args"]["model"]["init_args"]["config"]
             value = {
-                "class_path": "orthotrain.models.builders.CausalLM",
+                "class_path": "orthotrain.models.CausalLM",
                 "init_args": {"config": {**config, key: size}},
             }
             return use("load_network", place, place.save(with_description(place, "model", value)))

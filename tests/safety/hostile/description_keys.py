@@ -36,7 +36,7 @@ def rows() -> Iterator[Row]:
 
 def chain_rows() -> Iterator[Row]:
     """Checkpoints that start from another checkpoint, and widen what that one may name."""
-    own = "orthotrain.export.folder.CheckpointModel"
+    own = "orthotrain.export.CheckpointModel"
     for name, allow in {
         "allows": ["os.system"],
         "allows all": ["*"],
@@ -85,16 +85,14 @@ def remote_code_rows() -> Iterator[Row]:
 
         def remote(place, more=more):
             arguments = {"name": str(model_with_code(place)), **more}
-            return {
-                f"{MODULE}.model": {"class_path": "orthotrain.models.builders.PretrainedModel", "init_args": arguments}
-            }
+            return {f"{MODULE}.model": {"class_path": "orthotrain.models.PretrainedModel", "init_args": arguments}}
 
         yield _special(f"remote code {name}", command, remote)
     for form in ("dotted", "json", "yaml", "keywords", "json arguments"):
 
         def spelt(place, form=form):
             arguments = {"name": str(model_with_code(place)), "trust_remote_code": True}
-            value = {"class_path": "orthotrain.models.builders.PretrainedModel", "init_args": arguments}
+            value = {"class_path": "orthotrain.models.PretrainedModel", "init_args": arguments}
             return {f"{MODULE}.model": FORMS[form](place, value)}
 
         yield _special(f"remote code as {form}", "export", spelt)

@@ -79,7 +79,7 @@ CALLABLES = {
     "trap_module.Network.inner": {}, "turtle.Turtle": {}, "os.abort": {},
     "yaml.unsafe_load": {"stream": "!!python/object/apply:os.mkdir ['SPRUNG']"},
     "urllib.request.urlopen": {"url": "x"}, "orthotrain.cli.main.main": {"argv": ["calibrate"]},
-    "orthotrain.export.folder.export_checkpoint": {"checkpoint": "x",
+    "orthotrain.export.export_checkpoint": {"checkpoint": "x",
     "out": "y"},
     "orthotrain.checkpoints.writing.remove_folder": {"folder": "CANARY"},
     "torch.nn.Module.load_state_dict": {},
@@ -99,7 +99,8 @@ NAMES = {
     "call": "os.system()", "colon": "os:system", "path": "/bin/sh", "long": "a." * 5000 + "b", "nul": "os\0.system",
     "number": 3, "none": None, "list": ["os.system"], "dict": {"class_path": "os.system"},
     "escape": "\x1b]0;owned\x07os.system", "override": "\u202emetsys.so", "bytes": b"os.system",
-    "our module of functions": "orthotrain.export.folder", "private": "orthotrain.export.folder._rebuilt", "case": "OS.System",
+    "our module of functions": "orthotrain.export.folder", "private": "orthotrain.export.folder._rebuilt",
+    "case": "OS.System",
 }  # fmt: skip
 """Other things in the place of a class name."""
 

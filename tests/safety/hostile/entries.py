@@ -42,7 +42,7 @@ def make_shards(checkpoint: str, folder: str) -> None:
 @entry
 def checkpoint_model(path: str, allow: list[str]) -> None:
     """Build the network that finetuning starts from."""
-    from orthotrain.export.folder import CheckpointModel
+    from orthotrain.export import CheckpointModel
 
     CheckpointModel(path, allow)()
 
@@ -51,7 +51,7 @@ def checkpoint_model(path: str, allow: list[str]) -> None:
 def load_network(path: str, allow: list[str]) -> None:
     """Rebuild a network as export does."""
     from orthotrain.checkpoints.reading import read_checkpoint
-    from orthotrain.export.folder import load_network
+    from orthotrain.export import load_network
 
     load_network(read_checkpoint(path), path, allow)
 
@@ -68,7 +68,7 @@ def load_from_checkpoint(name: str, path: str) -> None:
 def load_adapter(base: str, path: str) -> None:
     """Load an adapter file into a network."""
     from orthotrain.adapters import load_adapter
-    from orthotrain.models.builders import PretrainedModel
+    from orthotrain.models import PretrainedModel
     from orthotrain.modules import OftLayers
 
     network = PretrainedModel(base)()
@@ -79,8 +79,8 @@ def load_adapter(base: str, path: str) -> None:
 @entry
 def import_peft(base: str, folder: str) -> None:
     """Load a PEFT folder into a network."""
-    from orthotrain.models.builders import PretrainedModel
-    from orthotrain.peft_adapter import import_peft
+    from orthotrain.adapters import import_peft
+    from orthotrain.models import PretrainedModel
 
     import_peft(PretrainedModel(base)(), folder)
 
@@ -88,7 +88,7 @@ def import_peft(base: str, folder: str) -> None:
 @entry
 def pretrained(name: str, options: dict) -> None:
     """Load a model folder."""
-    from orthotrain.models.builders import PretrainedModel
+    from orthotrain.models import PretrainedModel
 
     PretrainedModel(name, **options)()
 

@@ -33,10 +33,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import orthotrain.adapters
 import orthotrain.cli.plan
 import orthotrain.cli.trainer_cli
 import orthotrain.distributed.consolidate
-import orthotrain.peft_adapter
 from orthotrain.cli.main import main
 
 HERE = Path(__file__).parent

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orthotrain.generation_metrics import GenerationMetrics, TokenAccuracy
+from orthotrain.metrics import GenerationMetrics, TokenAccuracy
 
 
 def test_exact_match_and_rouge():

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthotrain.layers import BlockRotation, OftLinear, PoetLinear, replace_linears, unwrap_mergeables
 from orthotrain.layers.rotation.displacement_pool import DisplacementPool, PooledDisplacements
-from orthotrain.models.builders import CausalLM
+from orthotrain.models import CausalLM
 
 
 def network(**kwargs):

@@ -11,7 +11,7 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.layers import FrozenLinear, OftLinear, mergeable_layers, unwrap_mergeables
 from orthotrain.layers.weights.bitsandbytes_linear import is_bitsandbytes
 from orthotrain.layers.weights.frozen_linear import frozen_linears
-from orthotrain.models.builders import CausalLM, PretrainedModel
+from orthotrain.models import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers
 
 IDS = torch.arange(24).view(2, 12)

@@ -1,12 +1,22 @@
-"""Whether a run leaves files, and where: the one place that all callbacks ask."""
+"""Whether a run leaves files, and where: its folder, and those of its checkpoints."""
 
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+
+@runtime_checkable
+class SavesItself(Protocol):
+    """A callback that saves checkpoints of its own, as ``AdapterCheckpoint`` does."""
+
+    def folder_of(self, trainer: L.Trainer) -> Path:
+        """Return the folder in which the callback saves the checkpoints of a trainer."""
+        ...
 
 
 def is_trial(trainer: L.Trainer) -> bool:
@@ -69,3 +79,25 @@ def run_folder(trainer: L.Trainer) -> Path | None:
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
+    """Return where the callbacks of a trainer save their checkpoints."""
+    folders = []
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            folders.append(checkpoint_folder_of(callback, trainer))
+        elif isinstance(callback, SavesItself):
+            folders.append(callback.folder_of(trainer))
+    return folders
+
+
+def checkpoint_folder_of(callback: ModelCheckpoint, trainer: L.Trainer) -> Path:
+    """Return where a ``ModelCheckpoint`` saves."""
+    # Lightning's own search, which only knows last*.ckpt, resolves it this way
+    return Path(callback._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
+
+
+def written_folders(trainer: L.Trainer) -> list[Path]:
+    """Return the folders that a run writes to: its own, and those of its checkpoints."""
+    return [Path(trainer.log_dir or trainer.default_root_dir), *checkpoint_folders(trainer)]

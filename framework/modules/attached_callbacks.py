@@ -4,6 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import lightning as L
 
+from orthotrain.callbacks.merge_rotations import MergeRotations
+from orthotrain.errors import ConfigurationError
+
 _MARK = "attached_by_module"
 
 
@@ -32,3 +35,19 @@ def marked(callbacks: Iterable[L.Callback]) -> list[L.Callback]:
     for callback in found:
         setattr(callback, _MARK, True)
     return found
+
+
+def sole_merging(trainer: L.Trainer | None, own: MergeRotations) -> list[L.Callback]:
+    """Return the callback with which a module merges, for the trainer to attach.
+
+    Raises:
+        ConfigurationError: If the user has given the trainer one too.
+    """
+    for other in given_callbacks(trainer):
+        if isinstance(other, MergeRotations) and other is not own:
+            raise ConfigurationError(
+                f"trainer.callbacks has {type(other).__name__}(every_n_steps={other.every_n_steps}) beside the "
+                f"module's MergeRotations(every_n_steps={own.every_n_steps}), two callbacks that both fold: leave it "
+                "out and set merge_every and resample_every of the module"
+            )
+    return marked([own])

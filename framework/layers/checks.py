@@ -1,0 +1,85 @@
+"""Refusing settings of a layer, by naming the values that would work."""
+
+import torch
+from torch import Tensor
+
+from orthotrain.errors import ConfigurationError
+from orthotrain.kernels.checks import check_permutation, debug_permutation, traced
+from orthotrain.kernels.dispatch import check_possible
+from orthotrain.plugins import Parameterization, create
+
+
+def check_divides(name: str, size: int, width: int, what: str, minimum: int = 1) -> None:
+    """Refuse a size that does not divide a width; it is never changed silently.
+
+    Args:
+        name: Name of the argument.
+        size: Its value, in features.
+        width: Width to divide, in features.
+        what: What is that wide, as the message says it.
+        minimum: Smallest size that makes sense.
+
+    Raises:
+        ConfigurationError: Naming both sizes and the divisors of the width next to ``size``.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= minimum and width % size == 0:
+        return
+    divisors = [d for d in range(minimum, width + 1) if width % d == 0]
+    if not divisors:
+        raise ConfigurationError(f"{name}={size!r} does not divide {what}: no {name} from {minimum} up does")
+    below = [d for d in divisors if isinstance(size, int) and d < size][-1:]
+    above = [d for d in divisors if not isinstance(size, int) or d > size][:1]
+    near = " and ".join(map(str, below + above))
+    raise ConfigurationError(f"{name}={size!r} does not divide {what}; near it: {near}")
+
+
+def check_kernels(device: torch.device | None = None) -> None:
+    """Refuse an explicit ``triton`` that this machine, or a device of it, cannot meet.
+
+    Raises:
+        ConfigurationError: Saying why and what would run.
+    """
+    try:
+        check_possible(device)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def check_block_size(features: int, block_size: int) -> None:
+    """Refuse a block size that cannot rotate ``features`` coordinates.
+
+    Raises:
+        ConfigurationError: Naming the size and what would work.
+    """
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or not 2 <= block_size <= features:
+        raise ConfigurationError(
+            f"block_size={block_size!r} does not fit {features} features: take an integer from 2 to {features}"
+        )
+
+
+def check_order(permutation: Tensor | None, features: int) -> None:
+    """Refuse what is no permutation of ``features`` coordinates; its values are looked at with ``ORTHOTRAIN_DEBUG=1``.
+
+    Raises:
+        ConfigurationError: Naming what it is.
+    """
+    if permutation is None:
+        return
+    try:
+        check_permutation("BlockRotation", "permutation", permutation, features, permutation)
+        if not traced(permutation):
+            debug_permutation("BlockRotation", "permutation", permutation)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def check_parameterization(spec: Parameterization | str) -> None:
+    """Refuse a parameterization that does not exist.
+
+    Raises:
+        ConfigurationError: Naming it and the known ones.
+    """
+    try:
+        create(spec)
+    except ValueError as error:
+        raise ConfigurationError(f"parameterization: {error}") from error

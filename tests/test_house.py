@@ -20,117 +20,43 @@ from orthotrain.cli.trainer_cli import OrthotrainCLI, PlanCLI
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"framework": "orthotrain", "plugins": "orthotrain.plugins", "kernels": "orthotrain.kernels"}
 
-# room -> rooms of orthotrain that it may import; a room is a folder of framework, or one of its top-level files
-MAY_IMPORT = {
-    "kernels": {"kernels"},
-    "plugins": {"plugins", "kernels"},
-    "data": {
-        "data",
-        "errors",
-        "failures",
-        "host_reads",
-        "limited",
-        "model_folder",
-        "paths",
-        "plain_files",
-        "progress",
-        "temporary",
-        "termination",
-    },
-    "paths": {"errors"},
-    "limited": set(),
-    "device_memory": set(),
+# room -> what of orthotrain it may import beside itself, from the lowest room to the highest: a row names rooms above it
+# alone. A room is a folder of framework, one of its modules, or kernels or plugins.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "seeding": set(),
+    "metrics": set(),
+    "schedules": {"errors"},
+    "console": {"errors"},
+    "files": {"console", "errors"},
     "devices": {"errors"},
-    "fitting": {"device_memory", "errors", "failures", "models", "modules", "plan"},
-    "model_size": {"device_memory", "errors", "limited"},
-    "late_weights": set(),
-    "models": {"errors", "late_weights", "model_folder", "model_size", "progress"},
-    "spectrum": set(),
-    "terminal": set(),
-    "termination": set(),
-    "progress": {"terminal", "termination"},
-    "host_reads": set(),
-    "layers": {"layers", "plugins", "kernels", "errors", "host_reads", "progress", "seeding", "spectrum"},
-    "optimizers": {"optimizers", "kernels.skew", "layers.generators", "errors"},
+    "kernels": set(),
+    "plugins": {"kernels"},
+    "layers": {"console", "devices", "errors", "kernels", "plugins", "seeding"},
+    "optimizers": {"errors", "kernels.skew", "layers.rotation.generators"},
+    "models": {"console", "devices", "errors", "files"},
+    "data": {"console", "devices", "errors", "files", "models.folder"},
+    "checkpoints": {"console", "errors", "files", "models", "plugins"},
+    "distributed": {"checkpoints", "console", "devices", "errors", "files", "layers.sharding"},
     "callbacks": {
-        "callbacks",
-        "device_memory",
-        "failures",
-        "checkpoint_io",
-        "plain_files",
-        "stored_values",
-        "temporary",
-        "seeding",
-        "kernels.backend",
-        "layers.mergeable",
-        "spectrum",
-        "layers.sharding",
-        "layers.finite",
-        "layers.folding",
-        "layers.spectral_bound",
-        "generation",
-        "errors",
-        "host_reads",
-        "progress",
-        "termination",
+        *("checkpoints", "console", "devices", "distributed.agreement", "errors", "files", "seeding"),
+        *("kernels.dispatch", "models.network_checks"),
+        # layers by their protocols alone
+        *(f"layers.{part}" for part in ("finite", "folding", "mergeable", "sharding", "spectrum")),
     },
-    "generation": set(),
-    "export": {
-        "layers.bitsandbytes_linear",
-        "layers.surgery",
-        "layers.mergeable",
-        "modules",
-        "models",
-        "model_folder",
-        "data",
-        "checkpoint",
-        "errors",
-        "peft_adapter",
-        "progress",
-        "rebuild",
-    },
-    "rebuild": {"checkpoint_classes", "checkpoint_io", "config_errors", "description", "errors", "models"},
-    "description": {"checkpoint_classes", "errors"},
-    "checkpoint_classes": {"models", "plugins", "errors"},
-    "journal": set(),
-    "temporary": {"errors", "failures", "journal"},
-    "archive": set(),
-    "plain_pickle": set(),
-    "plain_values": {"archive", "plain_pickle", "errors"},
-    "plain_files": {"archive", "plain_values", "errors", "progress"},
-    "storable": {"errors"},
-    "stored_paths": set(),
-    "restorable": {"errors"},
-    "stored_values": {"errors"},
-    "shard_description": {"plain_files", "plain_pickle"},
-    "sharded_checkpoint": {
-        "checkpoint_io",
-        "plain_files",
-        "shard_description",
-        "storable",
-        "temporary",
-        "errors",
-        "progress",
-    },
-    "checkpoint_io": {"plain_files", "restorable", "storable", "stored_paths", "temporary", "errors"},
-    "model_folder": {"failures", "temporary", "errors", "paths"},
-    "streams": set(),
-    "failures": {"errors", "streams"},
-    "run_lock": {"errors"},
-    "adapters": {"adapter_set", "adapter_values"},
-    "adapter_set": {"adapter_values", "layers", "plugins", "checkpoint", "errors", "progress"},
-    "adapter_values": {"layers", "plugins", "checkpoint", "paths", "plain_files", "errors"},
-    "peft_adapter": {"peft_export", "peft_import"},
-    "peft_export": {"adapters", "layers", "plugins", "peft_format", "errors"},
-    "peft_import": {"adapters", "layers", "plugins", "kernels.skew", "peft_format", "errors", "progress"},
-    "peft_format": {"errors", "model_folder", "paths", "progress"},
     "modules": {
-        *("modules", "callbacks", "layers", "optimizers", "plugins", "models", "late_weights"),
-        *("metrics", "generation", "generation_metrics", "checkpoint", "checkpoint_io", "host_reads"),
-        *("rebuild", "resume", "restorable", "stored_paths", "strategies", "errors", "seeding", "progress"),
-        *("devices", "temporary", "termination"),
+        *("callbacks", "checkpoints", "console", "devices", "distributed", "errors", "files", "layers", "metrics"),
+        *("models", "optimizers", "plugins", "seeding"),
+    },
+    "adapters": {"checkpoints", "console", "errors", "files", "kernels.skew", "layers", "models.folder", "plugins"},
+    "export": {"adapters", "checkpoints", "console", "data", "errors", "layers", "models", "modules"},
+    "cli": {
+        *("callbacks", "checkpoints", "configs", "console", "data", "devices", "distributed", "errors", "export"),
+        *("files", "kernels", "layers", "models", "modules", "optimizers", "plugins", "schedules"),
     },
 }
+FLAT_MODULES = 5
+"""Modules that framework may hold beside its rooms."""
 
 
 def imports_of(path):
@@ -145,14 +71,23 @@ def imports_of(path):
         yield from (name.removeprefix("orthotrain.") for name in names if name.startswith("orthotrain."))
 
 
+def test_every_room_has_a_row():
+    found = {
+        path.stem for path in (ROOT / "framework").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert found - {"__init__"} | {"kernels", "plugins"} == set(MAY_IMPORT)
+    assert len(list((ROOT / "framework").glob("*.py"))) <= FLAT_MODULES + 1
+
+
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_imports_run_one_way(room):
     base = ROOT / room if room in FOLDERS else ROOT / "framework" / room
     files = sorted(base.rglob("*.py")) if base.is_dir() else [base.with_suffix(".py")]
-    assert files
+    lower = [*MAY_IMPORT][: [*MAY_IMPORT].index(room)]
+    assert files and {name.split(".")[0] for name in MAY_IMPORT[room]} <= {*lower, "configs"}
     for path in files:
         for name in imports_of(path):
-            allowed = any(name == other or name.startswith(f"{other}.") for other in MAY_IMPORT[room])
+            allowed = any(name == other or name.startswith(f"{other}.") for other in (room, *MAY_IMPORT[room]))
             assert allowed, f"{path.relative_to(ROOT)} imports orthotrain.{name}"
 
 
@@ -187,7 +122,7 @@ def test_the_wheel_holds_one_top_level_package_and_the_configs(tmp_path):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"orthotrain"}
     for config in shipped_configs():
         assert f"orthotrain/configs/{config}" in names
-    for part in ("kernels/fold/op.py", "plugins/cayley.py", "layers/poet_linear.py", "py.typed"):
+    for part in ("kernels/fold/op.py", "plugins/cayley.py", "layers/poet/poet_linear.py", "py.typed"):
         assert f"orthotrain/{part}" in names
 
 

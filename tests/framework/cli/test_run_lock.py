@@ -17,7 +17,7 @@ from orthotrain.cli.main import main
 from orthotrain.cli.run_lock import LOCK_NAME, holding
 from orthotrain.errors import ConfigurationError
 
-RANKS = runpy.run_path(str(Path(__file__).parents[1] / "faults" / "ranks.py"))
+RANKS = runpy.run_path(str(Path(__file__).parents[2] / "faults" / "ranks.py"))
 
 
 class Holder:

@@ -22,7 +22,7 @@ from orthotrain.cli import main as cli
 from orthotrain.console.failures import explain, naming, quiet_threads
 from orthotrain.errors import ConfigurationError, TrainingDiverged
 
-FAULTS = Path(__file__).parents[1] / "faults"
+FAULTS = Path(__file__).parents[2] / "faults"
 RANKS = runpy.run_path(str(FAULTS / "ranks.py"))
 
 

@@ -13,7 +13,7 @@ from orthotrain.checkpoints.resume import adapt_ranks
 from orthotrain.distributed.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
 
-FAULTS = Path(__file__).parents[1] / "faults"
+FAULTS = Path(__file__).parents[2] / "faults"
 RANKS = runpy.run_path(str(FAULTS / "ranks.py"))
 STEPS, MIDDLE = 6, 3
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")

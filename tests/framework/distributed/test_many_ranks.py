@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthotrain.checkpoints.reading import read_checkpoint
 
-FAULTS = Path(__file__).parents[1] / "faults"
+FAULTS = Path(__file__).parents[2] / "faults"
 RANKS = runpy.run_path(str(FAULTS / "ranks.py"))
 POET = ["--model.layers.block_size", "8", "--model.layers.parameterization", "cayley", "--model.merge_every", "2"]
 STEPWISE = ["--model.layers.block_size", "8", "--model.resample_every", "2"]

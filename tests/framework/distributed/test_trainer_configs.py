@@ -21,7 +21,7 @@ from orthotrain.distributed.strategy import ShardedStrategy
 from orthotrain.errors import ConfigurationError
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, PoetLayers, PoetModule
 
-FAULTS = Path(__file__).parents[1] / "faults"
+FAULTS = Path(__file__).parents[2] / "faults"
 RANKS = runpy.run_path(str(FAULTS / "ranks.py"))
 QUICK = ["-c", "pretrain/quickstart.yaml"]
 TRAINERS = [name for name in shipped_configs() if name.startswith("trainer/")]

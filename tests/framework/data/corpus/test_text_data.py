@@ -8,7 +8,8 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast
 
 import orthotrain.data.corpus.cache_folder
-from orthotrain.data import CorruptCacheError, TextData, building, tokenizer_from_state
+from orthotrain.data import CorruptCacheError, TextData, tokenizer_from_state
+from orthotrain.data.corpus import tokenizing as building
 from orthotrain.data.corpus.sources import open_corpus
 from orthotrain.errors import ConfigurationError
 

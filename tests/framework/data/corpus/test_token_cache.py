@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthotrain.data import CorruptCacheError, TokenCache, token_cache
+from orthotrain.data import CorruptCacheError, TokenCache
+from orthotrain.data.corpus import token_cache
 from orthotrain.data.corpus.token_cache import HEADER_BYTES, Metadata, TokenCacheWriter, decode_header, encode_header
 from orthotrain.errors import ConfigurationError
 

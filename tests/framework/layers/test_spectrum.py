@@ -6,7 +6,7 @@ from torch import nn
 
 from orthotrain.kernels.skew import skew
 from orthotrain.layers import PoetLinear
-from orthotrain.layers import spectral_bound as module
+from orthotrain.layers import spectrum as module
 from orthotrain.layers.spectrum import largest_bounds, spectral_bound
 
 

@@ -72,7 +72,8 @@ class SpectrumMonitor(L.Callback):
                 "and max_layers as they were, or take an earlier checkpoint"
             )
         if not self.start:
-            self.start = {name: spectrum(layer) for name, layer in shown(watched.items(), DECOMPOSING, "layers")}
+            with shown(watched.items(), DECOMPOSING, "layers") as layers:
+                self.start = {name: spectrum(layer) for name, layer in layers}
             self.now = dict(self.start)
             self._write_values(trainer)
 
@@ -116,21 +117,27 @@ class SpectrumMonitor(L.Callback):
         """Return the statistics of all watched layers by their logged names."""
         metrics: dict[str, float] = {}
         self._measured_at = step
-        for name, layer in shown(self.watched(model).items(), DECOMPOSING, "layers"):
-            values = self.now[name] = spectrum(layer)
-            start = self.start[name]
-            metrics[f"spectrum/{name}/entropy"] = float(svd_entropy(values))
-            metrics[f"spectrum/{name}/condition"] = float(values[0] / values[-1].clamp_min(1e-30))
-            metrics[f"spectrum/{name}/largest"] = float(values[0])
-            metrics[f"spectrum/{name}/drift"] = spectral_drift(values, start)
-            if isinstance(layer, Scaled) and (factor := layer.trained_factor()) is not None:
-                metrics[f"spectrum/{name}/scale"] = factor
-            if isinstance(layer, Covering):
-                pairs = min(side.pairs for side in layer.coverage().values())
-                metrics[f"spectrum/{name}/pair_coverage"] = pairs
-                self.coverage.setdefault(name, []).append((step, pairs))
+        with shown(self.watched(model).items(), DECOMPOSING, "layers") as layers:
+            for name, layer in layers:
+                statistics = self._statistics(name, layer, step)
+                metrics |= {f"spectrum/{name}/{statistic}": value for statistic, value in statistics.items()}
         drifts = [spectral_drift(self.now[name], self.start[name]) for name in self.now]
         return {**metrics, "spectrum/drift": max(drifts)}
+
+    def _statistics(self, name: str, layer: Mergeable, step: int) -> dict[str, float]:
+        values = self.now[name] = spectrum(layer)
+        statistics = {
+            "entropy": float(svd_entropy(values)),
+            "condition": float(values[0] / values[-1].clamp_min(1e-30)),
+            "largest": float(values[0]),
+            "drift": spectral_drift(values, self.start[name]),
+        }
+        if isinstance(layer, Scaled) and (factor := layer.trained_factor()) is not None:
+            statistics["scale"] = factor
+        if isinstance(layer, Covering):
+            pairs = statistics["pair_coverage"] = min(side.pairs for side in layer.coverage().values())
+            self.coverage.setdefault(name, []).append((step, pairs))
+        return statistics
 
     def _write_values(self, trainer: L.Trainer) -> None:
         if not self.values:

@@ -12,10 +12,10 @@ from torch import nn
 from torch._guards import detect_fake_mode
 from torch.optim import Optimizer
 
-from orthotrain.callbacks.merge_rotations import MergeRotations, check_period
+from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.callbacks.movement_monitor import MovementMonitor
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import ConfigurationError, check_count
 from orthotrain.layers import mergeable_layers
 from orthotrain.models import CausalLM, ModelBuilder
 from orthotrain.modules.attached_callbacks import sole_merging, unless_given
@@ -97,7 +97,7 @@ class PoetModule(BaseModule):
         compile: CompileMode = "none",
     ) -> None:
         super().__init__(model, optimization, chunked_loss=chunked_loss, compile=compile)
-        check_period("merge_every", merge_every)
+        check_count("merge_every", merge_every)
         layers.check_keeps(model)
         self.save_hyperparameters("merge_every", "max_generator_norm", "resample_every", "seed")
         self.layers = layers

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("plugins", "kernels")
 """Rooms beside framework."""
 
-# room -> what of orthotrain it may import beside itself. The rooms stand from the lowest to the highest, and a row names
+# room -> what of orthotrain it may import beside itself. The rooms stand from the lowest to the highest: a row names
 # only rooms of the rows before it. A room is a folder of framework, a module of framework, kernels, or plugins.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),

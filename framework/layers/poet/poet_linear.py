@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from orthotrain.devices.host_reads import HostCount
 from orthotrain.errors import check_choice
 from orthotrain.kernels.block_rotate import block_rotate
-from orthotrain.kernels.groups import by_feature
 from orthotrain.kernels.guard import without_autocast
+from orthotrain.kernels.permutations import by_feature
 from orthotrain.kernels.poet_linear import poet_linear, serves
 from orthotrain.layers.mergeable import SideCoverage
 from orthotrain.layers.poet.poet_settings import PoetSettings, Side
@@ -137,9 +137,9 @@ class PoetLinear(TwoSided):
         # Autograd keeps x and the product before the output rotation, nothing else: the
         # frozen product needs only W for its gradient.
         if d_in is not None:
-            x = block_rotate(x, d_in, load=self.rotations.orders[1])
+            x = block_rotate(x, d_in, gather=self.rotations.orders[1])
         y = self._scaled(self.weight.matmul(x))
-        return y if d_out is None else block_rotate(y, d_out, store=self.rotations.orders[0])
+        return y if d_out is None else block_rotate(y, d_out, scatter=self.rotations.orders[0])
 
     def _by_product(self, x: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
         return F.linear(x, self._scaled(self.rotations.fold(self.weight.dequantize(x.dtype), d_out, d_in)))

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from torch import Tensor
 
 from orthotrain.errors import ConfigurationError, check_choice
-from orthotrain.kernels.groups import GROUPS
+from orthotrain.kernels.permutations import GROUPS
 from orthotrain.layers.checks import check_block_size, check_parameterization
 from orthotrain.layers.poet.route_costs import ActivationMode, Centre
 from orthotrain.layers.poet.trained_scale import TrainedScale

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.devices.host_reads import HostCount
-from orthotrain.kernels.block_rotate.chunks import Rows, columns_of
 from orthotrain.kernels.fold import fold
+from orthotrain.kernels.permutations import ColumnPermutation, RowPermutation
 from orthotrain.layers.finite import finite_or
 from orthotrain.layers.mergeable import check_stored_counts
 from orthotrain.layers.poet.poet_settings import PoetSettings, Side
@@ -64,9 +64,9 @@ class Rotations(NamedTuple):
         """Return ``weight (out, in)`` with rows and columns in the order of the blocks."""
         rows, columns = self.orders
         if rows is not None:
-            weight = Rows(rows, weight.shape[0]).gather(weight.contiguous(), slice(0, weight.shape[0]))
+            weight = RowPermutation(rows, weight.shape[0]).gather(weight.contiguous(), slice(0, weight.shape[0]))
         if columns is not None:
-            weight = columns_of(columns, weight).gather_into(torch.empty_like(weight), weight)
+            weight = ColumnPermutation(columns, weight).gather_into(torch.empty_like(weight), weight)
         return weight
 
     def fold(self, framed: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:

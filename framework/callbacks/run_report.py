@@ -107,7 +107,8 @@ class RunReport(L.Callback):
         drift = spectrum_drift(pl_module, self.spectra) if self.spectra else None  # on all ranks: layers may be sharded
         if not trainer.is_global_zero:
             return
-        values = {**self._values(trainer, pl_module, drift), "kernels": kernels, "compared_with": self._compared(folder)}
+        values = self._values(trainer, pl_module) | {"spectrum_drift": drift, "kernels": kernels}
+        values["compared_with"] = self._compared(folder)
         write_text(folder / "summary.json", json.dumps(values, indent=1))
         text = "\n".join([*self._lines(values, folder), *self._sample(trainer, pl_module)])
         write_text(folder / "summary.txt", text + "\n")
@@ -123,7 +124,7 @@ class RunReport(L.Callback):
         self.curves = {**self.curves, **stored_curves(state_dict, "curves")}
         self.spectra = stored_tensors(state_dict, "spectra")
 
-    def _values(self, trainer: L.Trainer, pl_module: L.LightningModule, drift: float | None) -> dict[str, Any]:
+    def _values(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "") or getattr(
             trainer.checkpoint_callback, "best_model_path", ""
@@ -141,7 +142,6 @@ class RunReport(L.Callback):
             "total_parameters": sum(p.numel() for p in pl_module.parameters()),
             "merges": int(logged["merges"]) if "merges" in logged else None,
             "early_merges": int(logged["early_merges"]) if "early_merges" in logged else None,
-            "spectrum_drift": drift,
             "checkpoint": checkpoint or None,
             "curves": self.curves,
         }

@@ -1,4 +1,4 @@
-"""The names that ``import orthotrain`` offers: each is imported at its first use, and type checkers know all of them."""
+"""The names that ``import orthotrain`` offers: imported at their first use, and known to type checkers."""
 
 import ast
 import importlib
@@ -11,7 +11,10 @@ import pytest
 import orthotrain
 
 
-@pytest.mark.parametrize(("room", "name"), [(room, name) for room, names in orthotrain._NAMES.items() for name in names])
+NAMES = {(room, name) for room, names in orthotrain._NAMES.items() for name in names}
+
+
+@pytest.mark.parametrize(("room", "name"), sorted(NAMES))
 def test_each_name_is_that_of_its_room(room, name):
     value = getattr(orthotrain, name)
     assert value is getattr(importlib.import_module(f"orthotrain.{room}"), name)
@@ -22,7 +25,7 @@ def test_type_checkers_see_the_same_names():
     tree = ast.parse(Path(orthotrain.__file__).read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     seen = {(node.module.removeprefix("orthotrain."), alias.asname) for node in block.body for alias in node.names}
-    assert seen == {(room, name) for room, names in orthotrain._NAMES.items() for name in names}
+    assert seen == NAMES
 
 
 def test_an_unknown_name_is_an_error():

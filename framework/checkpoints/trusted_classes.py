@@ -16,13 +16,7 @@ from orthotrain.models import ModelBuilder
 from orthotrain.plugins import find_registered
 
 HOLDERS = (
-    *(
-        "orthotrain.modules",
-        "orthotrain.models.builders",
-        "orthotrain.export.folder",
-        "orthotrain.optimizers",
-        "orthotrain.schedules",
-    ),
+    *(f"orthotrain.{room}" for room in ("modules", "models", "export", "optimizers", "schedules")),
     *("torch.optim", "torch.optim.lr_scheduler", "bitsandbytes.optim"),
 )
 """The modules whose public classes a checkpoint may name. Only these are imported; no file adds to them."""

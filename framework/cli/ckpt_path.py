@@ -12,7 +12,7 @@ from orthotrain.checkpoints.run_folder import checkpoint_folders
 from orthotrain.checkpoints.stored_paths import is_own_checkpoint
 from orthotrain.console.progress import waiting
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.temporary import remove_leftovers
+from orthotrain.files.atomic_writes import remove_leftovers
 
 
 def best_checkpoint(trainer: L.Trainer) -> str:

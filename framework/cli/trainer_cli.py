@@ -40,8 +40,8 @@ from orthotrain.console.config_errors import one_line
 from orthotrain.console.termination import check
 from orthotrain.devices.accelerators import check_device
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted, TrainingDiverged
+from orthotrain.files.atomic_writes import write_text
 from orthotrain.files.paths import local_path
-from orthotrain.files.temporary import write_text
 from orthotrain.kernels.dispatch import chosen
 from orthotrain.layers.checks import check_kernels
 from orthotrain.models import CausalLM, ModelBuilder, check_vocabulary

@@ -11,13 +11,13 @@ from torch import nn
 
 from orthotrain.callbacks.spectrum_monitor import spectrum
 from orthotrain.callbacks.throughput import Throughput, logs_at
-from orthotrain.checkpoints.callback_values import stored_count, stored_curves, stored_numbers, stored_tensors
 from orthotrain.checkpoints.run_folder import run_folder
+from orthotrain.checkpoints.stored_values import stored_count, stored_curves, stored_numbers, stored_tensors
 from orthotrain.devices.memory import describe_peak, forget_peak, peak_bytes
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.atomic_writes import write_text
 from orthotrain.files.paths import read_json
 from orthotrain.files.pictures import draw_lines, panels, save
-from orthotrain.files.temporary import write_text
 from orthotrain.kernels.dispatch import describe, forget_ran
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import is_sharded

@@ -16,8 +16,8 @@ from orthotrain.checkpoints.run_folder import checkpoint_folders
 from orthotrain.checkpoints.stored_paths import is_own_checkpoint
 from orthotrain.console.progress import waiting
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted, TrainingDiverged
+from orthotrain.files.atomic_writes import remove_leftovers
 from orthotrain.files.paths import local_path
-from orthotrain.files.temporary import remove_leftovers
 from orthotrain.modules import BaseModule
 
 

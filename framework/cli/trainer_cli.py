@@ -26,7 +26,7 @@ from orthotrain.console.config_errors import one_line
 from orthotrain.console.termination import check
 from orthotrain.devices.accelerators import check_device
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.temporary import write_text
+from orthotrain.files.atomic_writes import write_text
 from orthotrain.kernels.dispatch import chosen
 from orthotrain.layers.checks import check_kernels
 from orthotrain.models import CausalLM, check_vocabulary

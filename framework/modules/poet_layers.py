@@ -13,7 +13,7 @@ from orthotrain.layers.poet.poet_settings import PoetSettings
 from orthotrain.layers.surgery import check_excluded, check_wrapping, release
 from orthotrain.layers.weights.bitsandbytes_linear import is_bitsandbytes
 from orthotrain.models import PretrainedModel
-from orthotrain.models.late_weights import allocate
+from orthotrain.models.deferred_weights import allocate
 from orthotrain.plugins import create
 from orthotrain.seeding import derive_seed, generator
 

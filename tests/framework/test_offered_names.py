@@ -10,7 +10,6 @@ import pytest
 
 import orthotrain
 
-
 NAMES = {(room, name) for room, names in orthotrain._NAMES.items() for name in names}
 
 

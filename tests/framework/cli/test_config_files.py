@@ -97,7 +97,7 @@ def test_what_is_no_regular_file_is_never_opened(tmp_path, kind):
     else:
         socket.socket(socket.AF_UNIX).bind(str(path))
     for arguments in (["-c", str(path)], [f"--config={path}"], ["--model", str(path)], [f"--data={path}"]):
-        with pytest.raises(ConfigurationError, match=f"no regular file but a {kind}"):
+        with pytest.raises(ConfigurationError, match=f"is a {kind}, not a regular file"):
             resolve_config_arguments(arguments)
 
 

@@ -82,7 +82,7 @@ def test_from_fit_to_an_exported_model(small_config, tmp_path, capsys):
     truncated = tmp_path / "truncated.ckpt"
     truncated.write_bytes(last.read_bytes()[:1000])
     message = refuse(capsys, "export", "--ckpt", str(truncated), "--out", "x")
-    assert "truncated.ckpt' cannot be read: it is no checkpoint or is truncated" in message
+    assert "truncated.ckpt' cannot be read: it is not a checkpoint, or is truncated" in message
     modes = {path.stat().st_mode for path in out.iterdir()}
     assert len(modes) == 1, "the weights are readable for whom the configuration is"
     message = refuse(capsys, "fit", *command, "--ckpt_path", str(last), "--model.layers.block_size", "4")
@@ -90,7 +90,7 @@ def test_from_fit_to_an_exported_model(small_config, tmp_path, capsys):
     message = refuse(capsys, "validate", *command, "--ckpt_path", str(last), "--data.seed", "1")
     assert "tokenizer of this run" in message and "differs from the checkpoint's" in message
     message = refuse(capsys, "fit", *command, "--ckpt_path", str(truncated))
-    assert "truncated.ckpt' cannot be read: it is no checkpoint or is truncated" in message
+    assert "truncated.ckpt' cannot be read: it is not a checkpoint, or is truncated" in message
     assert "nothing.ckpt" in refuse(capsys, "fit", *command, "--ckpt_path", "nothing.ckpt")
 
 
@@ -354,7 +354,7 @@ def test_what_no_user_can_act_on_is_not_printed(small_config, tmp_path, caplog, 
         assert noise not in caplog.text
     garbage = tmp_path / "garbage.ckpt"
     garbage.write_bytes(b"garbage" * 99)
-    assert "it is no checkpoint or is truncated" in refuse(capsys, "export", "--ckpt", str(garbage), "--out", "x")
+    assert "it is not a checkpoint, or is truncated" in refuse(capsys, "export", "--ckpt", str(garbage), "--out", "x")
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["help", "export"], ["help", "plan"]])

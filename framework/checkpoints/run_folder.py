@@ -97,7 +97,7 @@ def checkpoint_folder_of(callback: ModelCheckpoint, trainer: L.Trainer) -> Path:
     if callback.dirpath is None:
         callback = copy.copy(
             callback
-        )  # setup stores the folder that it finds, and the trainer may still choose another
+        )  # setup would fix the folder for the rest of the run
         callback.setup(trainer, trainer.lightning_module, "validate")
     assert callback.dirpath is not None
     return Path(callback.dirpath)

@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from orthotrain.checkpoints.callback_values import stored_count
+from orthotrain.checkpoints.stored_values import stored_count
 from orthotrain.devices.host_reads import host_number, read_waits
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.finite import FiniteChecks

@@ -22,9 +22,9 @@ from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard, look_before_saving
 from orthotrain.callbacks.merge_rotations import check_merging
 from orthotrain.callbacks.throughput import Throughput, logs_at
-from orthotrain.checkpoints.layout_checks import check_merges, check_optimizers, check_progress
 from orthotrain.checkpoints.reading import check_finite, compare_state, read_checkpoint
 from orthotrain.checkpoints.rebuild import rebuild_module
+from orthotrain.checkpoints.restore_checks import check_merges, check_optimizers, check_progress
 from orthotrain.checkpoints.resume import adapt_ranks, begin_next_epoch, forget_end_of_epoch
 from orthotrain.checkpoints.run_folder import checkpoint_folder_of, checkpoint_folders, leave_nothing
 from orthotrain.checkpoints.stored_paths import keep_own_paths

@@ -1,6 +1,8 @@
-"""The pages of the site, made while it is built: nothing is written twice."""
+"""Adds to the site what is written elsewhere: derivations, examples, the list of configs, the reference of docstrings.
 
-import logging
+mkdocs calls the functions whose names begin with ``on_``. The other pages of the site lie in ``docs/pages``.
+"""
+
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,57 +10,42 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"framework": "orthotrain", "plugins": "orthotrain.plugins", "kernels": "orthotrain.kernels"}
 
-# path -> title and sections of the README; a section that no page names makes the build fail
 GUIDE = {
-    "index.md": ("orthotrain", ["Two commands", "Commands", "What is where"]),
-    "install.md": ("Install", ["Install"]),
-    "pretrain.md": ("Pretrain", ["Pretrain on your data", "POET, its variants and its baselines"]),
-    "finetune.md": ("Finetune", ["Finetune"]),
-    "devices.md": ("GPUs, hosts and faults", ["Several GPUs and hosts", "When a run dies"]),
-    "extend.md": ("Extend", ["In Python", "Extend it"]),
-    "measured.md": ("What is measured", ["What is measured", "Limits"]),
+    "Start": "index.md",
+    "Pretraining": "pretraining.md",
+    "Finetuning": "finetuning.md",
+    "Devices and hosts": "devices.md",
+    "Configuration": "configuration.md",
+    "Extending": "extending.md",
+    "Export": "export.md",
+    "Results": "results.md",
+    "Faults": "faults.md",
 }
+"""Title in the navigation -> page of ``docs/pages``, in the order of the navigation."""
 
 
-def readme_sections() -> dict[str, str]:
-    """Return the README's text by heading; what comes before the first one is under the empty string."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("tests/docs/static/", "")
-    parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
-    return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+def readmes(room: str) -> list[Path]:
+    """Return the READMEs of the folders of a room, in the order of their names."""
+    return sorted((ROOT / room).glob("*/README.md"))
 
 
-def guide() -> Iterator[tuple[str, str]]:
-    """Yield path and text of the pages made of the README.
-
-    Raises:
-        ValueError: If a section is on no page, or a page asks for one that is not there.
-    """
-    sections = readme_sections()
-    placed = [name for _, names in GUIDE.values() for name in names]
-    if set(placed) != set(sections) - {""}:
-        raise ValueError(f"sections of the README and of GUIDE differ: {sorted(set(placed) ^ (set(sections) - {''}))}")
-    for path, (title, names) in GUIDE.items():
-        head = sections[""] if path == "index.md" else f"# {title}\n"
-        yield path, head + "".join(f"\n## {name}\n{sections[name]}" for name in names)
-
-
-def readmes(room: str) -> Iterator[tuple[str, str]]:
-    """Yield path and text of the pages of a room's READMEs, in the order of their names."""
-    for path in sorted((ROOT / room).glob("*/README.md")):
-        yield f"{room}/{path.parent.name}.md", path.read_text(encoding="utf-8")
+def title(text: str) -> str:
+    """Return the first line of a page without the mark of a heading."""
+    return text.split("\n", 1)[0].removeprefix("# ")
 
 
 def configs() -> str:
     """Return a page that lists every shipped config under its folder with its first line."""
-    rows = ["# Configs", "`orthotrain fit -c NAME` finds these by name; `--print_config` prints what they come to."]
+    rows = ["# Configs", "`orthotrain fit -c NAME` finds these configs by name. `--print_config` prints the whole run."]
     for folder in sorted({path.parent for path in (ROOT / "configs").rglob("*.yaml")}):
-        rows += [f"\n## {folder.relative_to(ROOT / 'configs')}\n", "| config | |", "|-|-|"]
+        rows += [f"\n## {folder.relative_to(ROOT / 'configs')}\n", "| config | what it is |", "|-|-|"]
         for path in sorted(folder.glob("*.yaml")):
-            first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+            first = title(path.read_text(encoding="utf-8"))
             rows.append(f"| `{path.relative_to(ROOT / 'configs')}` | {first} |")
     return "\n".join(rows) + "\n"
 
@@ -73,36 +60,46 @@ def modules() -> Iterator[str]:
 
 
 def reference(name: str) -> str:
-    """Return the page of one module: mkdocstrings fills it with its docstrings."""
+    """Return the page of one module, which mkdocstrings fills with the docstrings."""
     return f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages and the navigation; mkdocs calls this when it has listed ``docs_dir``."""
+    """Add the generated pages and the navigation. mkdocs calls this function when ``docs_dir`` has been listed."""
 
     def add(path: str, text: str) -> str:
         files.append(File.generated(config, path, content=text))
         return path
 
-    def titled(path: str, text: str) -> dict[str, str]:
-        return {text.split("\n", 1)[0].removeprefix("# "): add(path, text)}
+    def section(room: str, folder: str, first: str) -> list[Any]:
+        pages: list[Any] = [first]
+        for path in readmes(room):
+            text = path.read_text(encoding="utf-8")
+            pages.append({title(text): add(f"{folder}/{path.parent.name}.md", text)})
+        return pages
 
-    pages: list[Any] = [{GUIDE[path][0]: add(path, text)} for path, text in guide()]
-    pages.append({"Configs": add("configs.md", configs())})
-    pages.append({"Examples": [titled(path, text) for path, text in readmes("examples")]})
-    pages.append({"Derivations": [titled(path, text) for path, text in readmes("kernels")]})
-    by_package: dict[str, list[Any]] = {}
+    nav: list[Any] = [{name: page} for name, page in GUIDE.items()]
+    nav.append({"Configs": add("configs.md", configs())})
+    nav.append({"Design": section("kernels", "design", "design/index.md")})
+    nav.append({"Examples": section("examples", "examples", "examples/index.md")})
+    rooms: dict[str, list[Any]] = {}
     for name in modules():
-        page = add(f"api/{name}.md", reference(name))
-        by_package.setdefault(".".join(name.split(".")[:2]), []).append({name: page})
-    single = [page for pages_of in by_package.values() if len(pages_of) == 1 for page in pages_of]
-    packages = [{package: found} for package, found in by_package.items() if len(found) > 1]
-    pages.append({"Reference": [*packages, *single]})
-    config.nav = pages
-    logging.getLogger("mkdocs.hooks").info("%d pages of modules", sum(map(len, by_package.values())))
+        page = add(f"reference/{name}.md", reference(name))
+        rooms.setdefault(".".join(name.split(".")[:2]), []).append({name.removeprefix("orthotrain."): page})
+    flat = [page for pages in rooms.values() if len(pages) == 1 for page in pages]
+    folders = [{room.removeprefix("orthotrain."): pages} for room, pages in rooms.items() if len(pages) > 1]
+    nav.append({"Reference": ["reference/index.md", *folders, *flat]})
+    config.nav = nav
     return files
 
 
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Lead links to READMEs of the repository, which GitHub follows as they are, to the pages that are made of them."""
+    up = "../" * page.file.src_uri.count("/")
+    markdown = re.sub(r"\]\((?:\.\./)+kernels/(\w+)/README\.md\)", rf"]({up}design/\1.md)", markdown)
+    return re.sub(r"\]\((?:\.\./)+examples/(\w+)/README\.md\)", rf"]({up}examples/\1.md)", markdown)
+
+
 def on_page_content(html: str, **_: Any) -> str:
-    """Drop the roles of cross references, which Markdown does not know, and keep the names."""
+    """Drop the roles of cross references, which Markdown does not know. The names stay."""
     return re.sub(r":(?:func|class|meth|attr|mod):(?=<code>)", "", html)

@@ -85,7 +85,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     rooms: dict[str, list[Any]] = {}
     for name in modules():
         page = add(f"reference/{name}.md", reference(name))
-        rooms.setdefault(".".join(name.split(".")[:2]), []).append({name.removeprefix("orthotrain."): page})
+        room, label = ".".join(name.split(".")[:2]), ".".join(name.split(".")[2:])
+        rooms.setdefault(room, []).append({label or room: page})
     flat = [page for pages in rooms.values() if len(pages) == 1 for page in pages]
     folders = [{room.removeprefix("orthotrain."): pages} for room, pages in rooms.items() if len(pages) > 1]
     nav.append({"Reference": ["reference/index.md", *folders, *flat]})

@@ -1,7 +1,7 @@
-"""The commands and programs of README, manual, examples and docstrings run, with small networks in the place of big ones.
+"""The commands and programs of README, manual, examples and docstrings run, with small networks in place of big ones.
 
-A page is read from top to bottom, as a reader would: a command finds what those before it have left. All pages are read in
-one folder that holds the runs of their first commands, and a command that several pages have runs once.
+A page is read from top to bottom, as a reader would: a command finds what the commands before it have left. Every page
+has a copy of one folder, in which `make fit`, `make smollm2` and a first finetuning have been run.
 """
 
 import doctest

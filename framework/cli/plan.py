@@ -74,7 +74,7 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
     The network is built and run forward once on fake tensors. Activations are the tensors that autograd saves in that
     pass, each storage once: exact for eager execution on a CPU, without the transients of a single operation and the
     allocator's fragmentation. The loss is what the next-token loss holds at its peak, fp32 copies of the logits or
-    those of a chunk; where a module has another loss, what that saves is part of the activations. With ``centre: auto``
+    those of a chunk; where a module has another loss, what that saves is part of the activations. With ``route: auto``
     a GPU may take another route, which keeps other activations.
 
     Args:

@@ -20,8 +20,8 @@ from orthotrain.callbacks.step_callback import StepCallback
 from orthotrain.checkpoints.writing import FROZEN
 from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError, check_count
-from orthotrain.files.plain_files import crc32_of
-from orthotrain.files.temporary import discard, folder_beside, publish, remove_folder, remove_leftovers
+from orthotrain.files.atomic_writes import discard, make_temporary_folder, publish, remove_folder, remove_leftovers
+from orthotrain.files.torch_files import crc32_of
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import whole
 
@@ -141,7 +141,7 @@ class AdapterCheckpoint(StepCallback, Checkpoint):
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
-            partial = folder_beside(target)
+            partial = make_temporary_folder(target)
         try:
             self._write(trainer, pl_module, trainer.strategy.broadcast(partial), target)
         except BaseException:

@@ -7,10 +7,10 @@ import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from orthotrain.callbacks.step_callback import StepCallback
-from orthotrain.checkpoints.callback_values import stored_count
+from orthotrain.checkpoints.stored_values import stored_count
 from orthotrain.devices.host_reads import host_number, read_waits
 from orthotrain.errors import ConfigurationError, check_count
-from orthotrain.layers.finite import FiniteLooks
+from orthotrain.layers.finite import FiniteChecks
 from orthotrain.layers.folding import NormWatch, fold_rotations, merge_rotations
 from orthotrain.layers.mergeable import Counting, Foldable, Mergeable, Stepwise, mergeable_layers
 
@@ -71,7 +71,7 @@ class MergeRotations(StepCallback):
         self._decision = 0, False  # step, and whether its end is one of a period
         self._layers: dict[str, Mergeable] = {}
         self._watch = NormWatch(max_generator_norm or 0.0)
-        self._looks = FiniteLooks()
+        self._checks = FiniteChecks()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Count from zero; a resumed run restores its counters after this."""
@@ -122,17 +122,17 @@ class MergeRotations(StepCallback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Release the layers."""
         self._layers = {}
-        self._looks = FiniteLooks()
+        self._checks = FiniteChecks()
         self._watch.forget()
 
     def on_step_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge or fold at the end of a period, and fold layers that have exceeded the norm between two periods."""
         step = trainer.global_step
-        self._looks.look()  # at the weights that the step before has folded
+        self._checks.raise_errors()  # at the weights that the step before has folded
         if self._ends_period(step):
             self._watch.forget()
             if step % self.resample_every:
-                self._looks = fold_rotations(self._layers)  # type: ignore[arg-type]
+                self._checks = fold_rotations(self._layers)  # type: ignore[arg-type]
                 return
             merge_rotations(self._layers, trainer.optimizers)
             self.merges += 1
@@ -140,7 +140,7 @@ class MergeRotations(StepCallback):
             pl_module.log("merges", host_number(self.merges), rank_zero_only=True)
         elif self.max_generator_norm is not None:
             far = self._watch.beyond(self._layers)
-            self._looks = fold_rotations(far)  # type: ignore[arg-type]
+            self._checks = fold_rotations(far)  # type: ignore[arg-type]
             self.early_folds += len(far)
             pl_module.log("early_folds", host_number(self.early_folds), rank_zero_only=True)
             if read_waits(pl_module.device):
@@ -152,11 +152,11 @@ class MergeRotations(StepCallback):
         Raises:
             TrainingDiverged: If a weight was not finite, naming its layer. The layer has kept its old weight.
         """
-        self._looks.look()
+        self._checks.raise_errors()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look at the weights that the last step has folded."""
-        self._looks.look()
+        self._checks.raise_errors()
 
     def should_merge(self, step: int) -> bool:
         """Decide whether a period ends with optimizer step ``step`` (counted from 1); override for other periods."""

@@ -11,12 +11,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from orthotrain.callbacks.step_callback import StepCallback
-from orthotrain.checkpoints.callback_values import stored_curves, stored_tensors
 from orthotrain.checkpoints.run_folder import run_folder
+from orthotrain.checkpoints.stored_values import stored_curves, stored_tensors
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError, check_count
+from orthotrain.files.atomic_writes import open_to_append
 from orthotrain.files.pictures import draw_lines, panels, save
-from orthotrain.files.temporary import open_to_append
 from orthotrain.layers.mergeable import Covering, Mergeable, Scaled, mergeable_layers
 from orthotrain.layers.sharding import gathered
 from orthotrain.layers.spectrum import singular_values, spectral_drift, svd_entropy

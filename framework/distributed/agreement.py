@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from orthotrain.checkpoints.reading import step_of
-from orthotrain.checkpoints.resume import lies_here
+from orthotrain.checkpoints.resume import is_local
 from orthotrain.devices.host_reads import LateValues, read_waits
 from orthotrain.errors import ConfigurationError
 
@@ -53,7 +53,7 @@ def agree_on_checkpoint(path: str | None) -> None:
     Raises:
         ConfigurationError: On every rank, with what two differing ranks see.
     """
-    own = None if path is None else (Path(path).name, step_of(path) if lies_here(path) else None)
+    own = None if path is None else (Path(path).name, step_of(path) if is_local(path) else None)
     if differing := _first_difference(own):
         seen = ["no checkpoint" if s is None else f"{s[0]} of step {s[1]}" for s in (differing[0], differing[2])]
         raise ConfigurationError(

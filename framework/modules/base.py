@@ -32,7 +32,7 @@ from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.metrics import TokenLoss
 from orthotrain.models import ModelBuilder, check_vocabulary
-from orthotrain.modules.attached_callbacks import unless_given
+from orthotrain.modules.attached_callbacks import clip_after_merges, unless_given
 from orthotrain.modules.chunked_loss import cross_entropy
 from orthotrain.modules.evaluation import EvaluatedModule
 from orthotrain.modules.head_loss import HeadLoss, logits_of
@@ -244,6 +244,22 @@ class BaseModule(ResumableModule, EvaluatedModule):
         return self.model.generate(  # type: ignore[operator]
             batch["input_ids"], max_new_tokens=64, do_sample=True, temperature=0.8, top_p=0.95
         )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer does, more tightly after a merge if ``optimization.clip_ramp`` is set.
+
+        Raises:
+            ConfigurationError: If there is a ramp, and no bound that it could scale or nothing that merges.
+        """
+        if self.optimization.clip_ramp is None:
+            return self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        ramp = self.optimization.clip_ramp
+        clip_after_merges(self.trainer, optimizer, ramp, gradient_clip_val, gradient_clip_algorithm)
 
 
 def constant_buffers(module: nn.Module) -> list[str]:

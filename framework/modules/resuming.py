@@ -12,9 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from orthotrain.callbacks.adapter_checkpoint import restore_frozen
 from orthotrain.callbacks.finite_guard import FiniteGuard
 from orthotrain.callbacks.merge_rotations import MergeRotations
-from orthotrain.checkpoints.layout_checks import check_merges, check_optimizers, check_progress
 from orthotrain.checkpoints.reading import check_finite, compare_state, read_checkpoint
 from orthotrain.checkpoints.rebuild import rebuild_module
+from orthotrain.checkpoints.restore_checks import check_merges, check_optimizers, check_progress
 from orthotrain.checkpoints.resume import adapt_ranks, begin_next_epoch, forget_end_of_epoch
 from orthotrain.checkpoints.run_folder import checkpoint_folder_of
 from orthotrain.checkpoints.stored_paths import keep_own_paths

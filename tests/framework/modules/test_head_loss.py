@@ -207,7 +207,9 @@ def test_a_network_that_changes_a_later_batch_is_refused(in_place):
     module = BaseModule(Network(forward))
     module.configure_model()
     module.loss(batch())
-    with pytest.raises(ConfigurationError, match="Network returned .* changes the output for a later batch: set chunked_loss"):
+    with pytest.raises(
+        ConfigurationError, match="Network returned .* changes the output for a later batch: set chunked_loss"
+    ):
         module.loss(batch())
 
 
@@ -227,7 +229,7 @@ def test_looking_at_the_first_batch_draws_nothing(inference):
 
 HEADS = {
     "PoetLinear": lambda head: PoetLinear.from_linear(head, 8),
-    "OftLinear": lambda head: OftLinear.from_linear(head, 8, quantization="nf4"),
+    "OftLinear": lambda head: OftLinear.from_linear(head, 8, storage="nf4"),
     "LoraLinear": lambda head: LoraLinear.from_linear(head, 2),
 }
 

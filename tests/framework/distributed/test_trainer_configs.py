@@ -28,7 +28,7 @@ TRAINERS = [name for name in shipped_configs() if name.startswith("trainer/")]
 
 
 def finished(run, ranks=1):
-    """Check that the run took its six steps; return the number of ranks in its report."""
+    """Return the optimizer step of the last checkpoint of a run, and the number of ranks that it was written by."""
     checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
     (place,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     return checkpoint["global_step"], place["num_replicas"]

@@ -1,4 +1,4 @@
-"""Every kind of module on a played device: built there, trained, merged and loaded, with the bits of the CPU."""
+"""Every kind of module on a played device: built, trained, merged and loaded there, with the bits of the CPU."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ ROUNDED = ("POET, by weight", "POET, int8", "POET, nf4")
 
 
 def train(module, batches, wrap, raw):
-    """Three steps of gradient descent, with what is merged merged after each; return losses and the state."""
+    """Take three steps of gradient descent with a merge after each; return losses and the state."""
     losses = []
     for batch in batches:
         loss = module.loss({name: wrap(value) for name, value in batch.items()})
@@ -149,14 +149,14 @@ def test_the_side_that_rests_is_known_without_a_look(played, network):
             if len(moved) < 3:
                 for _, layer in mergeable_layers(module):
                     layer.fold_()
-        # of each layer first the input side and then the output side; output sides begin
+        # each layer has first the input side and then the output side; output sides move first
         assert moved == [[False, True] * 2, [True, False] * 2, [False, True] * 2]
         with torch.no_grad():
             rotations[0].generators.add_(1)
-        assert rotations[0].moved()  # somebody else has changed what the optimizer left at rest
+        assert rotations[0].moved()  # other code has changed generators that the optimizer had left unchanged
         for _, layer in mergeable_layers(module):
             layer.fold_()
-        assert all(rotation.moved() for rotation in rotations)  # no optimizer has said anything since
+        assert all(rotation.moved() for rotation in rotations)  # no optimizer has marked the generators since
         assert not played.WAITS
 
 
@@ -191,7 +191,7 @@ def test_what_is_not_finite_is_left_out_of_a_stepwise_fold(played, network, valu
         layer.rotation_in.generators[0, 0] = value
         played.WAITS.clear()
         (layer.merge_ if value > 0 else layer.fold_)()
-        assert set(played.WAITS) <= {"aten::_local_scalar_dense"}  # the counts, which nobody has read yet
+        assert set(played.WAITS) <= {"aten::_local_scalar_dense"}  # the counts, which have not been read yet
         assert torch.equal(played.raw(layer.weight.values), before)
     assert played.raw(layer.rotation_in.generators).isnan().all()
     assert not played.raw(layer.rotation_out.generators).any()

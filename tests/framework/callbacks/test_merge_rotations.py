@@ -157,7 +157,7 @@ def test_a_bound_that_is_never_reached_changes_no_bit():
 
 
 class Student(PoetModule):
-    """Fits a teacher and notes its losses."""
+    """Fits a teacher and records its losses."""
 
     def loss(self, batch):
         loss = (self(batch[0]) - batch[1]).square().mean()

@@ -111,7 +111,7 @@ def test_early_folds_are_reported_also_where_no_period_has_ended(tmp_path):
 
 
 class Slow(L.LightningModule):
-    """Lets a clock go on where that of the throughput runs, and where it stands."""
+    """Advances a clock where the clock of the throughput runs, and where it stands still."""
 
     def __init__(self):
         super().__init__()

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from orthotrain.devices.host_reads import HostCount
 from orthotrain.errors import check_choice
 from orthotrain.kernels.block_rotate import block_rotate
-from orthotrain.kernels.guard import without_autocast
+from orthotrain.kernels.operation import without_autocast
 from orthotrain.kernels.permutations import by_feature
 from orthotrain.kernels.poet_linear import poet_linear, serves
 from orthotrain.layers.mergeable import SideCoverage
@@ -146,8 +146,7 @@ class PoetLinear(TwoSided):
 
     def _by_contraction(self, x: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
         weight = self.weight.dequantize(x.dtype)
-        out, into = (weight.new_empty(0, 1, 1) if d is None else d for d in (d_out, d_in))
-        return self._scaled(poet_linear(x, weight, out, into, *self.rotations.orders))
+        return self._scaled(poet_linear(x, weight, d_out, d_in, *self.rotations.orders))
 
     def _route(self, x: Tensor) -> Route:
         """Return how to compute for ``x``: by the input, or by the weight with the cheaper route to its gradient."""

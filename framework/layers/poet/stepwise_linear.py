@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from orthotrain.devices.host_reads import HostCount, read_waits
 from orthotrain.errors import ConfigurationError, TrainingDiverged
-from orthotrain.kernels.guard import without_autocast
+from orthotrain.kernels.operation import without_autocast
 from orthotrain.kernels.tangent import tangent, tangent_linear
 from orthotrain.layers.finite import is_sound
 from orthotrain.layers.poet.poet_settings import TOO_COARSE, PoetSettings

@@ -71,8 +71,7 @@ class Rotations(NamedTuple):
 
     def fold(self, framed: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
         """Return ``R_out^T W R_in^T (out, in)`` in the natural order, of ``framed`` in the order of the blocks."""
-        none = framed.new_empty(0, 1, 1)
-        return fold(framed, none if d_out is None else d_out, none if d_in is None else d_in, *self.orders)
+        return fold(framed, d_out, d_in, *self.orders)
 
 
 class TwoSided(nn.Module):

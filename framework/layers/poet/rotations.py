@@ -67,5 +67,4 @@ class Rotations(NamedTuple):
 
     def fold(self, framed: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
         """Return ``R_out^T W R_in^T (out, in)`` in the natural order, from the result of :meth:`framed`."""
-        none = framed.new_empty(0, 1, 1)
-        return fold(framed, none if d_out is None else d_out, none if d_in is None else d_in, *self.permutations)
+        return fold(framed, d_out, d_in, *self.permutations)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from orthotrain.kernels.block_batches import in_parts
-from orthotrain.kernels.skew.reference import skew_backward, skew_forward
+from orthotrain.kernels.skew.cpu import skew_backward, skew_forward
 
 ROUNDED_FROM = 128
 """Smallest block whose products are faster in bf16: measured on an Intel Xeon with AMX, 1 thread."""
@@ -17,31 +17,7 @@ ROUNDED_PART_BYTES = 2**20
 """Their parts are larger, since products are short beside the calls: measured likewise, a quarter faster than 2**18."""
 
 
-def cayley_neumann_forward(skew: Tensor, order: int) -> Tensor:
-    """Return D = 2Q + ... + 2Q^order + Q^(order+1), shape ``(n, b, b)``, from Q of the same shape and dtype."""
-
-    def part(skew: Tensor) -> Tensor:
-        return _series(skew.to(torch.promote_types(skew.dtype, torch.float32)), order).to(skew.dtype)
-
-    # order 1 is a sum, which would keep the strides of a transposed Q
-    return in_parts(part, skew, block_size=skew.shape[-1]).contiguous()
-
-
-def cayley_neumann_backward(skew: Tensor, grad: Tensor, order: int) -> Tensor:
-    """Return dL/dQ from Q and dL/dD, all of shape ``(n, b, b)``.
-
-    D is a real polynomial in Q, so the adjoint of its derivative at Q is its derivative at Q^T: the recurrence is
-    run once more at Q^T together with its tangent in the direction dL/dD. Nothing of the forward is needed but Q.
-    """
-    dtype = torch.promote_types(skew.dtype, torch.float32)
-
-    def part(skew: Tensor, grad: Tensor) -> Tensor:
-        return _tangent(skew.to(dtype).mT, grad.to(dtype), order).to(skew.dtype)
-
-    return in_parts(part, skew, grad, block_size=skew.shape[-1]).contiguous()
-
-
-def cayley_neumann_generators_forward(generators: Tensor, block_size: int, order: int, dtype: torch.dtype) -> Tensor:
+def cayley_neumann_forward(generators: Tensor, block_size: int, order: int, dtype: torch.dtype) -> Tensor:
     """Return D, shape ``(n, b, b)`` in ``dtype``, from generators of shape ``(n, b(b-1)/2)``."""
     wide = torch.promote_types(generators.dtype, torch.float32)
     rounded = _rounds_products(generators, block_size, dtype)
@@ -53,8 +29,12 @@ def cayley_neumann_generators_forward(generators: Tensor, block_size: int, order
     return in_parts(part, generators, block_size=block_size, part_bytes=ROUNDED_PART_BYTES if rounded else None)
 
 
-def cayley_neumann_generators_backward(generators: Tensor, grad: Tensor, order: int) -> Tensor:
-    """Return dL/dgenerators, shape ``(n, b(b-1)/2)``, from the generators and dL/dD, shape ``(n, b, b)``."""
+def cayley_neumann_backward(grad: Tensor, generators: Tensor, order: int) -> Tensor:
+    """Return dL/dgenerators, shape ``(n, b(b-1)/2)``, from dL/dD, shape ``(n, b, b)``, and the generators.
+
+    D is a real polynomial in Q, so the adjoint of its derivative at Q is its derivative at Q^T: the recurrence runs
+    once more at Q^T, together with its tangent in the direction dL/dD. The forward has to keep nothing else.
+    """
     block_size = grad.shape[-1]
     wide = torch.promote_types(generators.dtype, torch.float32)
     rounded = _rounds_products(generators, block_size, grad.dtype)

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.checks import traced
+from orthotrain.kernels.dispatch import traced
 
 
 @functools.lru_cache(maxsize=64)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from orthotrain.kernels.block_batches import inverse_transpose_times, solve_blocks, times_inverse_transpose
-from orthotrain.kernels.block_rotate.reference import contract
+from orthotrain.kernels.block_rotate.cpu import contract
 
 
 def invertible(norm: float) -> bool:

@@ -10,7 +10,7 @@ from orthotrain.kernels.block_batches import (
     largest,
     times_inverse_transpose,
 )
-from orthotrain.kernels.block_rotate.reference import add_block_products, block_products, block_rotate_forward
+from orthotrain.kernels.block_rotate.cpu import add_block_products, block_products, block_rotate_forward
 
 
 def rotates_weight(tokens: int, out_features: int) -> bool:
@@ -43,15 +43,23 @@ def oft_linear_forward(x: Tensor, weight: Tensor, displacement: Tensor, bias: Te
 
 
 def oft_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, displacement: Tensor, need_x: bool, need_displacement: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`oft_linear_forward` for ``x (..., in)`` and ``displacement (n, b, b)``, None if not needed.
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    displacement: Tensor,
+    bias: Tensor | None,
+    need_x: bool,
+    need_displacement: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients for ``x (..., in)``, ``displacement (n, b, b)`` and ``bias (out,)``, None where not needed.
 
-    Two routes: with ``W R^T``, where its product is ``dL/dx`` already, or with ``W``, where ``dL/dx`` is rotated last.
-    The first must undo a rotation, and does so to rounding only if ``R`` is close to orthogonal.
+    There are two routes. One forms ``W R^T``, whose product with the gradient is ``dL/dx`` already; the other forms
+    the product with ``W`` and rotates it last. The first must undo a rotation, which is exact to rounding only if ``R``
+    is close to orthogonal.
     """
     rows, grad_y = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    weight = weight.to(grad.dtype)
+    weight, grad_bias = weight.to(grad.dtype), bias_gradient(grad_y, bias, need_bias)
     blocks, block_size = displacement.shape[:2]
     grad_displacement = None
     if need_x and rotates_weight(rows.shape[0], weight.shape[0]):
@@ -61,13 +69,19 @@ def oft_linear_backward(
             if deviation is not None:
                 contraction = block_products(rows, grad_x, blocks, block_size)
                 grad_displacement = times_inverse_transpose(contraction, displacement, deviation)
-            return grad_x.view(x.shape), grad_displacement
+            return grad_x.view(x.shape), grad_displacement, grad_bias
     grad_rotated = torch.mm(grad_y, weight)
     if need_displacement:
         grad_displacement = block_products(rows, grad_rotated, blocks, block_size)
     if not need_x:
-        return None, grad_displacement
-    return add_block_products(grad_rotated, displacement.mT.contiguous()).view(x.shape), grad_displacement
+        return None, grad_displacement, grad_bias
+    grad_x = add_block_products(grad_rotated, displacement.mT.contiguous()).view(x.shape)
+    return grad_x, grad_displacement, grad_bias
+
+
+def bias_gradient(grad_y: Tensor, bias: Tensor | None, needed: bool) -> Tensor | None:
+    """Return the sum of ``dL/dy (N, out)`` over rows in the dtype of the bias, None where it is not needed."""
+    return grad_y.sum(0).to(bias.dtype) if needed and bias is not None else None
 
 
 def fold_weight(weight: Tensor, displacement: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def exponential_forward(skew: Tensor) -> Tensor:
     return in_parts(_value, skew, block_size=skew.shape[-1])
 
 
-def exponential_backward(skew: Tensor, grad: Tensor) -> Tensor:
+def exponential_backward(grad: Tensor, skew: Tensor) -> Tensor:
     """Return dL/dQ from Q and dL/dD, all of shape ``(n, b, b)``.
 
     What the forward computes is a real polynomial in Q, so the adjoint of its derivative at Q is its derivative at

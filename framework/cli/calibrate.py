@@ -119,8 +119,8 @@ def passes(
         return torch.autograd.grad(F.linear(x, trained), (x, trained), grad)
 
     def input_centric() -> tuple[Tensor, ...]:
-        y = F.linear(block_rotate(x, into, load=order), weight)
-        return torch.autograd.grad(block_rotate(y, out, store=order), (x, into, out), grad)
+        y = F.linear(block_rotate(x, into, gather=order), weight)
+        return torch.autograd.grad(block_rotate(y, out, scatter=order), (x, into, out), grad)
 
     def product() -> tuple[Tensor, ...]:
         return torch.autograd.grad(F.linear(x, fold(weight, out, into, order, order)), (x, into, out), grad)

@@ -2,7 +2,7 @@
 
 import torch
 
-from orthotrain.kernels.groups import by_feature
+from orthotrain.kernels.permutations import by_feature
 from orthotrain.layers.mergeable import SideCoverage
 from orthotrain.layers.poet.poet_settings import Side
 from orthotrain.layers.rotation.block_rotation import BlockRotation

@@ -90,9 +90,9 @@ class PoetLinear(TwoSided):
     def _by_input(self, x: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
         # Autograd keeps only x and the product before the output rotation: the gradient of the frozen product needs W.
         if d_in is not None:
-            x = block_rotate(x, d_in, load=self.rotations.permutations[1])
+            x = block_rotate(x, d_in, gather=self.rotations.permutations[1])
         y = self._scaled(self.weight.matmul(x))
-        return y if d_out is None else block_rotate(y, d_out, store=self.rotations.permutations[0])
+        return y if d_out is None else block_rotate(y, d_out, scatter=self.rotations.permutations[0])
 
     def _by_product(self, x: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
         return F.linear(x, self._scaled(self.rotations.fold(self.weight.dequantize(x.dtype), d_out, d_in)))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orthotrain.errors import ConfigurationError, check_choice
-from orthotrain.kernels.groups import GROUPS
+from orthotrain.kernels.permutations import GROUPS
 from orthotrain.layers.checks import check_block_size, check_parameterization
 from orthotrain.layers.poet.route_costs import ActivationMode, RouteChoice
 from orthotrain.layers.weights.storage import Storage, check_group_size

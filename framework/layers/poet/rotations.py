@@ -5,8 +5,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from orthotrain.kernels.block_rotate.chunks import Rows, columns_of
 from orthotrain.kernels.fold import fold
+from orthotrain.kernels.permutations import ColumnPermutation, RowPermutation
 from orthotrain.layers.poet.poet_settings import PoetSettings, Side
 from orthotrain.layers.rotation.block_rotation import BlockRotation
 from orthotrain.layers.weights.frozen_weight import check_storable
@@ -58,9 +58,10 @@ class Rotations(NamedTuple):
         """Return ``weight (out, in)`` with its rows and columns permuted into blocks."""
         permutation_out, permutation_in = self.permutations
         if permutation_out is not None:
-            weight = Rows(permutation_out, weight.shape[0]).gather(weight.contiguous(), slice(0, weight.shape[0]))
+            rows = slice(0, weight.shape[0])
+            weight = RowPermutation(permutation_out, weight.shape[0]).gather(weight.contiguous(), rows)
         if permutation_in is not None:
-            weight = columns_of(permutation_in, weight).gather_into(torch.empty_like(weight), weight)
+            weight = ColumnPermutation(permutation_in, weight).gather_into(torch.empty_like(weight), weight)
         return weight
 
     def fold(self, framed: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:

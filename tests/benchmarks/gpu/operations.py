@@ -9,7 +9,7 @@ from gpu.device import Gpu
 from gpu.measuring import interleaved
 from gpu.record import Case
 from orthotrain.cli.calibrate import GPU_SHAPES, calibrate
-from orthotrain.kernels.groups import GROUPS
+from orthotrain.kernels.permutations import GROUPS
 
 
 def cases(machine: Gpu) -> Iterator[Case]:

@@ -96,7 +96,7 @@ def test_tied_heads_are_not_new(tmp_path):
 def test_a_new_head_that_was_quantised_is_refused(tmp_path):
     BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path / "base")
     network = PretrainedModel(str(tmp_path / "base"), "sequence_classification", load_in_4bit=True)()
-    with pytest.raises(ConfigurationError, match=r"bert.pooler.dense.weight is not in .* its layer is quantised"):
+    with pytest.raises(ConfigurationError, match=r"bert.pooler.dense.weight is not in .* its layer is quantized"):
         OftLayers(block_size=8).apply_(network)
 
 

@@ -131,7 +131,7 @@ def test_new_values_over_pretrained_ones_are_refused(overrides):
 
 def test_a_model_that_is_quantised_already_is_refused_by_layer(tmp_path, tiny_llama):
     build = PretrainedModel(save_llama(tmp_path / "base", tiny_llama), load_in_4bit=True)
-    with pytest.raises(ConfigurationError, match=r"layer model.layers.0.*q_proj \(32 x 32\): its weight is quantised"):
+    with pytest.raises(ConfigurationError, match=r"layer model.layers.0.*q_proj \(32 x 32\): its weight is quantized"):
         PoetModule(build, PoetLayers(block_size=8, init="keep")).configure_model()
 
 
@@ -168,7 +168,7 @@ def test_overrides_by_pattern():
     ("overrides", "message"),
     [
         ({"0": {"blocks": 3}}, "overrides: 'blocks' is no setting"),
-        ({"0": {"include": ["*"]}}, "cannot be nested"),
+        ({"0": {"include": ["*"]}}, "include cannot differ by layer"),
         ({"0": {"sides": "up"}}, "sides='up': choose one of both, in, out"),
         ({"9": {"block_size": 8}}, "overrides pattern '9' matches none of the rotated layers: 0, 2"),
     ],

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.kernels.groups import by_feature
+from orthotrain.kernels.permutations import by_feature
 from orthotrain.kernels.poet_linear.op import PoetLinearFunction
 from orthotrain.layers import PoetLinear, PoetSettings, StepwiseLinear, initialize_
 from orthotrain.layers.poet.initialization import Initialization

@@ -81,14 +81,14 @@ def finite_or_zero(displacements: Displacements, error: Callable[[], str]) -> Di
     Raises:
         TrainingDiverged: If they are not finite and the host checks at once.
     """
-    given = [d for d in displacements if d is not None]
-    finite = [torch.linalg.vector_norm(d, torch.inf) < LARGEST_DISPLACEMENT for d in given]
-    checks = _CHECKS.get()
-    if checks is not None and given and read_waits(given[0].device):
-        whole = torch.stack(finite).all()
-        checks.note(whole, error())
-        out, into = (None if d is None else d.masked_fill(~whole, 0) for d in displacements)
+    norms = [torch.linalg.vector_norm(d, torch.inf) for d in displacements if d is not None]
+    if not norms:
+        return displacements
+    finite, checks = (torch.stack(norms) < LARGEST_DISPLACEMENT).all(), _CHECKS.get()
+    if checks is not None and read_waits(finite.device):
+        checks.note(finite, error())
+        out, into = (None if d is None else d.masked_fill(~finite, 0) for d in displacements)
         return out, into
-    if not all(bool(one) for one in finite):
+    if not bool(finite):
         raise TrainingDiverged(error())
     return displacements

@@ -181,7 +181,7 @@ def test_what_stepwise_poet_refuses(tmp_path):
 
     for given in (Another(3), MergeRotations(3)):
         message = (
-            rf"has {type(given).__name__}\(every_n_steps=3\) beside .*, two callbacks that both fold: leave it out"
+            rf"has {type(given).__name__}\(every_n_steps=3\) beside .*, and both would fold: leave it out"
         )
         with pytest.raises(ConfigurationError, match=message):
             trainer_for(tmp_path, 2, callbacks=[given]).fit(stepwise(), datamodule=Regression())

@@ -1,6 +1,6 @@
 """Load an exported adapter in PEFT and an exported merged model in transformers, and compare both with the run.
 
-    .venv/bin/python -P examples/finetune_smollm2/verify.py CHECKPOINT BASE ADAPTER MERGED [nf4]
+    .venv/bin/python examples/finetune_smollm2/verify.py CHECKPOINT BASE ADAPTER MERGED [nf4]
 
 CHECKPOINT is a .ckpt of the run, BASE the pretrained folder, ADAPTER and MERGED what `orthotrain export` wrote with and
 without `--format peft`; `nf4` for a run with `--model.layers.storage nf4`, whose adapter belongs on a base that

@@ -26,6 +26,7 @@ class FiniteChecks:
     def __init__(self) -> None:
         self._finite: list[Tensor] = []
         self._errors: list[str] = []
+        self._failures: list[str] = []
         self._layer = ""
         self._sent: LateValues | None = None
 
@@ -52,16 +53,21 @@ class FiniteChecks:
             self._sent = LateValues(torch.stack([finite.to(device) for finite in self._finite]))
         return self
 
+    def failures(self) -> list[str]:
+        """Return the errors of the layers whose rotations were not finite, from the results that were sent."""
+        if self._sent is not None:
+            results, self._sent = zip(self._errors, self._sent.tolist(), strict=True), None
+            self._failures = [error for error, finite in results if not finite]
+        return self._failures
+
     def raise_errors(self) -> None:
         """Read the results that were sent.
 
         Raises:
             TrainingDiverged: If the rotations of a layer were not finite, naming the layer.
         """
-        sent, self._sent = self._sent, None
-        results = [] if sent is None else sent.tolist()
-        if not all(results):
-            raise TrainingDiverged(self._errors[results.index(False)])
+        if self.failures():
+            raise TrainingDiverged(self.failures()[0])
 
 
 _CHECKS: ContextVar[FiniteChecks | None] = ContextVar("checks", default=None)

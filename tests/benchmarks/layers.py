@@ -1,6 +1,6 @@
 """PoetLinear against a trained nn.Linear on a CPU: forward and backward, fp32 and bf16, every route.
 
-    .venv/bin/python -P tests/benchmarks/layers.py [--budget 540] [--only TEXT ...] [--rounds 10] [--threads 2]
+    .venv/bin/python tests/benchmarks/layers.py [--budget 540] [--only TEXT ...] [--rounds 10] [--threads 2]
 
 Cases that do not fit into the budget are left out by name. --only takes parts of the names of cases, such as
 256/4096/64. Results go to tests/benchmarks/results/kernels_cpu.json, or into $OUT. On a CPU that other work shares,

@@ -1,6 +1,6 @@
 """Step-wise POET against plain training: time of a layer and of a whole training step, memory, the optimizer's state.
 
-    .venv/bin/python -P tests/benchmarks/stepwise.py [--rounds 10] [--widest 4096] [--storage residual] [--skip-steps]
+    .venv/bin/python tests/benchmarks/stepwise.py [--rounds 10] [--widest 4096] [--storage residual] [--skip-steps]
 
 Layers: forward and backward of StepwiseLinear relative to a trained nn.Linear, fp32 and bf16, shapes of layers.py.
 Steps: forward, backward, optimizer and fold of the quickstart's network (8 x 256 tokens, bf16-mixed). Medians in one
@@ -112,7 +112,7 @@ def own_peak_mib(name: str) -> float:
 
 def peak_mib(name: str, threads: int) -> float:
     """Return :func:`own_peak_mib` of a process of its own."""
-    command = [sys.executable, "-P", __file__, "--peak-of", name, "--threads", str(threads)]
+    command = [sys.executable, __file__, "--peak-of", name, "--threads", str(threads)]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 

@@ -114,7 +114,7 @@ def train(network: Network, method: str, lr: float, data: TensorDataset, steps: 
 
 @torch.no_grad()
 def accuracy(network: Network, data: TensorDataset) -> float:
-    """Return the share of images that are recognised."""
+    """Return the share of images that are recognized."""
     images, labels = data.tensors
     return (network.eval()(images).argmax(1) == labels).float().mean().item()
 

@@ -114,7 +114,7 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def _restart(self, count: int) -> None:
-        # the uniform values of nn.Linear's own initialisation, as in the paper's code
+        # the uniform values of nn.Linear's own initialization, as in the paper's code
         self.up.zero_()
         if not self.down.is_meta:
             bound = 1 / math.sqrt(self.in_features)

@@ -95,9 +95,7 @@ def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
 def checkpoint_folder_of(callback: ModelCheckpoint, trainer: L.Trainer) -> Path:
     """Return the folder in which a ``ModelCheckpoint`` saves."""
     if callback.dirpath is None:
-        callback = copy.copy(
-            callback
-        )  # setup would fix the folder for the rest of the run
+        callback = copy.copy(callback)  # setup would fix the folder for the rest of the run
         callback.setup(trainer, trainer.lightning_module, "validate")
     assert callback.dirpath is not None
     return Path(callback.dirpath)

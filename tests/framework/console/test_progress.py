@@ -165,7 +165,7 @@ def test_an_error_ends_the_step(clock, lines):
         raise ValueError
     for _ in zip(shown([1, 2, 3], "left early", "layers"), [1], strict=False):
         pass
-    assert orthotrain.console.progress._UNDER_WAY == []
+    assert orthotrain.console.progress._RUNNING == []
 
 
 def test_a_step_that_is_one_call_is_watched_from_outside(lines, tmp_path):

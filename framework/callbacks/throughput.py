@@ -17,8 +17,8 @@ class Throughput(L.Callback):
 
     The clock starts at the end of the first optimizer step of a process, which allocates and compiles, and stops at the
     end of the last step. It includes data, folds and merges, the optimizer, logging and all other callbacks. It
-    excludes validations and the writing of checkpoints. A resumed run counts its own steps, without the first one. :attr:`mean`
-    is the mean over all steps. A run whose batches have no tokens logs nothing.
+    excludes validations and the writing of checkpoints. A resumed run counts its own steps, without the first one.
+    :attr:`mean` is the mean over all steps. A run whose batches have no tokens logs nothing.
     """
 
     def __init__(self) -> None:

@@ -103,7 +103,7 @@ def measure(
 def passes(
     tokens: int, width: int, block_size: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """Return the passes to time by name. The displacements are computed before, as they cost the same on every route."""
+    """Return the passes to time by name; computing the displacements costs the same on every route and is left out."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)

@@ -88,9 +88,9 @@ def options_of(run: Planned) -> Iterator[Option]:
             yield Option("--model.layers.activation_mode mem", _with_layers(activation_mode="mem"))
         for storage in {"int8": ("nf4",), "nf4": ()}.get(layers.storage, ("int8", "nf4")):
             yield Option(f"--model.layers.storage {storage}", _with_layers(storage=storage), resumes=False)
-    if isinstance(layers, OftLayers) and layers.quantization is None:
+    if isinstance(layers, OftLayers) and layers.storage in (None, "dense"):
         for storage in ("int8", "nf4"):
-            yield Option(f"--model.layers.quantization {storage}", _with_layers(quantization=storage), resumes=False)
+            yield Option(f"--model.layers.storage {storage}", _with_layers(storage=storage), resumes=False)
 
 
 def advice(run: Planned, within: int | None, resumes: bool | None = None) -> str:

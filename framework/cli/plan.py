@@ -88,7 +88,7 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
     pass, each storage once. They are exact for eager execution on a CPU, without the temporary tensors inside an
     operation and without the fragmentation of the allocator. The loss is the peak of the next-token loss: fp32 copies
     of the logits, or of a chunk of them. Where a module has another loss, the tensors that it saves are part of the
-    activations. With ``centre: auto`` a GPU may choose another route, which keeps other activations.
+    activations. With ``route: auto`` a GPU may choose another route, which keeps other activations.
 
     Args:
         module: A module whose network is not built yet.

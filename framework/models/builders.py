@@ -42,7 +42,7 @@ REFUSED_OPTIONS = {
     "auto_map": _KERNELS,
     "dtype": "it is an argument of PretrainedModel beside options",
     "torch_dtype": "dtype is an argument of PretrainedModel beside options",
-    "quantization_config": "load_in_4bit of PretrainedModel, or quantization of the layers, says it",
+    "quantization_config": "load_in_4bit of PretrainedModel, or storage of the layers, says it",
 }
 """What is said of the options that a user may think of."""
 

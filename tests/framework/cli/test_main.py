@@ -162,7 +162,7 @@ def test_bad_input_is_one_clear_line(small_config, capsys, overrides, message):
 
 
 RECIPES = {
-    "clip ramp": {"clip_ramp": {"steps": 3}},
+    "clip ramp": {"optimization": {"clip_ramp": {"steps": 3}}},
     "WSD": {"optimization": {"scheduler": {"class_path": "WarmupStableDecay", "init_args": {"warmup_steps": 1}}}},
     "8-bit Adam": {"optimization": {"optimizer": {"class_path": "bitsandbytes.optim.AdamW8bit"}}},
 }
@@ -184,7 +184,8 @@ def test_recipe_parts_from_yaml(small_config, tmp_path, name):
 
 
 def test_a_clip_ramp_from_the_command_line(small_config):
-    main(["fit", *QUICK, "-c", str(small_config), "--model.clip_ramp.steps", "3", "--trainer.gradient_clip_val", "1.0"])
+    ramp = ["--model.optimization.clip_ramp.steps", "3", "--trainer.gradient_clip_val", "1.0"]
+    main(["fit", *QUICK, "-c", str(small_config), *ramp])
 
 
 def test_yaml_keys_and_files_are_checked_too(small_config, tmp_path, capsys):

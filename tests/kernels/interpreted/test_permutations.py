@@ -1,4 +1,4 @@
-"""Orders of groups by the Triton kernels: the bits of the same order spelled out, whatever is read at once."""
+"""Permutations of groups by the Triton kernels: the same bits as feature by feature."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from orthotrain.kernels.block_rotate import permutation
 from orthotrain.kernels.dispatch import implementation
-from orthotrain.kernels.groups import GROUPS, by_feature
+from orthotrain.kernels.permutations import GROUPS, by_feature
 
 
 @pytest.mark.parametrize("passes", [False, True], ids=["by the programs", "in passes"])
@@ -28,20 +28,20 @@ def test_the_same_bits(passes, group, monkeypatch):
         width, generator = groups * group, torch.Generator().manual_seed(seed)
         draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
         x, grad, weight, d = draw(rows, width), draw(rows, width), draw(width, width), draw(n, b, b)
-        order = torch.randperm(groups, generator=generator)
+        permutation = torch.randperm(groups, generator=generator)
         rotating, folding, tangents = (implementation(x, name) for name in ("block_rotate", "fold", "tangent"))
         assert rotating.__name__.endswith("triton")
 
-        def results(order):
-            yield rotating.block_rotate_forward(x, d, order, None)
-            yield rotating.block_rotate_forward(x, d, None, order)
-            yield from rotating.block_rotate_backward(grad, x, d, order, order)
-            yield folding.fold_forward(weight, d, d, order, order)
-            yield from folding.fold_backward(weight.mT, weight, d, d, order, order)
-            yield tangents.activation_gradient(x, grad, order, n, b)
-            yield tangents.row_gradient(weight, weight.mT, order, n, b)
+        def results(permutation):
+            yield rotating.block_rotate_forward(x, d, permutation, None)
+            yield rotating.block_rotate_forward(x, d, None, permutation)
+            yield from rotating.block_rotate_backward(grad, x, d, permutation, permutation)
+            yield folding.fold_forward(weight, d, d, permutation, permutation)
+            yield from folding.fold_backward(weight.mT, weight, d, d, permutation, permutation)
+            yield tangents.activation_gradient(x, grad, permutation, n, b)
+            yield tangents.row_gradient(weight, weight.mT, permutation, n, b)
 
-        for found, expected in zip(results(order), results(by_feature(order, width)), strict=True):
+        for found, expected in zip(results(permutation), results(by_feature(permutation, width)), strict=True):
             assert torch.equal(found, expected)
 
     run()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from orthotrain.cli.main import fail
+from orthotrain.cli.main import exit_with_error
 from orthotrain.errors import ConfigurationError
 
 
@@ -21,7 +21,7 @@ def entry(function: Callable) -> Callable:
         try:
             function(*arguments)
         except ConfigurationError as error:
-            fail(str(error))
+            exit_with_error(str(error))
 
     return called
 

@@ -187,6 +187,12 @@ class MergeRotations(StepCallback):
         self.last_merge = stored_count(state_dict, "last_merge", optional=True)
 
 
+def merging_of(trainer: L.Trainer) -> MergeRotations | None:
+    """Return the callback of a trainer that merges, None if there is none."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, MergeRotations)), None)
+
+
 def check_merging(strategy: object, callbacks: Iterable[object]) -> None:
     """Refuse a strategy under which a merge would be lost.
 

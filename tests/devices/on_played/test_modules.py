@@ -1,4 +1,4 @@
-"""Every kind of module on a played device: built there, trained, merged and loaded, with the bits of the CPU."""
+"""Every kind of module on a played device: built, trained, merged and loaded there, with the bits of the CPU."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ ROUNDED = ("POET, by weight", "POET, int8", "POET, nf4")
 
 
 def train(module, batches, wrap, raw):
-    """Three steps of gradient descent, with what is merged merged after each; return losses and the state."""
+    """Take three steps of gradient descent with a merge after each; return losses and the state."""
     losses = []
     for batch in batches:
         loss = module.loss({name: wrap(value) for name, value in batch.items()})
@@ -153,9 +153,9 @@ def test_the_side_that_rests_is_known_without_a_look(played, network):
         assert moved == [[False, True] * 2, [True, False] * 2, [False, True] * 2]
         with torch.no_grad():
             rotations[0].generators.add_(1)
-        assert rotations[0].moved()  # somebody else has changed what the optimizer left at rest
+        assert rotations[0].moved()  # other code has changed generators that the optimizer had left unchanged
         fold_rotations(dict(mergeable_layers(module)))
-        assert all(rotation.moved() for rotation in rotations)  # no optimizer has said anything since
+        assert all(rotation.moved() for rotation in rotations)  # no optimizer has marked the generators since
         assert not played.WAITS
 
 

@@ -12,7 +12,7 @@ store.build_caches = lambda *given: builds.append(1) or build(*given)
 data = TextData(source=sys.argv[1], cache_dir=sys.argv[2], vocab_size=300, sequence_length=64, batch_size=4,
                 val_fraction=0.15, test_fraction=0.15)
 data.setup()
-print(len(builds), data.train_tokens, data.tokenizer_fingerprint)
+print(len(builds), data._cache("train").metadata.tokens, data.tokenizer_fingerprint)
 """
 
 TRAIN = """

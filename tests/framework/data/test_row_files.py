@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from orthotrain.data import json_rows as scanner
 from orthotrain.data import row_files
 from orthotrain.data.corpus.sources import open_corpus
-from orthotrain.data.instructions.rows import Columns
+from orthotrain.data.instructions.examples import Columns
 from orthotrain.data.instructions.sources import read_examples
 from orthotrain.data.json_rows import json_rows
 from orthotrain.data.row_files import file_rows

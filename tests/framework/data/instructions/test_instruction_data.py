@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthotrain.data import InstructionData, tokenizer_from_state
-from orthotrain.data.instructions.docstrings import INSTRUCTION, docstring_examples, functions_with_docstrings
+from orthotrain.data.instructions.stdlib_docstrings import INSTRUCTION, docstring_examples, functions_with_docstrings
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
 
@@ -125,7 +125,7 @@ def test_a_hub_dataset(make_data, monkeypatch):
 
     calls = []
 
-    def load_dataset(path, config, split):
+    def load_dataset(path, config, split, streaming):
         calls.append((path, config, split))
         return datasets.Dataset.from_list(ROWS)
 

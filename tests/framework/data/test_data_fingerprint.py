@@ -97,7 +97,7 @@ def test_other_rows_are_refused_or_allowed_by_name(make, begun, tmp_path, change
         resume(make(source, "other"), checkpoint)
     said = str(caught.value)
     assert "\n" not in said and "--data.allow_changed true" in said
-    assert "of other content or in another order" in said or change != "order"
+    assert "with other content or in another order" in said or change != "order"
     assert resume(make(source, "other", allow_changed=True), checkpoint) == 5
     trainer().validate(Recorder(), make(source, "other"), ckpt_path=checkpoint, verbose=False)
 
@@ -116,12 +116,14 @@ def test_a_changed_copy_elsewhere_is_said_to_differ_in_content(make, begun, tmp_
     with pytest.raises(ConfigurationError, match="the training data differs from the checkpoint's: ") as caught:
         resume(make(copy, "changed copy"), checkpoint)
     said = str(caught.value)
-    assert "other content" in said and f"the source has another name too: {source} there, {copy} here" in said
+    assert (
+        "other content" in said and f"the source has another name too: {source} in the checkpoint, {copy} here" in said
+    )
 
 
 def test_other_settings_are_named(make, begun):
     source, checkpoint = begun
-    with pytest.raises(ConfigurationError, match=r"val_fraction 0.1 there, 0.5 here"):
+    with pytest.raises(ConfigurationError, match=r"val_fraction 0.1 in the checkpoint, 0.5 here"):
         resume(make(source, val_fraction=0.5), checkpoint)
 
 

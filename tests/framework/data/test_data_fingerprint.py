@@ -1,5 +1,6 @@
 """A run goes on with the data that it began with; other data is refused with the difference, or allowed by name."""
 
+import functools
 import json
 import os
 import shutil
@@ -54,15 +55,20 @@ def tokenizer(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(params=["text", "stream", "instructions", "packed"])
-def make(request, tmp_path, tokenizer):
-    def build(source, cache="cache", **changes):
+@pytest.fixture(scope="module", params=["text", "stream", "instructions", "packed"])
+def kind(request, tmp_path_factory):
+    """A kind of data, and a folder for what the tests of this kind share."""
+    return request.param, tmp_path_factory.mktemp(request.param)
+
+
+@pytest.fixture(scope="module")
+def make_in(kind, tokenizer):
+    def build(folder, source, cache="cache", **changes):
         common = {"source": str(source), "tokenizer": tokenizer, "batch_size": 2, "val_fraction": 0.1} | changes
-        if request.param in ("text", "stream"):
+        if kind[0] in ("text", "stream"):
             sizes = {"vocab_size": 270, "sequence_length": 32, "test_fraction": 0.0}
-            streaming = request.param == "stream"
-            return TextData(**sizes, streaming=streaming, cache_dir=str(tmp_path / cache), **common)
-        return InstructionData(max_length=300, packing=request.param == "packed", **common)
+            return TextData(**sizes, streaming=kind[0] == "stream", cache_dir=str(folder / cache), **common)
+        return InstructionData(max_length=300, packing=kind[0] == "packed", **common)
 
     return build
 
@@ -74,10 +80,24 @@ def resume(data, checkpoint, steps=5):
 
 
 @pytest.fixture
-def begun(make, tmp_path):
-    source = write(tmp_path / "rows.jsonl", TEXTS)
-    trainer(tmp_path / "run").fit(Recorder(), make(source))
-    return source, str(tmp_path / "run" / "step=2.ckpt")
+def make(make_in, tmp_path):
+    return functools.partial(make_in, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def first_run(make_in, kind):
+    """The source and the checkpoint of a run, which are made once."""
+    _, folder = kind
+    source = write(folder / "rows.jsonl", TEXTS)
+    trainer(folder / "run").fit(Recorder(), make_in(folder, source))
+    return source, folder / "run" / "step=2.ckpt"
+
+
+@pytest.fixture
+def begun(first_run, tmp_path):
+    """The source with its first content, and a copy of the checkpoint."""
+    source, checkpoint = first_run
+    return write(source, TEXTS), str(shutil.copy(checkpoint, tmp_path / "begun.ckpt"))
 
 
 CHANGES = {

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import signal
 import socket
 import zlib
 
@@ -151,32 +152,31 @@ def test_gzip_bombs_are_refused_in_bounded_memory(bombs, bounded, monkeypatch, n
     path, memory = bombs[name], MEMORY_BYTES if name == "w.json.gz" else 300 << 20
     said = bounded(lambda: sum(len(document.text) for document in open_corpus(str(path)).documents()), memory)
     assert str(said).startswith("ConfigurationError") and "expands to more than 100 times its size" in said
-    if ".json" in name:
+    if name in ("x.jsonl.gz", "x.json.gz"):
         said = bounded(lambda: sum(1 for _ in read_examples(str(path), Columns())), memory)
-        assert "expands to more than" in said or "neither 'prompt'" in said
+        assert "expands to more than" in said
 
 
 def test_a_long_array_is_read_in_bounded_memory(tmp_path, bounded):
     path, row = tmp_path / "x.json", ROW + b" " * 1000
     with path.open("wb") as file:
         file.write(b"[" + row)
-        for _ in range(200):
+        for _ in range(120):
             file.write((b"," + row) * 1000)
         file.write(b"]")
-    assert path.stat().st_size > 199 << 20
-    assert bounded(lambda: sum(1 for _ in file_rows(path)), 150 << 20) == 200_001
-    assert bounded(lambda: sum(1 for _ in read_examples(str(path), Columns())), 150 << 20) == 200_001
+    assert path.stat().st_size > 119 << 20
+    assert bounded(lambda: sum(1 for _ in read_examples(str(path), Columns())), 80 << 20) == 120_001
 
 
-@pytest.mark.parametrize("content", [b'{"text": "' + b"a" * (6 << 20) + b'"}', b'{"text": [' + b"[]," * (2 << 20)])
+@pytest.mark.parametrize("content", [b'{"text": "' + b"a" * (3 << 19) + b'"}', b'{"text": [' + b"[]," * (1 << 19)])
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
 def test_a_row_that_is_too_long_is_refused_in_bounded_memory(tmp_path, bounded, monkeypatch, name, content):
-    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 4 << 20)
-    monkeypatch.setattr(scanner, "MAX_ROW_BYTES", 4 << 20)
+    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr(scanner, "MAX_ROW_BYTES", 1 << 20)
     path = tmp_path / name
     path.write_bytes(content)
-    said = bounded(lambda: list(file_rows(path)), MEMORY_BYTES // 8)  # the limit, and what it limits, an eighth
-    assert said == f"ConfigurationError: {path}, row 1: longer than 4,194,304 bytes; give shorter rows"
+    said = bounded(lambda: list(file_rows(path)), MEMORY_BYTES // 16)  # with a limit of a 32nd
+    assert said == f"ConfigurationError: {path}, row 1: longer than 1,048,576 bytes; give shorter rows"
 
 
 def test_parquet_bombs_are_refused_by_name(tmp_path, bounded):
@@ -205,6 +205,20 @@ def test_a_row_group_of_any_size_is_read_page_by_page(tmp_path, bounded):
     assert bounded(lambda: sum(1 for _ in file_rows(path, "text")), 200 << 20) == 300_000
 
 
+@pytest.fixture
+def ends():
+    """Ends the test after 20 seconds: reading a device, and opening a fifo, does not end."""
+
+    def end(*_):
+        raise TimeoutError
+
+    usual = signal.signal(signal.SIGALRM, end)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, usual)
+
+
 NO_FILES = {
     "fifo": lambda path: os.mkfifo(path),
     "device": lambda path: path.symlink_to("/dev/zero"),
@@ -215,14 +229,18 @@ NO_FILES = {
 @pytest.mark.parametrize("kind", NO_FILES)
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.json.gz", "x.parquet"])
 @pytest.mark.parametrize("way", ["file", "folder", "glob"])
-def test_what_is_no_regular_file_is_never_opened(tmp_path, bounded, kind, name, way):
+def test_what_is_no_regular_file_is_never_opened(tmp_path, ends, kind, name, way):
     path = tmp_path / name
     NO_FILES[kind](path)
     source = {"file": str(path), "folder": str(tmp_path), "glob": str(tmp_path / "x.*")}[way]
-    said = f"ConfigurationError: source {str(path)!r} is no regular file but a {kind}: name a file"
-    assert bounded(lambda: list(open_corpus(source).documents()), seconds=20) == said
+    said = f"source {str(path)!r} is no regular file but a {kind}: name a file"
+    with pytest.raises(ConfigurationError) as caught:
+        list(open_corpus(source).documents())
+    assert str(caught.value) == said
     if not name.endswith("txt"):
-        assert bounded(lambda: list(read_examples(source, Columns())), seconds=20) == said
+        with pytest.raises(ConfigurationError) as caught:
+            list(read_examples(source, Columns()))
+        assert str(caught.value) == said
 
 
 def test_a_folder_with_the_name_of_a_file_is_a_folder(tmp_path):

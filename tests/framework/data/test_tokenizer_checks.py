@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data import tokenizer_from_state
+from orthotrain.data import tokenizer_checks, tokenizer_from_state
 from orthotrain.data.corpus.documents import Document
 from orthotrain.data.corpus.tokenizing import encode_documents
 from orthotrain.data.instructions.causal import CausalEncoder
@@ -84,7 +84,8 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("name", ENDLESS)
-def test_tokenizers_that_multiply_any_text_are_one_line(tokenizer, tmp_path, bounded, capfd, name):
+def test_tokenizers_that_multiply_any_text_are_one_line(tokenizer, tmp_path, bounded, capfd, monkeypatch, name):
+    monkeypatch.setattr(tokenizer_checks, "_SECONDS", 0.5)
     content = altered(tokenizer, ENDLESS[name])
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
@@ -96,7 +97,7 @@ def test_tokenizers_that_multiply_any_text_are_one_line(tokenizer, tmp_path, bou
 def test_a_checkpoint_with_such_a_tokenizer_is_one_line(tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(altered(tokenizer, beginning(65, 1))))
     loaded = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token=END_OF_TEXT)
-    with pytest.raises(ConfigurationError, match="^tokenizer of the checkpoint: makes 65 tokens of a text of 0 char"):
+    with pytest.raises(ConfigurationError, match="^tokenizer of the checkpoint: makes 65 tokens from a text of 0 char"):
         tokenizer_from_state(tokenizer_state(loaded))
 
 

@@ -1,5 +1,6 @@
 """Which tokens count: the responses and the token that ends them, whatever the text and the template."""
 
+import functools
 import re
 
 import pytest
@@ -39,6 +40,12 @@ TOKENIZERS = {
 }
 
 
+@functools.cache
+def encoder_of(kind):
+    """One encoder for all examples: its rendering process starts once."""
+    return CausalEncoder(TOKENIZERS[kind])
+
+
 def pair(prompt, response):
     return parse_row({"prompt": prompt, "response": response}, "row", Columns())
 
@@ -72,7 +79,7 @@ def counted_texts(tokenizer, labels):
 @given(prompt=TEXTS, response=TEXTS)
 def test_exactly_the_response_and_its_end_count(kind, prompt, response):
     tokenizer = TOKENIZERS[kind]
-    inputs, labels = batch_row(CausalEncoder(tokenizer), pair(prompt, response))
+    inputs, labels = batch_row(encoder_of(kind), pair(prompt, response))
     after = "\n" if kind == "open" else ""  # the template closes a turn by a line break, which counts without an end
     assert counted_texts(tokenizer, labels) == [response + after + tokenizer.eos_token]
     assert labels[-1] == tokenizer.eos_token_id
@@ -86,7 +93,7 @@ def test_exactly_the_response_and_its_end_count(kind, prompt, response):
 def test_every_assistant_turn_counts(turns, system):
     contents = [text for turn in turns for text in turn]
     tokenizer = TOKENIZERS["chat"]
-    inputs, labels = batch_row(CausalEncoder(tokenizer), chat(*contents, system=system))
+    inputs, labels = batch_row(encoder_of("chat"), chat(*contents, system=system))
     assert counted_texts(tokenizer, labels) == [text + tokenizer.eos_token for text in contents[1::2]]
     counts = labels[:-1] >= 0
     assert (labels[:-1][counts] == inputs[1:][counts]).all()
@@ -102,7 +109,7 @@ def test_every_assistant_turn_counts(turns, system):
 @given(prompt=TEXTS, response=TEXTS)
 def test_the_prompt_is_tokenized_as_inference_does(prompt, response):
     tokenizer = TOKENIZERS["chat"]
-    row = CausalEncoder(tokenizer)(pair(prompt, response))
+    row = encoder_of("chat")(pair(prompt, response))
     messages = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert row.tokens[: row.prompt_length] == tokenizer.encode(text, add_special_tokens=False)

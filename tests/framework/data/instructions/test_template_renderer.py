@@ -44,7 +44,7 @@ def make_tokenizer():
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_end(make_tokenizer, monkeypatch, name):
-    monkeypatch.setattr(template_renderer, "SECONDS", 1.0)
+    monkeypatch.setattr(template_renderer, "SECONDS", 0.0)  # rounded up to one second
     tokenizer = make_tokenizer(HOSTILE[name])
     tokenizer.name_or_path = "their/model"
     with pytest.raises(

@@ -143,12 +143,12 @@ BOMBS = {
 @pytest.fixture(scope="module")
 def bombs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bombs")
-    return {name: bomb(folder / name, size=40 << 20, **how) for name, how in BOMBS.items()}
+    return {name: bomb(folder / name, size=12 << 20, **how) for name, how in BOMBS.items()}
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_gzip_bombs_are_refused_in_bounded_memory(bombs, bounded, monkeypatch, name):
-    monkeypatch.setattr(row_files, "FREE_EXPANSION_BYTES", 4 << 20)
+    monkeypatch.setattr(row_files, "FREE_EXPANSION_BYTES", 1 << 20)
     path, memory = bombs[name], MEMORY_BYTES if name == "w.json.gz" else 300 << 20
     said = bounded(lambda: sum(len(document.text) for document in open_corpus(str(path)).documents()), memory)
     assert str(said).startswith("ConfigurationError") and "expands to more than 100 times its size" in said
@@ -181,28 +181,28 @@ def test_a_row_that_is_too_long_is_refused_in_bounded_memory(tmp_path, bounded, 
 
 def test_parquet_bombs_are_refused_by_name(tmp_path, bounded):
     path = tmp_path / "x.parquet"
-    table = pyarrow.table({"text": ["a" * (100 << 20)], "other": [1]})
-    pyarrow.parquet.write_table(table, path, compression="gzip", use_dictionary=False)
-    said = bounded(lambda: list(open_corpus(str(path)).documents()), 100 << 20)
+    table = pyarrow.table({"text": ["a" * (64 << 20)], "other": [1]})
+    pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False)
+    said = bounded(lambda: list(open_corpus(str(path)).documents()), 60 << 20)
     assert f"{path}, row group 1: column 'text' expands to more than 100 times its size" in said
-    assert "column 'text'" in bounded(lambda: list(read_examples(str(path), Columns())), 100 << 20)
+    assert "column 'text'" in bounded(lambda: list(read_examples(str(path), Columns())), 60 << 20)
 
 
 def test_a_long_value_that_a_dictionary_repeats_is_refused(tmp_path, bounded):
     path = tmp_path / "x.parquet"
-    text = os.urandom(1 << 18).hex()
+    text = os.urandom(1 << 15).hex()
     pyarrow.parquet.write_table(pyarrow.table({"text": [text] * 1000}), path)
-    assert path.stat().st_size < 5 << 20
+    assert path.stat().st_size < 1 << 20
     assert "expands to more than 100 times its size" in bounded(lambda: sum(1 for _ in file_rows(path, "text")))
 
 
 def test_a_row_group_of_any_size_is_read_page_by_page(tmp_path, bounded):
     path = tmp_path / "x.parquet"
     texts = [os.urandom(500).hex() for _ in range(300)]
-    table = pyarrow.table({"text": texts * 1000})
+    table = pyarrow.table({"text": texts * 600})
     pyarrow.parquet.write_table(table, path, use_dictionary=False, compression=None)
-    assert path.stat().st_size > 250 << 20
-    assert bounded(lambda: sum(1 for _ in file_rows(path, "text")), 200 << 20) == 300_000
+    assert path.stat().st_size > 150 << 20
+    assert bounded(lambda: sum(1 for _ in file_rows(path, "text")), 120 << 20) == 180_000
 
 
 @pytest.fixture

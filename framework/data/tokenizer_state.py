@@ -11,7 +11,7 @@ from orthotrain.data.tokenizer_checks import check_encoding, check_tokenizer_jso
 from orthotrain.data.tokenizers import canonical_json, fingerprint, load_tokenizer
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import check_regular_file, local_path
-from orthotrain.files.plain_files import describe_file
+from orthotrain.files.torch_files import describe_file
 from orthotrain.models.folder import check_there
 
 _SPECIAL_TOKENS = ("eos_token", "bos_token", "pad_token", "unk_token")

@@ -21,7 +21,7 @@ from orthotrain.data.sources import CACHE_MARK
 from orthotrain.data.splits import SPLITS, Splitter
 from orthotrain.data.tokenizers import fingerprint, load_tokenizer, load_trained_tokenizer
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.temporary import remove_leftovers, write_text
+from orthotrain.files.atomic_writes import remove_leftovers, write_text
 
 
 def folder_name(sources: list[str], settings: dict[str, Any]) -> str:

@@ -85,5 +85,5 @@ def test_sizes_of_a_vocabulary_that_training_would_reserve_memory_for(size):
 
 @pytest.mark.parametrize("name", ["a\0b", "~nobody-of-this-name", "x\ud800"])
 def test_names_that_no_tokenizer_has(name):
-    with pytest.raises(ConfigurationError, match=r"(no path can hold|no such user)"):
+    with pytest.raises(ConfigurationError, match=r"(no path can have|no such user)"):
         load_tokenizer(name, 300)

@@ -1,10 +1,11 @@
-"""Rows of instruction data: what a row may look like, and the one line that says why it cannot be used."""
+"""Examples of instruction data: conversations, parsed from rows and checked, and the tokens made from them."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from orthotrain.data.row_files import check_text
 from orthotrain.errors import ConfigurationError
 
 ROLES = ("system", "user", "assistant")
@@ -20,7 +21,7 @@ class Columns:
     Attributes:
         prompt: Key of the prompt.
         response: Key of the response.
-        messages: Key of the chat messages; they win where a row has both forms.
+        messages: Key of the chat messages; they are used if a row has both forms.
     """
 
     prompt: str = "prompt"
@@ -35,7 +36,7 @@ class Example:
     Attributes:
         where: File and row, for messages.
         messages: Pairs of role and content.
-        is_chat: Whether the row came as messages; a pair of prompt and response did not.
+        is_chat: Whether the row holds messages, and not a pair of prompt and response.
     """
 
     where: str
@@ -44,7 +45,7 @@ class Example:
 
     @property
     def key(self) -> str:
-        """The content, which alone decides the row's split."""
+        """The content, which decides the split of the row."""
         return json.dumps(self.messages, ensure_ascii=False)
 
     @property
@@ -53,16 +54,44 @@ class Example:
         return self.messages[-1][1]
 
 
+@dataclass(frozen=True)
+class EncodedExample:
+    """Tokens of a conversation; the last one is the end-of-text token of the last response.
+
+    Attributes:
+        tokens: Length N.
+        targets: Length N; whether a token belongs to a response and is to be predicted.
+        prompt_length: Tokens before the last response.
+    """
+
+    tokens: list[int]
+    targets: list[bool]
+    prompt_length: int
+
+
+def check_template(prompt_template: str) -> str:
+    """Return a template that contains ``{prompt}``.
+
+    Raises:
+        ConfigurationError: The template does not contain it.
+    """
+    if "{prompt}" not in prompt_template:
+        raise ConfigurationError(
+            f"prompt_template {prompt_template!r}: has no place for the prompt; write {{prompt}} where it goes"
+        )
+    return prompt_template
+
+
 def parse_row(row: Any, where: str, columns: Columns) -> Example:
     """Turn a row into an example.
 
     Args:
-        row: What the file or dataset holds.
+        row: The row of a file or a dataset.
         where: File and row, for messages.
-        columns: The row's keys.
+        columns: Keys of the row.
 
     Raises:
-        ConfigurationError: Not an object, keys missing, not text, empty, or messages in an order that cannot be learnt.
+        ConfigurationError: Not an object, missing keys, not text, empty, or messages in a wrong order.
     """
     if not isinstance(row, Mapping):
         raise ConfigurationError(f"{where}: expected an object, found {type(row).__name__}; give one object a row")
@@ -70,7 +99,7 @@ def parse_row(row: Any, where: str, columns: Columns) -> Example:
         return Example(where, _messages(row[columns.messages], f"{where}, {columns.messages!r}"), is_chat=True)
     if columns.prompt not in row or columns.response not in row:
         raise ConfigurationError(
-            f"{where}: neither {columns.prompt!r} with {columns.response!r} nor {columns.messages!r}; its keys are "
+            f"{where}: has neither {columns.prompt!r} with {columns.response!r} nor {columns.messages!r}; its keys are "
             f"{sorted(map(str, row))}; set prompt_column and response_column, or messages_column"
         )
     pair = zip(("user", "assistant"), (columns.prompt, columns.response), strict=True)
@@ -78,16 +107,8 @@ def parse_row(row: Any, where: str, columns: Columns) -> Example:
 
 
 def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise ConfigurationError(f"{where}: must be a string, found {type(value).__name__}; make it text or remove it")
-    if not value.strip():
+    if not check_text(value, where).strip():
         raise ConfigurationError(f"{where}: is empty; give it some text or remove the row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigurationError(
-            f"{where}: holds a lone surrogate at character {error.start}, which UTF-8 cannot store; remove it"
-        ) from error
     return value
 
 

@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from orthotrain.data.instructions import template_process
-from orthotrain.data.instructions.chat import ExampleEncoder
-from orthotrain.data.instructions.encoding import encode_rows
+from orthotrain.data.instructions import template_renderer
+from orthotrain.data.instructions.causal import CausalEncoder
+from orthotrain.data.instructions.examples import Example
 from orthotrain.data.instructions.layouts import CausalLayout
-from orthotrain.data.instructions.rows import Example
-from orthotrain.data.instructions.template_process import TemplateError, TemplateProcess
+from orthotrain.data.instructions.template_renderer import TemplateError, TemplateRenderer
+from orthotrain.data.instructions.tokenizing import tokenize_rows
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
 
@@ -44,17 +44,17 @@ def make_tokenizer():
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_end(make_tokenizer, monkeypatch, name):
-    monkeypatch.setattr(template_process, "SECONDS", 1.0)
+    monkeypatch.setattr(template_renderer, "SECONDS", 0.0)  # rounded up to one second
     tokenizer = make_tokenizer(HOSTILE[name])
     tokenizer.name_or_path = "their/model"
     with pytest.raises(
-        ConfigurationError, match=r"^row: the chat template of tokenizer 'their/model' refuses it \(.*$"
+        ConfigurationError, match=r"^row: the chat template of tokenizer 'their/model' refuses the messages \(.*$"
     ):
-        ExampleEncoder(tokenizer)(Example("row", (("user", "a"), ("assistant", "b")), True))
+        CausalEncoder(tokenizer)(Example("row", (("user", "a"), ("assistant", "b")), True))
 
 
 def test_it_goes_on_after_a_refusal_and_ends_with_its_object(make_tokenizer):
-    render = TemplateProcess(make_tokenizer(PLAIN + "{{ 1 // 0 if messages | length == 1 }}"))
+    render = TemplateRenderer(make_tokenizer(PLAIN + "{{ 1 // 0 if messages | length == 1 }}"))
     assert render([(CHAT, False)]) == ["fox\ndog\n0"] or render([(CHAT, False)])[0].startswith("fox\ndog\n")
     (pid, _) = render._child
     with pytest.raises(TemplateError, match="zero"):
@@ -66,7 +66,7 @@ def test_it_goes_on_after_a_refusal_and_ends_with_its_object(make_tokenizer):
 
 
 def test_a_process_that_is_killed_is_one_line_and_a_new_one_takes_its_place(make_tokenizer):
-    render = TemplateProcess(make_tokenizer(PLAIN))
+    render = TemplateRenderer(make_tokenizer(PLAIN))
     render([(CHAT, False)])
     os.kill(render._child[0], signal.SIGKILL)
     with pytest.raises(TemplateError, match="its process ended"):
@@ -75,7 +75,7 @@ def test_a_process_that_is_killed_is_one_line_and_a_new_one_takes_its_place(make
 
 
 def test_an_interrupt_of_the_terminal_does_not_end_it(make_tokenizer):
-    render = TemplateProcess(make_tokenizer(PLAIN))
+    render = TemplateRenderer(make_tokenizer(PLAIN))
     render([(CHAT, False)])
     os.kill(render._child[0], signal.SIGINT)
     time.sleep(0.1)
@@ -88,11 +88,13 @@ def test_a_row_that_no_limit_can_hold_is_counted_and_not_tokenized(make_tokenize
     rows.append(Example("short", (("user", "a"), ("assistant", "c")), False))
 
     def encode(on_too_long):
-        return encode_rows(rows, ExampleEncoder(tokenizer), lambda _: "train", CausalLayout(64), on_too_long)[1].line()
+        return tokenize_rows(rows, CausalEncoder(tokenizer), lambda _: "train", CausalLayout(64), on_too_long)[
+            1
+        ].summary()
 
     for way in ("drop", "truncate"):
         line = bounded(lambda way=way: encode(way), 200 << 20)
-        assert "1 rows used, 1 dropped" in line and "1 of them so long that they were not tokenized" in line
+        assert "1 rows used, 1 dropped" in line and "1 of them not tokenized, because of their length" in line
     said = bounded(lambda: encode("error"), 200 << 20)
     assert said.startswith(
         "ConfigurationError: long: 16,777,217 characters, longer than max_length 64; raise max_length"

@@ -1,4 +1,4 @@
-"""Rendering chat templates, which are programs of a file's author, in a process of bounded memory and time."""
+"""Chat templates rendered in a process of bounded memory and time, because they are programs of a file's author."""
 
 import weakref
 from collections.abc import Sequence
@@ -8,28 +8,28 @@ from typing import Any
 from orthotrain.console.limited_process import end, first_line, limit_seconds, receive, start
 
 MEMORY_BYTES = 512 << 20
-"""Memory of the process beyond what it has of its parent."""
+"""Memory of the process beyond the memory of its parent."""
 SECONDS, SECONDS_PER_ROW, SECONDS_PER_CHARACTER = 20.0, 0.01, 2e-6
-"""Processor time of the process: a start, and a share for each row and character, many times the usual."""
-MOST_CHARACTERS = 16 << 20
+"""Processor time of the process: a constant, and a share for each row and character, many times the usual time."""
+MAX_CHARACTERS = 16 << 20
 """Longest text that a template may write."""
 
 Request = tuple[list[dict[str, str]], bool]
-"""A conversation, and whether the text ends with the beginning of an answer."""
+"""A conversation, and whether the text ends with the generation prompt."""
 
 
 class TemplateError(Exception):
-    """A template that refuses a conversation, or goes beyond a limit: one line."""
+    """A template refuses a conversation, or exceeds a limit; the message is one line."""
 
 
-class TemplateProcess:
-    """Renders conversations by a tokenizer's chat template, in a forked process that its limits can end.
+class TemplateRenderer:
+    """Renders conversations with a tokenizer's chat template, in a forked process that its limits can end.
 
-    A template may loop for ever or double a string until no memory is left, and the sandbox of transformers limits
-    neither. The process is started at the first call, does no more than rendering, and ends with this object.
+    A template may loop forever, or double a string until no memory is left; the sandbox of transformers limits neither.
+    The process starts at the first call, only renders, and ends with this object.
 
     Args:
-        tokenizer: Whose chat template.
+        tokenizer: The tokenizer with the chat template.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -41,10 +41,10 @@ class TemplateProcess:
         """Render the conversations of a row.
 
         Raises:
-            TemplateError: The template refuses one of them, or goes beyond a limit.
+            TemplateError: The template refuses a conversation, or exceeds a limit.
         """
         if self._stop is None:
-            tokenizer = self._tokenizer  # without a reference to self, which is to end the process
+            tokenizer = self._tokenizer  # a reference to self would keep this object, and with it the process, alive
             self._child = start(lambda connection: _serve(connection, tokenizer), MEMORY_BYTES)
             self._stop = weakref.finalize(self, end, *self._child)
         _, connection = self._child
@@ -72,13 +72,13 @@ def _serve(connection: Connection, tokenizer: Any) -> None:
             answer: tuple[bool, Any] = True, [_render(tokenizer, *request) for request in requests]
         except MemoryError:
             answer = False, f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"
-        except Exception as error:  # templates are programs: they raise jinja2's and their own errors
+        except Exception as error:  # templates are programs: they raise errors of jinja2 and of their own
             answer = False, first_line(error)
         connection.send(answer)
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"it writes {len(text):,} characters, the most are {MOST_CHARACTERS:,}")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"it writes {len(text):,} characters, more than {MAX_CHARACTERS:,}")
     return text

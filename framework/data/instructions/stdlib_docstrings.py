@@ -1,4 +1,4 @@
-"""Instruction data that is present wherever Python is: functions of the standard library and their docstrings."""
+"""Instruction data that comes with Python: functions of the standard library and their docstrings."""
 
 import ast
 import re
@@ -6,8 +6,8 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 
-from orthotrain.data.corpus.sources import PYTHON_STDLIB, Files, open_corpus
-from orthotrain.data.instructions.rows import Example
+from orthotrain.data.instructions.examples import Example
+from orthotrain.data.sources import stdlib_files
 
 STDLIB_DOCSTRINGS = "python-stdlib-docstrings"
 INSTRUCTION = "Write the docstring of this Python function.\n\n"
@@ -20,27 +20,22 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def docstring_examples() -> Iterator[Example]:
-    """Functions of the standard library, with the first paragraph of their docstring as response.
+    """Yield functions of the standard library as prompts, with the first paragraph of their docstring as response.
 
-    The prompt is the function's source without its docstring. Kept are functions of 3 to 40 lines with a paragraph of
-    20 to 400 characters, each pair once, in the order of the files: 4,242 of Python 3.11.
-
-    Yields:
-        Pairs of prompt and response.
+    The prompt is the function's source without its docstring. A function has 3 to 40 lines and its paragraph 20 to 400
+    characters; each pair comes once, in the order of the files: 4,242 pairs of Python 3.11.
     """
     seen: set[tuple[str, str]] = set()
-    for part in open_corpus(PYTHON_STDLIB).parts:
-        assert isinstance(part, Files)
-        for path, name in part.entries:
-            for function, source, response in functions_with_docstrings(path.read_bytes()):
-                if (source, response) not in seen:
-                    seen.add((source, response))
-                    messages = (("user", INSTRUCTION + source), ("assistant", response))
-                    yield Example(f"{STDLIB_DOCSTRINGS}, {name}, {function}", messages, is_chat=False)
+    for path, name in stdlib_files():
+        for function, source, response in functions_with_docstrings(path.read_bytes()):
+            if (source, response) not in seen:
+                seen.add((source, response))
+                messages = (("user", INSTRUCTION + source), ("assistant", response))
+                yield Example(f"{STDLIB_DOCSTRINGS}, {name}, {function}", messages, is_chat=False)
 
 
 def functions_with_docstrings(module: bytes) -> Iterator[tuple[str, str, str]]:
-    """Find the functions of one module that make a sensible pair.
+    """Yield the functions of one module that make a sensible pair.
 
     Args:
         module: The source file.

@@ -1,14 +1,15 @@
-"""File formats: from one file on disk to its documents, a bounded piece of text at a time."""
+"""Documents of files and rows, a bounded piece of text at a time."""
 
 import codecs
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from orthotrain.data.row_files import (
     ROW_SUFFIXES,
+    check_text,
     file_rows,
     holds_rows,
     missing_column,
@@ -20,10 +21,10 @@ from orthotrain.errors import ConfigurationError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, *ROW_SUFFIXES)
-"""What can be read; all but ``.parquet`` also with ``.gz`` behind."""
+"""Formats that can be read; all but ``.parquet`` also with ``.gz`` at the end."""
 
 PIECE_BYTES = 256 << 10
-"""Longer texts come in pieces: tokenizing takes a hundred times their memory, and works on pieces in parallel."""
+"""Longer texts come in pieces: tokenizing takes a hundred times their memory, and pieces are tokenized in parallel."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Document:
     """A text, or one piece of a text too long to hold at once.
 
     Attributes:
-        name: Where it came from, relative and with ``/``; ``None`` for rows, which are known by their content.
+        name: Name of the file, relative and with ``/``; ``None`` for rows, which have no name.
         text: The characters.
-        complete: Whether the document ends here; ``False`` says that its next piece follows.
+        complete: Whether the document ends here; ``False`` means that its next piece follows.
     """
 
     name: str | None
@@ -42,12 +43,12 @@ class Document:
 
     @property
     def key(self) -> str:
-        """What decides the document's split: the same for every piece of it, and on every machine."""
+        """The key that decides the document's split: the same for each of its pieces, and on every machine."""
         return self.text if self.name is None else self.name
 
 
 def is_readable(path: Path) -> bool:
-    """Whether the file's name says a format that `read_documents` knows."""
+    """Return whether the file's suffix is a format that `read_documents` knows."""
     return suffix_of(path) in TEXT_SUFFIXES or holds_rows(path)
 
 
@@ -63,11 +64,10 @@ def read_documents(path: Path, name: str, text_column: str) -> Iterator[Document
         Non-empty documents; texts over 256 KiB come in pieces cut at line ends.
 
     Raises:
-        ConfigurationError: Binary or undecodable content, a row without the text, and what `file_rows` refuses.
+        ConfigurationError: Binary or undecodable content, a row without the text, or a file that `file_rows` refuses.
     """
     if suffix_of(path) in ROW_SUFFIXES:
-        for number, row in file_rows(path, text_column):
-            yield from _row_document(row, text_column, str(path), number)
+        yield from row_documents(file_rows(path, text_column), text_column, str(path))
         return
     with reading(path), open_file(path) as file:
         yield from _read_text(file, path, name)
@@ -101,40 +101,28 @@ def _decode(decoder: Any, block: bytes, path: Path, offset: int, final: bool = F
         ) from error
 
 
-def _row_document(row: Any, text_column: str, whole: str, number: int) -> Iterator[Document]:
-    if not isinstance(row, dict):
-        raise ConfigurationError(
-            f"{whole}, row {number}: expected an object with {text_column!r}, found {type(row).__name__}"
-        )
-    if text_column not in row:
-        raise missing_column(f"{whole}, row {number}", text_column, row)
-    text = row[text_column]
-    if not isinstance(text, str):
-        raise ConfigurationError(
-            f"{whole}, row {number}: {text_column!r} must be a string, found {type(text).__name__}; set text_column"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigurationError(
-            f"{whole}, row {number}: {text_column!r} holds a lone surrogate at character {error.start}, which UTF-8 "
-            "cannot store; remove it"
-        ) from error
-    if len(text) > PIECE_BYTES:
-        name = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-        for end in range(PIECE_BYTES, len(text) + PIECE_BYTES, PIECE_BYTES):
-            yield Document(name, text[end - PIECE_BYTES : end], complete=end >= len(text))
-    elif text:
-        yield Document(None, text)
-
-
-def row_documents(rows: Any, text_column: str, where: str) -> Iterator[Document]:
-    """Yield the documents of an iterable of mappings, such as a Hugging Face dataset.
+def row_documents(rows: Iterable[tuple[int, Any]], text_column: str, where: str) -> Iterator[Document]:
+    """Yield the documents of the rows of a file or a Hugging Face dataset.
 
     Args:
-        rows: Mappings.
+        rows: Pairs of number and row.
         text_column: The key that holds the text.
-        where: The name of the whole, for error messages.
+        where: The name of the file or the dataset, for messages.
+
+    Raises:
+        ConfigurationError: A row without the text.
     """
-    for number, row in enumerate(rows, start=1):
-        yield from _row_document(row, text_column, where, number)
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise ConfigurationError(
+                f"{where}, row {number}: expected an object with {text_column!r}, found {type(row).__name__}"
+            )
+        if text_column not in row:
+            raise missing_column(f"{where}, row {number}", text_column, row)
+        text = check_text(row[text_column], f"{where}, row {number}, {text_column!r}")
+        if len(text) > PIECE_BYTES:
+            name = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+            for end in range(PIECE_BYTES, len(text) + PIECE_BYTES, PIECE_BYTES):
+                yield Document(name, text[end - PIECE_BYTES : end], complete=end >= len(text))
+        elif text:
+            yield Document(None, text)

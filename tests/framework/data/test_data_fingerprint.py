@@ -1,5 +1,6 @@
 """A run goes on with the data that it began with; other data is refused with the difference, or allowed by name."""
 
+import functools
 import json
 import os
 import shutil
@@ -54,15 +55,20 @@ def tokenizer(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(params=["text", "stream", "instructions", "packed"])
-def make(request, tmp_path, tokenizer):
-    def build(source, cache="cache", **changes):
+@pytest.fixture(scope="module", params=["text", "stream", "instructions", "packed"])
+def kind(request, tmp_path_factory):
+    """A kind of data, and a folder for what the tests of this kind share."""
+    return request.param, tmp_path_factory.mktemp(request.param)
+
+
+@pytest.fixture(scope="module")
+def make_in(kind, tokenizer):
+    def build(folder, source, cache="cache", **changes):
         common = {"source": str(source), "tokenizer": tokenizer, "batch_size": 2, "val_fraction": 0.1} | changes
-        if request.param in ("text", "stream"):
+        if kind[0] in ("text", "stream"):
             sizes = {"vocab_size": 270, "sequence_length": 32, "test_fraction": 0.0}
-            streaming = request.param == "stream"
-            return TextData(**sizes, streaming=streaming, cache_dir=str(tmp_path / cache), **common)
-        return InstructionData(max_length=300, packing=request.param == "packed", **common)
+            return TextData(**sizes, streaming=kind[0] == "stream", cache_dir=str(folder / cache), **common)
+        return InstructionData(max_length=300, packing=kind[0] == "packed", **common)
 
     return build
 
@@ -74,10 +80,24 @@ def resume(data, checkpoint, steps=5):
 
 
 @pytest.fixture
-def begun(make, tmp_path):
-    source = write(tmp_path / "rows.jsonl", TEXTS)
-    trainer(tmp_path / "run").fit(Recorder(), make(source))
-    return source, str(tmp_path / "run" / "step=2.ckpt")
+def make(make_in, tmp_path):
+    return functools.partial(make_in, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def first_run(make_in, kind):
+    """The source and the checkpoint of a run, which are made once."""
+    _, folder = kind
+    source = write(folder / "rows.jsonl", TEXTS)
+    trainer(folder / "run").fit(Recorder(), make_in(folder, source))
+    return source, folder / "run" / "step=2.ckpt"
+
+
+@pytest.fixture
+def begun(first_run, tmp_path):
+    """The source with its first content, and a copy of the checkpoint."""
+    source, checkpoint = first_run
+    return write(source, TEXTS), str(shutil.copy(checkpoint, tmp_path / "begun.ckpt"))
 
 
 CHANGES = {
@@ -97,7 +117,7 @@ def test_other_rows_are_refused_or_allowed_by_name(make, begun, tmp_path, change
         resume(make(source, "other"), checkpoint)
     said = str(caught.value)
     assert "\n" not in said and "--data.allow_changed true" in said
-    assert "of other content or in another order" in said or change != "order"
+    assert "with other content or in another order" in said or change != "order"
     assert resume(make(source, "other", allow_changed=True), checkpoint) == 5
     trainer().validate(Recorder(), make(source, "other"), ckpt_path=checkpoint, verbose=False)
 
@@ -116,12 +136,14 @@ def test_a_changed_copy_elsewhere_is_said_to_differ_in_content(make, begun, tmp_
     with pytest.raises(ConfigurationError, match="the training data differs from the checkpoint's: ") as caught:
         resume(make(copy, "changed copy"), checkpoint)
     said = str(caught.value)
-    assert "other content" in said and f"the source has another name too: {source} there, {copy} here" in said
+    assert (
+        "other content" in said and f"the source has another name too: {source} in the checkpoint, {copy} here" in said
+    )
 
 
 def test_other_settings_are_named(make, begun):
     source, checkpoint = begun
-    with pytest.raises(ConfigurationError, match=r"val_fraction 0.1 there, 0.5 here"):
+    with pytest.raises(ConfigurationError, match=r"val_fraction 0.1 in the checkpoint, 0.5 here"):
         resume(make(source, val_fraction=0.5), checkpoint)
 
 

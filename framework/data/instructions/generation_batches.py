@@ -1,4 +1,4 @@
-"""Prompts to answer and the answers to compare with: what generation metrics are computed on."""
+"""Batches of prompts with the responses of the rows: generation metrics compare answers with these responses."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from orthotrain.data.instructions.token_rows import TokenRows
 
 
 def generation_batch(rows: TokenRows, chosen: list[int], pad_token: int) -> dict[str, Any]:
-    """Prompts of one width: padded on the left where generation goes on at their end, on the right for an encoder.
+    """Return the prompts of some rows, padded on the left for a decoder and on the right for an encoder.
 
     Args:
-        rows: The rows.
-        chosen: Which of them.
-        pad_token: What fills the rest.
+        rows: All rows.
+        chosen: Indices of the rows of the batch.
+        pad_token: The token that fills up shorter prompts.
 
     Returns:
         ``input_ids`` and ``attention_mask``, int64 of shape ``(B, T)``, and ``references``, a list of B strings.
@@ -29,7 +29,7 @@ def generation_batch(rows: TokenRows, chosen: list[int], pad_token: int) -> dict
 
 
 def choose_rows(rows: TokenRows, samples: int) -> list[int]:
-    """At most ``samples`` rows with a whole prompt, evenly spread over a split."""
+    """Return indices of at most ``samples`` rows whose prompt was not truncated, evenly spread over a split."""
     whole = np.flatnonzero(rows.prompt_lengths)
-    places = np.linspace(0, max(len(whole) - 1, 0), min(samples, len(whole)), dtype=np.int64)
-    return whole[np.unique(places)].tolist()
+    positions = np.linspace(0, max(len(whole) - 1, 0), min(samples, len(whole)), dtype=np.int64)
+    return whole[np.unique(positions)].tolist()

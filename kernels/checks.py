@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from orthotrain.kernels.groups import GROUPS
+from orthotrain.kernels.permutations import GROUPS
 
 DEBUG = "ORTHOTRAIN_DEBUG"
 """Environment variable; ``1`` also checks the values of permutations, which waits for the device."""
@@ -98,28 +98,34 @@ def check_blocks(op: str, name: str, displacement: Tensor, like: Tensor, like_na
         raise ValueError(f"{op}: {name} {tuple(displacement.shape)} does not fit in width {width}")
 
 
-def check_permutation(op: str, name: str, index: Tensor | None, width: int, like: Tensor) -> None:
-    """Check dtype, device and length of an order of ``width`` coordinates or of groups of them; None is the identity.
+def check_permutation(op: str, name: str, permutation: Tensor | None, width: int, like: Tensor) -> None:
+    """Check dtype, device and length of a permutation of ``width`` coordinates; None is the identity.
 
     Raises:
         ValueError: Naming what does not fit.
     """
-    if index is None:
+    if permutation is None:
         return
-    if index.dtype != torch.int64 or index.ndim != 1 or all(index.shape[0] * group != width for group in GROUPS):
+    if (
+        permutation.dtype != torch.int64
+        or permutation.ndim != 1
+        or all(permutation.shape[0] * group != width for group in GROUPS)
+    ):
         lengths = " or ".join(f"({width // group},)" for group in reversed(GROUPS) if width % group == 0)
-        raise ValueError(f"{op}: {name} is {index.dtype} {tuple(index.shape)}; a permutation here is int64 {lengths}")
-    if index.device != like.device:
-        raise ValueError(f"{op}: {name} is on {index.device} and the data on {like.device}; move one of them")
+        raise ValueError(
+            f"{op}: {name} is {permutation.dtype} {tuple(permutation.shape)}; a permutation here is int64 {lengths}"
+        )
+    if permutation.device != like.device:
+        raise ValueError(f"{op}: {name} is on {permutation.device} and the data on {like.device}; move one of them")
 
 
-def debug_permutation(op: str, name: str, index: Tensor | None) -> None:
-    """With ``ORTHOTRAIN_DEBUG=1``, check that an index holds every coordinate once: a kernel would write past the end.
+def debug_permutation(op: str, name: str, permutation: Tensor | None) -> None:
+    """With ``ORTHOTRAIN_DEBUG=1``, check that a permutation is one: with another index a kernel writes out of bounds.
 
     Raises:
         ValueError: It does not.
     """
-    if index is None or os.environ.get(DEBUG) != "1":
+    if permutation is None or os.environ.get(DEBUG) != "1":
         return
-    if not torch.equal(index.sort().values, torch.arange(index.numel(), device=index.device)):
+    if not torch.equal(permutation.sort().values, torch.arange(permutation.numel(), device=permutation.device)):
         raise ValueError(f"{op}: {name} is no permutation: it repeats or leaves out coordinates")

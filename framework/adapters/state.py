@@ -13,11 +13,9 @@ from orthotrain.checkpoints.reading import check_finite, compare_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import local_path
 from orthotrain.files.torch_files import crc32_of
-from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftRotation, mergeable_layers
+from orthotrain.layers import OftLayer, mergeable_layers
 
 _MOST_DESCRIPTION_BYTES = 1 << 24
-
-OftLayer = OftLinear | OftConv2d | OftEmbedding
 
 
 def oft_layers(network: nn.Module) -> dict[str, OftLayer]:
@@ -39,18 +37,13 @@ def oft_layers(network: nn.Module) -> dict[str, OftLayer]:
     return layers
 
 
-def rotation_of(layer: OftLayer) -> OftRotation:
-    """Return the rotation of an OFT layer, of its input side or its output side."""
-    return layer.rotation_out if isinstance(layer, OftEmbedding) else layer.rotation_in
-
-
 def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of an adapter by name: all generators, and all other trained parameters.
 
     Raises:
         ConfigurationError: As :func:`oft_layers`.
     """
-    generators = {id(rotation_of(layer).generators) for layer in oft_layers(network).values()}
+    generators = {id(layer.rotation.generators) for layer in oft_layers(network).values()}
     return {name: p for name, p in network.named_parameters() if p.requires_grad or id(p) in generators}
 
 

@@ -192,7 +192,7 @@ def check_merges(state: dict[str, Any], steps: Any) -> None:
     Raises:
         ConfigurationError: The message names the layer.
     """
-    counts = ("merge_count", "fold_count", "resample_count")
+    counts = ("merge_count", "fold_count")
     for name in [name for name in state if name.endswith(counts)] if is_count(steps) else ():
         if state[name].numel() == 1 and int(state[name]) > steps + _MERGES_BY_HAND:
             raise ConfigurationError(f"{name} is {int(state[name]):,} in a checkpoint of optimizer step {steps:,}")

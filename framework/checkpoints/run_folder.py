@@ -1,5 +1,6 @@
 """Folder of a run and of its checkpoints, and trial runs, which write no files."""
 
+import copy
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -93,8 +94,11 @@ def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
 
 def checkpoint_folder_of(callback: ModelCheckpoint, trainer: L.Trainer) -> Path:
     """Return the folder in which a ``ModelCheckpoint`` saves."""
-    # Lightning has no public name for this function, which it uses itself to find last.ckpt
-    return Path(callback._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
+    if callback.dirpath is None:
+        callback = copy.copy(callback)  # setup would fix the folder for the rest of the run
+        callback.setup(trainer, trainer.lightning_module, "validate")
+    assert callback.dirpath is not None
+    return Path(callback.dirpath)
 
 
 def written_folders(trainer: L.Trainer) -> list[Path]:

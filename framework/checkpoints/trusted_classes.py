@@ -16,6 +16,7 @@ from orthotrain.models import ModelBuilder
 from orthotrain.plugins import find_registered
 
 HOLDERS = (
+    "orthotrain",
     *(f"orthotrain.{room}" for room in ("modules", "models", "export", "optimizers", "schedules")),
     *("torch.optim", "torch.optim.lr_scheduler", "bitsandbytes.optim"),
 )
@@ -126,10 +127,12 @@ def _known_classes() -> dict[str, type]:
     """Return the known classes, each by its public name and by the name of the module that defines it."""
     table: dict[str, type] = {}
     for holder in HOLDERS:
-        for name, cls in vars(importlib.import_module(holder)).items():
+        module = importlib.import_module(holder)
+        for name in dir(module):
+            cls = getattr(module, name)
             if not isinstance(cls, type) or name.startswith("_"):
                 continue
-            ours = holder.startswith("orthotrain.") and cls.__module__.startswith("orthotrain.")
+            ours = holder.startswith("orthotrain") and cls.__module__.startswith("orthotrain.")
             # from our own modules also the dataclasses with settings, and the LightningModules
             if issubclass(cls, BASES) or (ours and (dataclasses.is_dataclass(cls) or hasattr(cls, "configure_model"))):
                 table[f"{holder}.{name}"] = table[dotted_name(cls)] = cls

@@ -1,4 +1,4 @@
-"""Measuring what the parts of a POET layer cost on a device, for the choice between its centres."""
+"""Measures the costs of the parts of a POET layer on a device; ``route: auto`` chooses by these costs."""
 
 import json
 import statistics
@@ -18,8 +18,8 @@ from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.cayley_neumann import cayley_neumann_generators
 from orthotrain.kernels.fold import fold
 from orthotrain.kernels.poet_linear import poet_linear, serves
+from orthotrain.layers.poet.cost_tables import Costs, cached_costs, default_path, device_name
 from orthotrain.layers.poet.poet_settings import PoetSettings
-from orthotrain.layers.poet.route_costs import Costs, cached_costs, default_path, device_name
 
 DTYPES = {"float32": torch.float32, "half": torch.bfloat16}
 
@@ -119,8 +119,8 @@ def passes(
         return torch.autograd.grad(F.linear(x, trained), (x, trained), grad)
 
     def input_centric() -> tuple[Tensor, ...]:
-        y = F.linear(block_rotate(x, into, load=order), weight)
-        return torch.autograd.grad(block_rotate(y, out, store=order), (x, into, out), grad)
+        y = F.linear(block_rotate(x, into, gather=order), weight)
+        return torch.autograd.grad(block_rotate(y, out, scatter=order), (x, into, out), grad)
 
     def product() -> tuple[Tensor, ...]:
         return torch.autograd.grad(F.linear(x, fold(weight, out, into, order, order)), (x, into, out), grad)

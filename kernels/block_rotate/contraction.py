@@ -20,7 +20,7 @@ from orthotrain.kernels.block_rotate.tiling import (
     tile_count,
     wide,
 )
-from orthotrain.kernels.groups import group_of
+from orthotrain.kernels.permutations import group_size
 
 PROGRAMS = 512
 """Programs to aim at when the rows are split: a few for every multiprocessor of a large GPU."""
@@ -47,8 +47,8 @@ def split_count(rows: int, tiles: int, tile_rows: int) -> int:
 def _contract_kernel(
     left,
     right,
-    left_index,
-    right_index,
+    left_permutation,
+    right_permutation,
     out,
     rows,
     split_rows,
@@ -74,8 +74,8 @@ def _contract_kernel(
     i_mask = (i < BLOCK) & (first_block + member < blocks)
     j_mask = (j < BLOCK) & (first_block + member < blocks)
     base = (first_block + member) * BLOCK
-    left_position = in_memory(left_index, base + i, i_mask, LEFT_GROUP, BLOCK, OFFSET)[None, :] * left_column
-    right_position = in_memory(right_index, base + j, j_mask, RIGHT_GROUP, BLOCK, OFFSET)[None, :] * right_column
+    left_position = in_memory(left_permutation, base + i, i_mask, LEFT_GROUP, BLOCK, OFFSET)[None, :] * left_column
+    right_position = in_memory(right_permutation, base + j, j_mask, RIGHT_GROUP, BLOCK, OFFSET)[None, :] * right_column
 
     row = tl.arange(0, ROWS).to(OFFSET)[:, None]
     accumulator = tl.zeros((COLUMNS, COLUMNS), dtype=tl.float32)
@@ -107,19 +107,19 @@ def _add_splits_kernel(partial, out, size, splits, SIZE: tl.constexpr):
 def contract_blocks(
     left: Tensor,
     right: Tensor,
-    left_index: Tensor | None,
-    right_index: Tensor | None,
+    left_permutation: Tensor | None,
+    right_permutation: Tensor | None,
     blocks: int,
     block_size: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the diagonal blocks of ``left[:, left_index].T @ right[:, right_index]``.
+    """Return the diagonal blocks of ``left[:, left_permutation].T @ right[:, right_permutation]``.
 
     Args:
         left: ``(N, d)``, any strides.
         right: ``(N, d)``, any strides, dtype of ``left``.
-        left_index: Order of the columns, ``(d / g,)`` int64 (:mod:`groups`), or None.
-        right_index: The same of ``right``.
+        left_permutation: Permutation of the columns, ``(d / g,)`` int64 (:mod:`permutations`), or None.
+        right_permutation: The same of ``right``.
         blocks: Number of blocks ``n``.
         block_size: Size of a block ``b``, ``n * b <= d``.
         dtype: Of the result, None for that of ``left``.
@@ -138,10 +138,21 @@ def contract_blocks(
     splits = triton.cdiv(rows, split_rows)
     sums = out if splits == 1 else torch.empty((splits, *out.shape), dtype=torch.float32, device=left.device)
     _contract_kernel[(tiles, splits)](
-        *(left, right, left_index, right_index, sums, rows, split_rows, blocks, *left.stride(), *right.stride()),
+        *(
+            left,
+            right,
+            left_permutation,
+            right_permutation,
+            sums,
+            rows,
+            split_rows,
+            blocks,
+            *left.stride(),
+            *right.stride(),
+        ),
         BLOCK=block_size,
-        LEFT_GROUP=group_of(left_index, left.shape[1]),
-        RIGHT_GROUP=group_of(right_index, right.shape[1]),
+        LEFT_GROUP=group_size(left_permutation, left.shape[1]),
+        RIGHT_GROUP=group_size(right_permutation, right.shape[1]),
         ROWS=sizes.rows,
         COLUMNS=sizes.columns,
         WIDE=wide(left, right),
@@ -192,7 +203,7 @@ def contraction_variant(
     """Return one launch of the contraction, of matrices in rows or in columns, permuted by groups or not."""
     tiles, pointer = contraction_tiles(dtype, block_size), POINTERS[dtype]
     unit, strided = ("row", "column") if columns_first else ("column", "row")
-    permutations = ("left_index", "right_index")
+    permutations = ("left_permutation", "right_permutation")
     return Variant(
         f"contract-b{block_size}-{pointer[1:]}{order_suffix(group)}{'-transposed' * columns_first}{'-wide' * wide}",
         _contract_kernel,

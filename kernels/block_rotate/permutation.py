@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.block_rotate.tiling import LARGEST_OFFSET, WIDEST_LOAD
-from orthotrain.kernels.groups import by_feature, group_of
+from orthotrain.kernels.permutations import by_feature, group_size
 
 LARGEST_ROW = 64 * 1024
 """Bytes of a row that fit the shared memory of every device beside a second program."""
@@ -52,7 +52,7 @@ def worthwhile(x: Tensor, index: Tensor) -> bool:
     They do so well where a group of columns is as large as what a thread reads at once.
     """
     (rows, width), (row, column) = x.shape, x.stride()
-    if group_of(index, width) * x.element_size() >= WIDEST_LOAD:
+    if group_size(index, width) * x.element_size() >= WIDEST_LOAD:
         return False
     fits = 0 < width * x.element_size() <= LARGEST_ROW and rows_at_once(width) * row <= LARGEST_OFFSET
     return fits and rows >= FEWEST_ROWS and column == 1

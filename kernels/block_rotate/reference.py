@@ -3,32 +3,35 @@
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.block_rotate.chunks import Columns, chunk_rows, columns_of, row_chunks
-from orthotrain.kernels.groups import group_of
+from orthotrain.kernels.block_batches import chunk_rows, row_chunks
+from orthotrain.kernels.permutations import ColumnPermutation, group_size
 
 
-def block_rotate_forward(x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None) -> Tensor:
-    """Rotate blocks of the last axis: ``z = x[..., load]``, ``z_k += z_k @ D_k``, ``y[..., store] = z``.
+def block_rotate_forward(x: Tensor, displacement: Tensor, gather: Tensor | None, scatter: Tensor | None) -> Tensor:
+    """Rotate blocks of the last axis: ``z = x[..., gather]``, ``z_k += z_k @ D_k``, ``y[..., scatter] = z``.
 
     Args:
         x: Input ``(..., d)``.
         displacement: ``D = R - I``, ``(n, b, b)`` with ``n * b <= d``, dtype of ``x``. Coordinates past ``n * b`` pass.
-        load: Order of the features applied while reading, ``(d / g,)`` (see :mod:`groups`), or None.
-        store: The same applied while writing.
+        gather: Permutation by which ``x`` is read, ``(d / g,)`` (:mod:`permutations`), or None.
+        scatter: Permutation by which the result is written, or None.
 
     Returns:
         A new tensor ``(..., d)``.
     """
     source = x.reshape(-1, x.shape[-1])
-    if load is None and store is None:
+    if gather is None and scatter is None:
         return add_block_products(source.contiguous(), displacement).view(x.shape)
     out = torch.empty(source.shape, dtype=x.dtype, device=x.device)
-    step, (reading, writing) = chunk_rows(source), (columns_of(index, source) for index in (load, store))
-    read, written = _buffer(source, step, load), _buffer(source, step, store)
+    step, (reading, writing) = (
+        chunk_rows(source),
+        (ColumnPermutation(permutation, source) for permutation in (gather, scatter)),
+    )
+    read, written = _buffer(source, step, gather), _buffer(source, step, scatter)
     for rows in row_chunks(source.shape[0], step):
         size = rows.stop - rows.start
         gathered = reading.gather_into(read[:size], source[rows])
-        if store is None:
+        if scatter is None:
             add_block_products(gathered, displacement, out[rows])
         else:
             writing.scatter_into(out[rows], add_block_products(gathered, displacement, written[:size]))
@@ -39,25 +42,28 @@ def block_rotate_backward(
     grad: Tensor,
     x: Tensor,
     displacement: Tensor,
-    load: Tensor | None,
-    store: Tensor | None,
+    gather: Tensor | None,
+    scatter: Tensor | None,
     need_x: bool = True,
     need_displacement: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`block_rotate_forward` for ``x (..., d)`` and ``displacement (n, b, b)``, if needed."""
     if not need_displacement:
-        return (block_rotate_forward(grad, displacement.mT.contiguous(), store, load) if need_x else None), None
+        return (block_rotate_forward(grad, displacement.mT.contiguous(), scatter, gather) if need_x else None), None
     source, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
     blocks, block_size = displacement.shape[:2]
     transposed = displacement.mT.contiguous()
-    if load is None and store is None:
+    if gather is None and scatter is None:
         source, grad = source.contiguous(), grad.contiguous()
         grad_x = add_block_products(grad, transposed).view(x.shape) if need_x else None
         return grad_x, block_products(source, grad, blocks, block_size)
     grad_x = torch.empty(source.shape if need_x else 0, dtype=x.dtype, device=x.device)
     total = BlockSum(displacement)
-    step, (reading, writing) = chunk_rows(source), (columns_of(index, source) for index in (load, store))
-    read, read_grad, written = (_buffer(source, step, index) for index in (load, store, load))
+    step, (reading, writing) = (
+        chunk_rows(source),
+        (ColumnPermutation(permutation, source) for permutation in (gather, scatter)),
+    )
+    read, read_grad, written = (_buffer(source, step, permutation) for permutation in (gather, scatter, gather))
     for rows in row_chunks(source.shape[0], step):
         size = rows.stop - rows.start
         gathered = reading.gather_into(read[:size], source[rows])
@@ -65,7 +71,7 @@ def block_rotate_backward(
         total.add(gathered, grad_rotated)
         if not need_x:
             continue
-        if load is None:
+        if gather is None:
             add_block_products(grad_rotated, transposed, grad_x[rows])
         else:
             reading.scatter_into(grad_x[rows], add_block_products(grad_rotated, transposed, written[:size]))
@@ -92,19 +98,19 @@ class BlockSum:
         return torch.zeros_like(self.like) if self.sum is None else self.sum.to(self.like.dtype)
 
 
-def contract(left: Tensor, right: Tensor, like: Tensor, order: Tensor | None) -> Tensor:
-    """Return the diagonal blocks of ``left[:, order].T @ right[:, order]``, both ``(N, d)``, a chunk at a time.
+def contract(left: Tensor, right: Tensor, like: Tensor, permutation: Tensor | None) -> Tensor:
+    """Return the diagonal blocks of ``left[:, p].T @ right[:, p]``, both ``(N, d)``, computed a chunk at a time.
 
     Args:
         left: Activations.
         right: Gradients at the same place.
         like: Tells shape ``(n, b, b)`` and dtype of the result.
-        order: Order of the columns, ``(d / g,)``, whose first ``n * b`` lie in the blocks; None for their own.
+        permutation: ``p``, ``(d / g,)``, whose first ``n * b`` lie in the blocks; None for their own.
     """
-    total, step, group = BlockSum(like), chunk_rows(left), group_of(order, left.shape[1])
+    total, step, group = BlockSum(like), chunk_rows(left), group_size(permutation, left.shape[1])
     # columns past the last block are left where they are
-    covered = None if order is None else order[: -(-like.shape[0] * like.shape[1] // group)]
-    columns = Columns(covered, group, left)
+    covered = None if permutation is None else permutation[: -(-like.shape[0] * like.shape[1] // group)]
+    columns = ColumnPermutation(covered, left, group)
     # room for permuted rows, a chunk at a time: neither matrix is permuted as a whole
     width = 0 if covered is None else covered.shape[0] * group
     room = [left.new_empty(step, width) for _ in range(2)]
@@ -165,6 +171,8 @@ def _by_block(x: Tensor, blocks: int, block_size: int) -> Tensor:
     return columns.view(x.shape[0], blocks, block_size).transpose(0, 1)
 
 
-def _buffer(matrix: Tensor, rows: int, index: Tensor | None) -> Tensor:
+def _buffer(matrix: Tensor, rows: int, permutation: Tensor | None) -> Tensor:
     """Return room for permuted rows of ``matrix``, none where nothing is permuted."""
-    return torch.empty(rows if index is not None else 0, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    return torch.empty(
+        rows if permutation is not None else 0, matrix.shape[1], dtype=matrix.dtype, device=matrix.device
+    )

@@ -23,7 +23,7 @@ from orthotrain.kernels.block_rotate.tiling import (
     tile_count,
     wide,
 )
-from orthotrain.kernels.groups import group_of
+from orthotrain.kernels.permutations import group_size
 
 
 def rotation_tiles(dtype: torch.dtype, block_size: int) -> Tiles:
@@ -44,8 +44,8 @@ def rotation_tiles(dtype: torch.dtype, block_size: int) -> Tiles:
 def _rotate_kernel(
     x,
     displacement,
-    load,
-    store,
+    gather,
+    scatter,
     y,
     rows,
     width,
@@ -56,8 +56,8 @@ def _rotate_kernel(
     y_row,
     y_column,
     BLOCK: tl.constexpr,
-    LOAD_GROUP: tl.constexpr,
-    STORE_GROUP: tl.constexpr,
+    GATHER_GROUP: tl.constexpr,
+    SCATTER_GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -81,7 +81,9 @@ def _rotate_kernel(
         parts: tl.constexpr = (BLOCK + COLUMNS - 1) // COLUMNS
         for step in range(1, parts):
             inner = (tile + step) % parts * COLUMNS + tl.arange(0, COLUMNS)
-            position = in_memory(load, first_block * BLOCK + inner, inner < BLOCK, LOAD_GROUP, BLOCK, OFFSET)[None, :]
+            position = in_memory(gather, first_block * BLOCK + inner, inner < BLOCK, GATHER_GROUP, BLOCK, OFFSET)[
+                None, :
+            ]
             z = tl.load(x + row * x_row + position * x_column, mask=row_mask & (inner < BLOCK)[None, :], other=0.0)
             d_mask = (inner < BLOCK)[:, None] & (place < BLOCK)[None, :]
             d = tl.load(displacement + inner[:, None] * D_ROW + place[None, :] * D_COLUMN, mask=d_mask, other=0.0)
@@ -90,33 +92,33 @@ def _rotate_kernel(
     # The tile's own columns come last, so that the large term is added once, to the finished sum of the small ones.
     column = (first_block + member) * BLOCK + place
     mask = (place < BLOCK) & (column < width)
-    position = in_memory(load, column, mask, LOAD_GROUP, BLOCK, OFFSET)[None, :]
+    position = in_memory(gather, column, mask, GATHER_GROUP, BLOCK, OFFSET)[None, :]
     z = tl.load(x + row * x_row + position * x_column, mask=row_mask & mask[None, :], other=0.0)
     known = (place < BLOCK) & (first_block + member < blocks)
     d_mask = known[:, None] & known[None, :] & (member[:, None] == member[None, :])
     d_offset = member[:, None] * (BLOCK * BLOCK) + place[:, None] * D_ROW + place[None, :] * D_COLUMN
     d = tl.load(displacement + d_offset, mask=d_mask, other=0.0)
     accumulator = tl.dot(z, d, accumulator, input_precision="ieee") + z.to(tl.float32)
-    position = in_memory(store, column, mask, STORE_GROUP, BLOCK, OFFSET)[None, :]
+    position = in_memory(scatter, column, mask, SCATTER_GROUP, BLOCK, OFFSET)[None, :]
     tl.store(y + row * y_row + position * y_column, accumulator.to(y.dtype.element_ty), mask=row_mask & mask[None, :])
 
 
 def rotate(
     x: Tensor,
     displacement: Tensor,
-    load: Tensor | None,
-    store: Tensor | None,
+    gather: Tensor | None,
+    scatter: Tensor | None,
     y: Tensor,
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """Write ``z + z Diag(D)``, ``z = x[:, load]``, to ``y[:, store]`` and return ``y``.
+    """Write ``z + z Diag(D)``, ``z = x[:, gather]``, to ``y[:, scatter]`` and return ``y``.
 
     Args:
         x: ``(N, d)``, any strides.
         displacement: ``(n, b, b)`` contiguous, ``n * b <= d``, dtype of ``x``.
-        load: Order of the columns, ``(d / g,)`` int64 (:mod:`groups`), or None.
-        store: The same where they are written.
+        gather: Permutation of the columns, ``(d / g,)`` int64 (:mod:`permutations`), or None.
+        scatter: The same where they are written.
         y: ``(N, d)``, any strides, every element of it is written.
         transposed: Whether to rotate with ``D_k^T``.
     """
@@ -127,10 +129,10 @@ def rotate(
     tiles = rotation_tiles(x.dtype, block_size)
     across = tile_count(width, block_size, tiles.columns)
     _rotate_kernel[(across * triton.cdiv(rows, tiles.rows),)](
-        *(x, displacement, load, store, y, rows, width, blocks, across, *x.stride(), *y.stride()),
+        *(x, displacement, gather, scatter, y, rows, width, blocks, across, *x.stride(), *y.stride()),
         BLOCK=block_size,
-        LOAD_GROUP=group_of(load, width),
-        STORE_GROUP=group_of(store, width),
+        GATHER_GROUP=group_size(gather, width),
+        SCATTER_GROUP=group_size(scatter, width),
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
         TRANSPOSED=transposed,
@@ -141,31 +143,31 @@ def rotate(
     return y
 
 
-def block_rotate_forward(x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None) -> Tensor:
+def block_rotate_forward(x: Tensor, displacement: Tensor, gather: Tensor | None, scatter: Tensor | None) -> Tensor:
     """Rotate blocks of the last axis; see the reference for shapes."""
-    source, load = gathered(x.reshape(-1, x.shape[-1]), load)
-    return rotate_scattered(source, displacement.contiguous(), load, store).view(x.shape)
+    source, gather = gathered(x.reshape(-1, x.shape[-1]), gather)
+    return rotate_scattered(source, displacement.contiguous(), gather, scatter).view(x.shape)
 
 
 def block_rotate_backward(
     grad: Tensor,
     x: Tensor,
     displacement: Tensor,
-    load: Tensor | None,
-    store: Tensor | None,
+    gather: Tensor | None,
+    scatter: Tensor | None,
     need_x: bool = True,
     need_displacement: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients for ``x`` and ``displacement``: the same rotation the other way round, and a contraction over rows."""
     width, (blocks, block_size, _), grad_displacement = x.shape[-1], displacement.shape, None
-    grad, grad_index = gathered(grad.reshape(-1, width), store)
+    grad, grad_index = gathered(grad.reshape(-1, width), scatter)
     if need_displacement:
-        source, source_index = gathered(x.reshape(-1, width), load)
+        source, source_index = gathered(x.reshape(-1, width), gather)
         grad_displacement = contraction.contract_blocks(source, grad, source_index, grad_index, blocks, block_size)
         del source
     if not need_x:
         return None, grad_displacement
-    grad_x = rotate_scattered(grad, displacement.contiguous(), grad_index, load, transposed=True)
+    grad_x = rotate_scattered(grad, displacement.contiguous(), grad_index, gather, transposed=True)
     return grad_x.view(x.shape), grad_displacement
 
 
@@ -177,13 +179,13 @@ def gathered(x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def rotate_scattered(
-    x: Tensor, displacement: Tensor, load: Tensor | None, store: Tensor | None, *, transposed: bool = False
+    x: Tensor, displacement: Tensor, gather: Tensor | None, scatter: Tensor | None, *, transposed: bool = False
 ) -> Tensor:
     """Return a new ``y`` from :func:`rotate`; its columns are scattered in a pass of their own if that is worth it."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if store is None or not permutation.worthwhile(y, store):
-        return rotate(x, displacement, load, store, y, transposed=transposed)
-    return permutation.scatter_columns_(rotate(x, displacement, load, None, y, transposed=transposed), store)
+    if scatter is None or not permutation.worthwhile(y, scatter):
+        return rotate(x, displacement, gather, scatter, y, transposed=transposed)
+    return permutation.scatter_columns_(rotate(x, displacement, gather, None, y, transposed=transposed), scatter)
 
 
 def aot_variants() -> list[Variant]:
@@ -219,7 +221,7 @@ def rotation_variant(
     """Return one launch of the rotation, permuted by groups or not, in rows or in columns; backward by ``D^T``."""
     tiles, pointer = rotation_tiles(dtype, block_size), POINTERS[dtype]
     unit, strided = ("row", "column") if columns_first else ("column", "row")
-    permutations = ("load", "store")
+    permutations = ("gather", "scatter")
     return Variant(
         f"rotate-b{block_size}-{pointer[1:]}{order_suffix(group)}{'-transposed' * columns_first}"
         f"{'-backward' * backward}{'-wide' * wide}",
@@ -232,7 +234,7 @@ def rotation_variant(
         {
             **(dict.fromkeys(permutations) if group is None else {}),
             **{f"x_{unit}": 1, f"y_{unit}": 1, "BLOCK": block_size, "TRANSPOSED": backward, "WIDE": wide},
-            **{"LOAD_GROUP": group or 1, "STORE_GROUP": group or 1},
+            **{"GATHER_GROUP": group or 1, "SCATTER_GROUP": group or 1},
             **{"ROWS": tiles.rows, "COLUMNS": tiles.columns},
         },
         num_warps=tiles.warps,

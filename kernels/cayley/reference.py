@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.parts import in_parts
-from orthotrain.kernels.solve import solve_blocks
+from orthotrain.kernels.block_batches import in_parts, solve_blocks
 
 
 def cayley_forward(skew: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ matrix is ever added, so zero generators give exactly zero and a small Q loses n
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.parts import in_parts
+from orthotrain.kernels.block_batches import in_parts
 from orthotrain.kernels.skew.reference import skew_backward, skew_forward
 
 ROUNDED_FROM = 128

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.parts import in_parts
+from orthotrain.kernels.block_batches import in_parts
 
 DEGREE = 9
 """Degree of the Taylor polynomial: the highest that four products reach with this scheme."""

@@ -14,11 +14,15 @@ from orthotrain.kernels.dispatch import implementation
 from orthotrain.kernels.guard import guarded, returned
 
 
-def _folded(weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    debug_permutation("fold", "rows", rows)
-    debug_permutation("fold", "columns", columns)
+def _folded(
+    weight: Tensor, d_out: Tensor, d_in: Tensor, permutation_out: Tensor | None, permutation_in: Tensor | None
+) -> Tensor:
+    debug_permutation("fold", "permutation_out", permutation_out)
+    debug_permutation("fold", "permutation_in", permutation_in)
     with guarded(weight):
-        return implementation(weight, "fold").fold_forward(weight.contiguous(), d_out, d_in, rows, columns)
+        return implementation(weight, "fold").fold_forward(
+            weight.contiguous(), d_out, d_in, permutation_out, permutation_in
+        )
 
 
 def _gradients(
@@ -26,23 +30,27 @@ def _gradients(
     weight: Tensor,
     d_out: Tensor,
     d_in: Tensor,
-    rows: Tensor | None,
-    columns: Tensor | None,
+    permutation_out: Tensor | None,
+    permutation_in: Tensor | None,
     need_out: bool,
     need_in: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     with guarded(weight):
         backward = implementation(weight, "fold").fold_backward
-        return backward(grad, weight.contiguous(), d_out, d_in, rows, columns, need_out, need_in)
+        return backward(grad, weight.contiguous(), d_out, d_in, permutation_out, permutation_in, need_out, need_in)
 
 
 @torch.library.custom_op("orthotrain::fold", mutates_args=())
-def _fold(weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    return _folded(weight, d_out, d_in, rows, columns)
+def _fold(
+    weight: Tensor, d_out: Tensor, d_in: Tensor, permutation_out: Tensor | None, permutation_in: Tensor | None
+) -> Tensor:
+    return _folded(weight, d_out, d_in, permutation_out, permutation_in)
 
 
 @_fold.register_fake
-def _(weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+def _(
+    weight: Tensor, d_out: Tensor, d_in: Tensor, permutation_out: Tensor | None, permutation_in: Tensor | None
+) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
@@ -52,12 +60,12 @@ def _fold_backward(
     weight: Tensor,
     d_out: Tensor,
     d_in: Tensor,
-    rows: Tensor | None,
-    columns: Tensor | None,
+    permutation_out: Tensor | None,
+    permutation_in: Tensor | None,
     need_out: bool,
     need_in: bool,
 ) -> tuple[Tensor, Tensor]:
-    grads = _gradients(grad, weight, d_out, d_in, rows, columns, need_out, need_in)
+    grads = _gradients(grad, weight, d_out, d_in, permutation_out, permutation_in, need_out, need_in)
     return returned(grads[0], d_out), returned(grads[1], d_in)
 
 
@@ -67,8 +75,8 @@ def _(
     weight: Tensor,
     d_out: Tensor,
     d_in: Tensor,
-    rows: Tensor | None,
-    columns: Tensor | None,
+    permutation_out: Tensor | None,
+    permutation_in: Tensor | None,
     need_out: bool,
     need_in: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -93,26 +101,35 @@ class FoldFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None
+        ctx: Any,
+        weight: Tensor,
+        d_out: Tensor,
+        d_in: Tensor,
+        permutation_out: Tensor | None,
+        permutation_in: Tensor | None,
     ) -> Tensor:
         """See :func:`fold`."""
-        ctx.save_for_backward(weight, d_out, d_in, rows, columns)
-        return _folded(weight, d_out, d_in, rows, columns)
+        ctx.save_for_backward(weight, d_out, d_in, permutation_out, permutation_in)
+        return _folded(weight, d_out, d_in, permutation_out, permutation_in)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None]:
         """Return the gradients for the displacements that need them."""
         _, need_out, need_in, *_ = ctx.needs_input_grad
-        weight, d_out, d_in, rows, columns = ctx.saved_tensors
-        gradients = _gradients(grad, weight, d_out, d_in, rows, columns, need_out, need_in)
+        weight, d_out, d_in, permutation_out, permutation_in = ctx.saved_tensors
+        gradients = _gradients(grad, weight, d_out, d_in, permutation_out, permutation_in, need_out, need_in)
         return None, *gradients, None, None
 
 
 def fold(
-    weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
+    weight: Tensor,
+    d_out: Tensor,
+    d_in: Tensor,
+    permutation_out: Tensor | None = None,
+    permutation_in: Tensor | None = None,
 ) -> Tensor:
-    """Fold both rotations into a frozen weight: ``W_eff[rows][:, columns] = R_out^T W R_in^T``.
+    """Fold both rotations into a frozen weight: ``W_eff[permutation_out][:, permutation_in] = R_out^T W R_in^T``.
 
     Differentiable in the displacements only: the weight is frozen by definition. The gradient of the result is a
     transient of the backward pass, contracted to diagonal blocks at once. Autocast does not reach inside.
@@ -121,8 +138,9 @@ def fold(
         weight: Frozen weight ``(out, in)`` in the permuted frame.
         d_out: Output displacements ``(n, b, b)`` with ``n * b <= out``; ``n = 0`` means no rotation.
         d_in: Input displacements ``(m, c, c)`` with ``m * c <= in``; ``m = 0`` means no rotation.
-        rows: Permutation ``(out,)`` of the output side, int64, or of groups, ``(out / g,)`` (:mod:`groups`); or None.
-        columns: Permutation of the input side likewise.
+        permutation_out: Permutation ``(out,)`` of the output side, int64, or of groups, ``(out / g,)``
+            (:mod:`permutations`); or None.
+        permutation_in: Permutation of the input side likewise.
 
     Returns:
         The effective weight ``(out, in)`` in the natural frame, in the dtype of ``weight``.
@@ -133,7 +151,7 @@ def fold(
     """
     for side, displacement, width in (("output", d_out, weight.shape[0]), ("input", d_in, weight.shape[1])):
         check_blocks("fold", f"{side} displacement", displacement, weight, "the weight", width)
-    check_permutation("fold", "rows", rows, weight.shape[0], weight)
-    check_permutation("fold", "columns", columns, weight.shape[1], weight)
+    check_permutation("fold", "permutation_out", permutation_out, weight.shape[0], weight)
+    check_permutation("fold", "permutation_in", permutation_in, weight.shape[1], weight)
     folded = _fold if traced(weight) else FoldFunction.apply
-    return folded(weight, d_out, d_in, rows, columns)
+    return folded(weight, d_out, d_in, permutation_out, permutation_in)

@@ -5,30 +5,35 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.block_rotate.chunks import Rows, chunk_rows, columns_of
+from orthotrain.kernels.block_batches import chunk_rows
 from orthotrain.kernels.block_rotate.reference import BlockSum, add_block_products
+from orthotrain.kernels.permutations import ColumnPermutation, RowPermutation
 
 
 def fold_forward(
-    weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
+    weight: Tensor,
+    d_out: Tensor,
+    d_in: Tensor,
+    permutation_out: Tensor | None = None,
+    permutation_in: Tensor | None = None,
 ) -> Tensor:
-    """Return ``R_out^T W R_in^T`` with its rows and columns scattered to ``rows`` and ``columns``.
+    """Return ``R_out^T W R_in^T`` with its rows scattered by ``permutation_out`` and its columns by ``permutation_in``.
 
     Args:
         weight: ``(out, in)`` in the frame of the rotations.
         d_out: Displacements of the output side ``(n, b, b)``; ``n`` may be 0 (no rotation).
         d_in: Displacements of the input side ``(m, c, c)``; ``m`` may be 0.
-        rows: Order ``(out / g,)`` of groups of rows (:mod:`groups`): row i of the result goes to the i-th place of it.
+        permutation_out: ``(out / g,)`` (:mod:`permutations`): row i goes to row ``permutation_out[i]`` of the result.
             None keeps the frame.
-        columns: Order ``(in / g,)`` of the columns likewise.
+        permutation_in: ``(in / g,)``, the same for the columns.
 
     Returns:
         A new tensor ``(out, in)``.
     """
     out, transposed = torch.empty_like(weight), d_in.mT.contiguous()
     turns_out, turns_in = d_out.shape[0] > 0, d_in.shape[0] > 0
-    direct = rows is None and columns is None
-    row_order, writing = Rows(rows, weight.shape[0]), columns_of(columns, weight)
+    direct = permutation_out is None and permutation_in is None
+    rows, columns = RowPermutation(permutation_out, weight.shape[0]), ColumnPermutation(permutation_in, weight)
     if direct and not (turns_out or turns_in):
         return out.copy_(weight)
     for part, blocks in block_chunks(weight, d_out):
@@ -38,12 +43,12 @@ def fold_forward(
             folded = add_block_products(folded, transposed, None if turns_out else last)
         if turns_out:
             folded = rotate_rows(folded, d_out[blocks], last)
-        if columns is not None:
-            target = out[part] if rows is None else torch.empty_like(folded)
-            writing.scatter_into(target, folded)
+        if permutation_in is not None:
+            target = out[part] if permutation_out is None else torch.empty_like(folded)
+            columns.scatter_into(target, folded)
             folded = target
-        if rows is not None:
-            row_order.scatter_into(out, part, folded)
+        if permutation_out is not None:
+            rows.scatter_into(out, part, folded)
     return out
 
 
@@ -52,18 +57,18 @@ def fold_backward(
     weight: Tensor,
     d_out: Tensor,
     d_in: Tensor,
-    rows: Tensor | None,
-    columns: Tensor | None,
+    permutation_out: Tensor | None,
+    permutation_in: Tensor | None,
     need_out: bool = True,
     need_in: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`fold_forward` for ``d_out`` and ``d_in`` if needed; only their diagonal blocks are formed."""
     grad_out, total, transposed = torch.empty_like(d_out), BlockSum(d_in), d_in.mT.contiguous()
-    row_order, reading = Rows(rows, weight.shape[0]), columns_of(columns, weight)
+    rows, columns = RowPermutation(permutation_out, weight.shape[0]), ColumnPermutation(permutation_in, weight)
     grad = grad.contiguous()
     for part, blocks in block_chunks(weight, d_out):
-        grad_part = row_order.gather(grad, part)
-        grad_part = reading.gather_into(torch.empty_like(weight[part]), grad_part)
+        grad_part = rows.gather(grad, part)
+        grad_part = columns.gather_into(torch.empty_like(weight[part]), grad_part)
         half_folded = None
         if need_out:
             half_folded = add_block_products(weight[part], transposed)

@@ -13,11 +13,15 @@ from orthotrain.kernels.block_rotate.triton import gathered, rotate, rotate_scat
 
 
 def fold_forward(
-    weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
+    weight: Tensor,
+    d_out: Tensor,
+    d_in: Tensor,
+    permutation_out: Tensor | None = None,
+    permutation_in: Tensor | None = None,
 ) -> Tensor:
-    """Return ``R_out^T W R_in^T``, scattered to ``rows`` and ``columns``; see the reference for shapes."""
-    half_folded = rotate_scattered(weight, d_in.contiguous(), None, columns, transposed=True)
-    return rotate_rows(half_folded, d_out, rows)
+    """Return ``R_out^T W R_in^T``, its rows and columns scattered; see the reference for shapes."""
+    half_folded = rotate_scattered(weight, d_in.contiguous(), None, permutation_in, transposed=True)
+    return rotate_rows(half_folded, d_out, permutation_out)
 
 
 def fold_backward(
@@ -25,29 +29,29 @@ def fold_backward(
     weight: Tensor,
     d_out: Tensor,
     d_in: Tensor,
-    rows: Tensor | None,
-    columns: Tensor | None,
+    permutation_out: Tensor | None,
+    permutation_in: Tensor | None,
     need_out: bool = True,
     need_in: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients for ``d_out`` and ``d_in``; at any time one half-folded weight lives, beside the permuted gradient."""
-    grad, column_index = gathered(grad, columns)
+    grad, permutation_in = gathered(grad, permutation_in)
     grad_out = grad_in = None
     if need_out:
-        # A column order common to both sides drops out of the contraction over columns.
-        half_folded = rotate_scattered(weight, d_in.contiguous(), None, column_index, transposed=True)
-        grad_out = contract_blocks(half_folded.mT, grad.mT, None, rows, d_out.shape[0], d_out.shape[-1])
+        # A permutation of the columns common to both sides drops out of the contraction over columns.
+        half_folded = rotate_scattered(weight, d_in.contiguous(), None, permutation_in, transposed=True)
+        grad_out = contract_blocks(half_folded.mT, grad.mT, None, permutation_out, d_out.shape[0], d_out.shape[-1])
         del half_folded
     if need_in:
-        half_folded = rotate_rows(weight, d_out, rows)
-        grad_in = contract_blocks(grad, half_folded, column_index, None, d_in.shape[0], d_in.shape[-1])
+        half_folded = rotate_rows(weight, d_out, permutation_out)
+        grad_in = contract_blocks(grad, half_folded, permutation_in, None, d_in.shape[0], d_in.shape[-1])
     return grad_out, grad_in
 
 
-def rotate_rows(weight: Tensor, d_out: Tensor, rows: Tensor | None) -> Tensor:
-    """Return ``R_out^T W`` with row ``i`` moved to ``rows[i]``."""
+def rotate_rows(weight: Tensor, d_out: Tensor, permutation: Tensor | None) -> Tensor:
+    """Return ``R_out^T W`` with row ``i`` moved to ``permutation[i]``."""
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    rotate(weight.mT, d_out.contiguous(), None, rows, out.mT)
+    rotate(weight.mT, d_out.contiguous(), None, permutation, out.mT)
     return out
 
 

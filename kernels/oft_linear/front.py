@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from orthotrain.kernels.block_batches import (
     gram_deviation,
+    in_parts,
     inverts_by_transposing,
     largest,
     times_inverse_transpose,
@@ -21,7 +22,6 @@ from orthotrain.kernels.block_batches import (
 from orthotrain.kernels.block_rotate.reference import block_products
 from orthotrain.kernels.guard import guarded
 from orthotrain.kernels.oft_linear.reference import fold_weight
-from orthotrain.kernels.parts import in_parts
 
 
 class _InFront(torch.autograd.Function):

@@ -30,20 +30,20 @@ class PoetLinearFunction(torch.autograd.Function):
         d_out: Tensor,
         d_in: Tensor,
         deviations: tuple[Tensor | None, Tensor | None],
-        orders: tuple[Tensor | None, Tensor | None],
+        permutations: tuple[Tensor | None, Tensor | None],
     ) -> Tensor:
         """See :func:`poet_linear`."""
         y = F.linear(x, folded)
         ctx.changes = _Changes(y)
         # y without its version: whoever changes it in place, as nn.Linear allows, makes backward form it again
-        ctx.save_for_backward(x, folded, y.data, d_out, d_in, *deviations, *orders)
+        ctx.save_for_backward(x, folded, y.data, d_out, d_in, *deviations, *permutations)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
         """Form the gradients that are needed."""
-        x, folded, y, d_out, d_in, e_out, e_in, rows, columns = ctx.saved_tensors
+        x, folded, y, d_out, d_in, e_out, e_in, permutation_out, permutation_in = ctx.saved_tensors
         need_x, _, need_out, need_in, *_ = ctx.needs_input_grad
         grad_x = grad_out = grad_in = None
         grad_y, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -51,10 +51,10 @@ class PoetLinearFunction(torch.autograd.Function):
             if need_x or need_in:
                 grad_x = torch.mm(grad_y, folded)
             if need_in and grad_x is not None:
-                grad_in = reference.input_gradient(inputs, grad_x, d_in, e_in, columns)
+                grad_in = reference.input_gradient(inputs, grad_x, d_in, e_in, permutation_in)
             if need_out:
                 y = F.linear(x, folded) if ctx.changes.any() else y
-                grad_out = reference.output_gradient(y.reshape(-1, y.shape[-1]), grad_y, d_out, e_out, rows)
+                grad_out = reference.output_gradient(y.reshape(-1, y.shape[-1]), grad_y, d_out, e_out, permutation_out)
         return (grad_x.view(x.shape) if grad_x is not None and need_x else None), None, grad_out, grad_in, None, None
 
 
@@ -80,8 +80,8 @@ def poet_linear(
     weight: Tensor,
     d_out: Tensor,
     d_in: Tensor,
-    rows: Tensor | None = None,
-    columns: Tensor | None = None,
+    permutation_out: Tensor | None = None,
+    permutation_in: Tensor | None = None,
 ) -> Tensor:
     """Return ``x W_eff^T`` with the weight of ``fold``; the rotations' gradients need no third large product.
 
@@ -94,8 +94,9 @@ def poet_linear(
         weight: Frozen weight ``(out, in)`` in the permuted frame, dtype and device of ``x``.
         d_out: Output displacements ``(n, b, b)`` with ``n * b <= out``; ``n = 0`` means no rotation.
         d_in: Input displacements ``(m, c, c)`` with ``m * c <= in``; ``m = 0`` means no rotation.
-        rows: Permutation ``(out,)`` of the output side, int64, or of groups, ``(out / g,)`` (:mod:`groups`); or None.
-        columns: Permutation of the input side likewise.
+        permutation_out: Permutation ``(out,)`` of the output side, int64, or of groups, ``(out / g,)``
+            (:mod:`permutations`); or None.
+        permutation_in: Permutation of the input side likewise.
 
     Returns:
         ``(..., out)`` in the natural order, in the dtype of ``x``.
@@ -104,23 +105,30 @@ def poet_linear(
         ValueError: If dtypes or devices differ, the blocks are not square or do not fit the weight, a permutation has
             another length or dtype, or the width of ``x`` is not that of the weight.
     """
-    _check(x, weight, d_out, d_in, rows, columns)
+    _check(x, weight, d_out, d_in, permutation_out, permutation_in)
     with without_autocast(x.device.type):
         if not serves(x) or not (torch.is_grad_enabled() and (d_out.requires_grad or d_in.requires_grad)):
-            return F.linear(x, fold(weight, d_out, d_in, rows, columns))
+            return F.linear(x, fold(weight, d_out, d_in, permutation_out, permutation_in))
         deviations = [gram_deviation(d.detach()) for d in (d_out, d_in)]
         norms = [largest(deviation) for deviation in deviations]
         if not all(reference.invertible(norm) for norm in norms):
-            return F.linear(x, fold(weight, d_out, d_in, rows, columns))
+            return F.linear(x, fold(weight, d_out, d_in, permutation_out, permutation_in))
         e_out, e_in = (
             deviation if inverts_by_transposing(norm, x.dtype) else None
             for deviation, norm in zip(deviations, norms, strict=True)
         )
-        folded = fold(weight, d_out.detach(), d_in.detach(), rows, columns)
-        return PoetLinearFunction.apply(x, folded, d_out, d_in, (e_out, e_in), (rows, columns))
+        folded = fold(weight, d_out.detach(), d_in.detach(), permutation_out, permutation_in)
+        return PoetLinearFunction.apply(x, folded, d_out, d_in, (e_out, e_in), (permutation_out, permutation_in))
 
 
-def _check(x: Tensor, weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    d_out: Tensor,
+    d_in: Tensor,
+    permutation_out: Tensor | None,
+    permutation_in: Tensor | None,
+) -> None:
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"poet_linear: x has {x.shape[-1]} features and the weight takes {weight.shape[1]}")
     if x.dtype != weight.dtype or x.device != weight.device:
@@ -129,5 +137,5 @@ def _check(x: Tensor, weight: Tensor, d_out: Tensor, d_in: Tensor, rows: Tensor 
         )
     for side, displacement, width in (("output", d_out, weight.shape[0]), ("input", d_in, weight.shape[1])):
         check_blocks("poet_linear", f"{side} displacement", displacement, x, "x", width)
-    check_permutation("poet_linear", "rows", rows, weight.shape[0], x)
-    check_permutation("poet_linear", "columns", columns, weight.shape[1], x)
+    check_permutation("poet_linear", "permutation_out", permutation_out, weight.shape[0], x)
+    check_permutation("poet_linear", "permutation_in", permutation_in, weight.shape[1], x)

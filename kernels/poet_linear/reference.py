@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.block_batches import inverse_transpose_times, times_inverse_transpose
+from orthotrain.kernels.block_batches import inverse_transpose_times, solve_blocks, times_inverse_transpose
 from orthotrain.kernels.block_rotate.reference import contract
-from orthotrain.kernels.solve import solve_blocks
 
 
 def invertible(norm: float) -> bool:
@@ -14,7 +13,7 @@ def invertible(norm: float) -> bool:
 
 
 def input_gradient(
-    x: Tensor, grad_x: Tensor, displacement: Tensor, deviation: Tensor | None, order: Tensor | None
+    x: Tensor, grad_x: Tensor, displacement: Tensor, deviation: Tensor | None, permutation: Tensor | None
 ) -> Tensor:
     """Return ``dL/dD_in = blocks(x^T dL/dx) R^-T``, ``(n, b, b)``.
 
@@ -23,19 +22,19 @@ def input_gradient(
         grad_x: ``dL/dx (N, in)``.
         displacement: ``D_in = R - I``, ``(n, b, b)``.
         deviation: Its ``E = R^T R - I`` where R is inverted by transposing, None where it is by solving.
-        order: Order of the columns, ``(in / g,)``, or None.
+        permutation: Of the columns, ``(in / g,)``, or None.
     """
-    contraction, wide = _widened(contract(x, grad_x, displacement, order), displacement)
+    contraction, wide = _widened(contract(x, grad_x, displacement, permutation), displacement)
     if deviation is not None:
         return times_inverse_transpose(contraction, wide, deviation).to(displacement.dtype)
     return solve_blocks(_transposed(wide), contraction, left=False).to(displacement.dtype)
 
 
 def output_gradient(
-    y: Tensor, grad_y: Tensor, displacement: Tensor, deviation: Tensor | None, order: Tensor | None
+    y: Tensor, grad_y: Tensor, displacement: Tensor, deviation: Tensor | None, permutation: Tensor | None
 ) -> Tensor:
     """Return ``dL/dD_out = R^-T blocks(y^T dL/dy)``, ``(n, b, b)``; arguments as for :func:`input_gradient`."""
-    contraction, wide = _widened(contract(y, grad_y, displacement, order), displacement)
+    contraction, wide = _widened(contract(y, grad_y, displacement, permutation), displacement)
     if deviation is not None:
         return inverse_transpose_times(contraction, wide, deviation).to(displacement.dtype)
     return solve_blocks(_transposed(wide), contraction).to(displacement.dtype)

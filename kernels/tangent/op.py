@@ -17,40 +17,46 @@ from orthotrain.kernels.scale import log_gradient, scaled
 Kind = Literal["activation", "row", "column"]
 
 
-def _computed(kind: str, left: Tensor, right: Tensor, order: Tensor | None, blocks: int, block_size: int) -> Tensor:
+def _computed(
+    kind: str, left: Tensor, right: Tensor, permutation: Tensor | None, blocks: int, block_size: int
+) -> Tensor:
     with torch.cuda.device_of(left), without_autocast(left.device.type):
-        return getattr(implementation(left, "tangent"), f"{kind}_gradient")(left, right, order, blocks, block_size)
+        return getattr(implementation(left, "tangent"), f"{kind}_gradient")(
+            left, right, permutation, blocks, block_size
+        )
 
 
 @torch.library.custom_op("orthotrain::tangent_gradient", mutates_args=())
-def _traced(kind: str, left: Tensor, right: Tensor, order: Tensor | None, blocks: int, block_size: int) -> Tensor:
-    return _computed(kind, left, right, order, blocks, block_size)
+def _traced(kind: str, left: Tensor, right: Tensor, permutation: Tensor | None, blocks: int, block_size: int) -> Tensor:
+    return _computed(kind, left, right, permutation, blocks, block_size)
 
 
 @_traced.register_fake
-def _(kind: str, left: Tensor, right: Tensor, order: Tensor | None, blocks: int, block_size: int) -> Tensor:
+def _(kind: str, left: Tensor, right: Tensor, permutation: Tensor | None, blocks: int, block_size: int) -> Tensor:
     dtype = torch.promote_types(left.dtype, torch.float32)
     return left.new_empty(blocks, block_size * (block_size - 1) // 2, dtype=dtype)
 
 
-def _gradient(kind: Kind, left: Tensor, right: Tensor, order: Tensor | None, blocks: int, block_size: int) -> Tensor:
+def _gradient(
+    kind: Kind, left: Tensor, right: Tensor, permutation: Tensor | None, blocks: int, block_size: int
+) -> Tensor:
     """Return dL/dgenerators ``(n, b(b-1)/2)``, in fp32 or wider; see ``KIND_gradient`` of the reference."""
     compute = _traced if traced(left) else _computed
-    return compute(kind, left, right, order, blocks, block_size)
+    return compute(kind, left, right, permutation, blocks, block_size)
 
 
 class _Tangent(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, generators: Tensor, order: Tensor | None, block_size: int) -> Tensor:
-        ctx.save_for_backward(x, order)
+    def forward(ctx: Any, x: Tensor, generators: Tensor, permutation: Tensor | None, block_size: int) -> Tensor:
+        ctx.save_for_backward(x, permutation)
         ctx.blocks, ctx.block_size = generators.shape[0], block_size
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
-        x, order = ctx.saved_tensors
+        x, permutation = ctx.saved_tensors
         (grad,) = grads
-        gradient = _gradient("activation", x, grad, order, ctx.blocks, ctx.block_size)
+        gradient = _gradient("activation", x, grad, permutation, ctx.blocks, ctx.block_size)
         return grad, gradient, None, None
 
 
@@ -62,19 +68,19 @@ class _TangentLinear(torch.autograd.Function):
         weight: Tensor,
         out: Tensor | None,
         into: Tensor | None,
-        order_out: Tensor | None,
-        order_in: Tensor | None,
+        permutation_out: Tensor | None,
+        permutation_in: Tensor | None,
         sizes: tuple[int, int],
         log_scale: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, order_out, order_in, log_scale)
+        ctx.save_for_backward(x, weight, permutation_out, permutation_in, log_scale)
         ctx.blocks = tuple(0 if g is None else g.shape[0] for g in (out, into))
         ctx.sizes = sizes
         return torch.nn.functional.linear(x, _factored(weight, log_scale, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
-        x, stored, order_out, order_in, log_scale = ctx.saved_tensors
+        x, stored, permutation_out, permutation_in, log_scale = ctx.saved_tensors
         (grad,) = grads
         weight = _factored(stored, log_scale, x.dtype)
         rows = grad.reshape(-1, grad.shape[-1])
@@ -82,8 +88,8 @@ class _TangentLinear(torch.autograd.Function):
         grad_weight = rows.mT @ x.reshape(-1, x.shape[-1])
         grad_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
         (n_out, n_in), (b_out, b_in) = ctx.blocks, ctx.sizes
-        out = _gradient("row", weight, grad_weight, order_out, n_out, b_out) if n_out else None
-        into = _gradient("column", weight, grad_weight, order_in, n_in, b_in) if n_in else None
+        out = _gradient("row", weight, grad_weight, permutation_out, n_out, b_out) if n_out else None
+        into = _gradient("column", weight, grad_weight, permutation_in, n_in, b_in) if n_in else None
         scale = None if log_scale is None else log_gradient(grad_weight, weight, log_scale)
         return grad_x, None, out, into, None, None, None, scale
 
@@ -92,20 +98,20 @@ def _factored(weight: Tensor, log_scale: Tensor | None, dtype: torch.dtype) -> T
     return weight.to(dtype) if log_scale is None else scaled(weight, log_scale, dtype)
 
 
-def tangent(x: Tensor, generators: Tensor, order: Tensor | None, block_size: int) -> Tensor:
+def tangent(x: Tensor, generators: Tensor, permutation: Tensor | None, block_size: int) -> Tensor:
     """Return ``x``; in backward give ``generators`` the gradient of a block rotation of ``x`` at R = I.
 
     Args:
         x: Activations ``(..., d)``.
         generators: ``(n, b(b-1)/2)``, known to be zero, ``n * b <= d``.
-        order: Permutation ``(d,)``, int64, or of groups, ``(d / g,)`` (:mod:`groups`): the blocks lie on its first
-            ``n * b`` places. None for the natural order.
+        permutation: ``(d,)`` int64, or of groups, ``(d / g,)`` (:mod:`permutations`): the blocks lie on its first
+            ``n * b`` positions. None for the natural order.
         block_size: Size b of a block.
 
     Returns:
         ``x`` itself, as a new view.
     """
-    return _Tangent.apply(x, generators, order, block_size)
+    return _Tangent.apply(x, generators, permutation, block_size)
 
 
 def tangent_linear(
@@ -113,8 +119,8 @@ def tangent_linear(
     weight: Tensor,
     out: Tensor | None,
     into: Tensor | None,
-    order_out: Tensor | None,
-    order_in: Tensor | None,
+    permutation_out: Tensor | None,
+    permutation_in: Tensor | None,
     sizes: tuple[int, int],
     log_scale: Tensor | None = None,
 ) -> Tensor:
@@ -125,12 +131,12 @@ def tangent_linear(
         weight: Frozen ``(out, in)`` in the natural frame, cast to the dtype of ``x`` for each product.
         out: Generators of the output side ``(n, b(b-1)/2)``, known to be zero, or None.
         into: Those of the input side, or None.
-        order_out: Permutation ``(out,)`` likewise.
-        order_in: Permutation ``(in,)`` likewise.
+        permutation_out: Permutation ``(out,)`` likewise.
+        permutation_in: Permutation ``(in,)`` likewise.
         sizes: Block sizes of the output and of the input side.
         log_scale: Logarithm of a factor of the weight, ``(1,)`` in fp32 or wider, or None for 1.
 
     Returns:
         ``(..., out)``.
     """
-    return _TangentLinear.apply(x, weight, out, into, order_out, order_in, sizes, log_scale)
+    return _TangentLinear.apply(x, weight, out, into, permutation_out, permutation_in, sizes, log_scale)

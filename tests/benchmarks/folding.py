@@ -75,7 +75,7 @@ def stepwise(
     def fold() -> None:
         for generators in layer.rotation_parameters():
             nn.init.normal_(generators, std=0.02 / block_size**0.5)
-        (layer.merge_ if int(layer.merge_count) % 100 == 99 else layer.fold_)()
+        (layer.merge_ if int(layer.merge_count + layer.fold_count) % 100 == 99 else layer.fold_)()
 
     return fold, layer._effective_weight, stored / width**2
 

@@ -47,12 +47,12 @@ def contenders(linear: nn.Linear, block_size: int) -> dict[str, nn.Module]:
 
     ``pooled`` is ``auto`` as a trained network runs it: with the displacements of all its rotations in one batch.
     """
-    pooled = poet(linear, block_size, centre="auto")
+    pooled = poet(linear, block_size, route="auto")
     DisplacementPool(pooled)
     routes: dict[str, Any] = {route: poet(linear, block_size) for route in ROUTES}
     for route, layer in routes.items():
         layer._route = lambda x, route=route: route
-    auto = poet(linear, block_size, centre="auto")
+    auto = poet(linear, block_size, route="auto")
     return {"linear": linear, "frozen": frozen_copy(linear), **routes, "auto": auto, "pooled": pooled}
 
 

@@ -55,4 +55,4 @@ def test_a_file_of_the_newest_checkpoint_is_damaged(harness, recipe, file, damag
     harness.recover("a file of the two newest checkpoints damaged or missing", run, at_most=7 - 4)
     for path in newest:
         assert f"skipped: checkpoint '{path}" in run.log()
-    assert f"going on from {earlier}" in run.log()
+    assert f"--ckpt_path last is {earlier}" in run.log()

@@ -1,16 +1,24 @@
-"""Inverting nearly orthogonal blocks by transposing them: as good as its bound says, on both sides."""
+"""Blocks taken in parts give the same numbers; inverting by transposing is as good as its bound."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from orthotrain.kernels import block_batches
 from orthotrain.kernels.block_batches import (
     gram_deviation,
+    in_parts,
     inverse_transpose_times,
     inverts_by_transposing,
     largest,
     times_inverse_transpose,
 )
 from orthotrain.kernels.cayley import cayley
+from orthotrain.kernels.cayley import reference as cayley_reference
+from orthotrain.kernels.cayley_neumann import reference as neumann
+from orthotrain.kernels.exponential import reference as exponential
+from orthotrain.kernels.skew.reference import skew_forward
 
 
 @pytest.fixture
@@ -52,3 +60,51 @@ def test_deviation_of_16_bits_is_that_of_what_is_stored(dtype, scaled):
 
 def test_no_blocks_deviate_by_nothing():
     assert largest(gram_deviation(torch.zeros(0, 4, 4))) == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 20), st.integers(1, 9), st.integers(1, 6))
+def test_every_block_is_computed_once_from_its_own_operands(count, block_size, blocks_in_a_part):
+    left, right = torch.randn(count, block_size, block_size), torch.randn(count, 3)
+    sizes = []
+
+    def function(left, right):
+        sizes.append(left.shape[0])
+        return left.sum((1, 2)) + right.prod(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_batches, "PART_BYTES", blocks_in_a_part * block_size**2 * 4)
+        result = in_parts(function, left, right, block_size=block_size)
+    assert torch.equal(result, left.sum((1, 2)) + right.prod(1))
+    assert sum(sizes) == count and max(sizes) <= blocks_in_a_part
+
+
+def test_other_devices_take_all_blocks_at_once():
+    sizes = []
+    in_parts(lambda t: sizes.append(t.shape[0]) or t, torch.zeros(10**6, 4, 4, device="meta"), block_size=4)
+    assert sizes == [10**6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_parameterizations_do_not_depend_on_the_parts(dtype, monkeypatch):
+    generators = 0.05 * torch.randn(13, 28, dtype=torch.float64).to(dtype)
+    q, grad = skew_forward(generators, 8), torch.randn(13, 8, 8, dtype=torch.float64).to(dtype)
+    computed = []
+    for size in (2**18, 2**10):
+        monkeypatch.setattr(block_batches, "PART_BYTES", size)
+        displacement = cayley_reference.cayley_forward(q)
+        computed.append(
+            [
+                displacement,
+                cayley_reference.cayley_backward(displacement, grad),
+                exponential.exponential_forward(q),
+                exponential.exponential_backward(q, grad),
+                *(neumann.cayley_neumann_forward(q, order) for order in (1, 3, 4)),
+                *(neumann.cayley_neumann_backward(q, grad, order) for order in (1, 3, 4)),
+                neumann.cayley_neumann_generators_forward(generators, 8, 4, dtype),
+                neumann.cayley_neumann_generators_backward(generators, grad, 4),
+            ]
+        )
+    for whole, taken_apart in zip(*computed, strict=True):
+        assert whole.dtype == dtype
+        torch.testing.assert_close(whole, taken_apart, rtol=1e-6, atol=1e-7)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthotrain.kernels.block_rotate import block_rotate, chunks
+from orthotrain.kernels import block_batches
+from orthotrain.kernels.block_rotate import block_rotate
 
 
 def dense(x, displacement, load, store):
@@ -57,12 +58,12 @@ def test_values_and_gradients_equal_the_dense_product(case):
 def test_rows_in_chunks_give_what_all_rows_at_once_give(monkeypatch, load, store, dtype, limit, size):
     x, grad = torch.randn(37, 300).to(dtype), torch.randn(37, 300).to(dtype)
     displacement = (torch.randn(300 // size, size, size) / 20).to(dtype)
-    orders = [torch.randperm(300) if used else None for used in (load, store)]
+    permutations = [torch.randperm(300) if used else None for used in (load, store)]
 
     def results(chunk, kind):
-        monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(block_batches, "CHUNK_BYTES", chunk)
         leaves = [t.to(kind).requires_grad_() for t in (x, displacement)]
-        y = block_rotate(*leaves, *orders)
+        y = block_rotate(*leaves, *permutations)
         return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(kind))]
 
     exact = results(2**21, torch.float64)
@@ -76,20 +77,20 @@ def test_rows_in_chunks_give_what_all_rows_at_once_give(monkeypatch, load, store
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_permutation_routes(width, dtype):
     x = torch.randn(3, width).to(dtype)
-    order = torch.randperm(width)
+    permutation = torch.randperm(width)
     nothing = torch.zeros(1, 2, 2, dtype=dtype)
-    assert torch.equal(block_rotate(x, nothing, load=order), x[:, order])
-    assert torch.equal(block_rotate(x, nothing, load=order, store=order), x)
+    assert torch.equal(block_rotate(x, nothing, gather=permutation), x[:, permutation])
+    assert torch.equal(block_rotate(x, nothing, gather=permutation, scatter=permutation), x)
 
 
 def test_opcheck_and_strided_inputs():
     x = torch.randn(6, 4, dtype=torch.float64).T.requires_grad_()
     displacement = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
-    order = torch.randperm(6)
-    torch.library.opcheck(torch.ops.orthotrain.block_rotate.default, (x, displacement, order, None))
-    torch.autograd.gradcheck(lambda x, d: block_rotate(x, d, order, order), (x, displacement))
+    permutation = torch.randperm(6)
+    torch.library.opcheck(torch.ops.orthotrain.block_rotate.default, (x, displacement, permutation, None))
+    torch.autograd.gradcheck(lambda x, d: block_rotate(x, d, permutation, permutation), (x, displacement))
     # a stride-0 gradient, as sum() passes back
-    block_rotate(x, displacement, order).sum().backward()
+    block_rotate(x, displacement, permutation).sum().backward()
     assert x.grad is not None and torch.isfinite(x.grad).all()
 
 

@@ -16,16 +16,16 @@ BLOCKS = torch.zeros(2, 3, 3)
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (torch.arange(5), r"load is torch.int64 \(5,\); a permutation here is int64 \(7,\)"),
-        (torch.arange(7, dtype=torch.int32), r"load is torch.int32 \(7,\)"),
-        (torch.arange(7, device="meta"), "load is on meta and the data on cpu"),
+        (torch.arange(5), r"gather is torch.int64 \(5,\); a permutation here is int64 \(7,\)"),
+        (torch.arange(7, dtype=torch.int32), r"gather is torch.int32 \(7,\)"),
+        (torch.arange(7, device="meta"), "gather is on meta and the data on cpu"),
     ],
 )
 def test_permutations(index, message):
     with pytest.raises(ValueError, match=message):
-        block_rotate(torch.zeros(4, 7), BLOCKS, load=index)
-    with pytest.raises(ValueError, match=message.replace("load", "columns")):
-        fold(torch.zeros(6, 7), BLOCKS, BLOCKS, columns=index)
+        block_rotate(torch.zeros(4, 7), BLOCKS, gather=index)
+    with pytest.raises(ValueError, match=message.replace("gather", "permutation_in")):
+        fold(torch.zeros(6, 7), BLOCKS, BLOCKS, permutation_in=index)
 
 
 def test_devices():
@@ -40,10 +40,10 @@ def test_with_debug_a_repeated_index_is_found(monkeypatch, compiled):
     index = torch.tensor([0, 1, 2, 3, 4, 5, 5])
     rotate = torch.compile(block_rotate, fullgraph=True, backend="aot_eager") if compiled else block_rotate
     monkeypatch.setenv("ORTHOTRAIN_DEBUG", "1")
-    with pytest.raises(ValueError, match="store is no permutation"):
+    with pytest.raises(ValueError, match="scatter is no permutation"):
         rotate(torch.zeros(4, 7), BLOCKS, torch.randperm(7), index)
-    with pytest.raises(ValueError, match="rows is no permutation"):
-        fold(torch.zeros(7, 6), BLOCKS, BLOCKS, rows=index)
+    with pytest.raises(ValueError, match="permutation_out is no permutation"):
+        fold(torch.zeros(7, 6), BLOCKS, BLOCKS, permutation_out=index)
     rotate(torch.zeros(4, 7), BLOCKS, torch.randperm(7), torch.randperm(7))
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthotrain.kernels.block_rotate import chunks
+from orthotrain.kernels import block_batches
 from orthotrain.kernels.fold import fold
 
 
@@ -31,11 +31,11 @@ def test_values_and_gradients_equal_the_dense_product(out_side, in_side, permute
     kwargs = {"dtype": torch.float64, "generator": generator}
     weight = torch.randn(rows, columns, **kwargs)
     d_out, d_in = torch.randn(n, b, b, **kwargs).requires_grad_(), torch.randn(m, c, c, **kwargs).requires_grad_()
-    order_out = torch.randperm(rows, generator=generator) if permuted else None
-    order_in = torch.randperm(columns, generator=generator) if permuted else None
-    folded = fold(weight, d_out, d_in, order_out, order_in)
+    permutation_out = torch.randperm(rows, generator=generator) if permuted else None
+    permutation_in = torch.randperm(columns, generator=generator) if permuted else None
+    folded = fold(weight, d_out, d_in, permutation_out, permutation_in)
     expected = rotation(d_out, rows).T @ weight @ rotation(d_in, columns).T
-    back = folded[order_out][:, order_in] if permuted else folded
+    back = folded[permutation_out][:, permutation_in] if permuted else folded
     torch.testing.assert_close(back, expected, rtol=1e-11, atol=1e-11)
     if not n and not m:
         return
@@ -55,7 +55,7 @@ def test_rows_in_chunks_give_what_all_rows_at_once_give(monkeypatch, permuted, d
     columns = torch.randperm(43) if permuted in ("columns", "both") else None
 
     def results(chunk, kind):
-        monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(block_batches, "CHUNK_BYTES", chunk)
         leaves = [d.to(kind).requires_grad_() for d in (d_out, d_in)]
         folded = fold(weight.to(kind), *leaves, rows, columns)
         return [folded.detach(), *torch.autograd.grad(folded, leaves, grad.to(kind))]

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
+from orthotrain.kernels.block_batches import solve_blocks
 from orthotrain.kernels.cayley import cayley
 from orthotrain.kernels.cayley_neumann import cayley_neumann, cayley_neumann_generators
 from orthotrain.kernels.exponential import exponential, squarings
 from orthotrain.kernels.skew import skew
-from orthotrain.kernels.solve import solve_blocks
 
 OPS = {
     "cayley": cayley,

@@ -25,22 +25,28 @@ def orthogonal(blocks, block_size, dtype=torch.float64, std=0.2, seed=0):
     return cayley(raw - raw.mT).to(dtype)
 
 
-def rotation(displacement, width, order):
+def rotation(displacement, width, permutation):
     """Dense ``R`` of ``x @ R`` in the natural order."""
     covered = displacement.shape[0] * displacement.shape[-1]
-    order = torch.arange(width) if order is None else order
+    permutation = torch.arange(width) if permutation is None else permutation
     blocks = torch.block_diag(*displacement) if covered else displacement.new_zeros(0, 0)
-    places = order[:covered]
+    places = permutation[:covered]
     return torch.eye(width, dtype=displacement.dtype).index_put((places[:, None], places), blocks, accumulate=True)
 
 
-def dense(x, weight, d_out, d_in, rows, columns):
+def dense(x, weight, d_out, d_in, permutation_out, permutation_in):
     natural = torch.empty_like(weight)
-    order_out, order_in = (
-        torch.arange(n) if order is None else order for n, order in zip(weight.shape, (rows, columns), strict=True)
+    rows, columns = (
+        torch.arange(n) if p is None else p
+        for n, p in zip(weight.shape, (permutation_out, permutation_in), strict=True)
     )
-    natural[order_out[:, None], order_in] = weight
-    return x @ rotation(d_in, weight.shape[1], columns) @ natural.T @ rotation(d_out, weight.shape[0], rows)
+    natural[rows[:, None], columns] = weight
+    return (
+        x
+        @ rotation(d_in, weight.shape[1], permutation_in)
+        @ natural.T
+        @ rotation(d_out, weight.shape[0], permutation_out)
+    )
 
 
 @pytest.fixture
@@ -69,8 +75,8 @@ def test_values_and_gradients_equal_the_dense_product(out, into, rows, is_orthog
     for _, n, b, _ in (out, into):
         d = orthogonal(n, b, seed=seed) if is_orthogonal else torch.randn(n, b, b, **options)
         drawn.append(d.requires_grad_())
-    orders = [torch.randperm(side[0], generator=seeded(seed)) if side[3] else None for side in (out, into)]
-    y, expected = poet_linear(x, weight, *drawn, *orders), dense(x, weight, *drawn, *orders)
+    permutations = [torch.randperm(side[0], generator=seeded(seed)) if side[3] else None for side in (out, into)]
+    y, expected = poet_linear(x, weight, *drawn, *permutations), dense(x, weight, *drawn, *permutations)
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
     leaves = [x] + [d for d in drawn if d.numel()]
     probe = torch.randn(y.shape, **options)
@@ -90,14 +96,14 @@ def test_rotations_that_are_not_orthogonal_lose_no_digits(stretch, routes, monke
     solved, solve = [], reference.solve_blocks
     monkeypatch.setattr(reference, "solve_blocks", lambda *a, **k: (solved.append(1), solve(*a, **k))[1])
     x, weight, grad = (torch.randn(n, m, generator=seeded(n)) for n, m in ((90, 32), (48, 32), (90, 48)))
-    orders = torch.randperm(48), torch.randperm(32)
+    permutations = torch.randperm(48), torch.randperm(32)
     x.requires_grad_()
     leaves = [x, *stretched]
-    got = torch.autograd.grad(poet_linear(x, weight, *stretched, *orders), leaves, grad)
+    got = torch.autograd.grad(poet_linear(x, weight, *stretched, *permutations), leaves, grad)
     assert len(routes) == (stretch < 0.06)
     assert len(solved) == (2 if 4e-5 < stretch < 0.06 else 0)
     exact = [t.detach().double().requires_grad_() for t in leaves]
-    y = dense(exact[0], weight.double(), *exact[1:], *orders)
+    y = dense(exact[0], weight.double(), *exact[1:], *permutations)
     for actual, want in zip(got, torch.autograd.grad(y, exact, grad.double()), strict=True):
         assert float((actual - want).norm() / want.norm()) < 1e-6
 
@@ -195,8 +201,8 @@ def test_compiles_to_the_fold(routes):
         ({"x": torch.zeros(2, 8, dtype=torch.float64)}, "float64 on cpu and the weight torch.float32"),
         ({"d_in": torch.zeros(3, 4, 4)}, "input displacement .* does not fit in width 8"),
         ({"d_out": torch.zeros(1, 4, 3)}, "output displacement .*square"),
-        ({"rows": torch.arange(4)}, r"rows is torch.int64 \(4,\)"),
-        ({"columns": torch.zeros(8)}, "columns is torch.float32"),
+        ({"permutation_out": torch.arange(4)}, r"permutation_out is torch.int64 \(4,\)"),
+        ({"permutation_in": torch.zeros(8)}, "permutation_in is torch.float32"),
     ],
 )
 def test_bad_input_names_what_is_wrong(changed, message):

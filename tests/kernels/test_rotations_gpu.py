@@ -55,10 +55,10 @@ def test_block_rotate(block_size, dtype, rows, permuted):
 @pytest.mark.parametrize("permuted", [False, True])
 def test_fold(block_size, dtype, permuted):
     shape = (block_size + 5, 2 * block_size + 3)
-    orders = [torch.randperm(width, device="cuda") if permuted else None for width in shape]
+    permutations = [torch.randperm(width, device="cuda") if permuted else None for width in shape]
     weight = draw(*shape, dtype=dtype)
     sides = [draw(n, block_size, block_size, dtype=dtype, scale=block_size**-0.5) for n in (1, 2)]
-    hold(lambda d_out, d_in: fold(weight.to(d_in.dtype), d_out, d_in, *orders), sides, draw(*shape, dtype=dtype))
+    hold(lambda d_out, d_in: fold(weight.to(d_in.dtype), d_out, d_in, *permutations), sides, draw(*shape, dtype=dtype))
 
 
 @blocks_of

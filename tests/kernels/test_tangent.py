@@ -32,14 +32,14 @@ def gradients(y, inputs):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["cayley", "cayley_neumann", "exponential"])
 def test_equals_autograd_through_every_parameterization_at_zero(shape, name):
-    x, weight, out, into, order_out, order_in = draw(*shape)
+    x, weight, out, into, permutation_out, permutation_in = draw(*shape)
     b_in, b_out = shape[2:]
     displacement = create(name).displacement
-    rotated = block_rotate(x, displacement(into, b_in), order_in, order_in)
-    y = block_rotate(rotated @ weight.T, displacement(out, b_out), order_out, order_out)
+    rotated = block_rotate(x, displacement(into, b_in), permutation_in, permutation_in)
+    y = block_rotate(rotated @ weight.T, displacement(out, b_out), permutation_out, permutation_out)
     expected = gradients(y, (x, out, into))
-    through_weight = tangent_linear(x, weight, out, into, order_out, order_in, (b_out, b_in))
-    tapped = tangent(tangent(x, into, order_in, b_in) @ weight.T, out, order_out, b_out)
+    through_weight = tangent_linear(x, weight, out, into, permutation_out, permutation_in, (b_out, b_in))
+    tapped = tangent(tangent(x, into, permutation_in, b_in) @ weight.T, out, permutation_out, b_out)
     for got in (through_weight, tapped):
         assert torch.equal(got, x @ weight.T)
         for g, e in zip(gradients(got, (x, out, into)), expected, strict=True):
@@ -56,10 +56,10 @@ def test_natural_order_and_one_side():
 
 
 def test_a_factor_of_the_weight_has_its_gradient_through_the_weight():
-    x, weight, out, into, order_out, order_in = draw(24, 16, 4, 4)
+    x, weight, out, into, permutation_out, permutation_in = draw(24, 16, 4, 4)
     log = torch.tensor([0.4], dtype=torch.float64, requires_grad=True)
-    got = tangent_linear(x, weight, out, into, order_out, order_in, (4, 4), log)
-    tapped = tangent(tangent(x, into, order_in, 4) @ weight.T, out, order_out, 4) * log.exp()
+    got = tangent_linear(x, weight, out, into, permutation_out, permutation_in, (4, 4), log)
+    tapped = tangent(tangent(x, into, permutation_in, 4) @ weight.T, out, permutation_out, 4) * log.exp()
     torch.testing.assert_close(got, tapped, rtol=1e-13, atol=1e-13)
     inputs = (x, out, into, log)
     for g, e in zip(gradients(got, inputs), gradients(tapped, inputs), strict=True):
@@ -67,13 +67,13 @@ def test_a_factor_of_the_weight_has_its_gradient_through_the_weight():
 
 
 def test_compiles_without_graph_breaks():
-    x, weight, out, into, order_out, order_in = draw(24, 16, 4, 4)
+    x, weight, out, into, permutation_out, permutation_in = draw(24, 16, 4, 4)
 
     def run(x, out, into):
-        return tangent(tangent(x, into, order_in, 4) @ weight.T, out, order_out, 4)
+        return tangent(tangent(x, into, permutation_in, 4) @ weight.T, out, permutation_out, 4)
 
     def through_weight(x, out, into):
-        return tangent_linear(x, weight, out, into, order_out, order_in, (4, 4))
+        return tangent_linear(x, weight, out, into, permutation_out, permutation_in, (4, 4))
 
     for function in (run, through_weight):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -84,25 +84,26 @@ def test_compiles_without_graph_breaks():
 
 @pytest.mark.parametrize("kind", ["activation", "row", "column"])
 def test_opcheck(kind):
-    order = torch.randperm(16)
+    permutation = torch.randperm(16)
     torch.library.opcheck(
-        torch.ops.orthotrain.tangent_gradient.default, (kind, torch.randn(16, 16), torch.randn(16, 16), order, 3, 5)
+        torch.ops.orthotrain.tangent_gradient.default,
+        (kind, torch.randn(16, 16), torch.randn(16, 16), permutation, 3, 5),
     )
 
 
 def test_autocast_around_backward_does_not_reach_inside():
-    x, weight, out, into, order_out, order_in = draw(24, 16, 4, 4)
-    y = tangent(tangent(x, into, order_in, 4) @ weight.T, out, order_out, 4)
+    x, weight, out, into, permutation_out, permutation_in = draw(24, 16, 4, 4)
+    y = tangent(tangent(x, into, permutation_in, 4) @ weight.T, out, permutation_out, 4)
     plain = gradients(y, (x, out, into))
     with torch.autocast("cpu", torch.bfloat16):
-        y = tangent(tangent(x, into, order_in, 4) @ weight.T, out, order_out, 4)
+        y = tangent(tangent(x, into, permutation_in, 4) @ weight.T, out, permutation_out, 4)
         assert all(g.dtype == torch.float64 for g in gradients(y, (out, into)))
     assert plain[1].dtype == torch.float64
 
 
 def test_triton_that_cannot_be_had_is_an_error():
-    x, weight, out, into, order_out, order_in = draw(24, 16, 4, 4)
-    y = tangent(x.float(), into.float(), order_in, 4)
+    x, weight, out, into, permutation_out, permutation_in = draw(24, 16, 4, 4)
+    y = tangent(x.float(), into.float(), permutation_in, 4)
     with use_backend("triton"), pytest.raises(ValueError, match="tangent: kernels=triton, but"):
         y.sum().backward()
 
@@ -112,10 +113,10 @@ def test_triton_that_cannot_be_had_is_an_error():
 def test_rows_in_chunks_add_up(dtype, bound, covered):
     """More rows than a chunk has (2 MiB), the last one shorter, and features outside of the blocks."""
     x, grad = torch.randn(9000, 256).to(dtype), torch.randn(9000, 256).to(dtype)
-    order, blocks = torch.randperm(256), covered // 32
-    got = activation_gradient(x, grad, order, blocks, 32)
-    exact = activation_gradient(x.double(), grad.double(), order, blocks, 32)
-    left, right = (t.double()[:, order[:covered]].unflatten(1, (blocks, 32)) for t in (x, grad))
+    permutation, blocks = torch.randperm(256), covered // 32
+    got = activation_gradient(x, grad, permutation, blocks, 32)
+    exact = activation_gradient(x.double(), grad.double(), permutation, blocks, 32)
+    left, right = (t.double()[:, permutation[:covered]].unflatten(1, (blocks, 32)) for t in (x, grad))
     product = torch.einsum("nkb,nkc->kbc", left, right)
     rows, columns = torch.triu_indices(32, 32, offset=1)
     torch.testing.assert_close(exact, 2 * (product - product.mT)[:, rows, columns])

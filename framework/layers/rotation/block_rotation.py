@@ -43,8 +43,8 @@ class BlockRotation(nn.Module):
         block_size: Size ``b`` of a block, ``2 <= b <= d``.
         parameterization: A :class:`Parameterization`, a registered name, or ``{"class_path": ..., "init_args": ...}``.
         blocks: Number of blocks ``n``; None for as many as fit.
-        permutation: ``(d,)`` int64, or ``(d / g,)`` of groups of ``g`` neighbours (kernels/groups.py), or None for the
-            natural order.
+        permutation: ``(d,)`` int64, or ``(d / g,)`` of groups of ``g`` neighbors
+            (kernels/permutations.py), or None for the natural order.
         shared: Whether one row of generators serves all blocks.
 
     Attributes:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpu.device import Gpu, Run
 from gpu.measuring import interleaved
-from orthotrain.kernels.groups import GROUPS
+from orthotrain.kernels.permutations import GROUPS
 from orthotrain.kernels.skew import skew
 
 BLOCKS = 1000

@@ -17,8 +17,8 @@ from orthotrain.kernels.dequant import dequant_int8, dequant_nf4
 from orthotrain.kernels.dispatch import use_backend
 from orthotrain.kernels.exponential import exponential
 from orthotrain.kernels.fold import fold
-from orthotrain.kernels.groups import GROUPS
 from orthotrain.kernels.oft_linear import oft_linear
+from orthotrain.kernels.permutations import GROUPS
 from orthotrain.kernels.skew import skew
 
 Results = Callable[[torch.dtype], dict[str, Tensor]]

@@ -1,4 +1,4 @@
-"""Stage 4: operations against the floors of bandwidth and FLOPs, and the costs that ``centre: auto`` chooses by."""
+"""Stage 4: operations against the floors of bandwidth and FLOPs, and the costs that ``route: auto`` chooses by."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from gpu.device import Gpu
 from gpu.measuring import interleaved
 from gpu.record import Case
 from orthotrain.cli.calibrate import GPU_SHAPES, calibrate
-from orthotrain.kernels.groups import GROUPS
+from orthotrain.kernels.permutations import GROUPS
 
 
 def cases(machine: Gpu) -> Iterator[Case]:
@@ -64,7 +64,7 @@ def permutation_route(route: str) -> Iterator[None]:
 def calibrated(machine: Gpu) -> dict[str, Any]:
     """Return the entry of this card for the table of costs, and the largest relative error of its predictions."""
     from orthotrain.cli.calibrate import predicted
-    from orthotrain.layers.poet.route_costs import Costs
+    from orthotrain.layers.poet.cost_tables import Costs
 
     shapes = machine.pick(GPU_SHAPES, [(8, 64, 16), (16, 32, 16), (16, 64, 8)])
     with machine.kernels():

@@ -17,7 +17,7 @@ from orthotrain.data import InstructionData
 from orthotrain.export import export_huggingface, make_plain_
 from orthotrain.models import CausalLM
 from orthotrain.modules import OftLayers, OftModule, PoetLayers, PoetModule
-from orthotrain.modules.unread_masks import sequences_of
+from orthotrain.modules.transformers_masks import sequences_of
 
 FIND_PACKED = masking_utils.find_packed_sequence_indices
 
@@ -81,7 +81,7 @@ KINDS = {
     "OFT, packed rows": (partial(OftModule, layers=OftLayers(block_size=8)), {"packed": True}),
     "OFT, rows without padding": (partial(OftModule, layers=OftLayers(block_size=8, coft_eps=0.01)), {"padding": 0}),
     "OFT, padded rows": (
-        partial(OftModule, layers=OftLayers(block_size=8, quantization="int8", group_size=16)),
+        partial(OftModule, layers=OftLayers(block_size=8, storage="int8", group_size=16)),
         {"padding": 2},
     ),
 }

@@ -110,7 +110,7 @@ def test_a_period_below_one_is_refused(value):
         PoetModule(network(), merge_every=value)
 
 
-def test_merges_a_layer_early_when_its_generators_go_too_far():
+def test_folds_a_layer_early_when_its_generators_go_too_far():
     model = network()
     PoetLayers(block_size=4).apply_(model)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_merges_a_layer_early_when_its_generators_go_too_far():
     callback = next(c for c in trainer.callbacks if isinstance(c, MergeRotations))
     layers = [layer for _, layer in mergeable_layers(module)]
     assert callback.merges == 0 and not any(layer.merge_count for layer in layers)
-    assert callback.early_merges == sum(int(layer.fold_count) for layer in layers) > 0
+    assert callback.early_folds == sum(int(layer.fold_count) for layer in layers) > 0
     assert not NormWatch(0.03).beyond(dict(mergeable_layers(module)))
 
 
@@ -137,7 +137,7 @@ def test_the_bound_keeps_a_series_orthogonal_where_it_would_diverge():
     assert worst(0.06) < 1e-3
 
 
-def test_an_early_merge_keeps_permutation_and_optimizer_state():
+def test_an_early_fold_keeps_permutation_and_optimizer_state():
     module, trainer = fit(merge_every=1000, steps=8, max_generator_norm=0.03)
     fresh, _ = fit(merge_every=1000, steps=8)
     for (_, layer), (_, other) in zip(mergeable_layers(module), mergeable_layers(fresh), strict=True):
@@ -207,7 +207,7 @@ def test_a_weight_that_is_not_finite_is_not_stored(how, storage):
     with torch.no_grad():
         model[1].rotation_in.generators[0, 0] = torch.nan
     before = {name: tensor.clone() for name, tensor in model[1].state_dict().items()}
-    with pytest.raises(TrainingDiverged, match=r"^1: the merged weight \(64 x 32\) holds NaN or infinite values"):
+    with pytest.raises(TrainingDiverged, match=r"^1: the rotations of a weight \(64 x 32\) hold NaN, infinite or huge"):
         how(dict(mergeable_layers(model)), [])
     for name, tensor in model[1].state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)

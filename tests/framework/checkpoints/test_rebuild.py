@@ -122,8 +122,8 @@ HOSTILE = [
     {"layers": {"parameterization": {"class_path": "evil.Cayley"}}},
     {"layers": {"overrides": {"*": {"parameterization": "evil.Cayley"}}}},
     {"layers": {"overrides": {"*": {"parameterization": {"class_path": "evil.Cayley"}}}}},
-    {"clip_ramp": {"class_path": "evil.Ramp"}},
-    {"freeze": [{"class_path": "evil.Pattern"}]},
+    {"optimization": {"clip_ramp": {"class_path": "evil.Ramp"}}},
+    {"layers": {"freeze": [{"class_path": "evil.Pattern"}]}},
 ]
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from orthotrain.cli.ckpt_path import raised_while_restoring
 from orthotrain.cli.main import main
-from orthotrain.cli.trainer_cli import raised_while_restoring
 
 
 class Trap:

@@ -50,7 +50,7 @@ def test_from_fit_to_an_exported_model(small_config, tmp_path, capsys):
     assert summary["steps"] == 6 and summary["merges"] == 3 and 0 <= summary["spectrum_drift"] < 1e-4
     assert f"{summary['trainable_parameters']:,} trained of {summary['total_parameters']:,}" in printed
     assert f"tokens per second         {summary['tokens_per_second']:,.0f}\n" in printed
-    assert summary["checkpoint"] == str(run / "checkpoints" / "last.ckpt") and summary["early_merges"] is None
+    assert summary["checkpoint"] == str(run / "checkpoints" / "last.ckpt") and summary["early_folds"] is None
     assert (run / "config.yaml").exists()
     last = run / "checkpoints" / "last.ckpt"
 
@@ -122,7 +122,7 @@ BAD = [
     ),
     (["--model.layers.exclude", "['*lmhead*']"], "exclude pattern '*lmhead*' matches no module: the model has, for"),
     (["--model.layers.init", "zeros"], "init"),
-    (["--model.merge_every", "0"], "merge_every=0: merge every 1 or more optimizer steps"),
+    (["--model.merge_every", "0"], "merge_every=0: take an integer of at least 1"),
     (["--model.merge_evry", "3"], "'merge_evry' is not accepted; did you mean merge_every"),
     (["--trainer.max_stepss", "3"], "did you mean trainer.max_steps"),
     (["--model", "PoetModul"], "unknown class 'PoetModul'; did you mean PoetModule"),
@@ -162,7 +162,7 @@ def test_bad_input_is_one_clear_line(small_config, capsys, overrides, message):
 
 
 RECIPES = {
-    "clip ramp": {"clip_ramp": {"steps": 3}},
+    "clip ramp": {"optimization": {"clip_ramp": {"steps": 3}}},
     "WSD": {"optimization": {"scheduler": {"class_path": "WarmupStableDecay", "init_args": {"warmup_steps": 1}}}},
     "8-bit Adam": {"optimization": {"optimizer": {"class_path": "bitsandbytes.optim.AdamW8bit"}}},
 }
@@ -184,7 +184,8 @@ def test_recipe_parts_from_yaml(small_config, tmp_path, name):
 
 
 def test_a_clip_ramp_from_the_command_line(small_config):
-    main(["fit", *QUICK, "-c", str(small_config), "--model.clip_ramp.steps", "3", "--trainer.gradient_clip_val", "1.0"])
+    ramp = ["--model.optimization.clip_ramp.steps", "3", "--trainer.gradient_clip_val", "1.0"]
+    main(["fit", *QUICK, "-c", str(small_config), *ramp])
 
 
 def test_yaml_keys_and_files_are_checked_too(small_config, tmp_path, capsys):
@@ -260,7 +261,7 @@ def test_the_run_folder_is_one_option(small_config, tmp_path, capsys, caplog):
     assert "no step was taken: the run is at step 2 of 2" in caplog.text
     assert (tmp_path / "other" / "summary.json").read_text() == summary
     main([*command, "1"])
-    assert "has checkpoints of an earlier run, which this one begins anew and may replace" in caplog.text
+    assert "has checkpoints of an earlier run. This run starts anew and may replace them" in caplog.text
     file = tmp_path / "file"
     file.touch()
     message = refuse(capsys, *command[:-3], "--run_folder", str(file))
@@ -303,14 +304,14 @@ def test_a_signal_while_the_caches_are_built_is_one_line(small_config, tmp_path,
 def test_the_best_checkpoint_is_that_of_the_metric_that_is_watched(small_config, tmp_path, capsys, caplog):
     command = [*QUICK, "-c", str(small_config), "--ckpt_path", "best"]
     message = refuse(capsys, "validate", *command)
-    assert message.endswith("best needs a ModelCheckpoint with monitor, such as val_loss; take last")
+    assert message.endswith("best needs a metric to compare by, such as --checkpoint.monitor val_loss; take last")
     watching = {"monitor": "val_loss", "filename": "{step}", "dirpath": str(tmp_path / "watched")}
     callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": watching}
     command += ["--trainer.callbacks", json.dumps([callback])]
     assert "this run has no checkpoint yet; fit it first" in refuse(capsys, "validate", *command)
     main(["fit", *command[:-4], *command[-2:]])
     main(["validate", *command])
-    assert f"the best is {tmp_path / 'watched' / 'step='}" in caplog.text
+    assert f"--ckpt_path best is {tmp_path / 'watched' / 'step='}" in caplog.text
 
 
 @pytest.mark.parametrize(

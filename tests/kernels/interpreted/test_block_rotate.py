@@ -25,15 +25,15 @@ def check(rows, d, n, b, dtype, load=True, store=True, seed=0):
     x = torch.randn(rows, d, generator=generator).to(dtype).requires_grad_()
     displacement = (torch.randn(n, b, b, generator=generator) / max(b, 1) ** 0.5).to(dtype).requires_grad_()
     grad = torch.randn(rows, d, generator=generator).to(dtype)
-    order_in = torch.randperm(d, generator=generator) if load else None
-    order_out = torch.randperm(d, generator=generator) if store else None
-    y = block_rotate(x, displacement, order_in, order_out)
+    permutation_in = torch.randperm(d, generator=generator) if load else None
+    permutation_out = torch.randperm(d, generator=generator) if store else None
+    y = block_rotate(x, displacement, permutation_in, permutation_out)
     found = (y, *torch.autograd.grad(y, (x, displacement), grad))
     wide = (x.detach().double(), displacement.detach().double(), grad.double())
     exact, magnitude = (
         (
-            reference.block_rotate_forward(x_, d_, order_in, order_out),
-            *reference.block_rotate_backward(g_, x_, d_, order_in, order_out),
+            reference.block_rotate_forward(x_, d_, permutation_in, permutation_out),
+            *reference.block_rotate_backward(g_, x_, d_, permutation_in, permutation_out),
         )
         for x_, d_, g_ in (wide, tuple(t.abs() for t in wide))
     )
@@ -89,13 +89,15 @@ def test_strided_and_expanded_operands():
     base = torch.randn(30, 2, 40)
     x = base[:, 1, ::2]
     displacement = torch.randn(5, 4, 4).mT
-    order = torch.randperm(20)
-    expected = reference.block_rotate_forward(x.contiguous(), displacement.contiguous(), order, None)
-    torch.testing.assert_close(block_rotate(x, displacement, order), expected)
+    permutation = torch.randperm(20)
+    expected = reference.block_rotate_forward(x.contiguous(), displacement.contiguous(), permutation, None)
+    torch.testing.assert_close(block_rotate(x, displacement, permutation), expected)
     x = x.detach().requires_grad_()
-    (found,) = torch.autograd.grad(block_rotate(x, displacement, order).sum(), x)
+    (found,) = torch.autograd.grad(block_rotate(x, displacement, permutation).sum(), x)
     ones = torch.ones(30, 20)
-    torch.testing.assert_close(found, reference.block_rotate_backward(ones, x.detach(), displacement, order, None)[0])
+    torch.testing.assert_close(
+        found, reference.block_rotate_backward(ones, x.detach(), displacement, permutation, None)[0]
+    )
     shaped = block_rotate(torch.randn(2, 3, 20), displacement)
     assert shaped.shape == (2, 3, 20)
 
@@ -111,11 +113,11 @@ def test_under_autocast_the_dtype_stays():
 
 def test_opcheck_and_full_graph():
     x, displacement = torch.randn(9, 14, requires_grad=True), torch.randn(3, 4, 4, requires_grad=True)
-    order = torch.randperm(14)
-    torch.library.opcheck(torch.ops.orthotrain.block_rotate.default, (x, displacement, order, None))
+    permutation = torch.randperm(14)
+    torch.library.opcheck(torch.ops.orthotrain.block_rotate.default, (x, displacement, permutation, None))
     compiled = torch.compile(block_rotate, fullgraph=True, backend="aot_eager")
-    found = torch.autograd.grad(compiled(x, displacement, order).square().sum(), (x, displacement))
-    expected = torch.autograd.grad(block_rotate(x, displacement, order).square().sum(), (x, displacement))
+    found = torch.autograd.grad(compiled(x, displacement, permutation).square().sum(), (x, displacement))
+    expected = torch.autograd.grad(block_rotate(x, displacement, permutation).square().sum(), (x, displacement))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -34,15 +34,15 @@ def check(out_side, in_side, dtype, permuted, seed=0):
 
     weight, grad = draw(rows, columns), draw(rows, columns)
     d_out, d_in = draw(n, b, b).requires_grad_(), draw(m, c, c).requires_grad_()
-    order_out = torch.randperm(rows, generator=generator) if permuted else None
-    order_in = torch.randperm(columns, generator=generator) if permuted else None
-    folded = fold(weight, d_out, d_in, order_out, order_in)
+    permutation_out = torch.randperm(rows, generator=generator) if permuted else None
+    permutation_in = torch.randperm(columns, generator=generator) if permuted else None
+    folded = fold(weight, d_out, d_in, permutation_out, permutation_in)
     found = (folded, *torch.autograd.grad(folded, (d_out, d_in), grad))
     wide = [t.detach().double() for t in (grad, weight, d_out, d_in)]
     exact, magnitude = (
         (
-            reference.fold_forward(*operands, order_out, order_in),
-            *reference.fold_backward(grad_, *operands, order_out, order_in),
+            reference.fold_forward(*operands, permutation_out, permutation_in),
+            *reference.fold_backward(grad_, *operands, permutation_out, permutation_in),
         )
         for grad_, *operands in (wide, [t.abs() for t in wide])
     )
@@ -75,9 +75,9 @@ def test_blocks_in_parts(dtype):
 
 def test_opcheck_and_full_graph():
     d_out, d_in = torch.randn(2, 3, 3, requires_grad=True), torch.randn(1, 4, 4, requires_grad=True)
-    weight, orders = torch.randn(7, 5), (torch.randperm(7), torch.randperm(5))
-    torch.library.opcheck(torch.ops.orthotrain.fold.default, (weight, d_out, d_in, *orders))
+    weight, permutations = torch.randn(7, 5), (torch.randperm(7), torch.randperm(5))
+    torch.library.opcheck(torch.ops.orthotrain.fold.default, (weight, d_out, d_in, *permutations))
     compiled = torch.compile(fold, fullgraph=True, backend="aot_eager")
-    found = torch.autograd.grad(compiled(weight, d_out, d_in, *orders).square().sum(), (d_out, d_in))
-    expected = torch.autograd.grad(fold(weight, d_out, d_in, *orders).square().sum(), (d_out, d_in))
+    found = torch.autograd.grad(compiled(weight, d_out, d_in, *permutations).square().sum(), (d_out, d_in))
+    expected = torch.autograd.grad(fold(weight, d_out, d_in, *permutations).square().sum(), (d_out, d_in))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

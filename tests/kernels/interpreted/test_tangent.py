@@ -17,11 +17,11 @@ def check(kind, blocks, size, rest, other, dtype, permuted, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (width, other) if kind == "row" else (other, width)
     left, right = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-    order = torch.randperm(width, generator=generator) if permuted else None
+    permutation = torch.randperm(width, generator=generator) if permuted else None
     triton = implementation(left, "tangent")
     assert triton.__name__.endswith("tangent.triton")
-    got = getattr(triton, f"{kind}_gradient")(left, right, order, blocks, size)
-    want = getattr(reference, f"{kind}_gradient")(left.double(), right.double(), order, blocks, size)
+    got = getattr(triton, f"{kind}_gradient")(left, right, permutation, blocks, size)
+    want = getattr(reference, f"{kind}_gradient")(left.double(), right.double(), permutation, blocks, size)
     assert got.dtype == torch.float32 and got.shape == want.shape and not got.isnan().any()
     scale = left.double().norm() * right.double().norm()
     assert (got.double() - want).norm() <= TOLERANCE[dtype] * scale
@@ -46,16 +46,22 @@ def test_blocks_in_parts_and_rows_in_splits(kind, dtype):
 def test_both_ways_of_a_layer():
     x, weight = torch.randn(6, 12, requires_grad=True), torch.randn(10, 12)
     out, into = torch.zeros(2, 10, requires_grad=True), torch.zeros(3, 6, requires_grad=True)
-    orders = torch.randperm(10), torch.randperm(12)
-    through = tangent_linear(x, weight, out, into, *orders, (5, 4))
-    tapped = tangent(tangent(x, into, orders[1], 4) @ weight.T, out, orders[0], 5)
+    permutations = torch.randperm(10), torch.randperm(12)
+    through = tangent_linear(x, weight, out, into, *permutations, (5, 4))
+    tapped = tangent(tangent(x, into, permutations[1], 4) @ weight.T, out, permutations[0], 5)
     found = [torch.autograd.grad(y.square().sum(), (x, out, into)) for y in (through, tapped)]
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_full_graph():
-    x, into, order = torch.randn(6, 12, requires_grad=True), torch.zeros(3, 6, requires_grad=True), torch.randperm(12)
+    x, into, permutation = (
+        torch.randn(6, 12, requires_grad=True),
+        torch.zeros(3, 6, requires_grad=True),
+        torch.randperm(12),
+    )
     compiled = torch.compile(tangent, fullgraph=True, backend="aot_eager")
-    found, expected = (torch.autograd.grad(f(x, into, order, 4).square().sum(), into) for f in (compiled, tangent))
+    found, expected = (
+        torch.autograd.grad(f(x, into, permutation, 4).square().sum(), into) for f in (compiled, tangent)
+    )
     assert torch.equal(found[0], expected[0])

@@ -163,10 +163,11 @@ class AdapterSet:
             raise ConfigurationError(f"the rotations are disabled: call enable() before merging adapter {name!r}")
         self.switch(name, force)
         errors = {}
-        for layer_name, layer in shown(layers.items(), "merging", "layers"):
-            layer.merge_()
-            if isinstance(layer, OftLinear) and layer.last_merge_error is not None:
-                errors[layer_name] = layer.last_merge_error
+        with shown(layers.items(), "merging", "layers") as named:
+            for layer_name, layer in named:
+                layer.merge_()
+                if isinstance(layer, OftLinear) and layer.last_merge_error is not None:
+                    errors[layer_name] = layer.last_merge_error
         del self._states[name]
         self._stale = set(self._states)
         self.merged.append(name)

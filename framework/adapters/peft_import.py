@@ -59,10 +59,11 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
     trained = _trained_outside(network, others, config.get("modules_to_save") or [])
     sign = 1 if settings.use_cayley_neumann else -1
     generators = {match["layer"]: sign * tensors[key] for key, match in matches.items()}
-    layers = {
-        match["layer"]: _layer_for(network, match["layer"], match["kind"], tensors[key], settings)
-        for key, match in shown(matches.items(), "wrapping", "layers")
-    }
+    with shown(matches.items(), "wrapping", "layers") as found:
+        layers = {
+            match["layer"]: _layer_for(network, match["layer"], match["kind"], tensors[key], settings)
+            for key, match in found
+        }
     _refuse_others(network, set(layers))
     leftover = frozen_linears(network, without={network.get_submodule(name) for name in layers})
     network.requires_grad_(False)

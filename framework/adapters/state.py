@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from orthotrain.checkpoints.reading import check_finite, compare_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import local_path
-from orthotrain.files.plain_files import crc32_of
+from orthotrain.files.torch_files import crc32_of
 from orthotrain.layers import OftLayer, mergeable_layers
 
 _MOST_DESCRIPTION = 1 << 24

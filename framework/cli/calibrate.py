@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from orthotrain.console.progress import Progress
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.temporary import write_text
+from orthotrain.files.atomic_writes import write_text
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.cayley_neumann import cayley_neumann_generators
 from orthotrain.kernels.fold import fold

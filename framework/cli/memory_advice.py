@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from orthotrain.cli.plan import GIB, Plan, plan_run
+from orthotrain.cli.plan import GIB, Plan, batch_shape, plan_run
 from orthotrain.console.failures import asked_for, is_out_of_memory
 from orthotrain.devices.memory import total_bytes
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted
@@ -39,10 +39,10 @@ class Planned:
             data: Arguments of the data module.
             precision: The trainer's ``precision``.
         """
-        size, length = data.get("batch_size"), data.get("sequence_length") or data.get("max_length")
-        if not isinstance(module._builder, CausalLM) or not isinstance(size, int) or not isinstance(length, int):
+        shape = batch_shape(data)
+        if not isinstance(module._builder, CausalLM) or shape is None:
             return None
-        return cls(copy.deepcopy(module), size, length, str(precision or "32-true"))
+        return cls(copy.deepcopy(module), *shape, str(precision or "32-true"))
 
     def plan(self) -> Plan:
         """Count what the run holds; no random number is drawn."""

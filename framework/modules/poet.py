@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch._guards import detect_fake_mode
 
-from orthotrain.callbacks.merge_rotations import MergeRotations, check_period
+from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.callbacks.movement_monitor import MovementMonitor
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import ConfigurationError, check_count
 from orthotrain.models import CausalLM, ModelBuilder
 from orthotrain.modules.attached_callbacks import sole_merging, unless_given
 from orthotrain.modules.base import BaseModule
@@ -79,7 +79,7 @@ class PoetModule(BaseModule):
             resample_every = RESAMPLE_EVERY if resample_every is None else resample_every
         merge_every = (1 if stepwise else MERGE_EVERY) if merge_every is None else merge_every
         super().__init__(model, optimization, chunked_loss=chunked_loss, compile=compile)
-        check_period("merge_every", merge_every)
+        check_count("merge_every", merge_every)
         layers.check_keeps(model)
         self.save_hyperparameters("merge_every", "max_generator_norm", "resample_every", "seed")
         self.layers = layers

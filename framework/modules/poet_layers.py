@@ -14,7 +14,7 @@ from orthotrain.layers.replacement import check_wrapping, release, replace_layer
 from orthotrain.layers.selection import check_excluded
 from orthotrain.layers.weights.bitsandbytes_linear import is_bitsandbytes
 from orthotrain.models import PretrainedModel
-from orthotrain.models.late_weights import allocate
+from orthotrain.models.deferred_weights import allocate
 from orthotrain.modules.layer_overrides import LayerOverrides
 from orthotrain.plugins import create
 from orthotrain.seeding import derive_seed, generator

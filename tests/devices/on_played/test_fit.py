@@ -221,7 +221,7 @@ def test_a_layer_that_goes_too_far_is_folded_one_step_later_also_in_a_resumed_ru
         resumed, trainer = on_device("parts", 6, tmp_path / "parts" / "last.ckpt")
     assert here[0] == folds[0] == folds[1] == [0, 0] and here[1] == folds[2] == [1, 1]
     merging = next(callback for callback in trainer.callbacks if isinstance(callback, MergeRotations))
-    assert merging.early_merges == sum(int(played.raw(layer.fold_count)) for _, layer in mergeable_layers(whole)) > 2
+    assert merging.early_folds == sum(int(played.raw(layer.fold_count)) for _, layer in mergeable_layers(whole)) > 2
     torch.testing.assert_close(played.raw_state(resumed), played.raw_state(whole), rtol=0, atol=0)
 
 

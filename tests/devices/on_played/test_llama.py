@@ -17,7 +17,7 @@ from orthotrain.data import InstructionData
 from orthotrain.export import export_huggingface, make_plain_
 from orthotrain.models import CausalLM
 from orthotrain.modules import OftLayers, OftModule, PoetLayers, PoetModule
-from orthotrain.modules.unread_masks import sequences_of
+from orthotrain.modules.transformers_masks import sequences_of
 
 FIND_PACKED = masking_utils.find_packed_sequence_indices
 

@@ -90,7 +90,7 @@ def test_networks_that_return_what_their_head_computes(tiny_llama, name, precisi
 def test_networks_that_change_their_logits_keep_whole_ones(tiny_llama, kind, more):
     config = {**tiny_llama, **more}
     name = type(CausalLM(config, kind)()).__name__
-    said = f"{name} does not return the output of its head as it is"
+    said = f"{name} does not return the output of its head unchanged"
     results = compare(build_of(config, kind), batch(), f"with whole logits ({said})", tolerance=0.0)
     assert torch.equal(results[0][0], results[1][0])
     module = BaseModule(CausalLM(config, kind), chunked_loss=True)
@@ -207,7 +207,9 @@ def test_a_network_that_changes_a_later_batch_is_refused(in_place):
     module = BaseModule(Network(forward))
     module.configure_model()
     module.loss(batch())
-    with pytest.raises(ConfigurationError, match="Network returned .* changes that of a later one: set chunked_loss"):
+    with pytest.raises(
+        ConfigurationError, match="Network returned .* changes the output for a later batch: set chunked_loss"
+    ):
         module.loss(batch())
 
 
@@ -265,7 +267,7 @@ def test_a_compiled_network_has_whole_logits(tiny_llama, how):
     module = BaseModule(CausalLM({**tiny_llama, "num_hidden_layers": 1}), chunked_loss=True)
     module.configure_model()
     if how == "of the module":
-        module.compile_mode = "reduce-overhead"
+        module.micro_step.mode = "reduce-overhead"
     elif how == "in place":
         module.model.compile(backend="eager")
     else:

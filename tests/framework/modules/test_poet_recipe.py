@@ -80,7 +80,7 @@ def test_clip_ramp_scales_the_bound_after_merges(tmp_path):
     # merges after step 4, 8 and 12; the last is past until_step
     factors = [1, 1, 1, 1, 0.5, 0.75, 1, 1, 0.5, 0.75, 1, 1, 1, 1]
     assert norms == pytest.approx([1e-3 * factor for factor in factors], rel=1e-2)
-    assert module.merging.early_merges > 0
+    assert module.merging.early_folds > 0
 
 
 def test_clip_ramp_clips_values_if_the_trainer_does(tmp_path):
@@ -137,7 +137,7 @@ def test_a_model_that_is_quantised_already_is_refused_by_layer(tmp_path, tiny_ll
 
 @pytest.mark.parametrize("module", [Poet, Lora])
 def test_a_period_below_one_is_named_as_the_module_calls_it(module):
-    with pytest.raises(ConfigurationError, match="^merge_every=0: merge every 1 or more optimizer steps"):
+    with pytest.raises(ConfigurationError, match="^merge_every=0: take an integer of at least 1"):
         module(net, merge_every=0)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.models import CausalLM
-from orthotrain.models.late_weights import allocate, build_without_weights
+from orthotrain.models.deferred_weights import allocate, build_without_weights
 from orthotrain.modules import OftLayers, PoetLayers, PoetModule
 
 TYPES = {

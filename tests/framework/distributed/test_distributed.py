@@ -170,7 +170,7 @@ def test_compiled_networks_have_the_losses_of_eager_ones(runs, strategy):
 def test_stepwise_poet_is_the_same_on_every_rank(runs, name):
     for result in runs["two"]:
         assert result[name]["differing"] == []
-        assert set(result[name]["merges"].values()) == {4}
+        assert set(result[name]["merges"].values()) == {1}  # after three steps; the other steps only fold
         state = result[name]["state"]
         assert any(n.startswith("momentum of") and t.any() for n, t in state.items())
         assert not any(t.any() for n, t in state.items() if n.endswith("generators") and not n.startswith("momentum"))

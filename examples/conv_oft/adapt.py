@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from orthotrain.console.filtered_messages import silence
-from orthotrain.layers import OftConv2d, unwrap_mergeables
+from orthotrain.layers import OftConv2d, OftSettings, unwrap_mergeables
 from orthotrain.modules import BaseModule, Optimization
 
 HEAD_LR = 3e-3
@@ -75,7 +75,7 @@ class Finetuning(BaseModule):
         if self.method == "oft":
             for place, layer in enumerate(model.body):
                 if isinstance(layer, nn.Conv2d) and layer.in_channels > 1:
-                    model.body[place] = OftConv2d.from_conv(layer, self.block_size, "cayley")
+                    model.body[place] = OftConv2d.from_settings(layer, OftSettings(self.block_size, "cayley"))
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the mean cross-entropy."""

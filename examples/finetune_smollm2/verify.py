@@ -1,9 +1,9 @@
 """Load an exported adapter in PEFT and an exported merged model in transformers, and compare both with the run.
 
-    .venv/bin/python -P examples/finetune_smollm2/verify.py CHECKPOINT BASE ADAPTER MERGED [nf4]
+    .venv/bin/python examples/finetune_smollm2/verify.py CHECKPOINT BASE ADAPTER MERGED [nf4]
 
 CHECKPOINT is a .ckpt of the run, BASE the pretrained folder, ADAPTER and MERGED what `orthotrain export` wrote with and
-without `--format peft`; `nf4` for a run with `--model.layers.quantization nf4`, whose adapter belongs on a base that
+without `--format peft`; `nf4` for a run with `--model.layers.storage nf4`, whose adapter belongs on a base that
 transformers has quantised alike. Prints the largest difference of the logits in fp32, relative to the largest logit.
 """
 

@@ -1,7 +1,7 @@
 """Pretrain the quickstart's network for a few steps with the plugin's rotations and with built-in ones, by name.
 
     .venv/bin/pip install --no-deps --no-build-isolation -e examples/parameterization_plugin
-    .venv/bin/python -P examples/parameterization_plugin/compare.py
+    .venv/bin/python examples/parameterization_plugin/compare.py
 
 Every run is `orthotrain fit` with a configuration that this program writes: the name is all that tells them apart.
 """

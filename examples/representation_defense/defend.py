@@ -59,8 +59,8 @@ class Defence:
         self.original_tokens = self.tokens(self.embed(benign["input_ids"]), benign).detach()
         self.original_prose = self.tokens(self.embed(prose["input_ids"]), prose).detach()
         self.original = pool(self.original_tokens, benign)
-        self.centre = self.original.mean(0)
-        self.scale = (self.original - self.centre).norm(dim=-1).mean()
+        self.center = self.original.mean(0)
+        self.scale = (self.original - self.center).norm(dim=-1).mean()
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embeddings of tokens ``(B, T)``."""
@@ -84,7 +84,7 @@ class Defence:
     def attack(self, batch: Batch, steps: int) -> Tensor:
         """Return embeddings near those of harmful prompts that look most benign: hard negatives.
 
-        Steepest descent of the distance to the benign centre, each token moved by up to ``RADIUS``, with steps that
+        Steepest descent of the distance to the benign center, each token moved by up to ``RADIUS``, with steps that
         shorten; every prompt keeps the nearest place that was seen on its way.
         """
         place = start = best = self.embed(batch["input_ids"]).detach()
@@ -92,7 +92,7 @@ class Defence:
         nearest = torch.full((len(start),), torch.inf)
         for step in range(steps + 1):
             place = place.detach().requires_grad_()
-            distance = self.distance(self.states(place, batch), self.centre)
+            distance = self.distance(self.states(place, batch), self.center)
             nearer = distance.detach() < nearest
             nearest = torch.where(nearer, distance.detach(), nearest)
             best = torch.where(nearer[:, None, None], place.detach(), best)
@@ -200,15 +200,15 @@ def perplexity(network: nn.Module, prose: Batch) -> float:
 
 
 def measure(module: Defence, network: nn.Module, held_out: dict[str, Batch]) -> dict[str, float]:
-    """Measure on prompts that were not trained on how well the distance to the benign centre tells them apart."""
+    """Measure on prompts that were not trained on how well the distance to the benign center tells them apart."""
     with torch.no_grad():
         good, bad = (
-            module.distance(module.states(module.embed(batch["input_ids"]), batch), module.centre)
+            module.distance(module.states(module.embed(batch["input_ids"]), batch), module.center)
             for batch in (held_out["benign"], held_out["harmful"])
         )
     attacked = module.attack(held_out["harmful"], 4)
     with torch.no_grad():
-        hidden = module.distance(module.states(attacked, held_out["harmful"]), module.centre)
+        hidden = module.distance(module.states(attacked, held_out["harmful"]), module.center)
     labels = torch.tensor([0] * len(good) + [1] * len(bad))
     return {
         "good": good.mean().item(),
@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, fl
     if chosen.fast:
         chosen.model, chosen.layers, chosen.steps = None, 2, 12
         chosen.oft_lr, chosen.lora_lr = [3e-3], [3e-3]
-    print(f"{'':<10}{'':>10}{'':>9}{'distance to the benign centre':>29}{'AUROC':>20}{'perplexity':>12}")
+    print(f"{'':<10}{'':>10}{'':>9}{'distance to the benign center':>29}{'AUROC':>20}{'perplexity':>12}")
     print(
         f"{'':<10}{'trained':>10}{'seconds':>9}{'benign':>9}{'harmful':>9}{'attacked':>11}{'plain':>9}{'attacked':>11}"
     )

@@ -14,18 +14,15 @@ from orthotrain.adapters.adapter_set import AdapterSet
 from orthotrain.adapters.peft_export import export_peft
 from orthotrain.adapters.peft_import import import_peft
 from orthotrain.adapters.state import (
-    OftLayer,
     adapter_parameters,
     adapter_state,
     load_adapter,
     load_adapter_state,
     oft_layers,
-    rotation_of,
 )
 
 __all__ = [
     "AdapterSet",
-    "OftLayer",
     "adapter_parameters",
     "adapter_state",
     "export_peft",
@@ -33,5 +30,4 @@ __all__ = [
     "load_adapter",
     "load_adapter_state",
     "oft_layers",
-    "rotation_of",
 ]

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from orthotrain.adapters.peft_folder import PREFIX, PeftSettings, nearest_divisor, write_folder
-from orthotrain.adapters.state import OftLayer, oft_layers, rotation_of
+from orthotrain.adapters.state import oft_layers
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftRotation
+from orthotrain.layers import OftConv2d, OftEmbedding, OftLayer, OftLinear, OftRotation
 from orthotrain.plugins import Cayley, CayleyNeumann
 
 TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
@@ -45,7 +45,7 @@ def export_peft(network: nn.Module, folder: str | Path, base_model_name: str | N
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         kind = "oft_embedding_R" if isinstance(layer, OftEmbedding) else "oft_R"
-        generators = rotation_of(layer).generators
+        generators = layer.rotation.generators
         tensors[f"{PREFIX}{name}.{kind}.weight"] = generators if settings.use_cayley_neumann else -generators
     for name in saved:
         state = network.get_submodule(name).state_dict()
@@ -65,7 +65,7 @@ def export_peft(network: nn.Module, folder: str | Path, base_model_name: str | N
 
 def _common_settings(layers: Mapping[str, OftLayer]) -> PeftSettings:
     """Return the PEFT settings that all layers share, or name two layers that do not."""
-    rotations = [rotation_of(layer) for layer in layers.values()]
+    rotations = [layer.rotation for layer in layers.values()]
     shared = any(rotation.generators.shape[0] < rotation.blocks for rotation in rotations)
     first, *others = layers
     settings = asdict(_settings_of(first, layers[first], shared))
@@ -80,7 +80,7 @@ def _common_settings(layers: Mapping[str, OftLayer]) -> PeftSettings:
 
 
 def _settings_of(name: str, layer: OftLayer, shared: bool) -> PeftSettings:
-    rotation = rotation_of(layer)
+    rotation = layer.rotation
     _check_representable(name, layer, rotation)
     parameterization, rows = rotation.parameterization, rotation.generators.shape[0]
     series: dict[str, Any] = {}
@@ -129,7 +129,7 @@ def _refuse_shared(network: nn.Module, layers: Mapping[str, OftLayer]) -> None:
 
 def _block_setting(layers: Mapping[str, OftLayer]) -> dict[str, int]:
     """Return PEFT's ``oft_block_size`` or ``r``, one number for all layers."""
-    sizes = {name: (rotation_of(layer).features, rotation_of(layer).block_size) for name, layer in layers.items()}
+    sizes = {name: (layer.rotation.features, layer.rotation.block_size) for name, layer in layers.items()}
     if len({width // size for width, size in sizes.values()}) == 1 < len({size for _, size in sizes.values()}):
         width, size = next(iter(sizes.values()))
         return {"r": width // size, "oft_block_size": 0}

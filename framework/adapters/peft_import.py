@@ -11,12 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.adapters.peft_folder import PREFIX, PeftSettings, read_folder
-from orthotrain.adapters.state import OftLayer, rotation_of
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.skew import block_size_of
-from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftRotation, mergeable_layers, select_linears
-from orthotrain.layers.surgery import swap_modules
+from orthotrain.layers import (
+    OftConv2d,
+    OftEmbedding,
+    OftLayer,
+    OftRotation,
+    OftSettings,
+    mergeable_layers,
+    select_linears,
+)
+from orthotrain.layers.oft import oft_layer
+from orthotrain.layers.replacement import swap_modules
 from orthotrain.layers.weights.bitsandbytes_linear import compute_dtype_of
 from orthotrain.layers.weights.frozen_linear import frozen_linears
 
@@ -61,7 +69,7 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
     for name, layer in layers.items():
         layer.train(network.get_submodule(name).training)
         network.set_submodule(name, layer)
-        _load(rotation_of(layer).generators, generators[name])
+        _load(layer.rotation.generators, generators[name])
         # PEFT's COFT brings what it loaded back to the bound in its first forward
         layer.project_()
     swap_modules(network, leftover)
@@ -123,22 +131,18 @@ def _layer_for(network: nn.Module, name: str, kind: str, tensor: Tensor, setting
     try:
         rotation = _rotation_for(_features(module, kind), tensor, settings)
         if isinstance(module, OftLayer):
-            _compare(rotation_of(module), rotation)
+            _compare(module.rotation, rotation)
             return module
-        options: dict[str, Any] = {
-            "block_size": rotation.block_size,
-            "parameterization": rotation.parameterization,
-            "block_share": settings.block_share,
-            "coft_eps": rotation.coft_eps,
-            "block_dropout": rotation.block_dropout,
-        }
-        if isinstance(module, nn.Embedding):
-            return OftEmbedding.from_embedding(module, **options)
-        if isinstance(module, nn.Conv2d):
-            return OftConv2d.from_conv(module, **options)
-        assert isinstance(module, nn.Linear)
-        select_linears(network, [glob.escape(name)])
-        return OftLinear.from_linear(module, **options, compute_dtype=compute_dtype_of(network))
+        if isinstance(module, nn.Linear):
+            select_linears(network, [glob.escape(name)])
+        options = OftSettings(
+            rotation.block_size,
+            rotation.parameterization,
+            block_share=settings.block_share,
+            coft_eps=rotation.coft_eps,
+            block_dropout=rotation.block_dropout,
+        )
+        return oft_layer(module, options, compute_dtype_of(network))
     except ConfigurationError as error:
         raise ConfigurationError(f"layer {name}: {error}") from error
 
@@ -149,7 +153,7 @@ def _features(module: nn.Module, kind: str) -> int:
         raise ConfigurationError(f"the adapter has {kind} for a {type(module).__name__}")
     if isinstance(module, OftLayer):
         _check_kernel(module.conv if isinstance(module, OftConv2d) else None)
-        return rotation_of(module).features
+        return module.rotation.features
     if isinstance(module, nn.Conv2d):
         _check_kernel(module)
         return module.in_channels

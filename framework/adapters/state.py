@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from orthotrain.checkpoints.reading import check_finite, compare_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import local_path
-from orthotrain.files.plain_files import crc32_of
-from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftRotation, mergeable_layers
+from orthotrain.files.torch_files import crc32_of
+from orthotrain.layers import OftLayer, mergeable_layers
 
 _MOST_DESCRIPTION = 1 << 24
-
-OftLayer = OftLinear | OftConv2d | OftEmbedding
 
 
 def oft_layers(network: nn.Module) -> dict[str, OftLayer]:
@@ -44,18 +42,13 @@ def oft_layers(network: nn.Module) -> dict[str, OftLayer]:
     return layers
 
 
-def rotation_of(layer: OftLayer) -> OftRotation:
-    """Return the one rotation of an OFT layer, whichever side it turns."""
-    return layer.rotation_out if isinstance(layer, OftEmbedding) else layer.rotation_in
-
-
 def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that make up an adapter of this network: all generators, and all else that is trained.
 
     Raises:
         ConfigurationError: As :func:`oft_layers`.
     """
-    generators = {id(rotation_of(layer).generators) for layer in oft_layers(network).values()}
+    generators = {id(layer.rotation.generators) for layer in oft_layers(network).values()}
     return {name: p for name, p in network.named_parameters() if p.requires_grad or id(p) in generators}
 
 

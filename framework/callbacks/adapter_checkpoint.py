@@ -19,8 +19,8 @@ from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.checkpoints.writing import FROZEN
 from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.plain_files import crc32_of
-from orthotrain.files.temporary import discard, folder_beside, publish, remove_folder, remove_leftovers
+from orthotrain.files.atomic_writes import discard, make_temporary_folder, publish, remove_folder, remove_leftovers
+from orthotrain.files.torch_files import crc32_of
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import whole
 
@@ -147,7 +147,7 @@ class AdapterCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
-            partial = folder_beside(target)
+            partial = make_temporary_folder(target)
         try:
             self._write(trainer, pl_module, trainer.strategy.broadcast(partial), target)
         except BaseException:

@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from orthotrain.checkpoints.callback_values import stored_count
+from orthotrain.checkpoints.stored_values import stored_count
 from orthotrain.seeding import seed_draws
 
 

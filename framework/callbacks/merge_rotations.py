@@ -6,10 +6,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from orthotrain.checkpoints.callback_values import stored_count
+from orthotrain.checkpoints.stored_values import stored_count
 from orthotrain.devices.host_reads import host_number, read_waits
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.finite import FiniteLooks
+from orthotrain.layers.finite import FiniteChecks
 from orthotrain.layers.folding import NormWatch, fold_rotations, merge_rotations
 from orthotrain.layers.mergeable import Counting, Foldable, Mergeable, Stepwise, mergeable_layers
 
@@ -68,7 +68,7 @@ class MergeRotations(L.Callback):
         self._asked = 0, False
         self._layers: dict[str, Mergeable] = {}
         self._watch = NormWatch(max_generator_norm or 0.0)
-        self._looks = FiniteLooks()
+        self._checks = FiniteChecks()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Count from zero; a resumed run restores its counters after this."""
@@ -120,7 +120,7 @@ class MergeRotations(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let go of the layers."""
         self._layers = {}
-        self._looks = FiniteLooks()
+        self._checks = FiniteChecks()
         self._watch.forget()
 
     def on_train_batch_end(
@@ -131,19 +131,19 @@ class MergeRotations(L.Callback):
         if step == self._last_step:
             return
         self._last_step = step
-        self._looks.look()  # at what the step before has folded
+        self._checks.raise_errors()  # at what the step before has folded
         if self._merges_at(step):
             self._watch.forget()
             if step % self.resample_every == 0:
-                merge_rotations(self._layers, trainer.optimizers)
+                self._checks = merge_rotations(self._layers, trainer.optimizers)
             else:
-                self._looks = fold_rotations(self._layers)  # type: ignore[arg-type]
+                self._checks = fold_rotations(self._layers)  # type: ignore[arg-type]
             self.merges += 1
             self.last_merge = step
             pl_module.log("merges", host_number(self.merges), rank_zero_only=True)
         elif self.max_generator_norm is not None:
             far = self._watch.beyond(self._layers)
-            self._looks = fold_rotations(far)  # type: ignore[arg-type]
+            self._checks = fold_rotations(far)  # type: ignore[arg-type]
             self.early_merges += len(far)
             pl_module.log("early_merges", host_number(self.early_merges), rank_zero_only=True)
             if read_waits(pl_module.device):
@@ -155,7 +155,7 @@ class MergeRotations(L.Callback):
         Raises:
             TrainingDiverged: If a weight was not finite, naming its layer. Its old weight has stayed.
         """
-        self._looks.look()
+        self._checks.raise_errors()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Look at the weights that the last step has folded."""

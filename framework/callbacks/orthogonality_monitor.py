@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from orthotrain.checkpoints.callback_values import stored_curves
 from orthotrain.checkpoints.run_folder import run_folder
+from orthotrain.checkpoints.stored_values import stored_curves
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.pictures import draw_lines, panels, save
 from orthotrain.layers.mergeable import mergeable_layers

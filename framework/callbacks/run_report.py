@@ -1,4 +1,4 @@
-"""What a run has done, in a few lines and one picture."""
+"""The report at the end of a run: a summary of a few lines and a picture of the loss."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,13 @@ from torch import nn
 
 from orthotrain.callbacks.spectrum_monitor import spectrum
 from orthotrain.callbacks.throughput import Throughput, logs_at
-from orthotrain.checkpoints.callback_values import stored_curves, stored_numbers, stored_tensors
 from orthotrain.checkpoints.run_folder import run_folder
+from orthotrain.checkpoints.stored_values import stored_count, stored_curves, stored_numbers, stored_tensors
 from orthotrain.devices.memory import describe_peak, forget_peak, peak_bytes
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.atomic_writes import write_text
+from orthotrain.files.paths import read_json
 from orthotrain.files.pictures import draw_lines, panels, save
-from orthotrain.files.temporary import write_text
 from orthotrain.kernels.dispatch import describe, forget_ran
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.sharding import is_sharded
@@ -25,24 +26,33 @@ from orthotrain.models.network_checks import evaluating
 
 
 class RunReport(L.Callback):
-    """Print a summary and draw the curves when fitting ends; both lie in the run folder.
+    """Print a summary and draw the curves when fitting ends; the run folder keeps both.
 
-    The values lie in ``summary.json`` too, null where a run has none (``merges`` of one that merges nothing). The loss
-    before training is that of the trainer's sanity check: set ``num_sanity_val_steps: -1`` for the whole validation
-    split. Kernels are those that have run in training, as each operation has chosen. The peak of memory is that of the
-    first rank's device, the building of the network included, beside what was planned where a plan was made. What was
-    seen is part of the checkpoint, so a resumed run reports from the first step on.
+    ``summary.json`` has the same values, null where a run has none (``merges`` of a run that never merges). The loss
+    before training is the loss of the trainer's sanity check: ``num_sanity_val_steps: -1`` takes the whole validation
+    split. Kernels are the implementations that have run in training. The peak of memory is that of the first rank's
+    device and includes the building of the network; the planned bytes stand beside it where the run was planned. The
+    curves are part of the checkpoint, so a resumed run reports from its first step on.
 
     Args:
         prompt: Text to continue in the sample; empty for no sample.
         sample_tokens: Tokens of the sample.
-        spectrum_layers: How many mergeable layers are watched for spectrum drift, the first ones; 0 for none.
+        spectrum_layers: How many mergeable layers, from the first one, are watched for spectrum drift; 0 for none.
+        compared_with: Config of a run to compare with, such as ``pretrain/adamw_quickstart.yaml``. The summary shows
+            the validation of that run if its folder lies beside this run's folder, else the command that trains it.
     """
 
-    def __init__(self, prompt: str = "def __init__(self, ", sample_tokens: int = 64, spectrum_layers: int = 8) -> None:
+    def __init__(
+        self,
+        prompt: str = "def __init__(self, ",
+        sample_tokens: int = 64,
+        spectrum_layers: int = 8,
+        compared_with: str | None = None,
+    ) -> None:
         self.prompt = prompt
         self.sample_tokens = sample_tokens
         self.spectrum_layers = spectrum_layers
+        self.compared_with = compared_with
         self.before: dict[str, float] = {}
         self.curves: dict[str, list[tuple[int, float]]] = {"train_loss": [], "val_loss": []}
         self.spectra: dict[str, torch.Tensor] = {}
@@ -51,15 +61,15 @@ class RunReport(L.Callback):
         self._last_step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Note the peak of memory from here on: the network is built next."""
+        """Measure the peak of memory from here on: the network is built next."""
         forget_peak(trainer.strategy.root_device)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note which kernels run from here on."""
+        """Record which kernels run from here on."""
         forget_ran()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember the spectrum at the start; a resumed run has it from its checkpoint."""
+        """Keep the spectrum at the start; a resumed run has it from its checkpoint."""
         self._last_step = trainer.global_step
         self._throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore
         names = [name for name, _ in mergeable_layers(pl_module)][: self.spectrum_layers]
@@ -69,7 +79,7 @@ class RunReport(L.Callback):
             self.spectra = singular_values(pl_module, self.spectrum_layers)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record the validation loss; the first one, before any step, is the ``before`` of the summary."""
+        """Record the validation loss; that of the sanity check is the loss before training."""
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
         if trainer.sanity_checking:
             self.before = self.before or metrics
@@ -86,34 +96,35 @@ class RunReport(L.Callback):
             self.curves["train_loss"].append((trainer.global_step, float(outputs["loss"])))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw and print on the first rank; a run that had no step left to take keeps the report it has."""
+        """Print and draw on the first rank; a run that had no step left keeps its earlier report."""
         if not self._trained:
             rank_zero_info(f"no step was taken: the run is at step {trainer.global_step} of {trainer.max_steps}")
             return
         folder = run_folder(trainer)
         if folder is None:
             return
-        kernels = describe()  # before the drift, which calls some
+        kernels = describe()  # before the drift, which itself runs kernels
         drift = spectrum_drift(pl_module, self.spectra) if self.spectra else None  # on all ranks: layers may be sharded
         if not trainer.is_global_zero:
             return
-        values = {**self._values(trainer, pl_module, drift), "kernels": kernels}
+        values = self._values(trainer, pl_module) | {"spectrum_drift": drift, "kernels": kernels}
+        values["compared_with"] = self._compared(folder)
         write_text(folder / "summary.json", json.dumps(values, indent=1))
         text = "\n".join([*self._lines(values, folder), *self._sample(trainer, pl_module)])
         write_text(folder / "summary.txt", text + "\n")
         print("\n" + text, flush=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Save what was seen, as plain values and tensors."""
+        """Save spectra, curves and the loss before training, as plain values and tensors."""
         return {"before": self.before, "curves": self.curves, "spectra": self.spectra}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what was seen before."""
+        """Restore what :meth:`state_dict` has saved."""
         self.before = stored_numbers(state_dict, "before")
         self.curves = {**self.curves, **stored_curves(state_dict, "curves")}
         self.spectra = stored_tensors(state_dict, "spectra")
 
-    def _values(self, trainer: L.Trainer, pl_module: L.LightningModule, drift: float | None) -> dict[str, Any]:
+    def _values(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "") or getattr(
             trainer.checkpoint_callback, "best_model_path", ""
@@ -131,7 +142,6 @@ class RunReport(L.Callback):
             "total_parameters": sum(p.numel() for p in pl_module.parameters()),
             "merges": int(logged["merges"]) if "merges" in logged else None,
             "early_merges": int(logged["early_merges"]) if "early_merges" in logged else None,
-            "spectrum_drift": drift,
             "checkpoint": checkpoint or None,
             "curves": self.curves,
         }
@@ -140,17 +150,18 @@ class RunReport(L.Callback):
         rows = [("optimizer steps", f"{values['steps']}")]
         for key, after in values["after"].items():
             before = f"{self.before[key]:.3f} -> " if key in self.before else ""
-            rows.append((f"validation {key.removeprefix('val_').replace('_', ' ')}", f"{before}{after:.3f}"))
+            rows.append((f"validation {_metric(key)}", f"{before}{after:.3f}"))
         if values["tokens_per_second"] is not None:
             rows.append(("tokens per second", f"{values['tokens_per_second']:,.0f}"))
         for name, key in (("peak memory", "memory"), ("next-token loss", "next_token_loss"), ("kernels", "kernels")):
             if values[key] is not None:
                 rows.append((name, values[key]))
+        if values["compared_with"] is not None:
+            rows.append(("compared with", values["compared_with"]))
         rows.append(("parameters", f"{values['trainable_parameters']:,} trained of {values['total_parameters']:,}"))
         early = values["early_merges"]
         if values["merges"] is not None or early is not None:
-            # a run shorter than a period may have merged early only
-            ahead = "" if early is None else f", {early} of single layers ahead of time"
+            ahead = "" if early is None else f", {early} early ones of single layers"
             rows.append(("merges", f"{values['merges'] or 0}{ahead}"))
         if values["spectrum_drift"] is not None:
             rows.append(("spectrum drift", f"{values['spectrum_drift']:.1e} (largest, relative)"))
@@ -158,6 +169,20 @@ class RunReport(L.Callback):
         rows.append(("checkpoint", values["checkpoint"] or "none was written"))
         rows.append(("run folder", str(folder)))
         return [f"{name:<26}{value}" for name, value in rows]
+
+    def _compared(self, folder: Path) -> str | None:
+        """Return the validation of the run to compare with, or the command that trains it."""
+        if self.compared_with is None:
+            return None
+        command = f"orthotrain fit -c {self.compared_with}"
+        summary = folder.parent / Path(self.compared_with).stem / "summary.json"
+        try:
+            values = read_json(summary, "summary")
+            steps, after = stored_count(values, "steps"), stored_numbers(values, "after")
+        except (ConfigurationError, AttributeError):  # no such run yet, or no summary of a run
+            return f"{command} (not run yet)"
+        figures = ", ".join(f"{_metric(name)} {value:.3f}" for name, value in after.items())
+        return f"{command}: {figures} after {steps} steps"
 
     def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
@@ -185,6 +210,10 @@ class RunReport(L.Callback):
                 pad_token_id=tokenizer.eos_token_id,
             )
         return ["sample", *("  " + line for line in tokenizer.decode(out[0]).splitlines())]
+
+
+def _metric(name: str) -> str:
+    return name.removeprefix("val_").replace("_", " ")
 
 
 @torch.no_grad()

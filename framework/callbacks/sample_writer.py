@@ -8,7 +8,7 @@ import lightning as L
 
 from orthotrain.checkpoints.run_folder import run_folder
 from orthotrain.console.failures import naming
-from orthotrain.files.temporary import open_to_append, write_text
+from orthotrain.files.atomic_writes import open_to_append, write_text
 from orthotrain.models.network_checks import generated_tokens
 
 

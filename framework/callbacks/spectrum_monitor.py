@@ -10,12 +10,12 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from orthotrain.checkpoints.callback_values import stored_count, stored_curves, stored_tensors
 from orthotrain.checkpoints.run_folder import run_folder
+from orthotrain.checkpoints.stored_values import stored_count, stored_curves, stored_tensors
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.atomic_writes import open_to_append
 from orthotrain.files.pictures import draw_lines, panels, save
-from orthotrain.files.temporary import open_to_append
 from orthotrain.layers.mergeable import Covering, Mergeable, Scaled, mergeable_layers
 from orthotrain.layers.sharding import gathered
 from orthotrain.layers.spectrum import singular_values, spectral_drift, svd_entropy

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: with another number of ranks, and from the newest file that is whole."""
+"""Resuming: the newest complete checkpoint, another number of ranks, and the end of an epoch."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,55 +10,54 @@ from orthotrain.errors import ConfigurationError
 
 
 def adapt_ranks(checkpoint: dict[str, Any], ranks: int) -> None:
-    """Rewrite, in place, how far a checkpoint's epoch has come for another number of ranks.
+    """Convert the position in the epoch, in place, to another number of ranks.
 
-    After k batches on each of R ranks the first ``k * R`` batches of the epoch's order have been seen, whoever saw
-    them. With ``accumulate_grad_batches`` changed so that a step has as many samples as before, the run goes on to the
-    same losses (but for the order in which gradients are summed).
+    After k batches on each of R ranks, the run has seen the first ``k * R`` batches of the epoch, on whichever rank. If
+    ``accumulate_grad_batches`` is changed so that a step still has the same number of samples, the resumed run has the
+    same losses, up to the rounding of the gradient sum.
 
     Args:
-        checkpoint: A Lightning checkpoint of a run whose training data says how many ranks read it (``TextData``,
-            ``InstructionData``); any other is left as it is.
+        checkpoint: A Lightning checkpoint. It is changed only if its data module has stored its number of ranks, as
+            ``TextData`` and ``InstructionData`` do.
         ranks: World size of this run.
 
     Raises:
-        ConfigurationError: If the batches seen do not divide over the ranks.
+        ConfigurationError: The number of batches seen is not a multiple of ``ranks``.
     """
     loop = checkpoint.get("loops", {}).get("fit_loop", {})
-    places = loop.get("state_dict", {}).get("combined_loader", [])
-    for place in places:
-        before = place.get("num_replicas", ranks) if isinstance(place, dict) else ranks
+    for loader in loop.get("state_dict", {}).get("combined_loader", []):
+        before = loader.get("num_replicas", ranks) if isinstance(loader, dict) else ranks
         if before == ranks:
             continue
-        seen = place["batches"] * before
+        seen = loader["batches"] * before
         if seen % ranks:
             raise ConfigurationError(
-                f"the checkpoint has seen {seen} batches of its epoch on {before} ranks, which do not divide over "
-                f"{ranks}: resume on a number of ranks that divides {seen}"
+                f"the run of the checkpoint has seen {seen} batches of its epoch on {before} ranks, which is not a "
+                f"multiple of {ranks}: resume on a number of ranks that divides {seen}"
             )
-        place["batches"], place["num_replicas"] = seen // ranks, ranks
+        loader["batches"], loader["num_replicas"] = seen // ranks, ranks
         progress = loop["epoch_loop.batch_progress"]["current"]
         more = progress["processed"] * before // ranks - progress["processed"]
-        for name in progress:  # a checkpoint of the end of a batch counts one less as completed: keep that distance
+        for name in progress:  # at the end of a batch "completed" is one less than "processed": keep the difference
             progress[name] += more
 
 
 def forget_end_of_epoch(checkpoint: dict[str, Any]) -> bool:
-    """Take from a checkpoint, in place, that its batch was the last one of the epoch; return whether it was."""
+    """Remove the mark that the last batch ended the epoch from a checkpoint, in place; return whether it was set."""
     progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
     was, progress["is_last_batch"] = bool(progress.get("is_last_batch")), False
     return was
 
 
 def begin_next_epoch(fit_loop: Any, was_over: bool) -> None:
-    """Begin the next epoch if a resumed run has all batches of an epoch behind it.
+    """Begin the next epoch if the resumed run has already seen all batches of the current epoch.
 
-    Lightning asks the checkpoint for that, and repeats the data of an epoch in a run that is resumed at the end of two
-    epochs, one after the other.
+    Lightning decides this by a mark in the checkpoint, and so repeats the data of an epoch in a run that is resumed at
+    the end of two successive epochs.
 
     Args:
-        fit_loop: The trainer's loop, reset for a run that goes on.
-        was_over: Whether the checkpoint was the end of its epoch, for data whose number of batches is not known.
+        fit_loop: The fit loop of the trainer, reset for a resumed run.
+        was_over: Whether the checkpoint was saved at the end of an epoch. It is used for data of unknown length.
     """
     if not fit_loop.restarted_mid_epoch:
         return
@@ -70,20 +69,18 @@ def begin_next_epoch(fit_loop: Any, was_over: bool) -> None:
 
 
 def newest_good_checkpoint(folders: Iterable[Path], resumes: bool = False) -> tuple[Path | None, list[str]]:
-    """Find the newest checkpoint, by the optimizer step that it was saved at, that reads as a whole.
-
-    Of two checkpoints of one step the one that was written later is the newer one.
+    """Find the newest complete checkpoint: the highest optimizer step, and of equal steps the last one written.
 
     Args:
-        folders: Searched, with the folders in them, for ``*.ckpt``: files, and the folders of distributed checkpoints.
-        resumes: Whether training is to go on from the checkpoint, for which weights alone are not enough.
+        folders: Folders that are searched, as in :func:`newest_first`.
+        resumes: Whether training will go on from the checkpoint. A checkpoint with nothing but weights is then skipped.
 
     Returns:
-        The path, None if there is no checkpoint at all; and a line, saying why, for each that was skipped: newer ones,
-        and those that do not say their step.
+        The path, or None if there is no checkpoint; and one line for each skipped checkpoint with the reason. Skipped
+        are newer checkpoints that are damaged, and checkpoints whose step cannot be read.
 
     Raises:
-        ConfigurationError: If there are checkpoints but none is good, naming each.
+        ConfigurationError: There are checkpoints, but all were skipped; the message gives the reasons.
     """
     skipped: list[str] = []
     for path in newest_first(folders):
@@ -96,29 +93,31 @@ def newest_good_checkpoint(folders: Iterable[Path], resumes: bool = False) -> tu
         else:
             return path, skipped
     if skipped:
-        raise ConfigurationError(f"no checkpoint {'can be resumed' if resumes else 'is whole'}: {_listed(skipped)}")
+        raise ConfigurationError(
+            f"no checkpoint {'can be resumed' if resumes else 'is whole'}: {_first_reasons(skipped)}"
+        )
     return None, []
 
 
-def _listed(reasons: list[str], most: int = 3) -> str:
+def _first_reasons(reasons: list[str], most: int = 3) -> str:
     more = [f"and {len(reasons) - most} more"] if len(reasons) > most else []
     return "; ".join([*reasons[:most], *more])
 
 
 def check_resumable(path: str | Path) -> None:
-    """Make sure that a checkpoint holds what training goes on from, and not the weights alone.
+    """Check that a checkpoint has the state of a training run, and not only weights.
 
     Raises:
-        ConfigurationError: Naming the checkpoint, and what can be done with it.
+        ConfigurationError: The checkpoint has only weights; the message names the commands that take it.
     """
-    if not lies_here(path) or "lr_schedulers" in describe_checkpoint(path):
+    if not is_local(path) or "lr_schedulers" in describe_checkpoint(path):
         return
     raise ConfigurationError(
-        f"checkpoint {str(path)!r} holds the weights alone (save_weights_only: true): fit cannot go on from it, but "
-        "validate, predict and export take it, and CheckpointModel begins another run with its weights"
+        f"checkpoint {str(path)!r} has only weights (save_weights_only: true): fit cannot go on from it, but validate, "
+        "predict and export take it, and CheckpointModel starts another run with its weights"
     )
 
 
-def lies_here(path: str | Path) -> bool:
-    """Tell whether a checkpoint is on a file system of this host, and not elsewhere (``s3://``)."""
+def is_local(path: str | Path) -> bool:
+    """Tell whether a checkpoint is on a file system of this host, and not on another one (``s3://``)."""
     return (Path(path) / REST if Path(path).is_dir() else Path(path)).is_file()

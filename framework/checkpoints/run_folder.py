@@ -1,5 +1,6 @@
-"""Whether a run leaves files, and where: its folder, and those of its checkpoints."""
+"""Folder of a run and of its checkpoints, and trial runs, which write no files."""
 
+import copy
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -12,18 +13,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 @runtime_checkable
 class SavesItself(Protocol):
-    """A callback that saves checkpoints of its own, as ``AdapterCheckpoint`` does."""
+    """A callback that saves its own kind of checkpoints, as ``AdapterCheckpoint`` does."""
 
     def folder_of(self, trainer: L.Trainer) -> Path:
-        """Return the folder in which the callback saves the checkpoints of a trainer."""
+        """Return the folder in which the callback saves checkpoints."""
         ...
 
 
 def is_trial(trainer: L.Trainer) -> bool:
-    """Tell whether a run is a trial, of which nothing is kept.
+    """Tell whether a run is a trial, whose results are not kept.
 
-    Trials are ``fast_dev_run``, training on ``overfit_batches``, and the searches of Lightning's Tuner for a learning
-    rate or a batch size, which end before the training.
+    Trials are ``fast_dev_run``, training on ``overfit_batches``, and the search of Lightning's Tuner for a learning
+    rate or a batch size, which ends before the training.
     """
     overfits = trainer.overfit_batches and trainer.state.fn == "fit"  # type: ignore[attr-defined]
     searches = any(getattr(c, "_early_exit", False) for c in trainer.callbacks)  # type: ignore[attr-defined]
@@ -31,48 +32,47 @@ def is_trial(trainer: L.Trainer) -> bool:
 
 
 def leave_nothing(trainer: L.Trainer | None) -> list[L.Callback]:
-    """Take from a trial what would write files: every callback that saves checkpoints or the config, and the loggers.
+    """Remove everything that writes files from a trial: callbacks that save checkpoints or the config, and the loggers.
 
-    So a trial changes nothing in the folder of an earlier run. Lightning's own callbacks save at the end of a
-    ``fast_dev_run`` too, and its loggers delete the earlier run's metrics.
+    A trial then changes nothing in the folder of an earlier run. Without this function, Lightning's callbacks would
+    save at the end of a ``fast_dev_run``, and its loggers would delete the metrics of the earlier run.
 
     Returns:
-        A callback that gives all of it back when the trial is over, for a trainer that is used again; no callback for a
-        run that is no trial.
+        A callback that restores everything when the trial is over, for a trainer that is used again; an empty list for
+        a run that is not a trial.
     """
     if trainer is None or not is_trial(trainer):
         return []
-    if not trainer.fast_dev_run:  # type: ignore[attr-defined] # Lightning says so itself
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined] # of fast_dev_run Lightning prints a message itself
         rank_zero_info("this run is a trial: it writes no checkpoint, no log and no report")
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    taken: list[L.Callback] = [
-        callback for callback in callbacks if isinstance(callback, Checkpoint | SaveConfigCallback)
-    ]
-    trainer.callbacks = [callback for callback in callbacks if callback not in taken]  # type: ignore[attr-defined]
-    returns = _Returns(taken, trainer.loggers)
+    removed: list[L.Callback] = [c for c in callbacks if isinstance(c, Checkpoint | SaveConfigCallback)]
+    trainer.callbacks = [callback for callback in callbacks if callback not in removed]  # type: ignore[attr-defined]
+    restore = _RestoreWriters(removed, trainer.loggers)
     trainer.loggers = [DummyLogger()] if trainer.loggers else []
-    return [returns]
+    return [restore]
 
 
-class _Returns(L.Callback):
-    """Holds what was taken from a trial."""
+class _RestoreWriters(L.Callback):
+    """Gives the callbacks and loggers back that :func:`leave_nothing` has removed."""
 
-    def __init__(self, callbacks: list[L.Callback], loggers: list[Logger]) -> None:
-        self.taken, self.loggers = callbacks, loggers
+    def __init__(self, removed: list[L.Callback], loggers: list[Logger]) -> None:
+        self.removed, self.loggers = removed, loggers
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = [c for c in callbacks if c is not self] + self.taken  # type: ignore[attr-defined]
+        trainer.callbacks = [c for c in callbacks if c is not self] + self.removed  # type: ignore[attr-defined]
         trainer.loggers = self.loggers
 
 
 def run_folder(trainer: L.Trainer) -> Path | None:
-    """Return the folder of the run, made if need be: that of its first logger, else the trainer's root.
+    """Return the folder of a run, and create it if it is missing.
 
-    Every rank must call it: the trainer broadcasts the name from the first one.
+    It is the folder of the first logger, or else the root of the trainer. Every rank must call this function, because
+    the trainer broadcasts the path from rank 0.
 
     Returns:
-        None for a trial, which writes no files.
+        The folder; None for a trial, which writes no files.
     """
     if is_trial(trainer):
         return None
@@ -82,7 +82,7 @@ def run_folder(trainer: L.Trainer) -> Path | None:
 
 
 def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
-    """Return where the callbacks of a trainer save their checkpoints."""
+    """Return the folders in which the callbacks of a trainer save checkpoints."""
     folders = []
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
@@ -93,11 +93,16 @@ def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
 
 
 def checkpoint_folder_of(callback: ModelCheckpoint, trainer: L.Trainer) -> Path:
-    """Return where a ``ModelCheckpoint`` saves."""
-    # Lightning's own search, which only knows last*.ckpt, resolves it this way
-    return Path(callback._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
+    """Return the folder in which a ``ModelCheckpoint`` saves."""
+    if callback.dirpath is None:
+        callback = copy.copy(
+            callback
+        )  # setup would fix the folder for the rest of the run
+        callback.setup(trainer, trainer.lightning_module, "validate")
+    assert callback.dirpath is not None
+    return Path(callback.dirpath)
 
 
 def written_folders(trainer: L.Trainer) -> list[Path]:
-    """Return the folders that a run writes to: its own, and those of its checkpoints."""
+    """Return the folders that a run writes to: the run folder and the checkpoint folders."""
     return [Path(trainer.log_dir or trainer.default_root_dir), *checkpoint_folders(trainer)]

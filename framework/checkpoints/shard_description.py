@@ -1,4 +1,4 @@
-"""The ``.metadata`` of a distributed checkpoint: which part of which file holds which part of which tensor."""
+"""Reader of the ``.metadata`` file of a distributed checkpoint: where each part of each tensor is stored."""
 
 import math
 import os
@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from orthotrain.files.plain_files import unreadable
-from orthotrain.files.plain_pickle import Foreign, Interpreter
+from orthotrain.files.pickle_classes import is_count
+from orthotrain.files.pickle_interpreter import Interpreter, UnknownName, require
+from orthotrain.files.torch_files import unreadable
 
 DESCRIPTION = ".metadata"
 _MOST_BYTES = 1 << 28
@@ -32,7 +33,7 @@ _RECORDS = {
 
 
 class _Record:
-    """What the description says of one object of torch: its class, and its fields by name or in order."""
+    """One object of torch in the description: the name of its class, and its fields by name or by number."""
 
     def __init__(self, kind: str, *arguments: Any) -> None:
         self.kind, self.fields = kind, {number: value for number, value in enumerate(arguments)}
@@ -42,27 +43,27 @@ class _Record:
 
 
 def read_shard_description(folder: Path) -> Metadata:
-    """Return what describes the shards of a folder, rebuilt from plain values; no class that it names is imported.
+    """Return the description of the shards in a folder, built from plain values. No class that it names is imported.
 
     Raises:
-        ConfigurationError: If it is damaged, asks for anything else, or describes more than its files hold.
+        ConfigurationError: The description is damaged, names other classes, or describes more than its files hold.
     """
     path = folder / DESCRIPTION
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise ValueError("it is larger than the description of any checkpoint")
+            raise ValueError("it has more bytes than the description of any checkpoint")
         root = Interpreter(
-            path.read_bytes(), _known, build=_give_state, plain_key=lambda key: _is(key, "MetadataIndex")
+            path.read_bytes(), _known, set_state=_give_state, is_key=lambda key: _is(key, "MetadataIndex")
         ).run()
         if not _is(root, "Metadata"):
-            raise ValueError(f"it holds a {getattr(root, 'name', type(root).__name__)} and no description of shards")
+            raise ValueError(f"it holds a {getattr(root, 'name', type(root).__name__)}, not a description of shards")
         metadata = Metadata(
             {_text(name): _entry(entry) for name, entry in _table(root["state_dict_metadata"])},
-            {_text(name): _place(place) for name, place in _table(root["planner_data"] or {})},
+            {_text(name): _keys(keys) for name, keys in _table(root["planner_data"] or {})},
             dict(_location(index, info) for index, info in _table(root["storage_data"])),
             StorageMeta(),
         )
-        _check_places(metadata)
+        _check_keys(metadata)
         _check_extents(metadata, folder)
     except Exception as error:
         raise unreadable(path, error) from error
@@ -70,10 +71,10 @@ def read_shard_description(folder: Path) -> Metadata:
 
 
 def own_name(name: Any) -> str:
-    """Return the name of a file of the folder itself.
+    """Return a file name, after checking that the file is in the folder itself.
 
     Raises:
-        ValueError: If the name leads elsewhere.
+        ValueError: The name leads outside of the folder.
     """
     if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name or name == os.pardir:
         raise ValueError(f"it names a file outside its folder, {name!r}")
@@ -91,12 +92,12 @@ def _known(module: str, name: str) -> Any:
         return lambda *arguments: None
     if (module, name) in (("pathlib", "PurePosixPath"), ("collections", "OrderedDict")):
         return lambda *arguments: {}
-    return Foreign(f"{module}.{name}")
+    return UnknownName(f"{module}.{name}")
 
 
 def _give_state(target: Any, state: Any) -> None:
     if not isinstance(target, _Record):
-        raise ValueError(f"it gives a state to a {type(target).__name__}, which has none")
+        raise ValueError(f"it sets a state on a {type(target).__name__}, which has none")
     target.fields.update(state if isinstance(state, dict) else enumerate(state))
 
 
@@ -105,40 +106,33 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def _table(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError("its description is cut or garbled")
+    require(isinstance(value, dict))
     return value.items()
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("its description is cut or garbled")
+    require(isinstance(value, str))
     return value
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 62:
-        raise ValueError(f"it has {str(value)[:40]!r} where a count belongs")
+    if not is_count(value):
+        raise ValueError(f"it has {str(value)[:40]!r} instead of a count")
     return value
 
 
 def _counts(values: Any) -> list[int]:
-    if not isinstance(values, tuple | list) or len(values) > 64:
-        raise ValueError("its description is cut or garbled")
+    require(isinstance(values, tuple | list) and len(values) <= 64)
     return [_count(value) for value in values]
 
 
 def _entry(entry: Any) -> Any:
     if _is(entry, "BytesStorageMetadata"):
         return BytesStorageMetadata()
-    if not _is(entry, "TensorStorageMetadata") or not _is(entry["properties"], "TensorProperties"):
-        raise ValueError("its description is cut or garbled")
-    dtype = entry["properties"][0]
-    chunks = entry["chunks"]
-    if not isinstance(dtype, torch.dtype) or not isinstance(chunks, list):
-        raise ValueError("its description is cut or garbled")
-    if not all(_is(chunk, "ChunkStorageMetadata") for chunk in chunks):
-        raise ValueError("its description is cut or garbled")
+    require(_is(entry, "TensorStorageMetadata") and _is(entry["properties"], "TensorProperties"))
+    dtype, chunks = entry["properties"][0], entry["chunks"]
+    require(isinstance(dtype, torch.dtype) and isinstance(chunks, list))
+    require(all(_is(chunk, "ChunkStorageMetadata") for chunk in chunks))
     parts = [
         ChunkStorageMetadata(torch.Size(_counts(chunk["offsets"])), torch.Size(_counts(chunk["sizes"])))
         for chunk in chunks
@@ -146,31 +140,30 @@ def _entry(entry: Any) -> Any:
     return TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(_counts(entry["size"])), parts)
 
 
-def _place(place: Any) -> tuple[Any, ...]:
-    if not isinstance(place, tuple) or not 0 < len(place) <= 64:
-        raise ValueError(f"it names a place {str(place)[:80]!r}")
-    return place
+def _keys(keys: Any) -> tuple[Any, ...]:
+    if not isinstance(keys, tuple) or not 0 < len(keys) <= 64:
+        raise ValueError(f"it names an entry {str(keys)[:80]!r}")
+    return keys
 
 
 def _location(index: Any, info: Any) -> tuple[MetadataIndex, _StorageInfo]:
-    if not _is(index, "MetadataIndex") or not _is(info, "_StorageInfo") or info["transform_descriptors"]:
-        raise ValueError("its description is cut or garbled")
+    require(_is(index, "MetadataIndex") and _is(info, "_StorageInfo") and not info["transform_descriptors"])
     offset = None if index["offset"] is None else _counts(index["offset"])
     number = None if index["index"] is None else _count(index["index"])
-    where = _StorageInfo(own_name(info["relative_path"]), _count(info["offset"]), _count(info["length"]))
-    return MetadataIndex(_text(index["fqn"]), offset, number), where
+    storage = _StorageInfo(own_name(info["relative_path"]), _count(info["offset"]), _count(info["length"]))
+    return MetadataIndex(_text(index["fqn"]), offset, number), storage
 
 
-def _check_places(metadata: Metadata) -> None:
-    """Refuse a place in a list beyond the number of entries: lists are made as long as the largest number says."""
+def _check_keys(metadata: Metadata) -> None:
+    """Refuse an index of a list that is not below the number of entries: torch fills lists up to the largest index."""
     entries = len(metadata.state_dict_metadata)
-    for place in metadata.planner_data.values():
-        if not all(isinstance(part, str) or (type(part) is int and 0 <= part < entries) for part in place):
-            raise ValueError(f"it names a place {place!r} among {entries} entries")
+    for keys in metadata.planner_data.values():
+        if not all(isinstance(key, str) or (type(key) is int and 0 <= key < entries) for key in keys):
+            raise ValueError(f"it names an entry {keys!r}, and has {entries} entries")
 
 
 def _check_extents(metadata: Metadata, folder: Path) -> None:
-    """Refuse parts that share bytes of a file, or that are fewer than the tensor that they make up."""
+    """Refuse parts that share bytes of a file, and tensors that are larger than their parts."""
     parts: dict[str, list[tuple[int, int]]] = defaultdict(list)
     held: dict[str, int] = defaultdict(int)
     for index, info in metadata.storage_data.items():
@@ -178,17 +171,17 @@ def _check_extents(metadata: Metadata, folder: Path) -> None:
         held[index.fqn] += info.length
     for name, extents in parts.items():
         if not (folder / name).is_file():
-            raise ValueError(f"it names {name!r}, not a file of its folder")
+            raise ValueError(f"it names {name!r}, which is not a file of its folder")
         end = (folder / name).stat().st_size
         for offset, length in sorted(extents, reverse=True):
             if offset + length > end:
-                raise ValueError(f"parts of {name} overlap or lie beyond its end")
+                raise ValueError(f"parts of {name} overlap or end beyond its end")
             end = offset
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue
         values = math.prod(entry.size)
         if values != sum(math.prod(chunk.sizes) for chunk in entry.chunks):
-            raise ValueError(f"the parts of {name} do not make up its shape {tuple(entry.size)}")
+            raise ValueError(f"the parts of {name} do not add up to its shape {tuple(entry.size)}")
         if values * entry.properties.dtype.itemsize > held[name]:
             raise ValueError(f"{name} of shape {tuple(entry.size)} is larger than its parts")

@@ -1,4 +1,4 @@
-"""Distributed checkpoints: a folder with the shards of every rank, complete or not there, read without running code."""
+"""Distributed checkpoints: folders with the shards of all ranks, written atomically and read without running code."""
 
 import io
 import json
@@ -17,34 +17,34 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.futures import Future
 
 from orthotrain.checkpoints.shard_description import DESCRIPTION, own_name, read_shard_description
-from orthotrain.checkpoints.storable import storable
-from orthotrain.checkpoints.writing import reason_of
+from orthotrain.checkpoints.stored_paths import SHARDED_FILES
+from orthotrain.checkpoints.writing import plain_copy, reason_of, unwritable
 from orthotrain.console.progress import Progress, bytes_in
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.plain_files import crc32_of, read_part, unreadable
-from orthotrain.files.temporary import discard, folder_beside, publish, remove_leftovers
+from orthotrain.files.atomic_writes import discard, make_temporary_folder, publish, remove_leftovers
+from orthotrain.files.torch_files import crc32_of, file_state, read_part, unreadable
 
-REST, SUMS = "meta.pt", "checksums.json"
-"""What lies beside the shards and torch's description: what is no tensor, and the checksum of every file."""
+_, REST, SUMS = SHARDED_FILES
+"""Names of the file with everything that is not a sharded tensor, and of the file with the checksum of every file."""
 
-_MOST_SUMS = 1 << 26
+_MOST_SUM_BYTES = 1 << 26
 _VERIFIED: set[tuple[Any, ...]] = set()
-"""Folders whose files this process has compared with their checksums, as they were then."""
+"""States of the files of each folder that this process has compared with its checksums."""
 
 
 def save_shards(state: dict[str, Any], rest: dict[str, Any], path: Path, on_any_rank: Callable[[bool], bool]) -> None:
-    """Write a distributed checkpoint beside its place and give it its name when all of it is on the disk.
+    """Write a distributed checkpoint to a temporary folder, and rename the folder when all of it is on the disk.
 
-    A collective: every rank writes its own shards. Each file's checksum goes into a plain index.
+    Every rank must call this function, and writes its own shards. The checksums of all files go into a JSON file.
 
     Args:
         state: Nested dictionaries of tensors, sharded or the same on all ranks.
-        rest: Plain values and tensors, the same on all ranks; rank 0 writes them.
-        path: The folder; one of that name is replaced.
-        on_any_rank: Tells whether some rank has failed.
+        rest: Plain values and tensors, the same on all ranks. Rank 0 writes them.
+        path: The folder. An older folder of that name is replaced.
+        on_any_rank: Takes whether this rank has failed, and tells whether any rank has.
 
     Raises:
-        ConfigurationError: On every rank, if some rank cannot write; older checkpoints are intact.
+        ConfigurationError: On every rank, if any rank cannot write. Older checkpoints are intact.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
     partial = path
@@ -53,7 +53,7 @@ def save_shards(state: dict[str, Any], rest: dict[str, Any], path: Path, on_any_
         if first:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path.parent)
-            partial = folder_beside(path)
+            partial = make_temporary_folder(path)
     except (OSError, ConfigurationError) as error:
         failure = error
     if not on_any_rank(failure is not None):
@@ -61,27 +61,24 @@ def save_shards(state: dict[str, Any], rest: dict[str, Any], path: Path, on_any_
         try:
             dcp.save(state, checkpoint_id=partial)
             _write_sums(partial, rest, first)
-        except (Exception, dcp.CheckpointException) as error:  # torch's is a BaseException
+        except (Exception, dcp.CheckpointException) as error:  # CheckpointException is a BaseException
             failure = error
     if on_any_rank(failure is not None):
         if first and partial != path:
             discard(partial)
         reason = "another rank failed" if failure is None else reason_of(_cause(failure))
-        raise ConfigurationError(
-            f"checkpoint {str(path)!r} cannot be written ({reason}); the older ones are intact: make room and go on "
-            "with --ckpt_path last"
-        ) from failure
+        raise unwritable(path, reason) from failure
     if first:
         publish(partial, path)
-    on_any_rank(False)  # no rank goes on before the folder has its name
+    on_any_rank(False)  # a barrier: no rank continues before the folder has its name
 
 
 def _write_sums(folder: Path, rest: dict[str, Any], first: bool) -> None:
-    """Let every rank sum the files that it wrote, and rank 0 write the index of all."""
+    """Compute the checksums of the files of this rank. Rank 0 collects all of them and writes the JSON file."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = list(folder.glob(f"__{rank}_*"))
     if first:
-        torch.save(storable(rest), folder / REST)
+        torch.save(plain_copy(rest), folder / REST)
         own += [folder / DESCRIPTION, folder / REST]
     sums = {file.name: [file.stat().st_size, crc32_of(file)] for file in own}
     everyone: list[Any] = [sums] * ranks
@@ -93,7 +90,7 @@ def _write_sums(folder: Path, rest: dict[str, Any], first: bool) -> None:
 
 
 def _of_rank_0(name: str) -> str:
-    """Return the name that rank 0 has drawn; a collective."""
+    """Return the name on rank 0. Every rank must call this function."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return name
     names: list[Any] = [name] * dist.get_world_size()
@@ -102,63 +99,53 @@ def _of_rank_0(name: str) -> str:
 
 
 def check_shards(path: Path) -> Metadata:
-    """Compare every file of a distributed checkpoint with its checksum and return what describes the shards.
+    """Compare every file of a distributed checkpoint with its checksum, and return the description of its shards.
 
-    Files that this process has compared before, and that have not changed since, are not read again.
+    Files that this process has already compared are read again only if they have changed.
 
     Raises:
-        ConfigurationError: Naming what is missing, changed or hostile.
+        ConfigurationError: A file is missing, changed or hostile; the message names it.
     """
     for name in (DESCRIPTION, REST, SUMS):
         if not (path / name).is_file():
-            raise ConfigurationError(f"checkpoint {str(path)!r} is a folder without {name}: it was not finished")
+            raise ConfigurationError(f"checkpoint {str(path)!r} is a folder without {name}: it is incomplete")
     try:
-        if (path / SUMS).stat().st_size > _MOST_SUMS:
-            raise ValueError("it is larger than the checksums of any checkpoint")
+        if (path / SUMS).stat().st_size > _MOST_SUM_BYTES:
+            raise ValueError("it has more bytes than the checksums of any checkpoint")
         index = json.loads((path / SUMS).read_text(encoding="utf-8"))
         sums = {own_name(name): (int(size), int(crc)) for name, (size, crc) in index.items()}
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise unreadable(path / SUMS, error) from error
     expected = {**dict.fromkeys((DESCRIPTION, REST)), **sums}
-    state = (str(path), *(_state_of(path / name) for name in (SUMS, *expected)))
+    state = (str(path), *(file_state(path / name) for name in (SUMS, *expected) if (path / name).is_file()))
     if state not in _VERIFIED:
         with Progress("checking the shards", bytes_in(path)) as bar:
             for name, sum_ in expected.items():
                 file = path / name
-                if not file.is_file() or sum_ is None or file.stat().st_size != sum_[0]:
-                    raise unreadable(file, ValueError("it is missing or does not match its checksum"))
-                if crc32_of(file, bar.advance) != sum_[1]:
+                same_size = file.is_file() and sum_ is not None and file.stat().st_size == sum_[0]
+                if not same_size or crc32_of(file, bar.advance) != sum_[1]:
                     raise unreadable(file, ValueError("it is missing or does not match its checksum"))
         _VERIFIED.add(state)
     metadata = read_shard_description(path)
     for info in metadata.storage_data.values():
         if info.relative_path not in sums:
-            raise unreadable(
-                path / DESCRIPTION, ValueError(f"it names {info.relative_path!r}, not a file of its folder")
-            )
+            error = ValueError(f"it names {info.relative_path!r}, which is not a file of its folder")
+            raise unreadable(path / DESCRIPTION, error)
     return metadata
 
 
-def _state_of(file: Path) -> tuple[int, ...] | None:
-    """Return what changes when a file is written anew; None where there is no file."""
-    if not file.is_file():
-        return None
-    found = file.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
 class _PlainReader(dcp.FileSystemReader):
-    """Reads the parts of a distributed checkpoint that are plain values and tensors: torch's own runs any pickle."""
+    """Reads plain values and tensors of a distributed checkpoint. The reader of torch would unpickle anything."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the description of the shards, which was checked."""
+        """Return the checked description of the shards."""
         metadata = read_shard_description(Path(self.path))
         assert metadata.storage_meta is not None
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what a plan asks for."""
+        """Read the items of a plan."""
         for item in sorted(plan.items, key=lambda item: self.storage_data[item.storage_index].relative_path):
             info = self.storage_data[item.storage_index]
             with (Path(self.path) / info.relative_path).open("rb") as file:
@@ -169,7 +156,7 @@ class _PlainReader(dcp.FileSystemReader):
                 continue
             value = read_part(part)
             if not isinstance(value, torch.Tensor):
-                raise ValueError(f"{item.dest_index.fqn} is a {type(value).__name__} where a tensor is described")
+                raise ValueError(f"{item.dest_index.fqn} is a {type(value).__name__}, not a tensor")
             for dimension, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                 value = value.narrow(dimension, start, length)
             target = planner.resolve_tensor(item).detach()
@@ -183,10 +170,10 @@ class _PlainReader(dcp.FileSystemReader):
 
 
 class PlainLoadPlanner(DefaultLoadPlanner):
-    """Loads tensors, and of the entries that are none plain values alone: torch's own runs any pickle."""
+    """Loads tensors and plain values. The planner of torch would unpickle anything."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put a plain value in its place."""
+        """Load a plain value."""
         plain = read_part(value)
         name = read_item.dest_index.fqn
         if self.flatten_state_dict:
@@ -196,27 +183,28 @@ class PlainLoadPlanner(DefaultLoadPlanner):
 
 
 class _WholePlanner(PlainLoadPlanner, _EmptyStateDictLoadPlanner):
-    """Loads everything that a folder holds into an empty dictionary, and counts the bytes."""
+    """Loads everything in a folder into an empty dictionary, and reports the number of bytes."""
 
     def __init__(self, advance: Callable[[float], None]) -> None:
         super().__init__()
         self.advance = advance
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Count what was read."""
+        """Report the bytes of a tensor that has been read."""
         super().commit_tensor(read_item, tensor)
         self.advance(tensor.nbytes)
 
 
 def load_shards(state: dict[str, Any], path: Path) -> None:
-    """Fill a state dict in place from the shards of a folder; every rank reads what it needs.
+    """Fill a state dict in place from the shards of a folder. Every rank reads only what it needs.
 
     Args:
-        state: Its tensors get the values; an empty one, in a process of its own, gets everything.
-        path: A folder that :func:`check_shards` has passed.
+        state: Nested dictionaries whose tensors are filled. An empty dictionary gets everything in the folder; this
+            works in a process without other ranks.
+        path: A folder that :func:`check_shards` has accepted.
 
     Raises:
-        ConfigurationError: If something is missing, or an entry is no plain value.
+        ConfigurationError: Something is missing, or an entry is neither a tensor nor a plain value.
     """
     try:
         if state:
@@ -230,6 +218,6 @@ def load_shards(state: dict[str, Any], path: Path) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return what went wrong on some rank, where torch has collected the errors of all."""
+    """Return the error of one rank, if torch has collected the errors of all ranks in ``error``."""
     failures = getattr(error, "failures", {})
     return next(iter(failures.values()))[0] if failures else error

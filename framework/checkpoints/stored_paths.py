@@ -1,7 +1,7 @@
-"""Paths that a checkpoint stores: which of them count in this run, and what becomes of the others.
+"""Paths that a checkpoint stores: which of them this run keeps, and which it forgets.
 
-What a callback remembers decides what the next save removes. A path from a file counts only if it leads to a
-checkpoint in the folder where this run keeps its own.
+The next save may delete a path that ``ModelCheckpoint`` remembers. A path from a file is therefore kept only if it
+leads to a checkpoint in the checkpoint folder of this run.
 """
 
 import os
@@ -12,20 +12,20 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 SHARDED_FILES = (".metadata", "meta.pt", "checksums.json")
-"""What the folder of a distributed checkpoint holds beside its shards."""
+"""Files in the folder of a distributed checkpoint beside its shards."""
 
 
 def is_own_checkpoint(path: Any, folder: str | Path, suffix: str = ".ckpt") -> bool:
-    """Tell whether a path is that of a checkpoint in a folder.
+    """Tell whether a path is the path of a checkpoint in a folder.
 
     Args:
-        path: What a file says.
-        folder: Where this run keeps its checkpoints, local or with a protocol.
-        suffix: How the names of its checkpoints end.
+        path: A value from a file.
+        folder: Checkpoint folder of this run, a local path or a path with a protocol.
+        suffix: End of the names of checkpoints.
 
     Returns:
-        True if the path, with its links followed, lies in the folder and has the name of a checkpoint, and there is a
-        file, the folder of a distributed checkpoint, or nothing.
+        True if the path (links are followed) is inside the folder and ends with the suffix, and if there is a file, the
+        folder of a distributed checkpoint, or nothing at the path.
     """
     if not isinstance(path, str | Path) or "\0" in str(path) or not str(path).endswith(suffix):
         return False
@@ -35,25 +35,26 @@ def is_own_checkpoint(path: Any, folder: str | Path, suffix: str = ".ckpt") -> b
     if "://" in str(path) or "::" in str(path):
         return False
     try:
-        home, place = Path(folder).resolve(), Path(path).resolve()
-        if home not in place.parents:
+        resolved = Path(path).resolve()
+        if Path(folder).resolve() not in resolved.parents:
             return False
-        if not place.exists():
+        if not resolved.exists():
             return True
-        return place.is_file() or all((place / name).is_file() for name in SHARDED_FILES)
-    except (OSError, RuntimeError, ValueError):  # a circle of links
+        return resolved.is_file() or all((resolved / name).is_file() for name in SHARDED_FILES)
+    except (OSError, RuntimeError, ValueError):  # links that form a circle
         return False
 
 
 def keep_own_paths(state: dict[str, Any], callback: ModelCheckpoint, folder: str | Path) -> None:
-    """Take every path that does not count out of the stored state of a ``ModelCheckpoint``, in place, and name one.
+    """Remove every path that is not a checkpoint of this run from the stored state of a ``ModelCheckpoint``, in place.
 
-    A run folder that was moved keeps the paths that lead to the checkpoints of those names in it.
+    The first removed path is logged. If the checkpoint folder was moved, a stored path is replaced by the path of the
+    same name in the new folder.
 
     Args:
-        state: What the checkpoint stores of the callback, of the right types.
+        state: State of the callback in a checkpoint, with the right types.
         callback: The callback of this run.
-        folder: Where it keeps its checkpoints.
+        folder: Checkpoint folder of the callback.
     """
     forgotten: list[str] = []
 
@@ -77,19 +78,19 @@ def keep_own_paths(state: dict[str, Any], callback: ModelCheckpoint, folder: str
             state["kth_best_model_path"] = worst(kept, key=kept.__getitem__) if kept else ""
         if state["kth_best_model_path"]:
             state["kth_value"] = kept[state["kth_best_model_path"]]
-    if "dirpath" in state:  # with another folder Lightning would forget all paths, and write last-v1 beside last
+    if "dirpath" in state:  # if it differed, Lightning would forget all paths and write last-v1.ckpt beside last.ckpt
         state["dirpath"] = callback.dirpath or str(folder)
     if forgotten:
         rank_zero_info(
-            f"forgotten: the checkpoint remembers {forgotten[0]!r}, which is no checkpoint in {str(folder)!r}"
+            f"forgotten: the checkpoint remembers {forgotten[0]!r}, which is not a checkpoint in {str(folder)!r}"
             + (f" (and {len(set(forgotten)) - 1} more)" if len(set(forgotten)) > 1 else "")
         )
 
 
 def _moved(path: str, before: Any, folder: str | Path) -> str | None:
-    """Return where a path lies if the folder of checkpoints was moved; None if nothing is there."""
+    """Return the path of a checkpoint after its folder was moved from ``before``; None if there is no such file."""
     if not isinstance(before, str | Path) or "://" in str(folder) or "\0" in path:
         return None
     name = os.path.relpath(path, before) if os.path.isabs(path) == os.path.isabs(before) else path
-    there = Path(folder) / name
-    return str(there) if there.exists() else None
+    moved = Path(folder) / name
+    return str(moved) if moved.exists() else None

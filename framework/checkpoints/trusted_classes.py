@@ -16,13 +16,8 @@ from orthotrain.models import ModelBuilder
 from orthotrain.plugins import find_registered
 
 HOLDERS = (
-    *(
-        "orthotrain.modules",
-        "orthotrain.models.builders",
-        "orthotrain.export.folder",
-        "orthotrain.optimizers",
-        "orthotrain.schedules",
-    ),
+    "orthotrain",
+    *(f"orthotrain.{room}" for room in ("modules", "models", "export", "optimizers", "schedules")),
     *("torch.optim", "torch.optim.lr_scheduler", "bitsandbytes.optim"),
 )
 """The modules whose public classes a checkpoint may name. Only these are imported; no file adds to them."""
@@ -132,10 +127,12 @@ def _known_classes() -> dict[str, type]:
     """Return the table: the public name of each class, and the name of where it is defined."""
     table: dict[str, type] = {}
     for holder in HOLDERS:
-        for name, cls in vars(importlib.import_module(holder)).items():
+        module = importlib.import_module(holder)
+        for name in dir(module):
+            cls = getattr(module, name)
             if not isinstance(cls, type) or name.startswith("_"):
                 continue
-            ours = holder.startswith("orthotrain.") and cls.__module__.startswith("orthotrain.")
+            ours = holder.startswith("orthotrain") and cls.__module__.startswith("orthotrain.")
             # of our own modules also the settings (dataclasses) and the LightningModules
             if issubclass(cls, BASES) or (ours and (dataclasses.is_dataclass(cls) or hasattr(cls, "configure_model"))):
                 table[f"{holder}.{name}"] = table[dotted_name(cls)] = cls

@@ -1,54 +1,66 @@
-"""Writing checkpoints so that a file of that name is always a whole one, and reading them without running code."""
+"""Lightning's plugin that writes and reads checkpoint files.
 
+A file appears under its name only when it is complete and can be read again. Reading runs no code from the file.
+"""
+
+import os
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
 
-from orthotrain.checkpoints.layout_checks import check_layout
-from orthotrain.checkpoints.storable import storable
+from orthotrain.checkpoints.restore_checks import check_layout
 from orthotrain.checkpoints.stored_paths import is_own_checkpoint
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.plain_files import check_readable, read_file
-from orthotrain.files.temporary import remove_folder, remove_leftovers, write_atomically
+from orthotrain.files.archive_contents import dotted
+from orthotrain.files.atomic_writes import remove_folder, remove_leftovers, write_atomically
+from orthotrain.files.torch_files import check_readable, read_file
 
 FROZEN = "frozen_fingerprints"
-"""The entry of a checkpoint that leaves out what is frozen."""
+"""Entry of a checkpoint without the frozen weights: their fingerprints."""
+
+_MOST_DEPTH = 95
+"""Levels of nested values. The reader accepts a few more."""
+
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, Counter, torch.Size)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the final place, flushes to the disk and renames; reads plain values and tensors only.
+    """Writes a checkpoint to a temporary file and renames the file; reads plain values and tensors only.
 
-    A run that dies at any moment leaves the older file of that name, or none; what it was writing is removed at the
-    next save. Paths with a protocol (``s3://``) are left to Lightning.
+    If a run dies while it writes, the older file of that name is still there, and the next save removes the temporary
+    file. Lightning itself writes and reads paths with a protocol (``s3://``).
 
     Args:
-        folders: Returns the folders of the run's checkpoints, outside of which none is removed; None for those that
-            this object has written to.
+        folders: Returns the checkpoint folders of the run. A checkpoint outside of them is never removed. By default
+            these are the folders that this object has written to.
     """
 
     def __init__(self, folders: Callable[[], Iterable[str | Path]] | None = None) -> None:
         super().__init__()
         self.folders = folders
         self._written: set[Path] = set()
-        self._own: set[Path] = set()  # a search of Lightning's Tuner saves elsewhere, and removes the file at its end
+        self._own: set[Path] = set()  # a Tuner of Lightning saves a file outside of the folders, and removes it later
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint.
 
         Raises:
-            ConfigurationError: If it cannot be written, naming why (a full disk, an object in it); older checkpoints
-                are intact.
+            ConfigurationError: The checkpoint cannot be written, for example on a full disk or because of an object in
+                it. Older checkpoints are intact.
         """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         self._written.add(Path(path).parent)
         self._own.add(Path(path))
-        plain = storable(checkpoint)
+        plain = plain_copy(checkpoint)
 
         def write(file: IO[bytes]) -> None:
             torch.save(plain, file)
@@ -59,16 +71,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def _write(self, path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
         try:
-            if self.folders is not None:  # a run has its folder for itself, and may remove what a killed one has left
+            if self.folders is not None:  # no other run writes to this folder: remove the files of killed runs
                 remove_leftovers(Path(path).parent)
             write_atomically(Path(path), write)
         except ConfigurationError:
             raise
         except (OSError, RuntimeError, ValueError) as error:
-            raise ConfigurationError(
-                f"checkpoint {str(path)!r} cannot be written ({reason_of(error)}); the older ones are intact: make "
-                "room and go on with --ckpt_path last"
-            ) from error
+            raise unwritable(path, reason_of(error)) from error
 
     def load_checkpoint(
         self,
@@ -76,11 +85,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         map_location: Any = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint onto the CPU, compared with its checksums.
+        """Read a checkpoint file onto the CPU, and compare every byte with its checksum.
 
         Raises:
-            ConfigurationError: If code in the file is to be run, it is damaged or malformed, or it is the folder of a
-                distributed checkpoint.
+            ConfigurationError: The file is damaged or malformed, the path is the folder of a distributed checkpoint, or
+                ``weights_only`` is False.
         """
         if weights_only is False:
             raise ConfigurationError(f"weights_only=False would run code from {str(path)!r}: leave it out")
@@ -95,10 +104,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint of this run, the folder of a distributed one at once; anything else is left and named."""
+        """Remove a checkpoint of this run, a file or a folder. For any other path, only a warning is printed."""
         folders = self._written if self.folders is None else self.folders()
         if Path(path) not in self._own and not any(is_own_checkpoint(path, folder) for folder in folders):
-            rank_zero_warn(f"{str(path)!r} is no checkpoint in the folder of this run, and is not removed")
+            rank_zero_warn(f"{str(path)!r} is not a checkpoint in the folder of this run, and is not removed")
         elif "://" in str(path):
             super().remove_checkpoint(path)
         elif Path(path).is_dir() and not Path(path).is_symlink():
@@ -108,18 +117,105 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def needs_consolidating(path: str | Path) -> ConfigurationError:
-    """Return the error of who needs a file and is given the folder of a distributed checkpoint."""
+    """Return the error for the folder of a distributed checkpoint where a checkpoint file is needed."""
     return ConfigurationError(
         f"checkpoint {str(path)!r} is a folder, as FSDP2 writes it with save_distributed_checkpoint: resume it with "
-        f"trainer/fsdp2.yaml, or make it a file by orthotrain consolidate {path} FILE.ckpt"
+        f"trainer/fsdp2.yaml, or convert it to a file with orthotrain consolidate {path} FILE.ckpt"
+    )
+
+
+def unwritable(path: str | Path, reason: str) -> ConfigurationError:
+    """Return the error for a checkpoint that cannot be written."""
+    return ConfigurationError(
+        f"checkpoint {str(path)!r} cannot be written ({reason}); the older ones are intact: make room and go on with "
+        "--ckpt_path last"
     )
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the operating system's word for what went wrong, wherever in the chain of causes it stands."""
+    """Return the message of the operating system for an error or for one of its causes; else the error's first line."""
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, OSError) and chain.strerror:
             return chain.strerror
         chain = chain.__cause__ or chain.__context__
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def plain_copy(checkpoint: Any) -> Any:
+    """Return a checkpoint with the types that can be read again; the values in the file will be equal to the result.
+
+    A tensor that repeats values of its storage (``expand``) is copied. Paths become strings. Numbers and dictionaries
+    of other classes (NumPy's, Lightning's) become those of Python.
+
+    Args:
+        checkpoint: Nested plain values and tensors.
+
+    Raises:
+        ConfigurationError: The checkpoint has an object, a key that is neither a string nor an integer, a tensor of a
+            kind that cannot be read, or a value that contains itself.
+    """
+    return _PlainCopy().value(checkpoint, ())
+
+
+class _PlainCopy:
+    """Copies nested values. A value at several positions is copied once, because the file stores it once."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, Any] = {}
+
+    def value(self, value: Any, keys: tuple[Any, ...]) -> Any:
+        if type(value) in _PLAIN:
+            return value
+        if len(keys) > _MOST_DEPTH:
+            raise _refused("nested too deeply, or contains itself", keys[:4])
+        if id(value) not in self.made:
+            self.made[id(value)] = self._make(value, keys)
+        return self.made[id(value)]
+
+    def _make(self, value: Any, keys: tuple[Any, ...]) -> Any:
+        if isinstance(value, Tensor):
+            return _plain_tensor(value, keys)
+        if isinstance(value, dict):
+            return self._dictionary(value, keys)
+        if type(value) in (list, tuple):
+            return type(value)(self.value(inner, (*keys, number)) for number, inner in enumerate(value))
+        if type(value) is set and all(type(inner) in (str, int, bool) for inner in value):
+            return value
+        if isinstance(value, np.generic):
+            return self.value(value.item(), keys)
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        for plain, convert in ((int, int), (float, float), (str, str.__str__)):
+            if isinstance(value, plain):
+                return convert(value)
+        raise _refused(f"a {type(value).__name__}", keys)
+
+    def _dictionary(self, value: dict, keys: tuple[Any, ...]) -> dict:
+        for key in value:
+            if type(key) not in (str, int):
+                raise _refused(f"a dictionary with the key {key!r}, which is neither a string nor an integer", keys)
+        made: Any = OrderedDict() if isinstance(value, OrderedDict) else {}
+        made.update((key, self.value(inner, (*keys, key))) for key, inner in value.items())
+        if hasattr(value, "_metadata"):  # the versions of modules in a state dict
+            made._metadata = value._metadata
+        return made
+
+
+def _plain_tensor(value: Tensor, keys: tuple[Any, ...]) -> Tensor:
+    has_own_pickle = type(value).__reduce_ex__ is not Tensor.__reduce_ex__
+    if type(value) not in (Tensor, nn.Parameter) and not has_own_pickle:
+        raise _refused(f"a tensor of the class {type(value).__name__}", keys)
+    if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
+        raise _refused(f"a tensor that is sparse, quantized, nested or without values ({value.layout})", keys)
+    if value.is_conj() or value.is_neg():
+        value = value.resolve_conj().resolve_neg()
+    repeats = any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
+    return value.contiguous() if repeats else value
+
+
+def _refused(kind: str, keys: tuple[Any, ...]) -> ConfigurationError:
+    return ConfigurationError(
+        f"{dotted(keys, 'the checkpoint')} is {kind}, which cannot be read again from a checkpoint: store plain values "
+        "(numbers, strings, lists, dictionaries) and tensors"
+    )

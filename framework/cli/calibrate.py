@@ -1,4 +1,4 @@
-"""Measuring what the parts of a POET layer cost on a device, for the choice between its centres."""
+"""Measures the costs of the parts of a POET layer on a device; ``route: auto`` chooses by these costs."""
 
 import json
 import statistics
@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from orthotrain.console.progress import Progress
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.temporary import write_text
+from orthotrain.files.atomic_writes import write_text
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.cayley_neumann import cayley_neumann
 from orthotrain.kernels.fold import fold
 from orthotrain.kernels.poet_linear import poet_linear, serves
+from orthotrain.layers.poet.cost_tables import Costs, cached_costs, default_path, device_name
 from orthotrain.layers.poet.poet_settings import PoetSettings
-from orthotrain.layers.poet.route_costs import Costs, cached_costs, default_path, device_name
 
 DTYPES = {"float32": torch.float32, "half": torch.bfloat16}
 

@@ -23,7 +23,7 @@ USAGE = """usage: orthotrain COMMAND [options]
   export    merged model folder:      orthotrain export --ckpt CHECKPOINT --out DIR [--format hf|peft]
   plan      parameters and bytes of a config before anything is allocated
   plugins   the registered parameterizations
-  calibrate measure what the parts of a POET layer cost here, for centre=auto
+  calibrate measure what the parts of a POET layer cost here, for route=auto
   consolidate FOLDER FILE    a distributed checkpoint as one file
 
 'orthotrain COMMAND --help' tells more. Several -c files are laid over each other; every key of a config can be given
@@ -210,14 +210,14 @@ def plugins_command(arguments: list[str]) -> None:
 
 
 def calibrate_command(arguments: list[str]) -> None:
-    """``orthotrain calibrate``: measure the parts of a POET layer, from which ``centre=auto`` chooses from then on."""
+    """``orthotrain calibrate``: measure the parts of a POET layer, from which ``route=auto`` chooses from then on."""
     from pathlib import Path
 
     from orthotrain.cli.calibrate import calibrate, comparison, usable_device, write_table
 
-    parser = _parser("calibrate", "Measure what the parts of a POET layer cost on a device, for centre=auto.")
+    parser = _parser("calibrate", "Measure what the parts of a POET layer cost on a device, for route=auto.")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure; by default cpu")
-    parser.add_argument("--out", help="file to write; by default centres.json in the cache folder, where layers look")
+    parser.add_argument("--out", help="file to write; by default routes.json in the cache folder, where layers look")
     options = parser.parse_args(arguments)
     entry, parts = calibrate(usable_device(options.device))
     print(comparison(entry, parts))

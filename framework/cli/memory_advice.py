@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from orthotrain.cli.plan import GIB, Plan, plan_run
+from orthotrain.cli.plan import GIB, Plan, batch_shape, plan_run
 from orthotrain.console.failures import asked_for, is_out_of_memory
 from orthotrain.devices.memory import total_bytes
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted
@@ -39,10 +39,10 @@ class Planned:
             data: Arguments of the data module.
             precision: The trainer's ``precision``.
         """
-        size, length = data.get("batch_size"), data.get("sequence_length") or data.get("max_length")
-        if not isinstance(module._builder, CausalLM) or not isinstance(size, int) or not isinstance(length, int):
+        shape = batch_shape(data)
+        if not isinstance(module._builder, CausalLM) or shape is None:
             return None
-        return cls(copy.deepcopy(module), size, length, str(precision or "32-true"))
+        return cls(copy.deepcopy(module), *shape, str(precision or "32-true"))
 
     def plan(self) -> Plan:
         """Count what the run holds; no random number is drawn."""
@@ -88,9 +88,9 @@ def options_of(run: Planned) -> Iterator[Option]:
             yield Option("--model.layers.activation_mode mem", _with_layers(activation_mode="mem"))
         for storage in {"int8": ("nf4",), "nf4": ()}.get(layers.storage, ("int8", "nf4")):
             yield Option(f"--model.layers.storage {storage}", _with_layers(storage=storage), resumes=False)
-    if isinstance(layers, OftLayers) and layers.quantization is None:
+    if isinstance(layers, OftLayers) and layers.storage in (None, "dense"):
         for storage in ("int8", "nf4"):
-            yield Option(f"--model.layers.quantization {storage}", _with_layers(quantization=storage), resumes=False)
+            yield Option(f"--model.layers.storage {storage}", _with_layers(storage=storage), resumes=False)
 
 
 def advice(run: Planned, within: int | None, resumes: bool | None = None) -> str:

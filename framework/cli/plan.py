@@ -1,4 +1,4 @@
-"""What a run will hold in memory, counted on tensors without storage before anything is allocated."""
+"""The memory that a run will need, counted on tensors without storage before anything is allocated."""
 
 import math
 import warnings
@@ -20,15 +20,18 @@ from orthotrain.modules.head_loss import logits_of
 GIB = 1024**3
 
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
-"""Short forms of the trainer's ``precision``, as Lightning takes them."""
+"""Short forms of the trainer's ``precision``, which Lightning accepts."""
 
 PROBE_NUMBERS = 1 << 16
-"""Numbers of the parameter from which the state of a larger one is extrapolated, where one without storage fails."""
+"""Size of a real parameter, from whose optimizer state that of a larger parameter is extrapolated.
+
+Only optimizers that fail on a parameter without storage need it.
+"""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a plan: a category, how many numbers it holds, and in how many bytes."""
+    """One line of a plan: a category, its count of numbers, and its bytes."""
 
     category: str
     count: int
@@ -52,30 +55,40 @@ class Plan:
 
     @property
     def certain_bytes(self) -> int:
-        """Bytes of weights, gradients and optimizer state, which are in memory together at the end of each step."""
+        """Bytes of weights, gradients and optimizer state, which are all in memory at the end of each step."""
         return sum(entry.bytes for entry in self.entries if not entry.category.endswith("(estimate)"))
 
     @property
     def least_bytes(self) -> int:
-        """Bytes of the larger of two moments: all gradients, or all activations and the loss without gradients."""
+        """Least bytes of a run: with all gradients, or without them but with all activations and the loss."""
         estimated = self.total_bytes - self.certain_bytes
         return self.certain_bytes + max(0, estimated - self["gradients"].bytes)
+
+    def all_reduce_bytes(self, devices: int) -> float:
+        """Return the bytes that each device sends in a step of data parallelism (DDP).
+
+        A ring sends ``2 (n - 1) / n`` of the gradients. Frozen weights and buffers are never sent. Fully sharded, the
+        reduce-scatter of the gradients sends half as much, and the gathering of the parameters comes on top.
+        """
+        return 2 * (devices - 1) / devices * self["gradients"].bytes
 
     def table(self) -> str:
         """Return the plan as text."""
         rows = [f"{'':<24}{'numbers':>18}{'GiB':>10}"]
         rows += [f"{e.category:<24}{e.count:>18,}{e.bytes / GIB:>10.3f}" for e in self.entries]
-        return "\n".join([*rows, f"{'total':<24}{'':>18}{self.total_bytes / GIB:>10.3f}", self.note])
+        rows.append(f"{'total':<24}{'':>18}{self.total_bytes / GIB:>10.3f}")
+        sent = ", ".join(f"{self.all_reduce_bytes(n) / GIB:.3f} GiB of {n}" for n in (2, 8))
+        return "\n".join([*rows, self.note, f"data parallel, each device sends a step: {sent}"])
 
 
 def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precision: str | int | None = None) -> Plan:
     """Count what training ``module`` holds, without allocating it.
 
     The network is built and run forward once on fake tensors. Activations are the tensors that autograd saves in that
-    pass, each storage once: exact for eager execution on a CPU, without the transients of a single operation and the
-    allocator's fragmentation. The loss is what the next-token loss holds at its peak, fp32 copies of the logits or
-    those of a chunk; where a module has another loss, what that saves is part of the activations. With ``centre: auto``
-    a GPU may take another route, which keeps other activations.
+    pass, each storage once. They are exact for eager execution on a CPU, without the temporary tensors inside an
+    operation and without the fragmentation of the allocator. The loss is the peak of the next-token loss: fp32 copies
+    of the logits, or of a chunk of them. Where a module has another loss, the tensors that it saves are part of the
+    activations. With ``route: auto`` a GPU may choose another route, which keeps other activations.
 
     Args:
         module: A module whose network is not built yet.
@@ -84,43 +97,50 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
         precision: The trainer's ``precision``.
     """
     precision = PRECISIONS.get(str(precision or "32-true"), str(precision or "32-true"))
-    built_in = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
     autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # as Lightning's half precision does: the network is built in it
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(built_in.get(precision, default))
-        try:
-            module.configure_model()
-        finally:
-            torch.set_default_dtype(default)
-        assert module.model is not None
-        network = module.model
+        network = _built_network(module, precision)
         tokens = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
-        batch = {"input_ids": tokens, "labels": tokens}
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-            activations, loss = forward_bytes(module, batch)
+            activations, loss = forward_bytes(module, {"input_ids": tokens, "labels": tokens})
     trainable = [p for p in network.parameters() if p.requires_grad]
     frozen = [p for p in network.parameters() if not p.requires_grad] + list(network.buffers())
     rotations = [p for _, layer in mergeable_layers(network) for p in layer.rotation_parameters()]
-    taken = {id(p) for p in rotations}
-    state = optimizer_bytes(module.optimization, module.optimization.groups(network))
+    ids = {id(p) for p in rotations}
     entries = (
         _entry("frozen", frozen),
         _entry("trainable, rotations", rotations),
-        _entry("trainable, other", [p for p in trainable if id(p) not in taken]),
+        _entry("trainable, other", [p for p in trainable if id(p) not in ids]),
         _entry("gradients", trainable),
-        Entry("optimizer state", 0, state),
+        Entry("optimizer state", 0, optimizer_bytes(module.optimization, module.optimization.groups(network))),
         Entry("activations (estimate)", 0, activations),
         Entry("loss (estimate)", 0, loss),
     )
-    note = f"one device, batch {batch_size} x {sequence_length}, precision {precision}"
-    return Plan(entries, note)
+    return Plan(entries, f"one device, batch {batch_size} x {sequence_length}, precision {precision}")
+
+
+def _built_network(module: BaseModule, precision: str) -> nn.Module:
+    """Build the network in the dtype of the parameters, as Lightning's precision plugins do."""
+    dtypes = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtypes.get(precision, default))
+    try:
+        module.configure_model()
+    finally:
+        torch.set_default_dtype(default)
+    assert module.model is not None
+    return module.model
+
+
+def batch_shape(data: dict[str, Any]) -> tuple[int, int] | None:
+    """Return the batch size and the tokens of a sequence, None where the arguments of a data module have none."""
+    size, length = data.get("batch_size"), data.get("sequence_length") or data.get("max_length")
+    return (size, length) if isinstance(size, int) and isinstance(length, int) else None
 
 
 def forward_bytes(module: BaseModule, batch: dict[str, Tensor]) -> tuple[int, int]:
-    """Return the bytes that autograd saves in a forward pass, and those that the loss holds at its peak beside them.
+    """Return the bytes that autograd saves in a forward pass, and the bytes that the loss adds at its peak.
 
     Args:
         module: A module whose network is built.
@@ -139,10 +159,10 @@ def forward_bytes(module: BaseModule, batch: dict[str, Tensor]) -> tuple[int, in
 
 
 def saved_bytes(owner: nn.Module, forward: Callable[[], Any]) -> int:
-    """Return the bytes of distinct storages that autograd saves in ``forward``, those of ``owner`` left out.
+    """Return the bytes of distinct storages that autograd saves in ``forward``, without the storages of ``owner``.
 
     Args:
-        owner: The module whose parameters and buffers do not count.
+        owner: The module whose parameters and buffers are not counted.
         forward: Runs a forward pass, on real or on fake tensors.
     """
     owned = {t.untyped_storage()._cdata for t in (*owner.parameters(), *owner.buffers())}
@@ -153,7 +173,7 @@ def saved_bytes(owner: nn.Module, forward: Callable[[], Any]) -> int:
         storage = tensor.untyped_storage()
         if storage._cdata not in owned and storage._cdata not in sizes:
             sizes[storage._cdata] = storage.nbytes()
-            kept.append(tensor)  # alive, so that no later storage takes its address
+            kept.append(tensor)  # keeps its address from being reused by a later storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -164,8 +184,8 @@ def saved_bytes(owner: nn.Module, forward: Callable[[], Any]) -> int:
 def optimizer_bytes(optimization: Optimization, groups: list[dict[str, Any]]) -> int:
     """Return the bytes of the optimizers' state for the trained parameters of ``groups``, by shape and dtype.
 
-    Measured, not assumed: for every shape an optimizer takes a step on a parameter without storage, so that what it
-    keeps of another rank (GaLore) or of small parameters (bitsandbytes: fp32 below 4,096 numbers) counts as it is.
+    The bytes are measured: for every shape an optimizer takes a step on a parameter without storage. So they include
+    state of another rank than the parameter (GaLore) and of another dtype (bitsandbytes: fp32 below 4,096 numbers).
     """
     total = 0.0
     for group in groups:
@@ -176,8 +196,8 @@ def optimizer_bytes(optimization: Optimization, groups: list[dict[str, Any]]) ->
                 with FakeTensorMode():
                     held = _state_bytes(optimization, group, _probe(shape, dtype, share))
             except DataDependentOutputException:
-                # kernels that read memory, as those of bitsandbytes: a real parameter, and where that would be large
-                # one of as many rows as are enough for a state that grows with the numbers
+                # The kernels of bitsandbytes read memory, so the parameter must be real. Of a large parameter a few
+                # rows are enough, since the state grows in proportion to the numbers.
                 rows = min(shape[0], max(1, -(-PROBE_NUMBERS // math.prod(shape[1:]))))
                 probe = _probe((rows, *shape[1:]), dtype, share)
                 held = _state_bytes(optimization, group, probe) * math.prod(shape) / probe.numel()
@@ -188,7 +208,7 @@ def optimizer_bytes(optimization: Optimization, groups: list[dict[str, Any]]) ->
 def _probe(shape: tuple[int, ...], dtype: torch.dtype, share: float | None) -> nn.Parameter:
     probe = nn.Parameter(torch.zeros(shape, dtype=dtype))
     probe.grad = torch.zeros_like(probe)
-    if share is not None:  # an optimizer of generators takes nothing else
+    if share is not None:  # an optimizer of generators accepts no other parameter
         mark_generators(probe, share)
     return probe
 
@@ -200,9 +220,9 @@ def _state_bytes(optimization: Optimization, group: dict[str, Any], probe: nn.Pa
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Return the tensors of an optimizer's state that are no scalars, those in objects of its own (GaLore) too.
+    """Return the tensors of an optimizer's state that are no scalars, also those inside objects of the state (GaLore).
 
-    Tables that all parameters share (the code of 8-bit Adam) are left out.
+    Tables that all parameters share (the quantization map of 8-bit Adam) are left out.
     """
     found: dict[int, Tensor] = {}
     for state in optimizer.state.values():

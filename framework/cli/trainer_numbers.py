@@ -1,11 +1,8 @@
 """Numbers of the trainer that Lightning takes and divides by, counts down from or seeds with."""
 
-import functools
 import math
-import operator
 import os
-from collections.abc import Iterable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -29,21 +26,6 @@ MOST_SEED = 2**32 - 1
 MOST_NODES = 100_000
 PROCESSES_A_CORE = 8
 """More processes than that on a CPU would take its memory and never get on."""
-
-
-def prefer_whole_numbers(options: Iterable[Any]) -> None:
-    """Let a whole number stay one in options that take an int or a float, where 1 is a batch and 1.0 all of them.
-
-    Python keeps one object for ``Union[int, float]`` and ``Union[float, int]``. The order of its types depends on what
-    was imported first, and jsonargparse converts a value to the first type that takes it.
-
-    Args:
-        options: What jsonargparse has made of the arguments; changed in place.
-    """
-    for option in options:
-        kinds = get_args(getattr(option, "_typehint", None))
-        if int in kinds and float in kinds:
-            option._typehint = functools.reduce(operator.or_, (int, *(kind for kind in kinds if kind is not int)))
 
 
 def check_trainer_numbers(trainer: Any, seed: Any) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from orthotrain.checkpoints.reading import step_of
-from orthotrain.checkpoints.resume import lies_here
+from orthotrain.checkpoints.resume import is_local
 from orthotrain.devices.host_reads import LateValues, read_waits
 from orthotrain.errors import ConfigurationError
 
@@ -101,4 +101,4 @@ def agree_on_step(step: int) -> None:
 
 def _step_of(path: str) -> int | None:
     """Return the step of a checkpoint, without reading its tensors; None of one that lies elsewhere (``s3://``)."""
-    return step_of(path) if lies_here(path) else None
+    return step_of(path) if is_local(path) else None

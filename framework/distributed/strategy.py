@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from orthotrain.checkpoints.layout_checks import check_layout, check_optimizer
 from orthotrain.checkpoints.reading import check_finite, read_checkpoint
+from orthotrain.checkpoints.restore_checks import check_layout, check_optimizer
 from orthotrain.checkpoints.shards import REST, check_shards, load_shards, save_shards
 from orthotrain.distributed.agreement import on_any_rank
 from orthotrain.distributed.optimizer_8bit import step_locally

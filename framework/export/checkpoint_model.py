@@ -12,7 +12,7 @@ from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.checkpoints.rebuild import rebuild_module
 from orthotrain.console.progress import waiting
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.surgery import unwrap_mergeables
+from orthotrain.layers.replacement import unwrap_mergeables
 from orthotrain.layers.weights.bitsandbytes_linear import compute_dtype_of
 from orthotrain.models import ModelBuilder
 from orthotrain.modules import BaseModule

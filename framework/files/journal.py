@@ -1,10 +1,11 @@
-"""Journals of unfinished files and folders: one for each process and folder, locked while its process lives.
+"""Journals: files that list the temporary names of unfinished files and folders.
 
-A journal notes a name before anything of that name is made. Its process holds a POSIX record lock on the journal: the
-lock ends with the process however it dies, and a forked data worker does not inherit it. Who gets the lock of a journal
-therefore knows that its process is dead. Where the file system has no locks, nobody knows that, and nothing is removed.
+Each process has one journal in each folder that it writes to. It adds a name to the journal before it creates anything
+of that name, and holds a POSIX record lock on the journal. The lock ends with the process, however the process dies,
+and a forked data worker does not inherit it. A process that gets the lock of a journal therefore knows that the owner
+of the journal is dead. On a file system without locks this is never known, and nothing is removed.
 
-One thread at a time may call the functions of this module: closing a journal ends every lock of its process on it.
+Only one thread at a time may call these functions: closing a journal ends every lock of the process on it.
 """
 
 import errno
@@ -17,11 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 
 PARTIAL_SUFFIX, OLD_SUFFIX = ".partial", ".old"
-NAME = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{16}(?P<suffix>\.partial|\.old)", re.DOTALL)
-"""The names that a journal may note."""
+TEMPORARY_NAME = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{16}(?P<suffix>\.partial|\.old)", re.DOTALL)
+"""The names that a journal may list."""
 
 JOURNAL = ".orthotrain-unfinished"
-"""The first part of the name of a journal; a dot and 16 hexadecimal digits follow."""
+"""First part of the name of a journal. A dot and 16 hexadecimal digits follow."""
 
 _FILE = re.compile(re.escape(JOURNAL) + r"\.[0-9a-f]{16}")
 _MOST_BYTES = 1 << 20
@@ -39,7 +40,7 @@ class _Journal:
         self.names: list[str] = []
 
     def has_room(self, name: str) -> bool:
-        """Tell whether the journal is still in its folder and can note one more name."""
+        """Tell whether the journal is still in its folder and has room for one more name."""
         return self.size + len(_record(name)) <= _MOST_BYTES and _is_at(self.descriptor, self.path)
 
     def add(self, name: str) -> None:
@@ -51,31 +52,31 @@ class _Journal:
             rest = rest[written:]
         os.fsync(self.descriptor)
 
-    def unfinished(self) -> list[str]:
-        """Forget the names that nothing has any longer and return the others."""
+    def names_in_use(self) -> list[str]:
+        """Forget the names that no file or folder has any longer, and return the others."""
         folder = os.path.dirname(self.path)
         self.names = [name for name in self.names if os.path.lexists(os.path.join(folder, name))]
         return self.names
 
     def remove(self) -> None:
-        """Remove the journal; a journal that cannot be removed is left to the next run."""
+        """Delete the journal. If that fails, the next run deletes it."""
         with suppress(OSError):
             os.unlink(self.path)
         os.close(self.descriptor)
 
 
 _own: dict[tuple[int, str], _Journal] = {}
-"""The journals of this process by its number and the folder; a forked child finds none of its parent's."""
+"""(process id, folder) -> journal. A forked child has another process id, and so does not use its parent's journals."""
 
 
-def note(folder: Path, name: str) -> None:
-    """Note in the journal of this process that something of a name is about to be made in a folder."""
+def add_to_journal(folder: Path, name: str) -> None:
+    """Add a temporary name to the journal of this process in a folder, before anything of that name is created."""
     key = (os.getpid(), os.path.realpath(folder))
     journal = _own.get(key)
     if journal is None or not journal.has_room(name):
         new = _make(key[1])
         try:
-            for other in [] if journal is None else journal.unfinished():
+            for other in [] if journal is None else journal.names_in_use():
                 new.add(other)
         except BaseException:
             new.remove()
@@ -86,31 +87,33 @@ def note(folder: Path, name: str) -> None:
     _own[key].add(name)
 
 
-def settle(folder: Path) -> None:
-    """Remove the journal of this process in a folder if nothing that it notes is there any more."""
+def remove_finished_journal(folder: Path) -> None:
+    """Delete the journal of this process in a folder if none of its names is in use any more."""
     key = (os.getpid(), os.path.realpath(folder))
-    if key in _own and not _own[key].unfinished():
+    if key in _own and not _own[key].names_in_use():
         _own.pop(key).remove()
 
 
-def of_the_dead(folder: Path) -> Iterator[list[str]]:
-    """Yield what each journal of a dead process notes; the journal is removed if nothing of it is left afterwards.
+def names_of_dead_processes(folder: Path) -> Iterator[list[str]]:
+    """Yield the names in each journal of a dead process.
 
-    Journals of living processes, links, folders, large files and files that cannot be opened or locked are passed over.
+    After the caller has handled the names, the journal is deleted if none of them is in use. Journals of living
+    processes, links, folders, large files, and files that cannot be opened or locked are skipped.
     """
     try:
         found = sorted(name for name in os.listdir(folder) if _FILE.fullmatch(name))
-    except OSError:  # no folder, or one that this user cannot list
+    except OSError:  # there is no such folder, or this user cannot list it
         return
     for name in found:
         path = folder / name
-        if (descriptor := _take(path)) is None:
+        if (descriptor := _open_dead(path)) is None:
             continue
         try:
-            names = [os.fsdecode(noted) for noted in os.pread(descriptor, _MOST_BYTES, 0).split(b"\0")]
-            names = [noted for noted in names if "/" not in noted and NAME.fullmatch(noted)]
-            yield names
-            if not any(_is_left(folder / noted) for noted in names):
+            listed = [os.fsdecode(name) for name in os.pread(descriptor, _MOST_BYTES, 0).split(b"\0")]
+            listed = [name for name in listed if "/" not in name and TEMPORARY_NAME.fullmatch(name)]
+            yield listed
+            # a link of a listed name is not ours
+            if not any(os.path.lexists(folder / name) and not (folder / name).is_symlink() for name in listed):
                 with suppress(OSError):
                     path.unlink()
         finally:
@@ -122,19 +125,19 @@ def _make(folder: str) -> _Journal:
     for _ in range(_MOST_TRIES):
         path = os.path.join(folder, f"{JOURNAL}.{secrets.token_hex(8)}")
         journal = _Journal(path, os.open(path, flags, 0o666))
-        # between the two calls another process may have taken the journal for that of a dead process
+        # between creating and locking the journal, another process may have deleted it as the journal of a dead process
         if _lock(journal.descriptor) is not False and _is_at(journal.descriptor, path):
             return journal
         journal.remove()
-    raise OSError(errno.EAGAIN, f"the list of unfinished files cannot be locked in {_MOST_TRIES} tries", folder)
+    raise OSError(errno.EAGAIN, f"the list of unfinished files could not be locked in {_MOST_TRIES} tries", folder)
 
 
-def _take(path: Path) -> int | None:
-    """Open and lock the journal of a dead process; None for everything else."""
+def _open_dead(path: Path) -> int | None:
+    """Open and lock the journal of a dead process; return None for every other file."""
     own = [os.fstat(journal.descriptor) for (process, _), journal in _own.items() if process == os.getpid()]
     try:
         found = os.lstat(path)
-        # a second name may be one of a file that this process has locked: opening and closing it would end the lock
+        # a hard link may lead to a journal that this process has locked: opening and closing it would end that lock
         regular = stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_size <= _MOST_BYTES
         if not regular or any(os.path.samestat(found, mine) for mine in own):
             return None
@@ -148,7 +151,7 @@ def _take(path: Path) -> int | None:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Lock a file without waiting; False if another process holds it, None if there are no locks."""
+    """Lock a file without waiting. Return False if another process holds the lock, None if there are no locks."""
     try:
         import fcntl
 
@@ -167,11 +170,6 @@ def _is_at(descriptor: int, path: str | Path) -> bool:
         return False
 
 
-def _is_left(path: Path) -> bool:
-    """Tell whether something of a noted name is there; a link is somebody else's."""
-    return os.path.lexists(path) and not path.is_symlink()
-
-
 def _record(name: str) -> bytes:
-    """A name between two NULs: the rest of a record that a full disk has cut does not spoil the next one."""
+    """Return a name between two NULs, so that a record that a full disk has cut does not spoil the next record."""
     return b"\0" + os.fsencode(name) + b"\0"

@@ -1,4 +1,4 @@
-"""Paths that a user or a file gives: what is checked before anything is opened."""
+"""Checks of paths that a user or a file gives, before anything is opened; and bounded reading of JSON files."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from orthotrain.errors import ConfigurationError
 
 MAX_JSON_BYTES = 64 << 20
-"""Largest JSON file that is parsed as a whole: parsing takes up to 25 times its size."""
+"""Largest JSON file that is parsed. Parsing takes up to 25 times the size of the file in memory."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -27,15 +27,15 @@ def local_path(name: str | Path, what: str) -> Path:
 
     Args:
         name: The path.
-        what: The name of the option, for messages.
+        what: Name of the option, for messages.
 
     Raises:
-        ConfigurationError: The path is too long, holds a character that no file name can hold, or ``~`` names no known
+        ConfigurationError: The path is too long, has a character that no file name can have, or ``~`` names an unknown
             user.
     """
     text = str(name)
     if "\0" in text:
-        raise ConfigurationError(f"{what} {text!r}: holds a NUL character, which no path can hold; remove it")
+        raise ConfigurationError(f"{what} {text!r}: has a NUL character, which no path can have; remove it")
     try:
         os.fsencode(text)
         path = Path(text).expanduser()
@@ -45,7 +45,7 @@ def local_path(name: str | Path, what: str) -> Path:
             raise ConfigurationError(f"{what} {text!r:.200}: is longer than a path can be") from error
     except UnicodeEncodeError as error:
         raise ConfigurationError(
-            f"{what} {text!r}: holds a lone surrogate at character {error.start}, which no path can hold; remove it"
+            f"{what} {text!r}: has a lone surrogate at character {error.start}, which no path can have; remove it"
         ) from error
     except RuntimeError as error:
         raise ConfigurationError(f"{what} {text!r}: there is no such user; write the whole path") from error
@@ -53,14 +53,14 @@ def local_path(name: str | Path, what: str) -> Path:
 
 
 def check_regular_file(path: str | Path, what: str) -> None:
-    """Refuse what is no regular file, links followed: opening a fifo or reading a device may never end.
+    """Refuse a path that is not a regular file: opening a fifo or reading a device may never end. Links are followed.
 
     Args:
         path: The file.
-        what: What the file is to be, for messages, such as ``config``.
+        what: What the file should be, for messages, such as ``config``.
 
     Raises:
-        ConfigurationError: The path names nothing, a folder, a fifo, a socket or a device.
+        ConfigurationError: There is nothing at the path, or a folder, a fifo, a socket or a device.
     """
     try:
         mode = os.stat(local_path(path, what)).st_mode
@@ -68,20 +68,21 @@ def check_regular_file(path: str | Path, what: str) -> None:
         raise ConfigurationError(f"{what} {str(path)!r} cannot be read: {error.strerror or error}") from error
     if not stat.S_ISREG(mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
-        raise ConfigurationError(f"{what} {str(path)!r} is no regular file but {kind}: name a file")
+        raise ConfigurationError(f"{what} {str(path)!r} is {kind}, not a regular file: name a file")
 
 
 def check_folder_files(folder: Path, what: str) -> None:
-    """Refuse a folder that holds a fifo, a socket or a device, links followed, beside its files and folders.
+    """Refuse a folder that has a fifo, a socket or a device in it.
 
-    For folders that a library reads, which opens what it finds by name. A link that leads nowhere passes.
+    This is for folders that a library reads: the library opens any file that has an expected name. Links are followed;
+    a link whose target does not exist passes.
 
     Args:
         folder: The folder.
-        what: What the folder is to be, for messages.
+        what: What the folder should be, for messages.
 
     Raises:
-        ConfigurationError: Naming the entry.
+        ConfigurationError: The folder cannot be read, or has such an entry; the message names the entry.
     """
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -97,10 +98,10 @@ def read_json(path: Path, what: str) -> Any:
 
     Args:
         path: The file.
-        what: What the file is to be, for messages.
+        what: What the file should be, for messages.
 
     Raises:
-        ConfigurationError: No regular file, larger than 64 MiB, or not JSON.
+        ConfigurationError: The path is not a regular file, or the file is larger than 64 MiB or not JSON.
     """
     check_regular_file(path, what)
     try:
@@ -118,7 +119,7 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def json_failure(error: Exception) -> str:
-    """Return what the JSON parser found wrong; its own words for a long number give advice to programmers."""
+    """Return the JSON parser's message. For a long number Python's message gives advice to programmers: replace it."""
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
         return f"it has a number of more than {sys.get_int_max_str_digits():,} digits"
     return str(error)

@@ -1,11 +1,11 @@
-"""PNG pictures and texts for the run folder; pictures are drawn without a display."""
+"""Line plots for the run folder, drawn without a display."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from orthotrain.console.failures import naming
-from orthotrain.files.temporary import write_atomically
+from orthotrain.files.atomic_writes import write_atomically
 
 Series = Sequence[tuple[float, float]]
 
@@ -17,12 +17,14 @@ def panels(titles: Sequence[str]) -> tuple[Any, list[Any]]:
 
     figure = Figure(figsize=(7 * len(titles), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(1, len(titles), place + 1, title=title) for place, title in enumerate(titles)]
+    axes = [figure.add_subplot(1, len(titles), number, title=title) for number, title in enumerate(titles, 1)]
     return figure, axes
 
 
 def draw_lines(axes: Any, lines: Mapping[str, Iterable[tuple[float, float]]], **settings: Any) -> None:
-    """Draw named series of points ``(x, y)`` with a legend; a short series with markers, an empty one not at all.
+    """Draw named series of points ``(x, y)`` with a legend.
+
+    A series of fewer than 20 points gets markers, and an empty series is left out.
 
     Args:
         axes: Matplotlib axes.
@@ -40,7 +42,7 @@ def draw_lines(axes: Any, lines: Mapping[str, Iterable[tuple[float, float]]], **
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write the picture, whole or not at all, and return its path."""
+    """Write the picture atomically and return its path."""
     with naming(path):
         write_atomically(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix[1:]))
     return path

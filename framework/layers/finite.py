@@ -1,4 +1,4 @@
-"""Weights that are looked at before they are stored: each at once, or those of many layers with one wait."""
+"""Checks that rotations are finite before they are folded: one layer at once, or many layers with a single wait."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,11 +10,17 @@ from torch import Tensor
 from orthotrain.devices.host_reads import LateValues, read_waits
 from orthotrain.errors import TrainingDiverged
 
+Displacements = tuple[Tensor | None, Tensor | None]
 
-class FiniteLooks:
-    """Looks at the new weights of many layers: on a CPU at each at once, on a device at all of them together.
+LARGEST_DISPLACEMENT = 1e12
+"""Entries of ``R - I`` are at most 2. A series that has diverged gives huge entries, and their products overflow."""
 
-    A weight that is not looked at yet is stored only where it is finite: the device itself keeps the old one elsewhere.
+
+class FiniteChecks:
+    """Collects the checks of many layers, so that the host waits for a device once, or not at all.
+
+    On a CPU each layer is checked at once. On other devices a layer with rotations that are not finite keeps its
+    weight; the host reads the results later and raises the error then.
     """
 
     def __init__(self) -> None:
@@ -25,66 +31,64 @@ class FiniteLooks:
 
     @contextmanager
     def of(self, layer: str) -> Iterator[None]:
-        """Let :func:`finite_or` note its look here; name the layer in the error of one that does not know its name."""
-        token, self._layer = _LOOKS.set(self), layer
+        """Collect the checks of :func:`finite_or_zero` inside the ``with`` block; errors get the name of the layer."""
+        token, self._layer = _CHECKS.set(self), layer
         try:
             yield
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{layer}: {error}") from error
         finally:
-            _LOOKS.reset(token)
+            _CHECKS.reset(token)
 
     def note(self, finite: Tensor, error: str) -> None:
-        """Note whether a weight is finite, a bool ``()`` of the device, and the error if not."""
+        """Note whether rotations are finite, a bool ``()`` on the device, and the error if they are not."""
         self._finite.append(finite)
         self._errors.append(f"{self._layer}: {error}")
 
-    def send(self) -> "FiniteLooks":
-        """Begin to copy all that was noted to the host, which does not wait if it looks a step later."""
+    def send(self) -> "FiniteChecks":
+        """Start to copy all results to the host; reading them a step later does not make the host wait."""
         if self._finite:
             device = self._finite[0].device
             self._sent = LateValues(torch.stack([finite.to(device) for finite in self._finite]))
         return self
 
-    def look(self) -> None:
-        """Read what was sent.
+    def raise_errors(self) -> None:
+        """Read the results that were sent.
 
         Raises:
-            TrainingDiverged: If a weight was not finite, naming its layer.
+            TrainingDiverged: If the rotations of a layer were not finite, naming the layer.
         """
         sent, self._sent = self._sent, None
-        found = [] if sent is None else sent.tolist()
-        if not all(found):
-            raise TrainingDiverged(self._errors[found.index(False)])
+        results = [] if sent is None else sent.tolist()
+        if not all(results):
+            raise TrainingDiverged(self._errors[results.index(False)])
 
 
-_LOOKS: ContextVar[FiniteLooks | None] = ContextVar("looks", default=None)
+_CHECKS: ContextVar[FiniteChecks | None] = ContextVar("checks", default=None)
 
 
-def finite_or(weight: Tensor, old: Callable[[], Tensor], error: str) -> Tensor:
-    """Return ``weight`` if it is finite.
+def finite_or_zero(displacements: Displacements, error: Callable[[], str]) -> Displacements:
+    """Return displacements of a layer that are about to be folded, if they are finite and not huge.
 
     Args:
-        weight: The new weight.
-        old: Returns what to store in place of it while :class:`FiniteLooks` puts the look off.
-        error: The message.
+        displacements: ``D = R - I`` ``(n, b, b)`` of each side, None for a side that is not folded.
+        error: Returns the message.
+
+    Returns:
+        The displacements. On a device whose results :class:`FiniteChecks` collects: zeros where they are not finite, so
+        that the fold leaves the weight as it is.
 
     Raises:
-        TrainingDiverged: If the weight is looked at here and is not finite.
+        TrainingDiverged: If they are not finite and the host checks at once.
     """
-    finite, looks = torch.isfinite(weight).all(), _LOOKS.get()
-    if looks is not None and read_waits(weight.device):
-        looks.note(finite, error)
-        return torch.where(finite, weight, old())
-    if not bool(finite):
-        raise TrainingDiverged(error)
-    return weight
-
-
-LARGEST_DISPLACEMENT = 1e12
-"""Entries of R - I are at most 2. Those of a series that has diverged may be huge, and their products infinite."""
-
-
-def is_sound(displacement: Tensor) -> Tensor:
-    """Return whether ``D = R - I`` is finite and not huge, a bool ``()`` of its device."""
-    return torch.linalg.vector_norm(displacement, torch.inf) < LARGEST_DISPLACEMENT
+    given = [d for d in displacements if d is not None]
+    finite = [torch.linalg.vector_norm(d, torch.inf) < LARGEST_DISPLACEMENT for d in given]
+    checks = _CHECKS.get()
+    if checks is not None and given and read_waits(given[0].device):
+        whole = torch.stack(finite).all()
+        checks.note(whole, error())
+        out, into = (None if d is None else d.masked_fill(~whole, 0) for d in displacements)
+        return out, into
+    if not all(bool(one) for one in finite):
+        raise TrainingDiverged(error())
+    return displacements

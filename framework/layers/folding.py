@@ -1,4 +1,4 @@
-"""Folding many layers: together where that is faster, one at a time where they are sharded."""
+"""Folding and merging many layers: displacements are computed together, sharded layers are gathered one at a time."""
 
 from collections.abc import Iterator, Mapping
 
@@ -6,7 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from orthotrain.devices.host_reads import LateValues, read_waits
-from orthotrain.layers.finite import FiniteLooks
+from orthotrain.layers.finite import FiniteChecks
 from orthotrain.layers.mergeable import Foldable, Mergeable
 from orthotrain.layers.rotation.block_rotation import BlockRotation
 from orthotrain.layers.rotation.displacement_pool import pooled
@@ -14,52 +14,55 @@ from orthotrain.layers.sharding import gathered
 from orthotrain.layers.spectrum import largest_bounds
 
 POOLED_GENERATORS = 2**23
-"""Generators whose displacements are computed at once when layers fold: 64 MiB of displacements in fp32."""
+"""Number of generators whose displacements are computed together in a fold: 64 MiB of displacements in fp32."""
 
 
-def merge_rotations(layers: Mapping[str, Mergeable], optimizers: list[Optimizer]) -> None:
+def merge_rotations(layers: Mapping[str, Mergeable], optimizers: list[Optimizer]) -> FiniteChecks:
     """Merge layers and drop the optimizers' state of their generators.
 
     Args:
         layers: Name -> layer.
-        optimizers: Optimizers that may hold the generators; torch's, fused or not, or any other that keeps a
-            dictionary of per-parameter state and fills it at the first step.
+        optimizers: Optimizers that may hold the generators: any that keeps a dictionary of per-parameter state and
+            fills it at the first step.
+
+    Returns:
+        The checks that the host has not read yet: none on a CPU.
 
     Raises:
-        TrainingDiverged: If a layer's merged weight would not be finite, naming the layer. Its old weight stays.
+        TrainingDiverged: If the rotations of a layer are not finite, naming the layer, which keeps its weight.
     """
-    looks = FiniteLooks()
+    checks = FiniteChecks()
     for name, layer in layers.items():
-        with looks.of(name), gathered(layer):  # sharded layers one at a time
+        with checks.of(name), gathered(layer):  # sharded layers one at a time
             layer.merge_()
         for parameter in layer.rotation_parameters():
             for optimizer in optimizers:
                 optimizer.state.pop(parameter, None)
-    looks.send().look()
+    return checks.send()
 
 
 @torch.no_grad()
-def fold_rotations(layers: Mapping[str, Foldable]) -> FiniteLooks:
-    """Fold layers, keeping their permutations and the optimizers' state of their generators.
+def fold_rotations(layers: Mapping[str, Foldable]) -> FiniteChecks:
+    """Fold layers; permutations and the optimizers' state of the generators stay.
 
     Returns:
-        The looks at the folded weights that the host has not taken yet: none on a CPU, where it has taken all.
+        The checks that the host has not read yet: none on a CPU.
 
     Raises:
-        TrainingDiverged: If a layer's folded weight would not be finite, naming the layer. Its old weight stays.
+        TrainingDiverged: If the rotations of a layer are not finite, naming the layer, which keeps its weight.
     """
-    looks = FiniteLooks()
+    checks = FiniteChecks()
     for batch in _batches(layers):
         modules = (module for layer in batch.values() for module in layer.modules())  # type: ignore[attr-defined]
         with pooled(module for module in modules if isinstance(module, BlockRotation) and module.moved()):
             for name, layer in batch.items():
-                with looks.of(name), gathered(layer):
+                with checks.of(name), gathered(layer):
                     layer.fold_()
-    return looks.send()
+    return checks.send()
 
 
 def _batches(layers: Mapping[str, Foldable]) -> Iterator[dict[str, Foldable]]:
-    """Yield layers whose displacements are computed together: enough to be fast, few enough to be small."""
+    """Yield layers in groups of about :data:`POOLED_GENERATORS`, whose displacements are computed together."""
     batch: dict[str, Foldable] = {}
     size = 0
     for name, layer in layers.items():
@@ -73,13 +76,13 @@ def _batches(layers: Mapping[str, Foldable]) -> Iterator[dict[str, Foldable]]:
 
 
 class NormWatch:
-    """Tells which layers have gone beyond a norm.
+    """Finds the layers whose generators have exceeded a norm.
 
-    On a CPU the answer is that of the moment. On a device the host would wait for it at every step. There the answer is
-    that of the call before, and a layer goes on for one more step.
+    On a CPU the answer is that of the present values. On a device reading the norm would make the host wait at every
+    step; there the answer is that of the last :meth:`measure`, and a layer is found one step later.
 
     Args:
-        norm: The largest bound of a block's ``||Q||_2`` that is within.
+        norm: Largest allowed bound of a block's ``||Q||_2``.
     """
 
     def __init__(self, norm: float) -> None:
@@ -92,13 +95,13 @@ class NormWatch:
         self._measured = LateValues(largest_bounds(layers) > self._norm)
 
     def beyond(self, layers: Mapping[str, Mergeable]) -> dict[str, Mergeable]:
-        """Return the layers that have gone beyond the norm: now on a CPU, at the last :meth:`measure` on a device."""
+        """Return the layers beyond the norm: measured now on a CPU, at the last :meth:`measure` on a device."""
         if not read_waits(next(iter(layers.values())).rotation_parameters()[0].device):
             self.measure(layers)
         measured, self._measured = self._measured, None
-        found = [False] * len(layers) if measured is None else measured.tolist()
-        return {name: layer for (name, layer), far in zip(layers.items(), found, strict=True) if far}
+        beyond = [False] * len(layers) if measured is None else measured.tolist()
+        return {name: layer for (name, layer), far in zip(layers.items(), beyond, strict=True) if far}
 
     def forget(self) -> None:
-        """Drop what was measured: the layers have been merged since."""
+        """Drop the last measurement, after the layers have been merged."""
         self._measured = None

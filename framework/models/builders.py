@@ -11,9 +11,9 @@ from torch import nn
 
 from orthotrain.console.progress import shown, transformers_bars, waiting
 from orthotrain.errors import ConfigurationError, check_choice
+from orthotrain.models.deferred_weights import build_without_weights
 from orthotrain.models.folder import check_model_folder
-from orthotrain.models.late_weights import build_without_weights
-from orthotrain.models.size_check import NotBuildable, check_memory, count_described, count_values
+from orthotrain.models.network_size import NotBuildable, check_memory, count_described, count_values
 
 Task = Literal["causal_lm", "seq2seq_lm", "sequence_classification"]
 AUTO_CLASSES = {
@@ -42,7 +42,7 @@ REFUSED_OPTIONS = {
     "auto_map": _KERNELS,
     "dtype": "it is an argument of PretrainedModel beside options",
     "torch_dtype": "dtype is an argument of PretrainedModel beside options",
-    "quantization_config": "load_in_4bit of PretrainedModel, or quantization of the layers, says it",
+    "quantization_config": "load_in_4bit of PretrainedModel, or storage of the layers, says it",
 }
 """What is said of the options that a user may think of."""
 
@@ -94,7 +94,7 @@ class CausalLM(ModelBuilder):
 
         Args:
             without: Returns the names of the linear layers, of a network that it is given, whose weights will be given
-                later: they have no storage yet (:func:`~orthotrain.models.late_weights.build_without_weights`).
+                later: they have no storage yet (:func:`~orthotrain.models.deferred_weights.build_without_weights`).
         """
         from transformers import AutoModelForCausalLM
 

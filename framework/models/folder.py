@@ -7,8 +7,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.atomic_writes import check_name_length, discard, make_temporary_folder
 from orthotrain.files.paths import check_folder_files, local_path, read_json
-from orthotrain.files.temporary import check_name, discard, folder_beside
 
 _MOST_HEADER_BYTES = 32 << 20
 
@@ -78,7 +78,7 @@ def check_new_folder(folder: str | Path) -> None:
     """
     folder = Path(folder)
     local_path(folder, "--out")
-    check_name(folder)
+    check_name_length(folder)
     if folder.is_symlink():
         raise ConfigurationError(f"--out {str(folder)!r} is a link: name the folder itself")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -97,7 +97,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     check_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder_beside(folder)
+    partial = make_temporary_folder(folder)
     try:
         with naming(folder):
             yield partial

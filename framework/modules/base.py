@@ -22,9 +22,9 @@ from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard, look_before_saving
 from orthotrain.callbacks.merge_rotations import check_merging
 from orthotrain.callbacks.throughput import Throughput, logs_at
-from orthotrain.checkpoints.layout_checks import check_merges, check_optimizers, check_progress
 from orthotrain.checkpoints.reading import check_finite, compare_state, read_checkpoint
 from orthotrain.checkpoints.rebuild import rebuild_module
+from orthotrain.checkpoints.restore_checks import check_merges, check_optimizers, check_progress
 from orthotrain.checkpoints.resume import adapt_ranks, begin_next_epoch, forget_end_of_epoch
 from orthotrain.checkpoints.run_folder import checkpoint_folder_of, checkpoint_folders, leave_nothing
 from orthotrain.checkpoints.stored_paths import keep_own_paths
@@ -40,7 +40,7 @@ from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.metrics import TokenLoss, bits_per_byte, count_targets
 from orthotrain.models import ModelBuilder, check_vocabulary
-from orthotrain.modules.attached_callbacks import unless_given
+from orthotrain.modules.attached_callbacks import clip_after_merges, unless_given
 from orthotrain.modules.chunked_loss import cross_entropy
 from orthotrain.modules.head_loss import HeadLoss, logits_of
 from orthotrain.modules.micro_step import CompileMode, MicroStep
@@ -382,6 +382,22 @@ class BaseModule(L.LightningModule):
         if logs_at(self.trainer, self.trainer.global_step + 1):
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self.log("grad_norm", whole(torch.nn.utils.get_total_norm(gradients)))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer does, more tightly after a merge if ``optimization.clip_ramp`` is set.
+
+        Raises:
+            ConfigurationError: If there is a ramp, and no bound that it could scale or nothing that merges.
+        """
+        if self.optimization.clip_ramp is None:
+            return self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        ramp = self.optimization.clip_ramp
+        clip_after_merges(self.trainer, optimizer, ramp, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule over this network's parameter groups."""

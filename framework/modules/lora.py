@@ -1,4 +1,4 @@
-"""Pretraining with low-rank updates (LoRA, ReLoRA): a baseline on the same data, seeds and optimizer as POET."""
+"""Pretraining with low-rank updates (LoRA, ReLoRA), a baseline with the data, seeds and optimizer of POET."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,8 +7,9 @@ import lightning as L
 from torch import nn
 
 from orthotrain.callbacks.merge_rotations import MergeRotations, check_period
-from orthotrain.layers import LoraLinear, replace_linears, select_linears
-from orthotrain.layers.surgery import check_excluded
+from orthotrain.layers import LoraLinear, select_linears
+from orthotrain.layers.replacement import replace_layers
+from orthotrain.layers.selection import check_excluded
 from orthotrain.models import ModelBuilder
 from orthotrain.modules.attached_callbacks import sole_merging
 from orthotrain.modules.base import BaseModule
@@ -23,9 +24,9 @@ class LoraLayers:
 
     Args:
         rank: Rank of the update.
-        alpha: Its factor is ``alpha / rank``; None for a factor of 1.
+        alpha: The factor of the update is ``alpha / rank``; None for a factor of 1.
         include: Glob patterns on module names; each must match a linear layer.
-        exclude: Glob patterns taken out again.
+        exclude: Glob patterns of layers that are left out.
     """
 
     rank: int = 64
@@ -40,24 +41,26 @@ class LoraLayers:
             ConfigurationError: See :func:`orthotrain.layers.replace_linears`.
         """
         check_excluded(model, self.exclude, type(self)().exclude)
-        names = {linear: name for name, linear in select_linears(model, self.include, self.exclude).items()}
+        chosen = select_linears(model, self.include, self.exclude)
 
-        def factory(linear: nn.Linear) -> LoraLinear:
-            return LoraLinear.from_linear(linear, self.rank, self.alpha, seed=derive_seed(seed, names[linear]))
+        def wrap(linear: nn.Linear, name: str) -> LoraLinear:
+            return LoraLinear.from_linear(linear, self.rank, self.alpha, seed=derive_seed(seed, name))
 
-        return replace_linears(model, self.include, self.exclude, factory)
+        replace_layers(model, chosen, wrap)
+        return list(chosen)
 
 
 class LoraModule(BaseModule):
-    """Pretrain a network whose linear layers are frozen but for low-rank updates.
+    """Pretrain a network with frozen linear layers and low-rank updates of their weights.
 
     Args:
-        model: The network, or what builds it.
-        layers: Which linear layers, and the rank.
+        model: The network, or a callable that builds it.
+        layers: Which linear layers get an update, and its rank.
         merge_every: Optimizer steps after which updates are merged and started anew (ReLoRA); None for never.
-        optimization: Learning rates, weight decay, optimizer and schedule; ``rotation_lr`` is that of the updates.
-        seed: Seed of the updates' first values.
-        chunked_loss: Whether the loss goes without whole logits, see :class:`BaseModule`.
+        optimization: Learning rates, weight decay, optimizer and schedule; ``rotation_lr`` is the learning rate of the
+            updates.
+        seed: Seed of the initial values of the updates.
+        chunked_loss: See :class:`BaseModule`.
         compile: See :class:`BaseModule`.
     """
 
@@ -84,6 +87,6 @@ class LoraModule(BaseModule):
         self.layers.apply_(model, self.seed)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Attach the merging, if there is any."""
+        """Attach the callback that merges, if ``merge_every`` is set."""
         merging = [] if self._merging is None else sole_merging(self._trainer, self._merging)
         return [*super().configure_callbacks(), *merging]

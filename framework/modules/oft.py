@@ -11,7 +11,7 @@ from orthotrain.callbacks.project_generators import ProjectGenerators
 from orthotrain.checkpoints.run_folder import run_folder
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError, check_choice
-from orthotrain.files.temporary import open_to_append
+from orthotrain.files.atomic_writes import open_to_append
 from orthotrain.metrics import GenerationMetrics, TokenAccuracy, count_targets
 from orthotrain.models import ModelBuilder
 from orthotrain.models.network_checks import (

@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers and schedule: one description for every module."""
+"""Learning rates, optimizers, schedule and clipping: the settings that every module has."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -21,11 +21,42 @@ OVERRIDES = ("lr_overrides", "weight_decay_overrides", "optimizer_overrides")
 
 
 @dataclass(frozen=True)
-class Optimization:
-    """Learning rates, weight decay, optimizers and schedule.
+class ClipRamp:
+    """Clip gradients harder after a merge, when the optimizer has no state of the generators.
 
-    Overrides are glob patterns on parameter names; the first that matches a parameter wins. They do not reach the
-    generators, which have settings of their own.
+    The bound rises linearly from ``start`` times the trainer's ``gradient_clip_val`` to the whole value (the official
+    POET code ramps from 0.1 in 10 steps during early training). Layers that are folded early keep the optimizer's
+    state, and no ramp follows.
+
+    Args:
+        steps: Optimizer steps of the ramp.
+        start: Factor of the bound in the first step after a merge.
+        until_step: Optimizer step after which no merge is followed by a ramp; None for the whole run.
+    """
+
+    steps: int = 10
+    start: float = 0.1
+    until_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.start <= 1:
+            raise ConfigurationError(
+                f"clip_ramp steps={self.steps}, start={self.start}: take 1 or more steps, and a start in (0, 1]"
+            )
+
+    def factor(self, step: int, last_merge: int | None) -> float:
+        """Return the factor of the bound at optimizer step ``step``, when the last merge was at ``last_merge``."""
+        if last_merge is None or (self.until_step is not None and step > self.until_step):
+            return 1.0
+        return min(1.0, self.start + (1 - self.start) * (step - last_merge) / self.steps)
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Learning rates, weight decay, optimizers, schedule and clipping.
+
+    Overrides are glob patterns on parameter names; the first pattern that matches a parameter wins. They do not apply
+    to the generators, which have settings of their own.
 
     Args:
         lr: Learning rate of everything that is not a generator (embeddings, norms, biases, head).
@@ -34,13 +65,14 @@ class Optimization:
         lr_overrides: Pattern -> learning rate instead of ``lr``.
         weight_decay: Weight decay of the matrices that are not generators. Biases and norms have none.
         rotation_weight_decay: Weight decay of the generators: it pulls a rotation back to the last merge.
-        weight_decay_overrides: Pattern -> weight decay instead, for whatever it matches.
+        weight_decay_overrides: Pattern -> weight decay instead, for matrices, biases and norms alike.
         optimizer: Builds the optimizer from parameter groups; None for ``torch.optim.AdamW``.
-        rotation_optimizer: Builds that of the generators; None for ``optimizer``.
+        rotation_optimizer: Builds the optimizer of the generators; None for ``optimizer``.
         optimizer_overrides: Pattern -> optimizer instead of ``optimizer``, for example ``{"*layers*proj*": {class_path:
-            torch.optim.Muon}}``. The parts step as one (:class:`CompositeOptimizer`).
+            torch.optim.Muon}}``. All optimizers step as one (:class:`CompositeOptimizer`).
         scheduler: Builds the schedule from the optimizer, stepped every optimizer step; None for a constant rate. A
             schedule with a ``total_steps`` of None gets the trainer's number of optimizer steps.
+        clip_ramp: Harder clipping after merges, None for none; it scales the trainer's ``gradient_clip_val``.
     """
 
     lr: float = 1e-3
@@ -54,6 +86,7 @@ class Optimization:
     rotation_optimizer: OptimizerFactory | None = None
     optimizer_overrides: dict[str, OptimizerFactory] | None = None
     scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    clip_ramp: ClipRamp | None = None
 
     def __post_init__(self) -> None:
         values = {n: getattr(self, n) for n in ("lr", "rotation_lr", "rotation_lr_scale", "weight_decay")}
@@ -68,8 +101,8 @@ class Optimization:
         """Split the trainable parameters by role, optimizer, learning rate and weight decay; the generators come first.
 
         Returns:
-            Groups with ``name``, ``params``, ``lr``, ``weight_decay`` and ``build``, the optimizer's factory; those of
-            generators with their ``side`` too, ``in`` or ``out``, ``only`` where a layer is rotated on one side alone.
+            Groups with ``name``, ``params``, ``lr``, ``weight_decay`` and ``build``, the optimizer's factory. Groups of
+            generators have a ``side`` too: ``in`` or ``out``, or ``only`` where a layer is rotated on one side.
 
         Raises:
             ConfigurationError: If nothing in the model is trainable, or an override matches no trainable parameter.
@@ -96,7 +129,7 @@ class Optimization:
 
         Args:
             model: The wrapped model.
-            total_steps: Optimizer steps of the run, None for one without an end.
+            total_steps: Optimizer steps of the run, None for a run without an end.
 
         Raises:
             ConfigurationError: If a schedule asks for the length of a run without an end.
@@ -115,7 +148,7 @@ class Optimization:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """Build the optimizer of ``groups``: one, or one for each factory and a composite of them."""
+        """Build the optimizer of ``groups``: one optimizer, or a composite of one for each factory."""
         by_factory: dict[OptimizerFactory, list[dict[str, Any]]] = {}
         for group in groups:
             plain = {key: value for key, value in group.items() if key != "build"}

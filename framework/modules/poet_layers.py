@@ -2,35 +2,41 @@
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
 from orthotrain.errors import ConfigurationError, check_choice
-from orthotrain.layers import PoetLinear, StepwiseLinear, initialize_, replace_linears, select_linears
+from orthotrain.layers import PoetLinear, StepwiseLinear, initialize_, mergeable_layers, select_linears
 from orthotrain.layers.poet.initialization import Initialization
 from orthotrain.layers.poet.poet_settings import PoetSettings
-from orthotrain.layers.surgery import check_excluded, check_wrapping, release
+from orthotrain.layers.replacement import check_wrapping, release, replace_layers
+from orthotrain.layers.selection import check_excluded
 from orthotrain.layers.weights.bitsandbytes_linear import is_bitsandbytes
 from orthotrain.models import PretrainedModel
-from orthotrain.models.late_weights import allocate
+from orthotrain.models.deferred_weights import allocate
+from orthotrain.modules.layer_overrides import LayerOverrides
 from orthotrain.plugins import create
 from orthotrain.seeding import derive_seed, generator
 
+# an override of the block size replaces the fraction
+FRACTION_OF = {"block_size": "fraction", "block_size_out": "fraction_out"}
+
 
 @dataclass(frozen=True)
-class PoetLayers(PoetSettings):
-    """Which linear layers become POET layers, and how: the settings of one layer, and these.
+class PoetLayers(PoetSettings, LayerOverrides):
+    """Which linear layers become POET layers, the settings of a layer, and what else is not trained.
 
     Args:
         include: Glob patterns on module names; each must match a linear layer.
-        exclude: Glob patterns taken out again. The output head is trained directly, as in the paper.
-        init: Frozen values: ``normalized`` (rows of norm 1, the paper's best), ``uniform`` (all singular values 1),
-            ``xavier`` and ``standard`` (deviation 0.02) draw new ones, ``keep`` takes those of the network (for
-            pretrained weights).
+        exclude: Glob patterns of layers that are left out. The output head is trained directly, as in the paper.
+        init: Values of the frozen weights: ``normalized`` (rows of norm 1, the paper's best), ``uniform`` (all singular
+            values 1), ``xavier`` and ``standard`` (deviation 0.02) draw new ones, ``keep`` takes the values of the
+            network (for pretrained weights).
         gain: Factor of the initial values.
-        overrides: Glob pattern on module names -> settings that differ there, the first pattern that matches wins:
+        overrides: Glob pattern on module names -> settings that differ there; the first pattern that matches wins:
             ``{"*mlp*": {block_size: 128}, "*q_proj": {sides: in}}``.
+        freeze: Glob patterns on names of parameters that are not trained, such as ``["*embed_tokens*", "lm_head*"]``.
     """
 
     include: list[str] = field(default_factory=lambda: ["*"])
@@ -38,50 +44,43 @@ class PoetLayers(PoetSettings):
     init: Initialization = "normalized"
     gain: float = 1.0
     overrides: dict[str, dict[str, Any]] | None = None
+    freeze: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("init", self.init, Initialization)
         if not 0 < self.gain < float("inf"):
             raise ConfigurationError(f"gain={self.gain!r}: take a positive factor")
-        for pattern in self.overrides or {}:
-            self.for_name(pattern)  # refuses a bad setting now, not when the network is built
+        self.variants()  # refuses a bad override now, not when the network is built
 
     def meaning(self) -> dict[str, Any]:
-        """Return, as plain values, the settings that a run cannot change without becoming another one."""
-        free = {"include", "exclude", "init", "gain", "centre", "activation_mode"}  # include: the state tells
+        """Return, as plain values, the settings that a resumed run cannot change."""
+        # include: the state dict shows which layers are rotated
+        free = {"include", "exclude", "init", "gain", "route", "activation_mode", "freeze"}
         values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in free}
         overrides = {
             pattern: {name: value for name, value in values.items() if name not in free}
             for pattern, values in (self.overrides or {}).items()
         }
-        return {**values, "parameterization": create(self.parameterization).config(), "overrides": overrides}
+        return {**values, "parameterization": create(self.used_parameterization).config(), "overrides": overrides}
 
-    def for_name(self, name: str) -> "PoetLayers":
-        """Return the settings of the layer ``name``: these, or what the first override that matches makes of them.
+    def override(self, values: dict[str, Any]) -> Self:
+        """Return these settings with some replaced; a block size without a fraction replaces the fraction.
 
         Raises:
-            ConfigurationError: For an override that is no setting of a layer, or has a bad value.
+            ConfigurationError: For an unknown name or a bad value.
         """
-        for pattern, values in (self.overrides or {}).items():
-            if name == pattern or fnmatchcase(name, pattern):
-                if set(values) & {"include", "exclude", "overrides"}:
-                    raise ConfigurationError(f"overrides {pattern!r}: include, exclude and overrides cannot be nested")
-                return self.override({**values, "overrides": None})
-        return self
-
-    def variants(self) -> dict[str, "PoetLayers"]:
-        """Return the settings that layers have: these under an empty name, and those of each override's pattern."""
-        return {"": self, **{pattern: self.for_name(pattern) for pattern in self.overrides or {}}}
+        fractions = {fraction: None for size, fraction in FRACTION_OF.items() if size in values}
+        return super().override({**fractions, **values})
 
     def check_keeps(self, model: Any) -> None:
         """Refuse to draw new values over those of a pretrained model.
 
         Args:
-            model: What builds the network, or the network.
+            model: The network, or the object that builds it.
 
         Raises:
-            ConfigurationError: Naming the model and the initialisation.
+            ConfigurationError: Naming the model and the initialization.
         """
         for pattern, settings in self.variants().items():
             if isinstance(model, PretrainedModel) and settings.init != "keep":
@@ -92,32 +91,27 @@ class PoetLayers(PoetSettings):
                 )
 
     def apply_(self, model: nn.Module, seed: int = 0) -> list[str]:
-        """Replace the chosen layers of ``model`` in place.
+        """Replace the chosen layers of ``model`` in place, and freeze the parameters of :attr:`freeze`.
 
-        Values and permutations come from (seed, layer name): they are the same on every rank.
+        Values and permutations come from (seed, layer name), so they are the same on every rank.
 
         Returns:
             The names of the replaced layers.
 
         Raises:
-            ConfigurationError: See :func:`orthotrain.layers.replace_linears`; or if an override matches no layer.
+            ConfigurationError: See :func:`orthotrain.layers.replace_linears`; or if an override or a pattern of
+                ``freeze`` matches nothing.
         """
         check_excluded(model, self.exclude, type(self)().exclude)
         chosen = select_linears(model, self.include, self.exclude)
-        names = {linear: name for name, linear in chosen.items()}
-        for pattern in self.overrides or {}:
-            if not any(fnmatchcase(name, pattern) for name in names.values()):
-                raise ConfigurationError(
-                    f"overrides pattern {pattern!r} matches none of the rotated layers: {', '.join(names.values())}"
-                )
+        self.refuse_unused_overrides(chosen)
 
         def wrap(linear: nn.Linear, name: str) -> PoetLinear | StepwiseLinear:
             settings = self.for_name(name)
             kind = StepwiseLinear if settings.stepwise else PoetLinear
             return kind.from_settings(linear, settings, derive_seed(seed, name))
 
-        def factory(linear: nn.Linear) -> PoetLinear | StepwiseLinear:
-            name = names[linear]
+        def initialized(linear: nn.Linear, name: str) -> PoetLinear | StepwiseLinear:
             settings = self.for_name(name)
             if settings.init != "keep" and linear.weight.is_meta:
                 allocate(linear)
@@ -130,14 +124,28 @@ class PoetLayers(PoetSettings):
         for name, linear in chosen.items():
             if is_bitsandbytes(linear):
                 raise ConfigurationError(
-                    f"layer {name} ({linear.out_features} x {linear.in_features}): its weight is quantised "
+                    f"layer {name} ({linear.out_features} x {linear.in_features}): its weight is quantized "
                     f"({type(linear).__name__}) and POET folds rotations into full values: load the model without "
-                    "quantisation and set storage: nf4 or int8"
+                    "quantization and set storage: nf4 or int8"
                 )
         check_wrapping(chosen, wrap)
-        return replace_linears(model, self.include, self.exclude, factory)
+        replace_layers(model, chosen, initialized)
+        self._freeze(model)
+        return list(chosen)
+
+    def _freeze(self, model: nn.Module) -> None:
+        rotations = {id(p) for _, layer in mergeable_layers(model) for p in layer.rotation_parameters()}
+        direct = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in rotations}
+        for pattern in self.freeze:
+            matches = [parameter for name, parameter in direct.items() if fnmatchcase(name, pattern)]
+            if not matches:
+                raise ConfigurationError(
+                    f"freeze pattern {pattern!r} matches no trained parameter; there are {', '.join(direct)}"
+                )
+            for parameter in matches:
+                parameter.requires_grad_(False)
 
     def drawn_anew(self, model: nn.Module) -> list[str]:
-        """Return the names of the layers of ``model`` whose values :meth:`apply_` does not read."""
+        """Return the names of the layers of ``model`` whose values :meth:`apply_` replaces without reading them."""
         chosen = select_linears(model, self.include, self.exclude)
         return [name for name in chosen if self.for_name(name).init != "keep"]

@@ -3,7 +3,7 @@
 A program makes one tile of the result: some rows, and the columns of a few whole blocks or of a part of one block. It
 reads its columns through one permutation and writes them through another; columns past the last block are tiles too,
 with a displacement of zero. Where there are many rows and single columns move, a permutation is a pass of its own, see
-permutation.py.
+permute_columns.py.
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orthotrain.kernels.ahead_of_time import Variant
-from orthotrain.kernels.block_rotate import contraction, permutation
+from orthotrain.kernels.block_rotate import contraction, permute_columns
 from orthotrain.kernels.block_rotate.tiling import (
     POINTERS,
     WIDEST_LOAD,
@@ -173,9 +173,9 @@ def block_rotate_backward(
 
 def gathered(x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return ``x`` and the order that its reader has still to apply: none if it was worth a pass of its own."""
-    if index is None or not permutation.worthwhile(x, index):
+    if index is None or not permute_columns.worthwhile(x, index):
         return x, index
-    return permutation.gather_columns(x, index), None
+    return permute_columns.gather_columns(x, index), None
 
 
 def rotate_scattered(
@@ -183,9 +183,9 @@ def rotate_scattered(
 ) -> Tensor:
     """Return a new ``y`` from :func:`rotate`; its columns are scattered in a pass of their own if that is worth it."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if scatter is None or not permutation.worthwhile(y, scatter):
+    if scatter is None or not permute_columns.worthwhile(y, scatter):
         return rotate(x, displacement, gather, scatter, y, transposed=transposed)
-    return permutation.scatter_columns_(rotate(x, displacement, gather, None, y, transposed=transposed), scatter)
+    return permute_columns.scatter_columns_(rotate(x, displacement, gather, None, y, transposed=transposed), scatter)
 
 
 def aot_variants() -> list[Variant]:
@@ -206,7 +206,7 @@ def aot_variants() -> list[Variant]:
         rotation_variant(torch.float32, 32, group=1),
         rotation_variant(torch.float32, 256, group=1, backward=True, wide=True),
     ]
-    return [*own, *contraction.aot_variants(), *permutation.aot_variants()]
+    return [*own, *contraction.aot_variants(), *permute_columns.aot_variants()]
 
 
 def rotation_variant(

@@ -1,6 +1,6 @@
 """What 1,000 merges do to the singular values of a weight, for each storage, and what naive bf16 folding does.
 
-    .venv/bin/python -P tests/benchmarks/folding.py [--width 1024] [--merges 1000] [--stepwise]
+    .venv/bin/python tests/benchmarks/folding.py [--width 1024] [--merges 1000] [--stepwise]
 
 Angles are those of training: generators of standard deviation 0.02 / sqrt(b). Naive folding is what a plain bf16
 implementation does: R = I + D rounded to bf16, both products in bf16, the weight rounded to nearest. Printed are the
@@ -75,7 +75,7 @@ def stepwise(
     def fold() -> None:
         for generators in layer.rotation_parameters():
             nn.init.normal_(generators, std=0.02 / block_size**0.5)
-        (layer.merge_ if int(layer.merge_count) % 100 == 99 else layer.fold_)()
+        (layer.merge_ if int(layer.merge_count + layer.fold_count) % 100 == 99 else layer.fold_)()
 
     return fold, layer._effective_weight, stored / width**2
 

@@ -2,7 +2,7 @@
 # Measures a GPU in 8 minutes. Each result is one line of JSON in OUT/results.jsonl, on the disk before the next case begins.
 #
 #   bash tests/benchmarks/gpu.sh [OUT] [--rehearse] [--stages "3 5"] [--only TEXT] [--seconds 480]
-#   python -P tests/benchmarks/gpu_table.py OUT/results.jsonl
+#   python tests/benchmarks/gpu_table.py OUT/results.jsonl
 #
 # OUT is a new folder, by default $OUT, else runs/gpu. --rehearse runs all of it on a CPU, with small shapes and kernels
 # that do nothing. --stages runs some stages, --only the cases whose name contains a text. --seconds is the time of all
@@ -99,4 +99,4 @@ for number in $stages; do
     wait
     echo "stage $number: $((SECONDS - began)) s, $(grep -c "\"stage\": $number," "$results" 2>/dev/null) lines"
 done
-echo "wrote $results; tables: python -P tests/benchmarks/gpu_table.py $results"
+echo "wrote $results; tables: python tests/benchmarks/gpu_table.py $results"

@@ -1,6 +1,6 @@
 """The tables of a run of gpu.sh, and its results as one file.
 
-    python -P tests/benchmarks/gpu_table.py OUT/results.jsonl [--out FOLDER]
+    python tests/benchmarks/gpu_table.py OUT/results.jsonl [--out FOLDER]
 
 Prints Markdown. The file is gpu_<card>.json in tests/benchmarks/results, or in FOLDER; a rehearsal is only written
 to a FOLDER that is named, so that nobody takes its figures for those of a GPU.

@@ -1,6 +1,6 @@
 """PoetLinear against a trained nn.Linear on a CPU: forward and backward, fp32 and bf16, every route.
 
-    .venv/bin/python -P tests/benchmarks/layers.py [--budget 540] [--only TEXT ...] [--rounds 10] [--threads 2]
+    .venv/bin/python tests/benchmarks/layers.py [--budget 540] [--only TEXT ...] [--rounds 10] [--threads 2]
 
 Cases that do not fit into the budget are left out by name. --only takes parts of the names of cases, such as
 256/4096/64. Results go to tests/benchmarks/results/kernels_cpu.json, or into $OUT. On a CPU that other work shares,
@@ -47,12 +47,12 @@ def contenders(linear: nn.Linear, block_size: int) -> dict[str, nn.Module]:
 
     ``pooled`` is ``auto`` as a trained network runs it: with the displacements of all its rotations in one batch.
     """
-    pooled = poet(linear, block_size, centre="auto")
+    pooled = poet(linear, block_size, route="auto")
     DisplacementPool(pooled)
     routes: dict[str, Any] = {route: poet(linear, block_size) for route in ROUTES}
     for route, layer in routes.items():
         layer._route = lambda x, route=route: route
-    auto = poet(linear, block_size, centre="auto")
+    auto = poet(linear, block_size, route="auto")
     return {"linear": linear, "frozen": frozen_copy(linear), **routes, "auto": auto, "pooled": pooled}
 
 

@@ -3,7 +3,7 @@
 Each case runs in a process of its own, since a peak counts from the start of a process. The operands, Python and its
 libraries are not part of the peak. An fp32 copy of the logits is 500 MiB, that of 8B at 1 x 1024 tokens:
 
-    .venv/bin/python -P tests/benchmarks/loss.py --threads 1
+    .venv/bin/python tests/benchmarks/loss.py --threads 1
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """OFT against PEFT's OFT and LoRA: steps of a Llama, one process, interleaved, medians; peak memory each by itself.
 
-    .venv/bin/python -P tests/benchmarks/oft.py [--device cpu|cuda] [--rounds 15] [--threads 2] [--out FILE]
+    .venv/bin/python tests/benchmarks/oft.py [--device cpu|cuda] [--rounds 15] [--threads 2] [--out FILE]
 
 Llama of hidden 256 x 8 layers, batch 4 x 256, all seven linears, b = 32, LoRA r = 16. Printed are the milliseconds of a
 forward and backward, their overhead over the frozen base as a share of PEFT's OFT overhead, the milliseconds of a whole
@@ -122,7 +122,7 @@ def own_peak_mib(name: str, dtype: torch.dtype, device: str) -> float:
 def peak_mib(name: str, dtype: torch.dtype, device: str, threads: int) -> float:
     """Return :func:`own_peak_mib` of a process of its own."""
     kind = str(dtype).removeprefix("torch.")
-    command = [sys.executable, "-P", __file__, "--peak-of", name, kind, "--device", device, "--threads", str(threads)]
+    command = [sys.executable, __file__, "--peak-of", name, kind, "--device", device, "--threads", str(threads)]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 

@@ -1,7 +1,7 @@
 """Validation bits per byte of POET and its baselines at equal tokens: same network, data, schedule and seeds.
 
-    .venv/bin/python -P tests/benchmarks/quality.py [--group NAME ...] [--seeds 0 1 2] [--steps 200] [--table]
-    .venv/bin/python -P tests/benchmarks/quality.py --group long --steps 400
+    .venv/bin/python tests/benchmarks/quality.py [--group NAME ...] [--seeds 0 1 2] [--steps 200] [--table]
+    .venv/bin/python tests/benchmarks/quality.py --group long --steps 400
 
 
 A LLaMA of 5.7M parameters on the Python standard library. Every finished run is a file in runs/quality and is not

@@ -1,6 +1,6 @@
 """What the quickstart reaches against AdamW with swept learning rates: same network, data, tokens, schedule and seed.
 
-    .venv/bin/python -P tests/benchmarks/quickstart.py [--only NAME ...]
+    .venv/bin/python tests/benchmarks/quickstart.py [--only NAME ...]
 
 Every run is `orthotrain fit` with overrides. Finished runs are kept in runs/benchmark and not repeated. The table and
 tests/benchmarks/results/quickstart.json hold validation bits per byte.

@@ -1,6 +1,6 @@
 """How long a large network takes to build, and how much more memory than its weights: an 8B LLaMA as POET trains it.
 
-    .venv/bin/python -P tests/benchmarks/starting.py [--layers 32] [--storage dense nf4] [--init normalized uniform]
+    .venv/bin/python tests/benchmarks/starting.py [--layers 32] [--storage dense nf4] [--init normalized uniform]
 
 Each network is built in bf16 in a process of its own, on the GPU if there is one. The table goes to
 tests/benchmarks/results/starting.json, or that of a GPU to standard output alone: gpu.sh keeps those.
@@ -73,7 +73,7 @@ def main() -> None:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "0"}
     for storage in options.storage:
         for init in options.init:
-            command = [sys.executable, "-P", "-W", "ignore", __file__, "--one"]
+            command = [sys.executable, "-W", "ignore", __file__, "--one"]
             command += ["--layers", str(options.layers), "--storage", storage, "--init", init]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             name = f"{storage} {init}"

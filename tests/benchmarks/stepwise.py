@@ -1,6 +1,6 @@
 """Step-wise POET against plain training: time of a layer and of a whole training step, memory, the optimizer's state.
 
-    .venv/bin/python -P tests/benchmarks/stepwise.py [--rounds 10] [--widest 4096] [--storage residual] [--skip-steps]
+    .venv/bin/python tests/benchmarks/stepwise.py [--rounds 10] [--widest 4096] [--storage residual] [--skip-steps]
 
 Layers: forward and backward of StepwiseLinear relative to a trained nn.Linear, fp32 and bf16, shapes of layers.py.
 Steps: forward, backward, optimizer and fold of the quickstart's network (8 x 256 tokens, bf16-mixed). Medians in one
@@ -50,23 +50,23 @@ RECIPES: dict[str, Callable[[], BaseModule]] = {
 def layers(rounds: int, widest: int, storage: Storage) -> dict[str, Any]:
     """Return milliseconds and the ratio to nn.Linear by shape and dtype."""
     results = {}
-    centres = ("input", "weight", "auto")
-    print(f"{'d/N/b, dtype':<26}{'linear ms':>10}" + "".join(f"{centre:>9}" for centre in centres))
+    routes = ("input", "weight", "auto")
+    print(f"{'d/N/b, dtype':<26}{'linear ms':>10}" + "".join(f"{route:>9}" for route in routes))
     for width, tokens, block_size in (shape for shape in plain["SHAPES"] if shape[0] <= widest):
         for dtype in (torch.float32, torch.bfloat16):
             linear = nn.Linear(width, width, bias=False, dtype=dtype)
             made: dict[str, nn.Module] = {"linear": linear}
-            for centre in centres:
+            for route in routes:
                 described = PoetSettings(
-                    block_size, parameterization=CayleyNeumann(2), storage=storage, stepwise=True, centre=centre
+                    block_size, parameterization=CayleyNeumann(2), storage=storage, stepwise=True, route=route
                 )
-                made[centre] = StepwiseLinear.from_settings(linear, described)
+                made[route] = StepwiseLinear.from_settings(linear, described)
             x, grad = torch.randn(tokens, width).to(dtype).requires_grad_(), torch.randn(tokens, width).to(dtype)
             runs = {name: plain["both"](module, x, grad) for name, module in made.items()}
             ms = plain["interleaved"](runs, rounds)
             name = f"{width}/{tokens}/{block_size} {str(dtype).removeprefix('torch.')}"
-            results[name] = {"ms": ms, "ratio": {centre: ms[centre] / ms["linear"] for centre in centres}}
-            cells = "".join(f"{ms[centre] / ms['linear']:>9.2f}" for centre in centres)
+            results[name] = {"ms": ms, "ratio": {route: ms[route] / ms["linear"] for route in routes}}
+            cells = "".join(f"{ms[route] / ms['linear']:>9.2f}" for route in routes)
             print(f"{name:<26}{ms['linear']:>10.1f}{cells}", flush=True)
     return results
 
@@ -112,7 +112,7 @@ def own_peak_mib(name: str) -> float:
 
 def peak_mib(name: str, threads: int) -> float:
     """Return :func:`own_peak_mib` of a process of its own."""
-    command = [sys.executable, "-P", __file__, "--peak-of", name, "--threads", str(threads)]
+    command = [sys.executable, __file__, "--peak-of", name, "--threads", str(threads)]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 

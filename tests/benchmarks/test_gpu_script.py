@@ -49,7 +49,7 @@ def test_a_rehearsal_runs_every_case_that_a_gpu_would(tmp_path, monkeypatch):
         assert len(wanted) == len(set(wanted))
         for kind in (True, False):
             assert [line["case"] for line in lines if line["stage"] == stage and ("begun" in line) is kind] == wanted
-    table = [sys.executable, "-P", str(HERE / "gpu_table.py"), str(tmp_path / "out" / "results.jsonl")]
+    table = [sys.executable, str(HERE / "gpu_table.py"), str(tmp_path / "out" / "results.jsonl")]
     told = subprocess.run([*table, "--out", str(tmp_path)], capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     titles = ("Machine", "Correct", "Layer 14336x4096 N=16384", "Targets", "Operations", "Training", "POET of an 8B")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from orthotrain.cli.main import main
 from orthotrain.data.tokenizers import train_tokenizer
 
-NF4 = ["--model.layers.quantization", "nf4"]
+NF4 = ["--model.layers.storage", "nf4"]
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def finetune(base, folder, *options):
     return [last, str(base), adapter, merged]
 
 
-@pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_adapter_and_merged_model_are_the_run(example, base, tmp_path, quantization):
-    arguments = finetune(base, tmp_path / "run", *(NF4 if quantization else []))
-    found = example("finetune_smollm2/verify.py").main(*arguments, *([quantization] if quantization else []))
+@pytest.mark.parametrize("storage", [None, "nf4"])
+def test_adapter_and_merged_model_are_the_run(example, base, tmp_path, storage):
+    arguments = finetune(base, tmp_path / "run", *(NF4 if storage else []))
+    found = example("finetune_smollm2/verify.py").main(*arguments, *([storage] if storage else []))
     assert found["base, not finetuned"] > 2e-2, "the run has learned nothing that could be lost"
     assert found["adapter in PEFT"] < 1e-5
     assert found["merged in transformers"] < 1e-2  # weights rounded to bf16

@@ -62,7 +62,7 @@ def small(tmp_path):
 
 def test_it_trains_by_name_from_yaml(python, small, tmp_path):
     options = ["--names", "givens", "--steps", "24", "--out", tmp_path / "runs"]
-    command = [python, "-P", PLUGIN / "compare.py", *options, "--base", "pretrain/quickstart.yaml", small]
+    command = [python, PLUGIN / "compare.py", *options, "--base", "pretrain/quickstart.yaml", small]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "givens"

@@ -42,7 +42,7 @@ def test_it_runs_and_both_methods_start_from_the_same(defend, capsys):
 def test_the_gradient_of_the_objective_leads_down(small, method, monkeypatch):
     module, batch, _ = small(method)
     module.double()
-    for name in ("original_tokens", "original_prose", "original", "centre", "scale"):
+    for name in ("original_tokens", "original_prose", "original", "center", "scale"):
         setattr(module, name, getattr(module, name).double())
     trained = [p for p in module.parameters() if p.requires_grad]
     with torch.no_grad():
@@ -67,14 +67,14 @@ def test_untouched_layers_and_prompts_are_left_where_they_were(small):
     assert torch.allclose(tokens, module.original_tokens[batch["rows"]], atol=1e-5)
 
 
-def test_an_attack_moves_towards_the_benign_centre_and_stays_in_its_ball(defend, small):
+def test_an_attack_moves_towards_the_benign_center_and_stays_in_its_ball(defend, small):
     module, _, harmful = small("oft")
     start = module.embed(harmful["input_ids"])
     attacked = module.attack(harmful, 4)
     radius = defend.RADIUS * module.model.embed_tokens.weight.norm(dim=1).mean()
     assert (attacked - start).norm(dim=-1).max() <= radius * (1 + 1e-5)
     with torch.no_grad():
-        before, after = (module.distance(module.states(place, harmful), module.centre) for place in (start, attacked))
+        before, after = (module.distance(module.states(place, harmful), module.center) for place in (start, attacked))
     assert torch.all(after < before)
     assert all(p.grad is None for p in module.parameters())
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.filesystem import _FileSystemWriter
 import orthotrain.callbacks.adapter_checkpoint as adapter_checkpoint
 import orthotrain.checkpoints.shards as sharded_checkpoint
 import orthotrain.checkpoints.writing as checkpoint_io
-import orthotrain.files.temporary as temporary
+import orthotrain.files.atomic_writes as temporary
 from orthotrain.layers import PoetLinear, StepwiseLinear
 from orthotrain.modules import OftModule, PoetModule
 

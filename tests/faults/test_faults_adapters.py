@@ -40,4 +40,4 @@ def test_the_newest_adapter_is_damaged(harness, damage):
             check_checkpoint(newest)
     harness.recover("the newest checkpoint damaged or missing", run, at_most=7 - 4)
     assert not newest.exists() or f"skipped: checkpoint '{newest}' cannot be read" in run.log().replace("\n", " ")
-    assert f"going on from {earlier}" in run.log()
+    assert f"--ckpt_path last is {earlier}" in run.log()

@@ -166,14 +166,14 @@ def test_weights_alone_are_no_checkpoint_to_go_on_from(harness):
     assert run.fit(fault=["kill", 7]) == [-9]
     assert run.fit(resume=True) == [2]
     line = one_line(run.log())
-    assert "step=6.ckpt' holds the weights alone (save_weights_only: true)" in line and "CheckpointModel" in line
+    assert "step=6.ckpt' has only weights (save_weights_only: true)" in line and "CheckpointModel" in line
     config.write_text(before)
     Path(f"{run.folder}.progress.0").unlink()
     assert run.fit(fault=["kill", 5]) == [-9]  # begins anew, and saves whole checkpoints of steps 2 and 4
     for path in run.folder.glob("*step=6.ckpt"):
         os.utime(path)
-    harness.recover("the newest checkpoint holds the weights alone", run)
-    assert "skipped: checkpoint" in run.log() and "going on from" in run.log()
+    harness.recover("the newest checkpoint has only weights", run)
+    assert "skipped: checkpoint" in run.log() and "--ckpt_path last is" in run.log()
 
 
 KINDS = [("true", "false")] + [("false", "true")] * LONG

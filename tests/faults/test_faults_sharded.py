@@ -50,9 +50,9 @@ def test_a_file_of_the_newest_checkpoint_is_damaged(harness, recipe, file, damag
     earlier, *newest = run.checkpoints()[-3:]
     for path in newest:
         damage(path / file)
-        with pytest.raises(ConfigurationError, match="cannot be read|was not finished"):
+        with pytest.raises(ConfigurationError, match="cannot be read|is incomplete"):
             check_checkpoint(path)
     harness.recover("a file of the two newest checkpoints damaged or missing", run, at_most=7 - 4)
     for path in newest:
         assert f"skipped: checkpoint '{path}" in run.log()
-    assert f"going on from {earlier}" in run.log()
+    assert f"--ckpt_path last is {earlier}" in run.log()

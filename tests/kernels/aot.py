@@ -1,7 +1,7 @@
 """Compiles the shipped Triton kernels for GPUs that need not be there, and reads what the compiler made of them.
 
-    python -P tests/kernels/aot.py [--op OP] [--capability 90]     print the table as JSON
-    python -P tests/kernels/aot.py [--op OP] --write               and put it into aot_table.json beside this file
+    python tests/kernels/aot.py [--op OP] [--capability 90]     print the table as JSON
+    python tests/kernels/aot.py [--op OP] --write               and put it into aot_table.json beside this file
 
 Must run without TRITON_INTERPRET, hence in a process of its own: `compiled(op)` starts one.
 """
@@ -40,7 +40,7 @@ def operations() -> list[str]:
 def compiled(op: str) -> dict[str, dict[str, int | bool]]:
     """Compile an operation's kernels in a process of its own; return what ``compile_operation`` does."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-P", __file__, "--op", op]
+    command = [sys.executable, __file__, "--op", op]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"compiling the kernels of {op} failed:\n{done.stderr}")

@@ -1,6 +1,6 @@
 """The Triton kernels compile for every generation of GPU: no spills, tensor cores in use, registers as committed.
 
-After a change of a kernel: python -P tests/kernels/aot.py --op OP --write, and look at the difference.
+After a change of a kernel: python tests/kernels/aot.py --op OP --write, and look at the difference.
 """
 
 import importlib.util

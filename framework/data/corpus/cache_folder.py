@@ -19,7 +19,7 @@ from orthotrain.data.corpus.token_cache import VERSION, CorruptCacheError, Token
 from orthotrain.data.corpus.tokenizing import SPLITS, Splitter, build_caches, learn_tokenizer
 from orthotrain.data.tokenizers import fingerprint, load_tokenizer, load_trained_tokenizer
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.temporary import remove_leftovers, write_text
+from orthotrain.files.atomic_writes import remove_leftovers, write_text
 
 
 def folder_name(sources: list[str], settings: dict[str, Any]) -> str:

@@ -19,8 +19,8 @@ import numpy as np
 
 from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.atomic_writes import discard, open_temporary_file, publish
 from orthotrain.files.paths import check_regular_file
-from orthotrain.files.temporary import discard, file_beside, finish
 
 MAGIC = b"ORTHOTOK"
 VERSION = 2
@@ -210,7 +210,7 @@ class TokenCacheWriter:
         self.dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
         self.tokens = self.text_bytes = self.documents = 0
         self._content = hashlib.blake2b(digest_size=32)
-        self._file = file_beside(path)
+        self._file = open_temporary_file(path)
         self._temporary = Path(self._file.name)
         self._file.seek(HEADER_BYTES)
 
@@ -241,7 +241,7 @@ class TokenCacheWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        finish(self._temporary, self.path)
+        publish(self._temporary, self.path)
 
     def __enter__(self) -> "TokenCacheWriter":
         return self

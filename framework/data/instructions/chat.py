@@ -10,7 +10,7 @@ from orthotrain.data.tokenizer_use import encoding_with
 from orthotrain.data.tokenizers import load_tokenizer, tokenizer_from_state
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import check_regular_file, local_path
-from orthotrain.files.plain_files import describe_file
+from orthotrain.files.torch_files import describe_file
 from orthotrain.models.folder import check_there
 
 PLAIN_TEMPLATE = "{prompt}\n"

@@ -1,1 +1,22 @@
-"""OFT layers: a learned rotation in front of a frozen layer."""
+"""OFT layers: a frozen layer with a learned rotation of its input or output."""
+
+import torch
+from torch import nn
+
+from orthotrain.layers.oft.oft_conv2d import OftConv2d
+from orthotrain.layers.oft.oft_embedding import OftEmbedding
+from orthotrain.layers.oft.oft_layer import OftLayer, OftSettings
+from orthotrain.layers.oft.oft_linear import OftLinear
+
+OFT_CLASSES: dict[type[nn.Module], type[OftLayer]] = {
+    nn.Linear: OftLinear,
+    nn.Conv2d: OftConv2d,
+    nn.Embedding: OftEmbedding,
+}
+"""Class of a layer of torch -> the OFT layer around it."""
+
+
+def oft_layer(layer: nn.Module, settings: OftSettings, compute_dtype: torch.dtype | None = None) -> OftLayer:
+    """Return the OFT layer around a layer, by the class of the layer; see :meth:`OftLayer.from_settings`."""
+    kind = next(kind for wrapped, kind in OFT_CLASSES.items() if isinstance(layer, wrapped))
+    return kind.from_settings(layer, settings, compute_dtype=compute_dtype)

@@ -1,4 +1,4 @@
-"""The rotation of the OFT layers: blocks in the natural order that cover the whole width, with OFT's options."""
+"""The rotation of the OFT layers: blocks of neighboring features that cover the whole width, with OFT's options."""
 
 import math
 from typing import Any, Literal
@@ -24,12 +24,13 @@ class OftRotation(BlockRotation):
         block_size: Size ``b`` of a block; must divide ``d``.
         parameterization: A :class:`Parameterization`, a registered name or its configuration.
         block_share: Whether all blocks share the generators of one.
-        coft_eps: COFT (arXiv:2306.07280): bound of the Frobenius norm ``||Q||`` over all blocks together, to which
-            :meth:`project_` brings the generators back; to first order ``||R - I|| <= 2 coft_eps``. None for no bound.
-        block_dropout: Probability with which a block is the identity for one training forward. Nothing is rescaled:
-            a product of rotations has no mean to keep.
-        rotation_dtype: ``input`` rotates in the dtype of ``x`` (``D`` is computed in fp32 and rounded to it, the sum
-            ``x + x D`` is accumulated in fp32); ``float32`` rotates 16-bit inputs in fp32 and rounds the result once.
+        coft_eps: COFT (arXiv:2306.07280): bound of the Frobenius norm ``||Q||`` over all blocks together, which
+            :meth:`project_` restores; to first order ``||R - I|| <= 2 coft_eps``. None for no bound.
+        block_dropout: Probability with which a block is the identity for one forward pass in training. The other blocks
+            are not rescaled, since a product of rotations has no mean to keep.
+        rotation_dtype: ``input`` rotates in the dtype of ``x``: ``D`` is computed in fp32 and rounded to that dtype,
+            and the sum ``x + x D`` is accumulated in fp32. ``float32`` rotates 16-bit inputs in fp32 and rounds the
+            result.
 
     Raises:
         ConfigurationError: If the block size does not divide the width, naming the divisors near it, or an option is
@@ -49,11 +50,7 @@ class OftRotation(BlockRotation):
     ) -> None:
         check_block_size(features, block_size)
         check_divides("block_size", block_size, features, f"the {features} features to rotate", minimum=2)
-        if coft_eps is not None and not coft_eps > 0:
-            raise ConfigurationError(f"coft_eps={coft_eps!r}: take a positive bound, or null for none")
-        if not 0 <= block_dropout < 1:
-            raise ConfigurationError(f"block_dropout={block_dropout!r}: take a probability of at least 0 and below 1")
-        check_choice("rotation_dtype", rotation_dtype, RotationDtype)
+        check_options(coft_eps, block_dropout, rotation_dtype)
         super().__init__(features, block_size, parameterization, shared=block_share)
         self.coft_eps = coft_eps
         self.block_dropout = block_dropout
@@ -81,7 +78,7 @@ class OftRotation(BlockRotation):
         """Return ``weight @ R^T`` (``weight @ R`` if not transposed) ``(..., d)`` in fp32 or wider, without dropout.
 
         Raises:
-            ConfigurationError: If the rotation is disabled: folding it in would change the function of the layer.
+            ConfigurationError: If the rotation is disabled: folding it would change the function of the layer.
         """
         if not self.enabled:
             raise ConfigurationError("this rotation is disabled: set enabled=True before merging or exporting")
@@ -96,7 +93,7 @@ class OftRotation(BlockRotation):
         if self.coft_eps is None:
             return
         bound = self.coft_eps / math.sqrt(self.blocks)
-        # every generator stands in Q twice
+        # every generator is an entry of Q twice
         norms = math.sqrt(2) * self.generators.norm(dim=1, keepdim=True)
         self.generators.mul_((bound / norms).clamp(max=1))
 
@@ -110,3 +107,16 @@ class OftRotation(BlockRotation):
         }
         given = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
         return super().extra_repr() + given
+
+
+def check_options(coft_eps: float | None, block_dropout: float, rotation_dtype: RotationDtype) -> None:
+    """Refuse options of a rotation that are out of their range.
+
+    Raises:
+        ConfigurationError: Naming the option and values that would work.
+    """
+    if coft_eps is not None and not coft_eps > 0:
+        raise ConfigurationError(f"coft_eps={coft_eps!r}: take a positive bound, or null for none")
+    if not 0 <= block_dropout < 1:
+        raise ConfigurationError(f"block_dropout={block_dropout!r}: take a probability of at least 0 and below 1")
+    check_choice("rotation_dtype", rotation_dtype, RotationDtype)

@@ -1,38 +1,29 @@
-"""How one POET layer is set up: block shapes of its sides, rotations, and the storage of its frozen weight."""
+"""The settings of one POET layer: the blocks of its two sides, its rotations and the storage of its weight."""
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
-
-from torch import Tensor
+from dataclasses import dataclass
+from typing import Literal
 
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.kernels.permutations import GROUPS
 from orthotrain.layers.checks import check_block_size, check_parameterization
-from orthotrain.layers.poet.route_costs import ActivationMode, Centre
-from orthotrain.layers.poet.trained_scale import TrainedScale
-from orthotrain.layers.weights.bf16_weight import Bf16Weight
-from orthotrain.layers.weights.frozen_weight import DenseWeight, FrozenWeight
-from orthotrain.layers.weights.quantized_weight import Int8Weight, Nf4Weight
-from orthotrain.plugins import Parameterization
+from orthotrain.layers.poet.route_costs import ActivationMode, RouteChoice
+from orthotrain.layers.weights.storage import Storage, check_group_size
+from orthotrain.plugins import CayleyNeumann, Parameterization
 
 Side = Literal["in", "out"]
 Sides = Literal["both", "in", "out"]
 Aligned = Literal["none", "in", "out", "both"]
-Storage = Literal["dense", "bf16", "residual", "int8", "nf4"]
 
 TOO_COARSE = (
     "rounding it at each of thousands of folds moves its singular values; take storage: residual, or dense and fp32"
 )
-"""Why a weight that folds every step is not stored in 16 bits."""
+"""Why a weight that is folded at every step is not stored in 16 bits."""
 
 GROUPS_IN_BLOCK = 8
-"""Groups of neighbours that a block holds at least: permutations of fewer would mix few of a layer's features."""
+"""The default permutation group is the largest of which a block holds this many: fewer would mix features badly."""
 
 ANCHOR_EVERY = {"int8": 16, "nf4": 4}
-"""Merges between restorations of the spectrum where none is asked for: so few that their decompositions do not show."""
-
-# a fraction takes the place of a block size
-FRACTION_OF = {"block_size": "fraction", "block_size_out": "fraction_out"}
+"""Default ``anchor_every`` by storage: rare enough that the singular value decompositions take no noticeable time."""
 
 
 @dataclass(frozen=True)
@@ -41,36 +32,42 @@ class PoetSettings:
 
     Args:
         block_size: Block-stochastic POET (arXiv:2506.08001, section 3.2): blocks of this size on the whole width.
-        fraction: Fully stochastic POET, in place of ``block_size``: one block on ``round(fraction * width)`` features
-            drawn anew at each merge, in (0, 1]. None for block-stochastic POET.
-        block_size_out: Block size of the output side where it differs from that of the input.
-        fraction_out: Fraction of the output side where it differs.
+        fraction: Fully stochastic POET, in place of ``block_size``: one block on ``round(fraction * width)`` features,
+            which each merge draws anew; in (0, 1]. None for block-stochastic POET.
+        block_size_out: Block size of the output side, None for ``block_size``.
+        fraction_out: Fraction of the output side, None for ``fraction``.
         sides: Which sides are rotated: ``both``, or only ``in`` or ``out``.
-        aligned: Sides whose blocks are neighbouring features and never permuted: ``none``, ``in``, ``out`` or ``both``.
-            With the width of an attention head as block size and ``overrides`` for the projections, the heads rotate
-            within themselves.
-        permutation_group: Neighbouring features that permutations move together: 1, 2, 4 or 8, dividing the widths and
-            the block sizes. Larger groups are permuted faster; None for the largest of which a block holds 8 or more.
+        aligned: Sides whose blocks are neighboring features and never permuted: ``none``, ``in``, ``out`` or ``both``.
+            With the width of an attention head as block size, and ``overrides`` for the projections, each head is
+            rotated within itself.
+        permutation_group: Neighboring features that permutations move together: 1, 2, 4 or 8. Must divide the widths
+            and the block sizes. Larger groups are permuted faster. None for the largest group of which a block holds 8
+            or more.
         parameterization: How generators become rotations: a registered name (`orthotrain plugins` lists them) or a
-            class with its arguments, in YAML ``{class_path: CayleyNeumann, init_args: {order: 4}}``.
-        storage: How the frozen weight is kept. ``dense``: in the dtype of the network; merges round stochastically to
-            bf16, to the nearest in fp16. ``bf16``: 2 bytes a value, merges round stochastically. ``residual``: bf16 and
-            one byte more that carries what rounding loses, 100 times more exact over many merges. ``int8`` (POET-XQ,
-            arXiv:2603.05500, section 3.4) and ``nf4``.
+            class with its arguments, in YAML ``{class_path: CayleyNeumann, init_args: {order: 4}}``. None for
+            ``CayleyNeumann`` of order 4, or of order 2 with ``stepwise``: the angle of one step is small, and order 2
+            is orthogonal to ``||Q||^6``, 6e-10 at 0.024 rad.
+        storage: Format of the frozen weight. ``dense``: the dtype of the network; merges round stochastically to bf16,
+            to nearest in fp16. ``bf16``: 2 bytes a value, merges round stochastically. ``residual``: bf16 and one byte
+            more for the rounding error, 100 times more exact over many merges. ``int8``: POET-XQ (arXiv:2603.05500,
+            section 3.4). ``nf4``: 4-bit NormalFloat.
         group_size: Values that share a scale in ``int8`` (None: 256) and ``nf4`` (None: 64).
-        anchor_every: Merges between restorations of the singular values of the start, 0 for never. None for 16 with
-            ``int8`` and 4 with ``nf4``, whose rounding would pile up (singular values then stay within 4e-3 and 4e-2 of
-            the largest), and for never with others. A restoration is a singular value decomposition of the weight.
-        stepwise: Whether rotations are folded every step (:class:`StepwiseLinear`): the forward pass is a plain
-            product. Needs ``merge_every: 1``, and a weight in fp32 or with a ``residual``: rounding to 16 bits adds up.
-        trained_scale: Whether a layer has a trained factor of its weight, 1 at the start (:class:`TrainedScale`). No
-            part of POET as published: singular values keep their ratios and not their size. It is trained with
-            everything that is not a generator, without weight decay.
-        centre: ``input``, ``weight``, or ``auto`` for the cheaper one in each layer.
+        anchor_every: Merges between two restorations of the initial singular values, 0 for never. A restoration is a
+            singular value decomposition of the weight. None for 16 with ``int8`` and 4 with ``nf4``, whose rounding
+            errors would add up (singular values then stay within 4e-3 and 4e-2 of the largest), and for never with the
+            other formats.
+        stepwise: Whether rotations are folded at every step (:class:`StepwiseLinear`), so that the forward pass is a
+            plain product. ``PoetModule(stepwise=True)`` sets it for all layers; set it here, in ``overrides``, for
+            some of them. Needs ``merge_every: 1`` and a weight in fp32 or with a ``residual``.
+        trained_scale: Whether the layer has a trained factor of its weight, 1 at the start (:class:`TrainedScale`).
+            Published POET has none: with a factor singular values keep their ratios, but not their size. The factor is
+            trained like the parameters that are not generators, without weight decay.
+        route: ``input`` rotates activations, ``weight`` rotates the weight, ``auto`` takes the cheaper of both for each
+            layer and number of tokens.
         activation_mode: ``fast`` keeps one activation more in each layer, ``mem`` recomputes it in backward.
 
     Raises:
-        ConfigurationError: For a value that cannot be, naming it and what would work.
+        ConfigurationError: For a value out of its range, naming the setting and values that would work.
     """
 
     block_size: int = 256
@@ -80,13 +77,13 @@ class PoetSettings:
     sides: Sides = "both"
     aligned: Aligned = "none"
     permutation_group: int | None = None
-    parameterization: Parameterization | str = "cayley_neumann"
+    parameterization: Parameterization | str | None = None
     storage: Storage = "dense"
     group_size: int | None = None
     anchor_every: int | None = None
     stepwise: bool = False
     trained_scale: bool = False
-    centre: Centre = "auto"
+    route: RouteChoice = "auto"
     activation_mode: ActivationMode = "fast"
 
     def __post_init__(self) -> None:
@@ -94,38 +91,44 @@ class PoetSettings:
             ("sides", Sides),
             ("aligned", Aligned),
             ("storage", Storage),
-            ("centre", Centre),
+            ("route", RouteChoice),
             ("activation_mode", ActivationMode),
         ):
             check_choice(name, getattr(self, name), choices)
-        for fraction in FRACTION_OF.values():
-            check_fraction(fraction, getattr(self, fraction))
+        check_fraction("fraction", self.fraction)
+        check_fraction("fraction_out", self.fraction_out)
         if self.aligned != "none" and (self.fraction is not None or self.fraction_out is not None):
             raise ConfigurationError(
-                f"aligned={self.aligned!r} with a fraction: the same features would be rotated for ever; "
+                f"aligned={self.aligned!r} with a fraction: each merge would rotate the same features; "
                 "take block_size, or aligned: none"
             )
         group = self.permutation_group
         if group is not None and (isinstance(group, bool) or group not in GROUPS):
             raise ConfigurationError(f"permutation_group={group!r}: take 1, 2, 4 or 8 features, or null")
-        if self.group_size is not None and self.storage not in ("int8", "nf4"):
-            raise ConfigurationError(f"group_size={self.group_size}: storage={self.storage!r} has no groups")
+        check_group_size(self.group_size, self.storage)
         if self.anchor_every is not None and (isinstance(self.anchor_every, bool) or self.anchor_every < 0):
             raise ConfigurationError(f"anchor_every={self.anchor_every!r}: take a number of merges, or 0 for never")
         if self.stepwise and self.storage == "bf16":
             raise ConfigurationError(f"stepwise with storage='bf16': {TOO_COARSE}")
         if self.stepwise and (self.anchor_every or self.storage in ("int8", "nf4")):
             raise ConfigurationError(
-                f"stepwise with storage={self.storage!r}, anchor_every={self.anchor_every}: one step is below the "
-                "steps of int8 and NF4; take dense or residual, and no anchor"
+                f"stepwise with storage={self.storage!r}, anchor_every={self.anchor_every}: the change of one step "
+                "is smaller than the rounding steps of int8 and NF4; take dense or residual, and no anchor"
             )
-        check_parameterization(self.parameterization)
+        check_parameterization(self.used_parameterization)
+
+    @property
+    def used_parameterization(self) -> Parameterization | str:
+        """The parameterization, or its default where none is given."""
+        if self.parameterization is not None:
+            return self.parameterization
+        return CayleyNeumann(order=2) if self.stepwise else CayleyNeumann()
 
     def blocks(self, side: Side, width: int) -> tuple[int, int] | None:
-        """Return block size and number of blocks on a side of ``width`` coordinates, None if it is not rotated.
+        """Return block size and number of blocks of a side of ``width`` features, None for a side that is not rotated.
 
         Raises:
-            ConfigurationError: If no such block fits, naming what would.
+            ConfigurationError: If no such block fits, naming sizes that would.
         """
         if self.sides not in ("both", side):
             return None
@@ -138,7 +141,7 @@ class PoetSettings:
             size = round(fraction * width)
             if size < 2:
                 raise ConfigurationError(
-                    f"fraction={fraction} of {width} coordinates is {size}: a rotation needs 2 or more, "
+                    f"fraction={fraction} of {width} features is {size}: a rotation needs 2 or more, "
                     f"take at least {2 / width:.4g}"
                 )
             return size, 1
@@ -146,10 +149,10 @@ class PoetSettings:
         return size, width // size
 
     def permuted_together(self, width: int, block_size: int) -> int:
-        """Return how many neighbours move together in permutations of ``width`` features in blocks of a size.
+        """Return how many neighboring features permutations of ``width`` features in blocks of a size move together.
 
         Raises:
-            ConfigurationError: If the group that is asked for does not divide them, or a block holds only one.
+            ConfigurationError: If the given group does not divide width and block size, or a block holds only one.
         """
         group = self.permutation_group
         if group is None:
@@ -162,56 +165,19 @@ class PoetSettings:
             )
         return group
 
-    def freeze(self, weight: Tensor) -> FrozenWeight:
-        """Store ``weight (out, in)`` as :attr:`storage` says; ``dense`` holds the tensor itself.
-
-        Raises:
-            ConfigurationError: If the group size or the dtype does not fit.
-        """
-        match self.storage:
-            case "dense":
-                return DenseWeight(weight)
-            case "bf16":
-                return Bf16Weight(weight)
-            case "residual":
-                return Bf16Weight(weight, residual=True)
-            case "int8":
-                return Int8Weight(weight, group_size=self.group_size)
-            case "nf4":
-                return Nf4Weight(weight, group_size=self.group_size)
-
-    def scale(self) -> TrainedScale | None:
-        """Return the trained factor of a layer, None if it has none."""
-        return TrainedScale() if self.trained_scale else None
-
     @property
     def anchor_period(self) -> int:
-        """Merges between two restorations of the spectrum, 0 for never."""
+        """Merges between two restorations of the initial singular values, 0 for never."""
         if self.anchor_every is not None:
             return self.anchor_every
         return ANCHOR_EVERY.get(self.storage, 0)
-
-    def override(self, values: dict[str, Any]) -> Self:
-        """Return these settings with some replaced; a block size given alone takes the place of a fraction.
-
-        Raises:
-            ConfigurationError: For a name that is no setting.
-        """
-        known = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        unknown = set(values) - set(known)
-        if unknown:
-            raise ConfigurationError(f"overrides: {sorted(unknown)[0]!r} is no setting; there are {', '.join(known)}")
-        for size, fraction in FRACTION_OF.items():
-            if size in values:
-                values = {fraction: None, **values}
-        return replace(self, **values)
 
 
 def check_fraction(name: str, fraction: float | None) -> None:
     """Refuse a fraction outside (0, 1].
 
     Raises:
-        ConfigurationError: Naming it.
+        ConfigurationError: Naming the setting.
     """
     if fraction is not None and not 0 < fraction <= 1:
         raise ConfigurationError(f"{name}={fraction!r}: take a part of the width above 0 and up to 1")

@@ -39,9 +39,9 @@ def stepwise(linear: nn.Linear, block_size: int, **settings: Any) -> nn.Module:
     return StepwiseLinear.from_settings(linear, described)
 
 
-def oft(linear: nn.Linear, block_size: int, quantization: Any = None) -> nn.Module:
+def oft(linear: nn.Linear, block_size: int, storage: Any = None) -> nn.Module:
     """Wrap a copy of ``linear`` by OFT."""
-    return turned(OftLinear.from_linear(frozen_copy(linear), block_size, quantization=quantization))
+    return turned(OftLinear.from_linear(frozen_copy(linear), block_size, storage=storage))
 
 
 def peft_oft(linear: nn.Linear, block_size: int) -> nn.Module:

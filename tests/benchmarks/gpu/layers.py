@@ -67,12 +67,12 @@ def all_contenders(machine: Gpu) -> dict[str, Contender]:
         "POET pooled": Contender(side_by_side(poet(), BESIDE), BESIDE),
         "POET int8": Contender(poet(storage="int8")),
         "POET nf4": Contender(poet(storage="nf4")),
-        "OFT int8": Contender(oft(quantization="int8")),
-        "OFT nf4": Contender(oft(quantization="nf4")),
-        "POET by input": Contender(poet(centre="input")),
-        "POET by weight": Contender(poet(centre="weight")),
-        "step-wise by input": Contender(stepwise(storage="residual", centre="input")),
-        "step-wise by weight": Contender(stepwise(storage="residual", centre="weight")),
+        "OFT int8": Contender(oft(storage="int8")),
+        "OFT nf4": Contender(oft(storage="nf4")),
+        "POET by input": Contender(poet(route="input")),
+        "POET by weight": Contender(poet(route="weight")),
+        "step-wise by input": Contender(stepwise(storage="residual", route="input")),
+        "step-wise by weight": Contender(stepwise(storage="residual", route="weight")),
         "POET reference": Contender(poet(), kernels="reference"),
     }
 

@@ -1,4 +1,4 @@
-"""Stage 4: operations against the floors of bandwidth and FLOPs, and the costs that ``centre: auto`` chooses by."""
+"""Stage 4: operations against the floors of bandwidth and FLOPs, and the costs that ``route: auto`` chooses by."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -51,20 +51,20 @@ def timed(machine: Gpu, make: Callable[[], floors.Passes]) -> dict[str, Any]:
 @contextlib.contextmanager
 def permutation_route(route: str) -> Iterator[None]:
     """Make kernels gather by themselves (``fused``) or in passes; anything else leaves the choice to them."""
-    from orthotrain.kernels.block_rotate import permutation
+    from orthotrain.kernels.block_rotate import permute_columns
 
-    before = permutation.FEWEST_ROWS
-    permutation.FEWEST_ROWS = {"fused": 2**62, "passes": 1}.get(route, before)
+    before = permute_columns.FEWEST_ROWS
+    permute_columns.FEWEST_ROWS = {"fused": 2**62, "passes": 1}.get(route, before)
     try:
         yield
     finally:
-        permutation.FEWEST_ROWS = before
+        permute_columns.FEWEST_ROWS = before
 
 
 def calibrated(machine: Gpu) -> dict[str, Any]:
     """Return the entry of this card for the table of costs, and the largest relative error of its predictions."""
     from orthotrain.cli.calibrate import predicted
-    from orthotrain.layers.poet.route_costs import Costs
+    from orthotrain.layers.poet.cost_tables import Costs
 
     shapes = machine.pick(GPU_SHAPES, [(8, 64, 16), (16, 32, 16), (16, 64, 8)])
     with machine.kernels():

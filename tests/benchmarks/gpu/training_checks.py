@@ -67,14 +67,14 @@ RECIPES: dict[str, Recipe] = {
     "AdamW": lambda model: BaseModule(model, RATES),
     "POET": poet(),
     "POET mem": poet(activation_mode="mem"),
-    "POET by input": poet(centre="input"),
-    "POET by weight": poet(centre="weight"),
+    "POET by input": poet(route="input"),
+    "POET by weight": poet(route="weight"),
     "POET int8": poet(storage="int8"),
     "POET nf4": poet(storage="nf4"),
     "POET residual": poet(storage="residual"),
     "step-wise": stepwise,
     "OFT": lambda model: OftModule(model, OftLayers(block_size=32), ROTATING),
-    "OFT nf4": lambda model: OftModule(model, OftLayers(block_size=32, quantization="nf4"), ROTATING),
+    "OFT nf4": lambda model: OftModule(model, OftLayers(block_size=32, storage="nf4"), ROTATING),
     "LoRA": lambda model: LoraModule(model, LoraLayers(rank=8), optimization=ROTATING),
 }
 

@@ -27,8 +27,8 @@ from orthotrain.optimizers.galore import GaLore
 
 PLAIN = Optimization(lr=0.01, optimizer=partial(torch.optim.AdamW, foreach=False))
 # with auto another table of costs would choose another route, which rounds otherwise
-BLOCKS = PoetLayers(block_size=8, centre="input")
-STEPWISE = {"layers": PoetLayers(block_size=8, centre="input", stepwise=True), "merge_every": 1, "resample_every": 2}
+BLOCKS = PoetLayers(block_size=8, route="input")
+STEPWISE = {"layers": PoetLayers(block_size=8, route="input", stepwise=True), "merge_every": 1, "resample_every": 2}
 
 
 def lie(**options):

@@ -81,7 +81,7 @@ KINDS = {
     "OFT, packed rows": (partial(OftModule, layers=OftLayers(block_size=8)), {"packed": True}),
     "OFT, rows without padding": (partial(OftModule, layers=OftLayers(block_size=8, coft_eps=0.01)), {"padding": 0}),
     "OFT, padded rows": (
-        partial(OftModule, layers=OftLayers(block_size=8, quantization="int8", group_size=16)),
+        partial(OftModule, layers=OftLayers(block_size=8, storage="int8", group_size=16)),
         {"padding": 2},
     ),
 }

@@ -7,6 +7,7 @@ from torch import nn
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.oft.oft_conv2d import OftConv2d
 from orthotrain.layers.oft.oft_embedding import OftEmbedding
+from orthotrain.layers.oft.oft_layer import OftSettings
 from orthotrain.layers.rotation.block_rotation import BlockRotation
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, PoetLayers, PoetModule
 from orthotrain.optimizers import LieOptimizer
@@ -17,8 +18,8 @@ POET = {
     "one side": {"block_size": 8, "sides": "in"},
     "aligned": {"block_size": 8, "aligned": "out"},
     "mem": {"block_size": 8, "activation_mode": "mem"},
-    "by input": {"block_size": 8, "centre": "input"},
-    "by weight": {"block_size": 8, "centre": "weight"},
+    "by input": {"block_size": 8, "route": "input"},
+    "by weight": {"block_size": 8, "route": "weight"},
     "bf16": {"block_size": 8, "storage": "bf16"},
     "residual": {"block_size": 8, "storage": "residual"},
     "int8": {"block_size": 8, "storage": "int8", "group_size": 16, "anchor_every": 2},
@@ -32,8 +33,8 @@ POET = {
 }
 OFT = {
     "dense": {"block_size": 8},
-    "nf4": {"block_size": 8, "quantization": "nf4"},
-    "int8": {"block_size": 8, "quantization": "int8", "group_size": 16},
+    "nf4": {"block_size": 8, "storage": "nf4"},
+    "int8": {"block_size": 8, "storage": "int8", "group_size": 16},
     "shared": {"block_size": 8, "block_share": True},
     "dropout": {"block_size": 8, "block_dropout": 0.5},
     "fp32 rotation": {"block_size": 8, "rotation_dtype": "float32"},
@@ -99,9 +100,12 @@ def test_a_layer_of_its_own_trains_and_unwraps_there_as_on_the_cpu(played, kind)
         torch.manual_seed(0)
         with torch.device("cpu" if wrap is None else "played"):
             if kind == "conv":
-                layer, x = OftConv2d.from_conv(nn.Conv2d(8, 6, 3, padding=1, stride=2), 4, train_bias=True), X
+                layer, x = (
+                    OftConv2d.from_settings(nn.Conv2d(8, 6, 3, padding=1, stride=2), OftSettings(4), train_bias=True),
+                    X,
+                )
             else:
-                layer, x = OftEmbedding.from_embedding(nn.Embedding(10, 8), 4), INDICES
+                layer, x = OftEmbedding.from_settings(nn.Embedding(10, 8), OftSettings(4)), INDICES
         x = x if wrap is None else wrap(x)
         with torch.no_grad():
             for parameter in layer.parameters():

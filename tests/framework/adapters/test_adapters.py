@@ -9,7 +9,7 @@ from torch import nn
 
 from orthotrain.adapters import AdapterSet, adapter_state, load_adapter, load_adapter_state
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, PoetLinear
+from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftSettings, PoetLinear
 
 
 class Network(nn.Module):
@@ -17,8 +17,8 @@ class Network(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed = OftEmbedding.from_embedding(nn.Embedding(10, 16), 4)
-        self.conv = OftConv2d.from_conv(nn.Conv2d(4, 8, 3, padding=1), 2)
+        self.embed = OftEmbedding.from_settings(nn.Embedding(10, 16), OftSettings(4))
+        self.conv = OftConv2d.from_settings(nn.Conv2d(4, 8, 3, padding=1), OftSettings(2))
         self.norm = nn.LayerNorm(32).requires_grad_(False)
         self.head = OftLinear.from_linear(nn.Linear(32, 5), 8, train_bias=False)
 
@@ -169,15 +169,15 @@ def test_what_is_trained_after_a_merge_is_not_lost_on_the_next_switch(network):
     assert adapters.active == "c" and not network.head.rotation_in.generators.any()
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8", None])
-def test_a_merge_reports_what_requantising_loses(quantization, caplog):
-    net = nn.Sequential(*(OftLinear.from_linear(nn.Linear(64, 64), 8, quantization=quantization) for _ in range(2)))
+@pytest.mark.parametrize("storage", ["nf4", "int8", None])
+def test_a_merge_reports_what_requantising_loses(storage, caplog):
+    net = nn.Sequential(*(OftLinear.from_linear(nn.Linear(64, 64), 8, storage=storage) for _ in range(2)))
     adapters = AdapterSet(net, "a")
     load_adapter_state(net, trained(net, 1))
     exact = [layer.merged_weight() for layer in net]
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         errors = adapters.merge("a")
-    if quantization is None:
+    if storage is None:
         assert errors == {} and "requantising" not in caplog.text
         return
     for place, layer in enumerate(net):

@@ -19,7 +19,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from orthotrain.adapters import adapter_state, export_peft, import_peft
 from orthotrain.adapters.peft_folder import nearest_divisor
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, PoetLinear, mergeable_layers, replace_linears
+from orthotrain.layers import (
+    OftConv2d,
+    OftEmbedding,
+    OftLinear,
+    OftSettings,
+    PoetLinear,
+    mergeable_layers,
+    replace_linears,
+)
 from orthotrain.models import PretrainedModel
 from orthotrain.modules import OftLayers
 
@@ -193,8 +201,8 @@ class Pixels(nn.Module):
 def test_embeddings_and_1x1_convolutions_go_both_ways(tmp_path, parameterization):
     plain = Pixels()
     network = copy.deepcopy(plain)
-    network.embed = OftEmbedding.from_embedding(network.embed, 8, parameterization)
-    network.conv = OftConv2d.from_conv(network.conv, 8, parameterization)
+    network.embed = OftEmbedding.from_settings(network.embed, OftSettings(8, parameterization))
+    network.conv = OftConv2d.from_settings(network.conv, OftSettings(8, parameterization))
     network.proj = OftLinear.from_linear(network.proj, 8, parameterization)
     randomized(network.requires_grad_(False))
     folder = export_peft(network, tmp_path / "out")
@@ -234,7 +242,7 @@ def nf4_base(tmp_path):
 def test_an_adapter_trained_over_nf4_loads_in_peft_over_nf4(nf4_base, tmp_path, quantised_by):
     plain, load = nf4_base
     network = load() if quantised_by == "transformers" else copy.deepcopy(plain)
-    OftLayers(block_size=16, quantization=None if quantised_by == "transformers" else "nf4").apply_(network)
+    OftLayers(block_size=16, storage=None if quantised_by == "transformers" else "nf4").apply_(network)
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=2e-2)
     losses = []
     for _ in range(4):
@@ -291,7 +299,7 @@ def train_bias(network):
 
 
 def convolution(network):
-    network.vision = OftConv2d.from_conv(nn.Conv2d(8, 8, 3), 8)
+    network.vision = OftConv2d.from_settings(nn.Conv2d(8, 8, 3), OftSettings(8))
 
 
 def own_parameter(network):

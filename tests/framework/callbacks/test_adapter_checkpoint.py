@@ -127,7 +127,7 @@ def test_the_last_checkpoint_of_a_run_continues_with_more_steps(config, data, tm
     constant = Optimization(lr=1e-2)
 
     def run(name, steps, ckpt_path=None):
-        module = Finetune(config, quantization="int8", group_size=8)
+        module = Finetune(config, storage="int8", group_size=8)
         module.optimization = constant
         return fit(module, data, tmp_path, steps, [AdapterCheckpoint(100, dirpath=tmp_path / name)], ckpt_path)
 

@@ -27,13 +27,14 @@ def test_a_second_fit_trains_the_module_that_a_report_was_made_of(tiny_llama, co
         trainer = L.Trainer(
             accelerator="cpu", max_steps=2, limit_val_batches=1, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-            callbacks=[RunReport(sample_tokens=2, spectrum_layers=1)],
+            callbacks=[RunReport(sample_tokens=2, spectrum_layers=1, compared_with="adamw.yaml")],
         )  # fmt: skip
         trainer.fit(module, data)
         text, values = (tmp_path / "summary.txt").read_text(), json.loads((tmp_path / "summary.json").read_text())
         assert "sample" in text and "\nkernels                   reference on cpu\n" in text
         assert "\nnext-token loss           with whole logits (a batch fits into one chunk)\n" in text
         assert f"\npeak memory               {values['memory']}\n" in text and values["peak_memory_bytes"] > 0
+        assert "\ncompared with             orthotrain fit -c adamw.yaml (not run yet)\n" in text
         assert values["planned_bytes"] is None and values["tokens_per_second"] > 0
         assert {name: part.training for name, part in module.named_modules()} == modes
         states.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
@@ -50,3 +51,17 @@ def test_modes_come_back_after_an_error_too():
     except KeyError:
         pass
     assert [part.training for part in network.modules()] == [True, True, True, False]
+
+
+def test_a_run_names_the_run_that_it_is_compared_with(tmp_path):
+    report = RunReport(compared_with="pretrain/adamw_quickstart.yaml")
+    command = "orthotrain fit -c pretrain/adamw_quickstart.yaml"
+    assert report._compared(tmp_path / "quickstart") == f"{command} (not run yet)"
+    other = tmp_path / "adamw_quickstart"
+    other.mkdir()
+    for broken in ("[]", "{", '{"steps": 400}', '{"steps": 400, "after": {"val_loss": "low"}}'):
+        (other / "summary.json").write_text(broken)
+        assert report._compared(tmp_path / "quickstart") == f"{command} (not run yet)"
+    (other / "summary.json").write_text('{"steps": 400, "after": {"val_loss": 3.25, "val_bits_per_byte": 1.6491}}')
+    expected = f"{command}: loss 3.250, bits per byte 1.649 after 400 steps"
+    assert report._compared(tmp_path / "quickstart") == expected

@@ -48,7 +48,7 @@ def test_the_step_is_read_without_the_tensors(tmp_path, monkeypatch):
     """And without torch's unpickler."""
     path = checkpoint_of(tmp_path / "a.ckpt", 5, age=0)
     monkeypatch.setattr(torch, "load", None)
-    monkeypatch.setattr("orthotrain.files.plain_files.read_values", None)
+    monkeypatch.setattr("orthotrain.files.torch_files.read_tensors", None)
     assert step_of(path) == 5
 
 

@@ -13,8 +13,8 @@ from orthotrain.checkpoints.shards import save_shards
 from orthotrain.checkpoints.writing import AtomicCheckpointIO
 from orthotrain.distributed.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
+from orthotrain.files.atomic_writes import remove_leftovers
 from orthotrain.files.journal import JOURNAL
-from orthotrain.files.temporary import remove_leftovers
 
 
 class Bomb:

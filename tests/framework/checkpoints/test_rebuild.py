@@ -66,7 +66,7 @@ def test_a_module_comes_back_from_its_checkpoint_alone(tiny_llama, tmp_path):
 def test_a_checkpoint_of_another_module_or_with_other_options_is_refused(tiny_llama, tmp_path):
     file = saved(described(tiny_llama), tmp_path / "last.ckpt")
     with pytest.raises(
-        ConfigurationError, match="last.ckpt: the checkpoint is of a PoetModule, which is no .*OftModule"
+        ConfigurationError, match="last.ckpt: the checkpoint is of a PoetModule, which is not a .*OftModule"
     ):
         OftModule.load_from_checkpoint(file)
     with pytest.raises(ConfigurationError, match=r"load_from_checkpoint\(hparams_file=...\)"):
@@ -122,8 +122,8 @@ HOSTILE = [
     {"layers": {"parameterization": {"class_path": "evil.Cayley"}}},
     {"layers": {"overrides": {"*": {"parameterization": "evil.Cayley"}}}},
     {"layers": {"overrides": {"*": {"parameterization": {"class_path": "evil.Cayley"}}}}},
-    {"clip_ramp": {"class_path": "evil.Ramp"}},
-    {"freeze": [{"class_path": "evil.Pattern"}]},
+    {"optimization": {"clip_ramp": {"class_path": "evil.Ramp"}}},
+    {"layers": {"freeze": [{"class_path": "evil.Pattern"}]}},
 ]
 
 

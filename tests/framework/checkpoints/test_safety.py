@@ -32,7 +32,7 @@ from orthotrain.data.corpus.token_cache import HEADER_BYTES, CorruptCacheError, 
 from orthotrain.distributed.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
 from orthotrain.export import load_network
-from orthotrain.files.temporary import OLD_SUFFIX, remove_leftovers, set_aside
+from orthotrain.files.atomic_writes import OLD_SUFFIX, remove_leftovers, rename_to_temporary
 from orthotrain.models import CausalLM, PretrainedModel
 from orthotrain.models.folder import check_model_folder
 from orthotrain.modules import PoetLayers, PoetModule
@@ -307,9 +307,9 @@ def test_a_hostile_entry_in_a_shard_runs_nothing(tmp_path):
     """Not when its folder is made one file, and not when a run goes on from it."""
     folder = shard_folder(tmp_path / "hostile.ckpt", evil=Trap(tmp_path / "sprung"))
     check_checkpoint(folder)
-    with pytest.raises(ConfigurationError, match="hostile.ckpt' cannot be read: what it holds is posix.mkdir"):
+    with pytest.raises(ConfigurationError, match="hostile.ckpt' cannot be read: the value in it is posix.mkdir"):
         consolidate(folder, tmp_path / "one.ckpt")
-    with pytest.raises(ConfigurationError, match="hostile.ckpt' cannot be read: what it holds is posix.mkdir"):
+    with pytest.raises(ConfigurationError, match="hostile.ckpt' cannot be read: the value in it is posix.mkdir"):
         load_shards({"state_dict": {"w": torch.zeros(16), "evil": 0}}, folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hostile.ckpt"]
 
@@ -344,7 +344,7 @@ def test_a_distributed_checkpoint_is_written_beside_the_older_one(tmp_path, monk
             killed(lambda: shard_folder(folder, new=torch.ones(1)))
         check_checkpoint(folder)
         assert newest_good_checkpoint([tmp_path]) == (folder, [])
-    killed(lambda: set_aside(folder, OLD_SUFFIX))
+    killed(lambda: rename_to_temporary(folder, OLD_SUFFIX))
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     shard_folder(folder, new=torch.ones(1))
@@ -371,7 +371,7 @@ def test_the_description_of_a_distributed_checkpoint_names_only_its_own_files(tm
     hostile = pickle.loads(original)
     hostile.planner_data = {"state_dict.w": ("state_dict", 2**40)}
     description.write_bytes(pickle.dumps(hostile))
-    with pytest.raises(ConfigurationError, match="names a place"):
+    with pytest.raises(ConfigurationError, match="names an entry"):
         check(folder)
 
 
@@ -380,7 +380,7 @@ def test_a_description_that_asks_for_gigabytes_is_refused(tmp_path):
     (folder / ".metadata").write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b".")
     sum_again(folder)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ConfigurationError, match="it numbers an object 2147483647 in"):
+    with pytest.raises(ConfigurationError, match="it gives an object the number 2147483647 in"):
         check_checkpoint(folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # in KiB
 

@@ -12,7 +12,7 @@ from orthotrain.checkpoints.shard_description import read_shard_description
 from orthotrain.checkpoints.shards import load_shards, save_shards
 from orthotrain.distributed.consolidate import consolidate
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.plain_files import crc32_of
+from orthotrain.files.torch_files import crc32_of
 
 
 @pytest.fixture
@@ -55,16 +55,16 @@ WRONG = {
     "more than its parts": (grown, "state_dict.w of shape (1099511627776,) is larger than its parts"),
     "other parts": (
         lambda d: setattr(d.state_dict_metadata["state_dict.w"], "size", torch.Size([8])),
-        "the parts of state_dict.w do not make up its shape (8,)"),
-    "shared bytes": (same_bytes, "parts of __0_0.distcp overlap or lie beyond its end"),
+        "the parts of state_dict.w do not add up to its shape (8,)"),
+    "shared bytes": (same_bytes, "parts of __0_0.distcp overlap or end beyond its end"),
     "beyond the end": (
-        lambda d: setattr(entry(d, "state_dict.w"), "length", 2**50), "overlap or lie beyond its end"),
-    "a negative place": (lambda d: setattr(entry(d, "state_dict.w"), "offset", -5), "where a count belongs"),
-    "packed": (lambda d: setattr(entry(d, "state_dict.w"), "transform_descriptors", ["zstd"]), "cut or garbled"),
-    "a long list": (lambda d: d.planner_data.update({"state_dict.w": ("state_dict", 2**40)}), "it names a place"),
-    "a deep place": (lambda d: d.planner_data.update({"state_dict.w": ("a",) * 10**5}), "it names a place"),
-    "no chunks": (lambda d: setattr(d.state_dict_metadata["state_dict.w"], "chunks", None), "cut or garbled"),
-    "no table": (lambda d: setattr(d, "storage_data", [1]), "cut or garbled"),
+        lambda d: setattr(entry(d, "state_dict.w"), "length", 2**50), "overlap or end beyond its end"),
+    "a negative place": (lambda d: setattr(entry(d, "state_dict.w"), "offset", -5), "instead of a count"),
+    "packed": (lambda d: setattr(entry(d, "state_dict.w"), "transform_descriptors", ["zstd"]), "truncated or damaged"),
+    "a long list": (lambda d: d.planner_data.update({"state_dict.w": ("state_dict", 2**40)}), "it names an entry"),
+    "a deep place": (lambda d: d.planner_data.update({"state_dict.w": ("a",) * 10**5}), "it names an entry"),
+    "no chunks": (lambda d: setattr(d.state_dict_metadata["state_dict.w"], "chunks", None), "truncated or damaged"),
+    "no table": (lambda d: setattr(d, "storage_data", [1]), "truncated or damaged"),
 }  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def test_a_part_that_is_packed_is_refused(folder):
 
     redescribed(folder, elsewhere)
     check_checkpoint(folder)
-    with pytest.raises(ConfigurationError, match="is packed or encrypted"):
+    with pytest.raises(ConfigurationError, match="is compressed or encrypted"):
         load_shards({}, folder)
 
 

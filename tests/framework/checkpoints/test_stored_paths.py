@@ -144,7 +144,7 @@ def test_the_writer_removes_no_checkpoint_of_others(tmp_path):
     io.save_checkpoint({"global_step": 1}, tmp_path / "run" / "a.ckpt")
     canaries(tmp_path / "other")
     for place in (tmp_path / "other" / "other.ckpt", tmp_path / "other" / "shards.ckpt", tmp_path / "run"):
-        with pytest.warns(UserWarning, match="is no checkpoint in the folder of this run"):
+        with pytest.warns(UserWarning, match="is not a checkpoint in the folder of this run"):
             io.remove_checkpoint(place)
         assert place.exists()
     io.remove_checkpoint(tmp_path / "run" / "a.ckpt")

@@ -20,15 +20,8 @@ from orthotrain.cli.calibrate import (
 )
 from orthotrain.cli.main import main
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.poet.route_costs import (
-    ROUTES,
-    VARIABLE,
-    Costs,
-    choose_route,
-    costs_for,
-    device_name,
-    route_costs,
-)
+from orthotrain.layers.poet.cost_tables import VARIABLE, Costs, costs_for, device_name
+from orthotrain.layers.poet.route_costs import ROUTES, choose_route, route_costs
 
 CPU = torch.device("cpu")
 SMALL = [(64, 32, 8), (16, 64, 16), (128, 48, 4), (32, 64, 32), (8, 96, 8)]
@@ -91,7 +84,7 @@ def test_the_command_writes_the_table_that_layers_take(tmp_path, monkeypatch, ca
     main(["calibrate"])
     printed = capsys.readouterr().out
     assert "predicted ms" in printed and "wrote" in printed and str(tmp_path / "cache") in printed
-    (entry,) = json.loads((tmp_path / "cache" / "centres.json").read_text())["devices"]
+    (entry,) = json.loads((tmp_path / "cache" / "routes.json").read_text())["devices"]
     assert vars(costs_for("cpu", None, half=False)) == entry["float32"] != vars(before)
 
     elsewhere = tmp_path / "mine.json"
@@ -111,5 +104,5 @@ def test_a_gpu_that_is_not_there_is_refused(capsys):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigurationError, match="centres.json cannot be written"):
-        write_table({}, tmp_path / "file" / "centres.json")
+    with pytest.raises(ConfigurationError, match="routes.json cannot be written"):
+        write_table({}, tmp_path / "file" / "routes.json")

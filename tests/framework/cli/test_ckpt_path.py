@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from orthotrain.cli.ckpt_path import raised_while_restoring
 from orthotrain.cli.main import main
-from orthotrain.cli.trainer_cli import raised_while_restoring
 
 
 class Trap:
@@ -60,7 +60,7 @@ def test_a_path_that_is_none_ends_in_one_line(path, small_config, capfd):
     with pytest.raises(SystemExit) as stop:
         main(["fit", "-c", "pretrain/quickstart.yaml", "-c", str(small_config), "--ckpt_path", path])
     assert stop.value.code == 2
-    assert "holds a NUL character" in (error := capfd.readouterr().err) or "does not exist" in error
+    assert "has a NUL character" in (error := capfd.readouterr().err) or "does not exist" in error
 
 
 class Fails(L.Callback):

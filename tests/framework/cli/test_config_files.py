@@ -3,12 +3,12 @@
 import os
 import socket
 
-import jsonargparse
 import pytest
 
 from orthotrain.cli.config_files import resolve_config_arguments
 from orthotrain.cli.main import main
-from orthotrain.cli.trainer_numbers import check_trainer_numbers, prefer_whole_numbers
+from orthotrain.cli.parser import OneLineParser
+from orthotrain.cli.trainer_numbers import check_trainer_numbers
 from orthotrain.cli.yaml_check import check_yaml
 from orthotrain.errors import ConfigurationError
 
@@ -97,7 +97,7 @@ def test_what_is_no_regular_file_is_never_opened(tmp_path, kind):
     else:
         socket.socket(socket.AF_UNIX).bind(str(path))
     for arguments in (["-c", str(path)], [f"--config={path}"], ["--model", str(path)], [f"--data={path}"]):
-        with pytest.raises(ConfigurationError, match=f"no regular file but a {kind}"):
+        with pytest.raises(ConfigurationError, match=f"is a {kind}, not a regular file"):
             resolve_config_arguments(arguments)
 
 
@@ -164,8 +164,8 @@ def test_the_command_line_says_so_before_anything_is_seeded(capsys):
 @pytest.mark.parametrize("order", [float | int | None, int | float | None, None | float | int | str], ids=str)
 @pytest.mark.parametrize(("given", "number"), [("1", 1), ("1.0", 1.0), ("0.25", 0.25), ("null", None)])
 def test_a_whole_number_of_batches_stays_one_in_whatever_order_its_types_are_listed(order, given, number):
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser = OneLineParser()
     parser.add_argument("--limit", type=order)
-    prefer_whole_numbers(parser._actions)
+    parser.prefer_whole_numbers()
     limit = parser.parse_args(["--limit", given]).limit
     assert limit == number and type(limit) is type(number)

@@ -82,7 +82,7 @@ def test_from_fit_to_an_exported_model(small_config, tmp_path, capsys):
     truncated = tmp_path / "truncated.ckpt"
     truncated.write_bytes(last.read_bytes()[:1000])
     message = refuse(capsys, "export", "--ckpt", str(truncated), "--out", "x")
-    assert "truncated.ckpt' cannot be read: it is no checkpoint or is truncated" in message
+    assert "truncated.ckpt' cannot be read: it is not a checkpoint, or is truncated" in message
     modes = {path.stat().st_mode for path in out.iterdir()}
     assert len(modes) == 1, "the weights are readable for whom the configuration is"
     message = refuse(capsys, "fit", *command, "--ckpt_path", str(last), "--model.layers.block_size", "4")
@@ -90,7 +90,7 @@ def test_from_fit_to_an_exported_model(small_config, tmp_path, capsys):
     message = refuse(capsys, "validate", *command, "--ckpt_path", str(last), "--data.seed", "1")
     assert "tokenizer of this run" in message and "differs from the checkpoint's" in message
     message = refuse(capsys, "fit", *command, "--ckpt_path", str(truncated))
-    assert "truncated.ckpt' cannot be read: it is no checkpoint or is truncated" in message
+    assert "truncated.ckpt' cannot be read: it is not a checkpoint, or is truncated" in message
     assert "nothing.ckpt" in refuse(capsys, "fit", *command, "--ckpt_path", "nothing.ckpt")
 
 
@@ -162,7 +162,7 @@ def test_bad_input_is_one_clear_line(small_config, capsys, overrides, message):
 
 
 RECIPES = {
-    "clip ramp": {"clip_ramp": {"steps": 3}},
+    "clip ramp": {"optimization": {"clip_ramp": {"steps": 3}}},
     "WSD": {"optimization": {"scheduler": {"class_path": "WarmupStableDecay", "init_args": {"warmup_steps": 1}}}},
     "8-bit Adam": {"optimization": {"optimizer": {"class_path": "bitsandbytes.optim.AdamW8bit"}}},
 }
@@ -184,7 +184,8 @@ def test_recipe_parts_from_yaml(small_config, tmp_path, name):
 
 
 def test_a_clip_ramp_from_the_command_line(small_config):
-    main(["fit", *QUICK, "-c", str(small_config), "--model.clip_ramp.steps", "3", "--trainer.gradient_clip_val", "1.0"])
+    ramp = ["--model.optimization.clip_ramp.steps", "3", "--trainer.gradient_clip_val", "1.0"]
+    main(["fit", *QUICK, "-c", str(small_config), *ramp])
 
 
 def test_yaml_keys_and_files_are_checked_too(small_config, tmp_path, capsys):
@@ -260,7 +261,7 @@ def test_the_run_folder_is_one_option(small_config, tmp_path, capsys, caplog):
     assert "no step was taken: the run is at step 2 of 2" in caplog.text
     assert (tmp_path / "other" / "summary.json").read_text() == summary
     main([*command, "1"])
-    assert "has checkpoints of an earlier run, which this one begins anew and may replace" in caplog.text
+    assert "has checkpoints of an earlier run. This run starts anew and may replace them" in caplog.text
     file = tmp_path / "file"
     file.touch()
     message = refuse(capsys, *command[:-3], "--run_folder", str(file))
@@ -303,14 +304,14 @@ def test_a_signal_while_the_caches_are_built_is_one_line(small_config, tmp_path,
 def test_the_best_checkpoint_is_that_of_the_metric_that_is_watched(small_config, tmp_path, capsys, caplog):
     command = [*QUICK, "-c", str(small_config), "--ckpt_path", "best"]
     message = refuse(capsys, "validate", *command)
-    assert message.endswith("best needs a ModelCheckpoint with monitor, such as val_loss; take last")
+    assert message.endswith("best needs a metric to compare by, such as --checkpoint.monitor val_loss; take last")
     watching = {"monitor": "val_loss", "filename": "{step}", "dirpath": str(tmp_path / "watched")}
     callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": watching}
     command += ["--trainer.callbacks", json.dumps([callback])]
     assert "this run has no checkpoint yet; fit it first" in refuse(capsys, "validate", *command)
     main(["fit", *command[:-4], *command[-2:]])
     main(["validate", *command])
-    assert f"the best is {tmp_path / 'watched' / 'step='}" in caplog.text
+    assert f"--ckpt_path best is {tmp_path / 'watched' / 'step='}" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -354,7 +355,7 @@ def test_what_no_user_can_act_on_is_not_printed(small_config, tmp_path, caplog, 
         assert noise not in caplog.text
     garbage = tmp_path / "garbage.ckpt"
     garbage.write_bytes(b"garbage" * 99)
-    assert "it is no checkpoint or is truncated" in refuse(capsys, "export", "--ckpt", str(garbage), "--out", "x")
+    assert "it is not a checkpoint, or is truncated" in refuse(capsys, "export", "--ckpt", str(garbage), "--out", "x")
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["help", "export"], ["help", "plan"]])

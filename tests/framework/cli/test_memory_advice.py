@@ -69,7 +69,7 @@ def test_the_options_are_those_that_a_run_has_not_taken(tiny_llama):
     assert advice(run, None) == "no option lowers that"
     finetuned = Planned.of(OftModule(CausalLM({**tiny_llama, **WIDE}), OftLayers()), DATA, "bf16-true")
     told, resuming = advice(finetuned, None), advice(finetuned, None, resumes=True)
-    assert "--model.layers.quantization nf4 plans" in told and "quantization" not in resuming
+    assert "--model.layers.storage nf4 plans" in told and "storage" not in resuming
 
 
 def test_what_cannot_be_planned_is_left_alone(gpu):

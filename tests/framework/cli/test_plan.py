@@ -126,3 +126,24 @@ def test_data_whose_batches_have_no_known_shape(capsys):
     assert (
         "BoringDataModule has no batch_size and sequence_length (or max_length), from which" in capsys.readouterr().err
     )
+
+
+def plan_of_1_3b(module_of):
+    sizes = {"hidden_size": 2048, "num_attention_heads": 32, "num_hidden_layers": 24, "intermediate_size": 5376}
+    return plan_run(module_of(CausalLM({**sizes, "vocab_size": 32000})), 1, 8)
+
+
+def test_a_step_of_the_1_3b_model_sends_a_fifth_of_adamws_gradients():
+    hidden, ffn, layers, vocab = 2048, 5376, 24, 32000
+    poet = plan_of_1_3b(lambda network: PoetModule(network, PoetLayers(block_size=256)))
+    adamw = plan_of_1_3b(BaseModule)
+    direct = 2 * vocab * hidden + (2 * layers + 1) * hidden
+    matrices = layers * (4 * hidden * hidden + 3 * hidden * ffn)
+    blocks = sum(m // 256 + n // 256 for m, n in [(hidden, hidden)] * 4 + [(hidden, ffn)] * 3)
+    generators = layers * blocks * 256 * 255 // 2
+    assert adamw["gradients"].bytes == 4 * (matrices + direct)
+    assert poet["gradients"].bytes == 4 * (generators + direct)
+    assert poet["gradients"].bytes / adamw["gradients"].bytes == pytest.approx(0.1881, abs=1e-4)
+    assert generators / matrices == pytest.approx(0.0989, abs=1e-4)  # without embedding, head and norms
+    assert poet.all_reduce_bytes(8) == 2 * 7 / 8 * poet["gradients"].bytes
+    assert f"each device sends a step: {4 * (generators + direct) / 2**30:.3f} GiB of 2, " in poet.table()

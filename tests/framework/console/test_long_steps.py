@@ -20,7 +20,7 @@ from orthotrain.data import InstructionData, TextData
 from orthotrain.data.corpus.sources import open_corpus
 from orthotrain.data.instructions.sources import count_rows
 from orthotrain.export import export_huggingface
-from orthotrain.layers.surgery import unwrap_mergeables
+from orthotrain.layers.replacement import unwrap_mergeables
 from orthotrain.models import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers
 

@@ -219,7 +219,7 @@ def test_what_is_no_regular_file_is_never_opened(tmp_path, bounded, kind, name, 
     path = tmp_path / name
     NO_FILES[kind](path)
     source = {"file": str(path), "folder": str(tmp_path), "glob": str(tmp_path / "x.*")}[way]
-    said = f"ConfigurationError: source {str(path)!r} is no regular file but a {kind}: name a file"
+    said = f"ConfigurationError: source {str(path)!r} is a {kind}, not a regular file: name a file"
     assert bounded(lambda: list(open_corpus(source).documents()), seconds=20) == said
     if not name.endswith("txt"):
         assert bounded(lambda: list(read_examples(source, Columns())), seconds=20) == said

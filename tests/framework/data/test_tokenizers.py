@@ -290,5 +290,5 @@ def test_sizes_that_no_machine_can_hold(make_data, sizes):
 
 
 def test_a_cache_folder_that_no_path_can_name(make_data):
-    with pytest.raises(ConfigurationError, match=r"^cache_dir 'a\\x00b': holds a NUL character"):
+    with pytest.raises(ConfigurationError, match=r"^cache_dir 'a\\x00b': has a NUL character"):
         make_data(cache_dir="a\0b").prepare_data()

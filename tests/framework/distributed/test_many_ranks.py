@@ -145,7 +145,7 @@ def test_finetuning_on_two_ranks_and_going_on_with_its_adapter(finetune, tmp_pat
 
 
 def test_finetuning_of_a_quantised_network_on_two_ranks(finetune, tmp_path):
-    finetuned([*finetune, "--model.layers.quantization", "nf4"], "fsdp2", tmp_path / "run")
+    finetuned([*finetune, "--model.layers.storage", "nf4"], "fsdp2", tmp_path / "run")
 
 
 def test_a_sharded_network_predicts_an_uneven_number_of_prompts(small, tmp_path):

@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 
 from orthotrain.files import journal
+from orthotrain.files.atomic_writes import (
+    discard,
+    make_temporary_folder,
+    open_temporary_file,
+    remove_leftovers,
+    rename_to_temporary,
+    write_text,
+)
 from orthotrain.files.journal import JOURNAL, OLD_SUFFIX
-from orthotrain.files.temporary import discard, file_beside, folder_beside, remove_leftovers, set_aside, write_text
 
 
 def names(folder):
@@ -32,10 +39,10 @@ def noted(folder):
 
 
 def write_three(folder):
-    (folder_beside(folder / "merged") / "weights").write_text("half")
-    file_beside(folder / "tokens").close()
+    (make_temporary_folder(folder / "merged") / "weights").write_text("half")
+    open_temporary_file(folder / "tokens").close()
     (folder / "last.ckpt").write_text("older")
-    set_aside(folder / "last.ckpt", OLD_SUFFIX)
+    rename_to_temporary(folder / "last.ckpt", OLD_SUFFIX)
 
 
 def test_what_a_living_process_writes_stays_until_it_is_dead(tmp_path, forked, killed):
@@ -60,10 +67,10 @@ def test_a_forked_process_has_a_journal_of_its_own(tmp_path, forked, killed):
     def as_worker():
         write_text(tmp_path / "y", "z")
         remove_leftovers(tmp_path)
-        file_beside(tmp_path / "y").close()
+        open_temporary_file(tmp_path / "y").close()
         assert len(list(tmp_path.glob(f"{JOURNAL}.*"))) == 2
 
-    file = file_beside(tmp_path / "x")
+    file = open_temporary_file(tmp_path / "x")
     file.close()
     killed(as_worker)
     for act in (remove_leftovers, lambda folder: killed(lambda: remove_leftovers(folder))):
@@ -73,7 +80,7 @@ def test_a_forked_process_has_a_journal_of_its_own(tmp_path, forked, killed):
     assert names(tmp_path) == ["y"]
 
     def parent():
-        file_beside(tmp_path / "x")
+        open_temporary_file(tmp_path / "x")
         if os.fork() == 0:  # a data worker, which outlives its parent
             os.close(stays[1])
             os.read(stays[0], 1)
@@ -91,11 +98,11 @@ def test_two_processes_lose_no_name(tmp_path, forked, killed):
 
     def write_many():
         for _ in range(300):
-            file = file_beside(tmp_path / "run" / "x")
+            file = open_temporary_file(tmp_path / "run" / "x")
             file.close()
             assert Path(file.name).name in noted(tmp_path / "run")
             discard(Path(file.name))
-        file_beside(tmp_path / "run" / "x").close()
+        open_temporary_file(tmp_path / "run" / "x").close()
         (tmp_path / f"done.{os.getpid()}").touch()
 
     def both():
@@ -114,7 +121,7 @@ def test_two_processes_lose_no_name(tmp_path, forked, killed):
 def test_two_processes_that_also_clean_leave_each_other_alone(tmp_path, killed):
     def write_and_clean():
         for _ in range(100):
-            file = file_beside(tmp_path / "x")
+            file = open_temporary_file(tmp_path / "x")
             file.close()
             remove_leftovers(tmp_path)
             assert Path(file.name).exists()
@@ -143,7 +150,7 @@ def test_a_new_journal_that_another_process_took_for_a_dead_one_is_made_again(tm
         return lock(descriptor, flags)
 
     monkeypatch.setattr(fcntl, "lockf", late)
-    file = file_beside(tmp_path / "x")
+    file = open_temporary_file(tmp_path / "x")
     file.close()
     assert len(calls) == 3 and len(names(tmp_path)) == 2
     discard(Path(file.name))
@@ -167,7 +174,7 @@ def test_a_journal_that_is_full_or_gone_is_replaced(tmp_path, monkeypatch, kille
     def writes():
         monkeypatch.setattr(journal, "_MOST_BYTES", 100)
         for _ in range(50):
-            file_beside(tmp_path / "x").close()
+            open_temporary_file(tmp_path / "x").close()
             if kind == "removed":
                 next(tmp_path.glob(f"{JOURNAL}.*")).unlink()
             for path in list(tmp_path.glob(".x.*"))[1:]:
@@ -182,8 +189,8 @@ def test_a_journal_that_is_full_or_gone_is_replaced(tmp_path, monkeypatch, kille
 
 def test_what_cannot_be_made_leaves_no_journal(tmp_path):
     with pytest.raises(FileNotFoundError):
-        set_aside(tmp_path / "missing")
+        rename_to_temporary(tmp_path / "missing")
     with pytest.raises(FileNotFoundError):
-        file_beside(tmp_path / "missing" / "x")
+        open_temporary_file(tmp_path / "missing" / "x")
     remove_leftovers(tmp_path / "missing")
     assert names(tmp_path) == []

@@ -11,6 +11,7 @@ from orthotrain.layers import (
     OftConv2d,
     OftEmbedding,
     OftLinear,
+    OftSettings,
     PoetLinear,
     PoetSettings,
     StepwiseLinear,
@@ -22,14 +23,14 @@ def stepwise(**options):
 
 
 LAYERS = {
-    **{f"step-wise, {centre}": stepwise(centre=centre) for centre in ("input", "weight", "auto")},
+    **{f"step-wise, {route}": stepwise(route=route) for route in ("input", "weight", "auto")},
     "step-wise, scaled": stepwise(trained_scale=True),
     "step-wise, residual": stepwise(storage="residual"),
     "POET": lambda: PoetLinear.from_linear(nn.Linear(64, 32), block_size=8),
     "OFT": lambda: OftLinear.from_linear(nn.Linear(64, 32), 8),
     "LoRA": lambda: LoraLinear.from_linear(nn.Linear(64, 32), 4),
-    "OFT convolution": lambda: OftConv2d.from_conv(nn.Conv2d(8, 4, 3), 8),
-    "OFT embedding": lambda: OftEmbedding.from_embedding(nn.Embedding(16, 8), 8),
+    "OFT convolution": lambda: OftConv2d.from_settings(nn.Conv2d(8, 4, 3), OftSettings(8)),
+    "OFT embedding": lambda: OftEmbedding.from_settings(nn.Embedding(16, 8), OftSettings(8)),
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from orthotrain.layers import LoraLinear, OftConv2d, OftEmbedding, OftLinear, PoetLinear, StepwiseLinear
+from orthotrain.layers import LoraLinear, OftConv2d, OftEmbedding, OftLinear, OftSettings, PoetLinear, StepwiseLinear
 from orthotrain.layers.folding import fold_rotations, merge_rotations
 from orthotrain.layers.poet.poet_settings import PoetSettings
 from orthotrain.layers.weights.bf16_weight import Bf16Weight
@@ -28,9 +28,9 @@ LAYERS = {
     **{f"stepwise {storage}": lambda storage=storage: poet(storage, torch.float32, True) for storage in ("residual",)},
     "stepwise dense": lambda: poet("dense", torch.float32, True),
     "poet dense in bf16": lambda: poet("dense", torch.bfloat16),
-    **{f"oft {q}": lambda q=q: OftLinear.from_linear(linear(), 8, quantization=q) for q in (None, "int8", "nf4")},
-    "oft convolution": lambda: OftConv2d.from_conv(nn.Conv2d(8, 4, 3), 8),
-    "oft embedding": lambda: OftEmbedding.from_embedding(nn.Embedding(16, 32), 8),
+    **{f"oft {q}": lambda q=q: OftLinear.from_linear(linear(), 8, storage=q) for q in (None, "int8", "nf4")},
+    "oft convolution": lambda: OftConv2d.from_settings(nn.Conv2d(8, 4, 3), OftSettings(8)),
+    "oft embedding": lambda: OftEmbedding.from_settings(nn.Embedding(16, 32), OftSettings(8)),
     "lora": lambda: LoraLinear.from_linear(linear(), 4),
 }
 

@@ -9,8 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthotrain.console.limited_process import LimitExceeded, call_limited
 from orthotrain.errors import ConfigurationError
-from orthotrain.models import CausalLM, PretrainedModel
-from orthotrain.models import size_check as model_size
+from orthotrain.models import CausalLM, PretrainedModel, network_size
 
 
 def test_builds_from_a_configuration_and_from_a_folder(tiny_llama, tmp_path):
@@ -84,7 +83,7 @@ def test_gradient_checkpointing_changes_memory_and_not_the_gradients(tiny_llama)
     ],
 )
 def test_descriptions_that_no_machine_can_build_are_one_line(tiny_llama, monkeypatch, key, value, said):
-    monkeypatch.setattr(model_size, "_SECONDS", 2.0)
+    monkeypatch.setattr(network_size, "_SECONDS", 2.0)
     with pytest.raises(ConfigurationError, match=said) as caught:
         CausalLM({**tiny_llama, key: value})()
     assert "\n" not in str(caught.value) and "the llama configuration describes" in str(caught.value)
@@ -102,7 +101,7 @@ def test_a_plan_refuses_them_too(tiny_llama):
     [("num_hidden_layers", 10**8, "too large"), ("vocab_size", 2**40, "more than"), ("vocab_size", 10**11, "GiB")],
 )
 def test_a_folder_that_describes_such_a_network(tiny_llama, tmp_path, monkeypatch, key, value, said):
-    monkeypatch.setattr(model_size, "_SECONDS", 2.0)
+    monkeypatch.setattr(network_size, "_SECONDS", 2.0)
     CausalLM(tiny_llama)().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value, "layer_types": None}))
@@ -143,5 +142,5 @@ def test_a_folder_with_what_is_no_regular_file(tiny_llama, tmp_path, name, kind)
     CausalLM(tiny_llama)().save_pretrained(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name) if kind == "fifo" else (tmp_path / name).symlink_to("/dev/zero")
-    with pytest.raises(ConfigurationError, match=f"{name}' is no regular file but a {kind}"):
+    with pytest.raises(ConfigurationError, match=f"{name}' is a {kind}, not a regular file"):
         PretrainedModel(str(tmp_path))()

@@ -227,7 +227,7 @@ def test_looking_at_the_first_batch_draws_nothing(inference):
 
 HEADS = {
     "PoetLinear": lambda head: PoetLinear.from_linear(head, 8),
-    "OftLinear": lambda head: OftLinear.from_linear(head, 8, quantization="nf4"),
+    "OftLinear": lambda head: OftLinear.from_linear(head, 8, storage="nf4"),
     "LoraLinear": lambda head: LoraLinear.from_linear(head, 2),
 }
 

@@ -83,12 +83,12 @@ def trainer_for(folder, **kwargs):
     return L.Trainer(**{**defaults, **kwargs})
 
 
-@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
-def test_finetunes_only_the_rotations(tiny_llama, tmp_path, instructions, quantization):
-    size = {"hidden_size": 256, "intermediate_size": 256} if quantization else {}
+@pytest.mark.parametrize("storage", [None, "nf4", "int8"])
+def test_finetunes_only_the_rotations(tiny_llama, tmp_path, instructions, storage):
+    size = {"hidden_size": 256, "intermediate_size": 256} if storage else {}
     module = OftModule(
         CausalLM({**tiny_llama, **size, "vocab_size": 320}),
-        OftLayers(block_size=8, quantization=quantization),
+        OftLayers(block_size=8, storage=storage),
         Optimization(lr=2e-2),
         max_new_tokens=4,
     )
@@ -107,15 +107,15 @@ def test_finetunes_only_the_rotations(tiny_llama, tmp_path, instructions, quanti
 
 def test_trains_extra_parameters_and_refuses_patterns_without_a_match(tiny_llama):
     model = CausalLM(tiny_llama)()
-    OftLayers(block_size=8, block_sizes={"*down_proj": 16}, train=["*norm*"]).apply_(model)
+    OftLayers(block_size=8, overrides={"*down_proj": {"block_size": 16}}, train=["*norm*"]).apply_(model)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("norm" in name or name.endswith("generators") for name in names) and "model.norm.weight" in names
     sizes = {name.split(".")[-1]: layer.rotation_in.block_size for name, layer in mergeable_layers(model)}
     assert sizes["down_proj"] == 16 and sizes["q_proj"] == 8
     with pytest.raises(ConfigurationError, match="train pattern 'nope' matches no parameter"):
         OftLayers(block_size=8, train=["nope"]).apply_(CausalLM(tiny_llama)())
-    with pytest.raises(ConfigurationError, match="block_sizes pattern 'nope'"):
-        OftLayers(block_size=8, block_sizes={"nope": 4}).apply_(CausalLM(tiny_llama)())
+    with pytest.raises(ConfigurationError, match="overrides pattern 'nope' matches none of the rotated layers"):
+        OftLayers(block_size=8, overrides={"nope": {"block_size": 4}}).apply_(CausalLM(tiny_llama)())
     with pytest.raises(ConfigurationError, match=r"layer model.layers.0.self_attn.q_proj \(32 x 32\): block_size=12"):
         OftLayers(block_size=12).apply_(CausalLM(tiny_llama)())
 

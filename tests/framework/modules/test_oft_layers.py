@@ -33,23 +33,23 @@ def trained(network):
 @pytest.mark.parametrize(("hidden", "inner"), [(256, 640), (576, 1536)])
 def test_int8_takes_the_widths_of_the_shipped_recipes(hidden, inner):
     network = CausalLM({**SIZES, "hidden_size": hidden, "intermediate_size": inner})()
-    OftLayers(quantization="int8").apply_(network)
+    OftLayers(storage="int8").apply_(network)
     groups = {layer.in_features: layer.weight.group_size for _, layer in mergeable_layers(network)}
     assert groups == {width: {256: 256, 640: 128, 576: 64, 1536: 256}[width] for width in (hidden, inner)}
 
 
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_group_size_reaches_the_weights(quantization):
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+def test_group_size_reaches_the_weights(storage):
     network = CausalLM(SIZES)()
-    OftLayers(block_size=8, quantization=quantization, group_size=32).apply_(network)
+    OftLayers(block_size=8, storage=storage, group_size=32).apply_(network)
     assert {layer.weight.group_size for _, layer in mergeable_layers(network)} == {32}
 
 
 def test_group_sizes_that_mean_nothing_are_refused():
-    with pytest.raises(ConfigurationError, match="group_size=32 without quantization: set that to nf4 or int8"):
+    with pytest.raises(ConfigurationError, match="group_size=32 with storage=None: only int8 and nf4 have groups"):
         OftLayers(group_size=32)
     with pytest.raises(ConfigurationError, match=r"q_proj \(64 x 64\): group_size=48 does not divide the 64 inputs"):
-        OftLayers(block_size=8, quantization="int8", group_size=48).apply_(CausalLM(SIZES)())
+        OftLayers(block_size=8, storage="int8", group_size=48).apply_(CausalLM(SIZES)())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Recipe parts of PoetModule: clip ramp, frozen parts, overrides; diverged runs and other settings are refused."""
 
+from dataclasses import replace
+
 import lightning as L
 import pytest
 import torch
@@ -73,7 +75,7 @@ def test_clip_ramp_scales_the_bound_after_merges(tmp_path):
 
     ramp = ClipRamp(steps=2, start=0.5, until_step=9)
     # folding early drops no state, and starts no ramp
-    module = Poet(net, LAYERS, 4, max_generator_norm=1e-6, clip_ramp=ramp)
+    module = Poet(net, LAYERS, 4, max_generator_norm=1e-6, optimization=Optimization(clip_ramp=ramp))
     trainer_for(tmp_path, 14, gradient_clip_val=1e-3, callbacks=[Norms()]).fit(module, datamodule=Regression())
     # merges after step 4, 8 and 12; the last is past until_step
     factors = [1, 1, 1, 1, 0.5, 0.75, 1, 1, 0.5, 0.75, 1, 1, 1, 1]
@@ -88,14 +90,14 @@ def test_clip_ramp_clips_values_if_the_trainer_does(tmp_path):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             largest.append(max(float(p.grad.abs().max()) for p in module.parameters() if p.grad is not None))
 
-    module = Poet(net, LAYERS, merge_every=2, clip_ramp=ClipRamp(steps=4, start=0.5))
+    module = Poet(net, LAYERS, merge_every=2, optimization=Optimization(clip_ramp=ClipRamp(steps=4, start=0.5)))
     options = {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": "value", "callbacks": [Largest()]}
     trainer_for(tmp_path, 4, **options).fit(module, datamodule=Regression())
     assert largest == pytest.approx([1e-4, 1e-4, 0.5e-4, 0.625e-4])
 
 
 def test_a_ramp_without_a_bound_is_refused(tmp_path):
-    module = Poet(net, LAYERS, clip_ramp=ClipRamp())
+    module = Poet(net, LAYERS, optimization=Optimization(clip_ramp=ClipRamp()))
     with pytest.raises(ConfigurationError, match="clip_ramp scales trainer.gradient_clip_val: set it"):
         trainer_for(tmp_path, 2).fit(module, datamodule=Regression())
 
@@ -140,14 +142,14 @@ def test_a_period_below_one_is_named_as_the_module_calls_it(module):
 
 
 def test_frozen_parts_do_not_move(tmp_path):
-    module = Poet(net, PoetLayers(block_size=4, include=["0"]), freeze=["2.*"], optimization=Optimization(lr=0.1))
+    module = Poet(net, PoetLayers(block_size=4, include=["0"], freeze=["2.*"]), optimization=Optimization(lr=0.1))
     module.configure_model()
     before = {name: p.clone() for name, p in module.named_parameters()}
     trainer_for(tmp_path, 3).fit(module, datamodule=Regression())
     moved = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"model.0.rotation_in.generators", "model.0.rotation_out.generators", "model.0.bias"}
     with pytest.raises(ConfigurationError, match=r"freeze pattern 'head\*' matches no trained parameter"):
-        Poet(net, LAYERS, freeze=["head*"]).configure_model()
+        Poet(net, replace(LAYERS, freeze=["head*"])).configure_model()
 
 
 def test_overrides_by_pattern():
@@ -219,7 +221,7 @@ def test_resuming_as_another_run_is_refused(tmp_path, change, message):
     with pytest.raises(ConfigurationError) as caught:
         trainer_for(tmp_path, 4).fit(module(**change), datamodule=Regression(), ckpt_path=tmp_path / "a.ckpt")
     assert message in str(caught.value)
-    free = module(layers={"centre": "weight", "activation_mode": "mem"}, merge_every=7)
+    free = module(layers={"route": "weight", "activation_mode": "mem"}, merge_every=7)
     trainer_for(tmp_path, 4).fit(free, datamodule=Regression(), ckpt_path=tmp_path / "a.ckpt")
 
 

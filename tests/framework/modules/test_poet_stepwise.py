@@ -81,7 +81,7 @@ def test_stepwise_poet_trains_keeps_the_spectrum_and_logs_its_movement(tmp_path)
     assert sum(losses[-16:]) < 0.9 * sum(without[-16:])
     for name, layer in layers.items():
         assert not any(p.any() for p in layer.rotation_parameters())
-        assert int(layer.merge_count) == 60 and int(layer.resample_count) == 15
+        assert int(layer.fold_count) == 45 and int(layer.merge_count) == 15
         torch.testing.assert_close(torch.linalg.svdvals(layer.merged_weight()), start[name], rtol=1e-4, atol=1e-4)
         # 0.02 * X rotates by twice that, X having singular values of 0.7 to 1.2, on one side
         rms, angle = (float(trainer.callback_metrics[f"movement/{name}/{what}"]) for what in ("rms", "angle"))

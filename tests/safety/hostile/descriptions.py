@@ -22,7 +22,7 @@ POSITIONS = {
     "override": f"{MODULE}.layers.overrides.*mlp*.parameterization",
     "layers": f"{MODULE}.layers",
     "optimization": f"{MODULE}.optimization",
-    "clip_ramp": f"{MODULE}.clip_ramp",
+    "clip_ramp": f"{MODULE}.optimization.clip_ramp",
     "arguments": MODULE,
     "module": "hyper_parameters",
 }

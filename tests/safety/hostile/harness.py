@@ -66,7 +66,7 @@ class Server:
         environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # another test of this process may have made torch set it
         self._log = (folder / "server.log").open("w")
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(SERVER)],
+            [sys.executable, str(SERVER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

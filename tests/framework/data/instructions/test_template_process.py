@@ -22,7 +22,7 @@ HOSTILE = {
     "multiplied text": "{{ 'x' * 10**10 }}",
     "doubled text": "{% set n = namespace(x='xx') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "wide format": "{{ '%1000000000000d' % 3 }}",
-    "wide centre": "{{ 'a'.center(10**11) }}",
+    "wide center": "{{ 'a'.center(10**11) }}",
     "wide indent": "{{ ('a\n' * 10**6) | indent(10**6) }}",
     "power": "{{ 9 ** (9 ** 9) }}",
     "recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",

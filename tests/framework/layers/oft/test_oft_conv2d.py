@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import Mergeable, OftConv2d
+from orthotrain.layers import Mergeable, OftConv2d, OftSettings
 
 
 def turn_(layer, std=0.1):
@@ -49,7 +49,7 @@ def test_identity_at_the_start_and_exact_merges_for_every_geometry(conv, batched
         expected = conv(x)
     except (RuntimeError, NotImplementedError):
         assume(False)
-    layer = OftConv2d.from_conv(conv, 2, block_share=share)
+    layer = OftConv2d.from_settings(conv, OftSettings(2, block_share=share))
     assert torch.equal(layer(x), expected)
     before, plain = turn_(layer)(x), layer.unwrap()
     layer.merge_()
@@ -62,7 +62,7 @@ def test_identity_at_the_start_and_exact_merges_for_every_geometry(conv, batched
 
 
 def test_merged_weight_is_the_rotation_of_each_group():
-    layer = turn_(OftConv2d.from_conv(nn.Conv2d(12, 6, 3, groups=2), 3))
+    layer = turn_(OftConv2d.from_settings(nn.Conv2d(12, 6, 3, groups=2), OftSettings(3)))
     rotation = torch.block_diag(*(torch.eye(3) + layer.displacements()[0]))
     weight = layer.conv.weight
     for group in range(2):
@@ -72,7 +72,9 @@ def test_merged_weight_is_the_rotation_of_each_group():
 
 
 def test_gradients_equal_those_of_the_effective_weight():
-    layer = turn_(OftConv2d.from_conv(nn.Conv2d(8, 5, 3, padding=1, dilation=2, padding_mode="reflect"), 4))
+    layer = turn_(
+        OftConv2d.from_settings(nn.Conv2d(8, 5, 3, padding=1, dilation=2, padding_mode="reflect"), OftSettings(4))
+    )
     x = torch.randn(2, 8, 7, 7, requires_grad=True)
     y = layer(x)
     grad = torch.randn_like(y)
@@ -87,10 +89,10 @@ def test_gradients_equal_those_of_the_effective_weight():
 
 
 def test_trains_only_the_generators_and_reloads():
-    layer = turn_(OftConv2d.from_conv(nn.Conv2d(8, 5, 3), 4))
+    layer = turn_(OftConv2d.from_settings(nn.Conv2d(8, 5, 3), OftSettings(4)))
     assert isinstance(layer, Mergeable)
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["rotation_in.generators"]
-    twin = OftConv2d.from_conv(nn.Conv2d(8, 5, 3), 4, train_bias=True)
+    twin = OftConv2d.from_settings(nn.Conv2d(8, 5, 3), OftSettings(4), train_bias=True)
     assert twin.conv.bias.requires_grad
     twin.load_state_dict(layer.state_dict())
     x = torch.randn(2, 8, 6, 6)
@@ -103,7 +105,7 @@ def test_trains_only_the_generators_and_reloads():
 @pytest.mark.parametrize("rotation_dtype", ["input", "float32"])
 def test_follows_autocast(rotation_dtype):
     conv = nn.Conv2d(8, 5, 3)
-    layer = OftConv2d.from_conv(conv, 4, rotation_dtype=rotation_dtype)
+    layer = OftConv2d.from_settings(conv, OftSettings(4, rotation_dtype=rotation_dtype))
     x = torch.randn(2, 8, 6, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(x), conv(x))
@@ -112,6 +114,6 @@ def test_follows_autocast(rotation_dtype):
 
 def test_block_size_must_fit_a_group():
     with pytest.raises(ConfigurationError, match=r"block_size=8 .*12 input channels of a group; near it: 6 and 12"):
-        OftConv2d.from_conv(nn.Conv2d(24, 4, 3, groups=2), 8)
+        OftConv2d.from_settings(nn.Conv2d(24, 4, 3, groups=2), OftSettings(8))
     with pytest.raises(ConfigurationError, match="1 input channels of a group: no block_size from 2 up"):
-        OftConv2d.from_conv(nn.Conv2d(8, 8, 3, groups=8), 2)
+        OftConv2d.from_settings(nn.Conv2d(8, 8, 3, groups=8), OftSettings(2))

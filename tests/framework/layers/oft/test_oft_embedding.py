@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import Mergeable, OftEmbedding
+from orthotrain.layers import Mergeable, OftEmbedding, OftSettings
 
 
 def turn_(layer, std=0.1):
@@ -21,7 +21,7 @@ def relative(actual, expected):
 @pytest.mark.parametrize("share", [False, True])
 def test_identity_then_exact_merge(dtype, share):
     embedding = nn.Embedding(20, 16, padding_idx=3, dtype=dtype)
-    layer = OftEmbedding.from_embedding(embedding, 4, block_share=share)
+    layer = OftEmbedding.from_settings(embedding, OftSettings(4, block_share=share))
     assert isinstance(layer, Mergeable)
     index = torch.tensor([[0, 3, 5], [19, 1, 3]])
     assert torch.equal(layer(index), embedding(index))
@@ -37,14 +37,14 @@ def test_identity_then_exact_merge(dtype, share):
 
 
 def test_merged_table_is_the_rotated_one():
-    layer = turn_(OftEmbedding.from_embedding(nn.Embedding(20, 16), 4))
+    layer = turn_(OftEmbedding.from_settings(nn.Embedding(20, 16), OftSettings(4)))
     rotation = torch.block_diag(*(torch.eye(4) + layer.displacements()[0]))
     torch.testing.assert_close(layer.merged_weight(), layer.embedding.weight @ rotation)
     torch.testing.assert_close(layer.merged_weight().norm(dim=1), layer.embedding.weight.norm(dim=1))
 
 
 def test_gradient_is_that_of_the_rotated_table():
-    layer = turn_(OftEmbedding.from_embedding(nn.Embedding(20, 16), 4))
+    layer = turn_(OftEmbedding.from_settings(nn.Embedding(20, 16), OftSettings(4)))
     index = torch.tensor([1, 1, 7])
     grad = torch.randn(3, 16)
     generators = layer.rotation_out.generators
@@ -58,10 +58,10 @@ def test_trains_only_the_generators_unties_and_reloads():
     embedding = nn.Embedding(20, 16)
     head = nn.Linear(16, 20, bias=False)
     head.weight = embedding.weight
-    layer = turn_(OftEmbedding.from_embedding(embedding, 4))
+    layer = turn_(OftEmbedding.from_settings(embedding, OftSettings(4)))
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["rotation_out.generators"]
     before = head.weight.clone()
-    twin = OftEmbedding.from_embedding(nn.Embedding(20, 16), 4)
+    twin = OftEmbedding.from_settings(nn.Embedding(20, 16), OftSettings(4))
     twin.load_state_dict(layer.state_dict())
     index = torch.arange(20)
     assert torch.equal(twin(index), layer(index))
@@ -75,4 +75,4 @@ def test_trains_only_the_generators_unties_and_reloads():
 
 def test_block_size_must_fit():
     with pytest.raises(ConfigurationError, match=r"block_size=5 .*16 features to rotate; near it: 4 and 8"):
-        OftEmbedding.from_embedding(nn.Embedding(20, 16), 5)
+        OftEmbedding.from_settings(nn.Embedding(20, 16), OftSettings(5))

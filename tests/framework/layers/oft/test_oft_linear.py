@@ -19,7 +19,7 @@ BASES = [None, "nf4", "int8"]
 
 
 def wrap(linear, block_size=8, **options):
-    if options.get("quantization") == "int8":
+    if options.get("storage") == "int8":
         options.setdefault("group_size", 32)
     return OftLinear.from_linear(linear, block_size, **options)
 
@@ -76,7 +76,7 @@ def test_only_generators_train_unless_the_bias_is_asked_for():
 
     assert trained() == ["rotation_in.generators"]
     assert trained(train_bias=True) == ["bias", "rotation_in.generators"]
-    assert trained(quantization="nf4") == ["rotation_in.generators"]
+    assert trained(storage="nf4") == ["rotation_in.generators"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,10 +98,10 @@ def test_merge_changes_nothing_beyond_rounding(dtype):
         assert relative(layer(x), before) < 2**-8
 
 
-@pytest.mark.parametrize(("quantization", "limit"), [("nf4", 0.11), ("int8", 0.01)])
+@pytest.mark.parametrize(("storage", "limit"), [("nf4", 0.11), ("int8", 0.01)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_merge_into_a_quantised_weight_loses_what_it_reports(quantization, limit, dtype):
-    layer = turn_(wrap(nn.Linear(64, 96, bias=False, dtype=dtype), quantization=quantization))
+def test_merge_into_a_quantised_weight_loses_what_it_reports(storage, limit, dtype):
+    layer = turn_(wrap(nn.Linear(64, 96, bias=False, dtype=dtype), storage=storage))
     eye, x = torch.eye(64), torch.randn(512, 64)
     weight = layer.merged_weight()
     layer.float()
@@ -117,7 +117,7 @@ def test_merge_into_a_quantised_weight_loses_what_it_reports(quantization, limit
 
 
 def test_unwrap_of_a_quantised_layer_does_not_requantise():
-    layer = turn_(wrap(nn.Linear(64, 48), quantization="nf4"))
+    layer = turn_(wrap(nn.Linear(64, 48), storage="nf4"))
     x = torch.randn(8, 64)
     assert relative(layer.unwrap()(x), layer(x)) < 1e-5
 
@@ -156,9 +156,9 @@ def cayley_neumann(order):
     return {"class_path": "cayley_neumann", "init_args": {"order": order}}
 
 
-@pytest.mark.parametrize("quantization", BASES)
-def test_trains_saves_and_reloads_in_both_modes(quantization):
-    layer = wrap(nn.Linear(64, 48), quantization=quantization)
+@pytest.mark.parametrize("storage", BASES)
+def test_trains_saves_and_reloads_in_both_modes(storage):
+    layer = wrap(nn.Linear(64, 48), storage=storage)
     optimizer = torch.optim.Adam(layer.rotation_parameters(), 1e-2)
     x = torch.randn(16, 64)
     for step in range(3):
@@ -169,7 +169,7 @@ def test_trains_saves_and_reloads_in_both_modes(quantization):
     buffer = io.BytesIO()
     torch.save(layer.state_dict(), buffer)
     buffer.seek(0)
-    twin = wrap(nn.Linear(64, 48), quantization=quantization)
+    twin = wrap(nn.Linear(64, 48), storage=storage)
     twin.load_state_dict(torch.load(buffer, weights_only=True))
     for training in (True, False, True):
         assert torch.equal(twin.train(training)(x), layer.train(not training)(x))
@@ -178,10 +178,10 @@ def test_trains_saves_and_reloads_in_both_modes(quantization):
     assert torch.equal(copied(x), twin(x))
 
 
-@pytest.mark.parametrize("quantization", BASES)
+@pytest.mark.parametrize("storage", BASES)
 @pytest.mark.parametrize("rotation_dtype", ["input", "float32"])
-def test_compiles_without_a_graph_break(quantization, rotation_dtype):
-    layer = turn_(wrap(nn.Linear(64, 48), quantization=quantization, rotation_dtype=rotation_dtype, block_share=True))
+def test_compiles_without_a_graph_break(storage, rotation_dtype):
+    layer = turn_(wrap(nn.Linear(64, 48), storage=storage, rotation_dtype=rotation_dtype, block_share=True))
     x, y = (torch.randn(4, 64).requires_grad_() for _ in range(2))
     y.data.copy_(x.data)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -321,10 +321,10 @@ def test_casting_the_layer_keeps_fp32_generators():
     assert layer(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("quantization", BASES)
-def test_disabled_it_is_the_wrapped_layer(quantization):
+@pytest.mark.parametrize("storage", BASES)
+def test_disabled_it_is_the_wrapped_layer(storage):
     linear = nn.Linear(64, 48)
-    layer = wrap(linear, quantization=quantization)
+    layer = wrap(linear, storage=storage)
     x = torch.randn(3, 64)
     base = layer(x)
     turn_(layer)
@@ -371,9 +371,9 @@ def test_published_parameter_counts(hidden, ffn, kv, layers, millions):
         ({"block_size": 16, "coft_eps": 0.0}, "coft_eps=0.0"),
         ({"block_size": 16, "block_dropout": 1.0}, "block_dropout=1.0"),
         ({"block_size": 16, "rotation_dtype": "half"}, "rotation_dtype='half'.*input, float32"),
-        ({"block_size": 16, "quantization": "int4"}, "quantization='int4'.*nf4, int8"),
-        ({"block_size": 16, "quantization": "int8"}, "group_size=256 .*172 and 344"),
-        ({"block_size": 16, "group_size": 64}, "unless quantization"),
+        ({"block_size": 16, "storage": "residual"}, "storage='residual'.*dense, int8 or nf4"),
+        ({"block_size": 16, "storage": "int8"}, "group_size=256 .*172 and 344"),
+        ({"block_size": 16, "group_size": 64}, "group_size=64 with storage=None: only int8 and nf4"),
     ],
 )
 def test_errors_name_what_would_work(options, message):
@@ -383,5 +383,5 @@ def test_errors_name_what_would_work(options, message):
 
 def test_refuses_to_requantise_what_is_quantised():
     linear = bnb.nn.Linear4bit(64, 48, quant_type="nf4").to("cpu")
-    with pytest.raises(ConfigurationError, match="already quantised to nf4 in groups of 64"):
-        OftLinear.from_linear(linear, 8, quantization="int8")
+    with pytest.raises(ConfigurationError, match="already quantized to nf4 in groups of 64"):
+        OftLinear.from_linear(linear, 8, storage="int8")

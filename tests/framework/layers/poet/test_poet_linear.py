@@ -1,4 +1,4 @@
-"""The POET layer's invariants: wrapping, merging and unwrapping change no output; both centres are one function."""
+"""The POET layer's invariants: wrapping, merging and unwrapping change no output; both routes are one function."""
 
 import copy
 import itertools
@@ -10,7 +10,7 @@ from torch import nn
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import PoetLinear
 from orthotrain.layers.mergeable import Foldable, Stepwise
-from orthotrain.layers.poet.route_costs import choose_centre
+from orthotrain.layers.poet.route_costs import ROUTES, choose_route
 from orthotrain.layers.spectrum import singular_values
 
 SHAPES = [(24, 24), (40, 24), (24, 40), (37, 23)]
@@ -29,9 +29,9 @@ def ulp_bound(reference, weight, x):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("centre", "mode"), MODES)
-def test_wrap_merge_unwrap_keep_the_function(shape, bias, centre, mode, randomize):
-    linear, layer = make(shape, bias, centre=centre, activation_mode=mode)
+@pytest.mark.parametrize(("route", "mode"), MODES)
+def test_wrap_merge_unwrap_keep_the_function(shape, bias, route, mode, randomize):
+    linear, layer = make(shape, bias, route=route, activation_mode=mode)
     x = torch.randn(3, 5, shape[0])
     scale = linear(x).abs().max()
     assert (layer(x) - linear(x)).abs().max() <= 1e-6 * scale
@@ -47,9 +47,9 @@ def test_wrap_merge_unwrap_keep_the_function(shape, bias, centre, mode, randomiz
     assert not torch.equal(layer.rotation_out.permutation, orders[1])
 
 
-@pytest.mark.parametrize(("centre", "mode"), MODES)
-def test_bf16_merge_is_within_one_rounding_of_the_weight(centre, mode, randomize):
-    linear, layer = make((48, 40), dtype=torch.bfloat16, centre=centre, activation_mode=mode)
+@pytest.mark.parametrize(("route", "mode"), MODES)
+def test_bf16_merge_is_within_one_rounding_of_the_weight(route, mode, randomize):
+    linear, layer = make((48, 40), dtype=torch.bfloat16, route=route, activation_mode=mode)
     x = torch.randn(16, 48, dtype=torch.bfloat16)
     torch.testing.assert_close(layer(x), linear(x), rtol=2.0**-7, atol=2.0**-7)
     randomize(layer)
@@ -67,8 +67,8 @@ def test_all_modes_have_the_gradients_of_the_dense_definition(randomize):
     x = torch.randn(6, 37, dtype=torch.float64)
     probe = torch.randn(6, 23, dtype=torch.float64)
     results = []
-    for centre, mode in MODES:
-        layer = PoetLinear.from_linear(copy.deepcopy(linear), 8, centre=centre, activation_mode=mode).double()
+    for route, mode in MODES:
+        layer = PoetLinear.from_linear(copy.deepcopy(linear), 8, route=route, activation_mode=mode).double()
         randomize(layer)
         inputs = x.clone().requires_grad_()
         (layer(inputs) * probe).sum().backward()
@@ -92,9 +92,9 @@ def test_all_modes_have_the_gradients_of_the_dense_definition(randomize):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("centre", "mode"), MODES)
-def test_compiles_without_graph_breaks(centre, mode, randomize):
-    _, layer = make((37, 23), centre=centre, activation_mode=mode)
+@pytest.mark.parametrize(("route", "mode"), MODES)
+def test_compiles_without_graph_breaks(route, mode, randomize):
+    _, layer = make((37, 23), route=route, activation_mode=mode)
     randomize(layer)
     x = torch.randn(5, 37)
     expected = torch.autograd.grad(layer(x).square().sum(), layer.rotation_parameters())
@@ -106,15 +106,15 @@ def test_compiles_without_graph_breaks(centre, mode, randomize):
 
 @pytest.mark.slow
 def test_compiles_with_inductor(randomize):
-    _, layer = make((37, 23), centre="input", dtype=torch.bfloat16)
+    _, layer = make((37, 23), route="input", dtype=torch.bfloat16)
     randomize(layer)
     x = torch.randn(5, 37, dtype=torch.bfloat16)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x), rtol=2.0**-6, atol=2.0**-6)
 
 
-@pytest.mark.parametrize(("centre", "mode"), MODES)
-def test_autocast_gives_bf16_like_nn_linear(centre, mode):
-    linear, layer = make(centre=centre, activation_mode=mode)
+@pytest.mark.parametrize(("route", "mode"), MODES)
+def test_autocast_gives_bf16_like_nn_linear(route, mode):
+    linear, layer = make(route=route, activation_mode=mode)
     x = torch.randn(4, 24)
     with torch.autocast("cpu", torch.bfloat16):
         y, expected = layer(x), linear(x)
@@ -126,7 +126,7 @@ def test_mem_mode_saves_only_its_input():
     x = torch.randn(64, 24, requires_grad=True)
 
     def saved(mode):
-        _, layer = make(centre="input", activation_mode=mode, bias=False)
+        _, layer = make(route="input", activation_mode=mode, bias=False)
         own = {p.data_ptr() for p in (*layer.parameters(), *layer.buffers())}
         sizes = {}
 
@@ -239,12 +239,12 @@ def test_a_block_size_that_cannot_work_is_refused(block_size):
         PoetLinear.from_linear(nn.Linear(40, 24), block_size)
 
 
-@pytest.mark.parametrize(("name", "value"), [("centre", "middle"), ("activation_mode", "slow")])
+@pytest.mark.parametrize(("name", "value"), [("route", "middle"), ("activation_mode", "slow")])
 def test_an_unknown_mode_is_refused(name, value):
     with pytest.raises(ConfigurationError, match=f"{name}='{value}': choose one of"):
         PoetLinear.from_linear(nn.Linear(8, 8), 4, **{name: value})
 
 
-def test_auto_centre_follows_the_shape():
-    assert choose_centre(tokens=4096, d_in=256, d_out=256, b_in=64, b_out=64) == "weight"
-    assert choose_centre(tokens=512, d_in=4096, d_out=4096, b_in=256, b_out=256) == "input"
+def test_auto_route_follows_the_shape():
+    assert choose_route(ROUTES, tokens=4096, d_in=256, d_out=256, b_in=64, b_out=64) != "input"
+    assert choose_route(ROUTES, tokens=512, d_in=4096, d_out=4096, b_in=256, b_out=256) == "input"

@@ -16,6 +16,7 @@ from orthotrain.layers import PoetLinear, PoetSettings, StepwiseLinear, initiali
 from orthotrain.layers.poet.initialization import Initialization
 from orthotrain.layers.poet.route_costs import ROUTES
 from orthotrain.layers.spectrum import singular_values, svd_entropy, with_spectrum
+from orthotrain.modules import PoetLayers
 
 VARIANTS = {
     "fs": {"fraction": 0.5},
@@ -33,10 +34,10 @@ MODES = list(itertools.product(["input", "weight"], ["fast", "mem"]))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("centre", "mode"), MODES)
-def test_variants_wrap_merge_and_unwrap_without_changing_the_function(variant, centre, mode, randomize):
+@pytest.mark.parametrize(("route", "mode"), MODES)
+def test_variants_wrap_merge_and_unwrap_without_changing_the_function(variant, route, mode, randomize):
     linear = nn.Linear(37, 23)
-    options = {**VARIANTS[variant], "centre": centre, "activation_mode": mode}
+    options = {**VARIANTS[variant], "route": route, "activation_mode": mode}
     layer = PoetLinear.from_linear(copy.deepcopy(linear), seed=3, **options)
     x = torch.randn(3, 5, 37)
     scale = linear(x).abs().max()
@@ -52,7 +53,7 @@ def test_variants_wrap_merge_and_unwrap_without_changing_the_function(variant, c
 @pytest.mark.parametrize("mode", ["fast", "mem"])
 @pytest.mark.parametrize(("order", "scale"), [(None, 0.1), (4, 0.05), (1, 0.5)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_both_centres_have_the_same_gradients_by_every_route(variant, order, scale, mode, randomize, monkeypatch):
+def test_every_route_has_the_same_gradients(variant, order, scale, mode, randomize, monkeypatch):
     """Exact rotations are inverted by transposing, near ones by solving; the last are too far from any rotation."""
     linear = nn.Linear(37, 23, dtype=torch.float64)
     spec = {"class_path": "cayley_neumann", "init_args": {"order": order}} if order else "cayley"
@@ -257,7 +258,7 @@ def test_keep_starts_from_the_same_function():
         ({"aligned": "heads"}, "aligned='heads': choose one of none, in, out, both"),
         ({"aligned": "out", "fraction": 0.5}, "aligned='out' with a fraction"),
         ({"storage": "int4"}, "storage='int4': choose one of dense"),
-        ({"group_size": 64}, "group_size=64: storage='dense' has no groups"),
+        ({"group_size": 64}, "group_size=64 with storage='dense': only int8 and nf4"),
         ({"storage": "int8", "group_size": 7}, "group_size=7"),
         ({"anchor_every": -1}, "anchor_every=-1"),
         ({"fraction": 0.01}, "is 0: a rotation needs 2 or more, take at least 0.0625"),
@@ -292,7 +293,7 @@ def test_neighbours_move_together_in_every_period(group, stepwise, randomize):
     assert torch.allclose(layer(x), linear(x), atol=1e-5)
     drawn = set()
     for _ in range(3):
-        for width, order in zip((32, 48), layer.rotations.orders, strict=True):
+        for width, order in zip((32, 48), layer.rotations.permutations, strict=True):
             places = by_feature(order, width).view(-1, group)
             assert order.shape == (width // group,)
             assert torch.equal(places - places[:, :1], torch.arange(group).expand_as(places))
@@ -312,7 +313,7 @@ def test_a_state_of_other_groups_is_not_loaded():
 
 
 def test_an_override_by_block_size_takes_the_place_of_a_fraction():
-    base = PoetSettings(fraction=0.5)
+    base = PoetLayers(fraction=0.5)
     assert base.override({"block_size": 4}).blocks("in", 16) == (4, 4)
     assert base.override({"fraction": 0.25}).blocks("in", 16) == (4, 1)
     with pytest.raises(ConfigurationError, match="'blocksize' is no setting"):

@@ -1,4 +1,4 @@
-"""The choice of the centre: shipped and given tables of costs, the device that they name, and the shapes."""
+"""The choice of the route: shipped and given tables of costs, the device that they name, and the shapes."""
 
 import json
 
@@ -10,16 +10,8 @@ from torch import nn
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import PoetLinear
-from orthotrain.layers.poet.route_costs import (
-    ROUTES,
-    SHIPPED,
-    VARIABLE,
-    choose_centre,
-    choose_route,
-    costs_for,
-    read_table,
-    route_costs,
-)
+from orthotrain.layers.poet.cost_tables import SHIPPED, VARIABLE, costs_for, read_table
+from orthotrain.layers.poet.route_costs import ROUTES, choose_route, route_costs
 
 COSTS = {
     "multiply_add": 1.0,
@@ -76,9 +68,6 @@ def test_the_choice_is_the_smallest_of_the_predicted_costs(shape, b_in, b_out, h
     for routes in (ROUTES, ROUTES[:2], ROUTES[1:]):
         chosen = choose_route(routes, tokens, d_in, d_out, b_in, b_out, "cpu", dtype)
         assert expected[chosen] <= min(expected[route] for route in routes) * (1 + 1e-9)
-    chosen = choose_route(ROUTES, tokens, d_in, d_out, b_in, b_out, "cpu", dtype)
-    centre = choose_centre(tokens, d_in, d_out, b_in, b_out, "cpu", dtype)
-    assert centre == ("input" if chosen == "input" else "weight")
 
 
 def test_a_table_written_by_hand_decides_as_computed_by_hand(given_table):
@@ -99,25 +88,25 @@ def test_a_table_written_by_hand_decides_as_computed_by_hand(given_table):
     assert choose_route(("input", "product"), 2, 20, 20, 4, 4) == "product"
 
 
-@pytest.mark.parametrize(("centre", "expected"), [("input", {"input"}), ("weight", {"product", "contraction"})])
-def test_a_centre_that_is_asked_for_is_kept_by_every_route(given_table, centre, expected):
+@pytest.mark.parametrize(("route", "expected"), [("input", {"input"}), ("weight", {"product", "contraction"})])
+def test_the_setting_restricts_the_routes(given_table, route, expected):
     found = set()
     for changed in ({"contract_element": 1e4}, {"rotate_element": 1e4}):
         given_table(**CONTRACT | changed)
-        layer = PoetLinear.from_linear(nn.Linear(16, 16), 4, centre=centre)
+        layer = PoetLinear.from_linear(nn.Linear(16, 16), 4, route=route)
         found.add(layer._route(torch.zeros(50, 16)))
     assert found == expected
 
 
 @pytest.mark.parametrize(("name", "expected"), [("NVIDIA H200", "*H200*"), ("NVIDIA H100 80GB HBM3", "*H100*")])
 def test_a_gpu_is_found_by_its_name(monkeypatch, name, expected):
-    monkeypatch.setattr("orthotrain.layers.poet.route_costs.device_name", lambda kind, index=None: name)
+    monkeypatch.setattr("orthotrain.layers.poet.cost_tables.device_name", lambda kind, index=None: name)
     entry = next(entry for entry in read_table(SHIPPED) if entry["name"] == expected)
     assert costs_for("cuda", 0, half=True) == entry["half"] and costs_for("cuda", 0, half=False) == entry["float32"]
 
 
 def test_an_unknown_device_takes_the_first_of_its_type(monkeypatch):
-    monkeypatch.setattr("orthotrain.layers.poet.route_costs.device_name", lambda kind, index=None: "something new")
+    monkeypatch.setattr("orthotrain.layers.poet.cost_tables.device_name", lambda kind, index=None: "something new")
     entries = read_table(SHIPPED)
     for kind, first in (("cpu", "cpu"), ("cuda", "cuda"), ("mps", "cuda")):
         assert costs_for(kind, None, half=True) == next(e["half"] for e in entries if e["type"] == first)
@@ -128,12 +117,12 @@ def test_a_calibrated_table_in_the_cache_comes_before_the_shipped_one(tmp_path, 
     monkeypatch.setenv("ORTHOTRAIN_CACHE", str(tmp_path / "none"))
     shipped = costs_for("cpu", None, half=False)
     monkeypatch.setenv("ORTHOTRAIN_CACHE", str(tmp_path))
-    table(tmp_path / "centres.json")
+    table(tmp_path / "routes.json")
     # a table from before contraction was measured, which is then not taken
     assert vars(costs_for("cpu", None, half=False)) == COSTS | dict.fromkeys(CONTRACT) != vars(shipped)
     other = tmp_path / "other"
     other.mkdir()
-    table(other / "centres.json", name="NVIDIA B200", kind="cuda")
+    table(other / "routes.json", name="NVIDIA B200", kind="cuda")
     monkeypatch.setenv("ORTHOTRAIN_CACHE", str(other))
     assert costs_for("cpu", None, half=False) == shipped
 
@@ -144,7 +133,7 @@ def test_a_calibrated_table_in_the_cache_comes_before_the_shipped_one(tmp_path, 
         ("{", "ill-formed"),
         ("[]", "ill-formed"),
         ('{"devices": 3}', "ill-formed"),
-        ('{"devices": [{"type": "cpu", "name": 3}]}', "type and name of a device are words"),
+        ('{"devices": [{"type": "cpu", "name": 3}]}', "type and name of a device must be strings"),
         ('{"devices": [{"type": "cpu", "name": "cpu", "float32": {"multiply_add": 1}, "half": {}}]}', "costs are"),
         ('{"devices": [{"type": "cpu", "name": "cpu", "float32": {}}]}', "costs are"),
     ],
@@ -164,14 +153,14 @@ def test_a_cost_that_is_no_time_is_refused(tmp_path, value):
 
 
 def test_the_costs_of_contraction_are_measured_together(tmp_path):
-    with pytest.raises(ConfigurationError, match="all or none of those of contract_"):
+    with pytest.raises(ConfigurationError, match="all or none of those that begin with contract_"):
         read_table(table(tmp_path / "costs.json", contract_call=1.0))
 
 
 def test_a_table_that_is_named_must_exist(monkeypatch):
     monkeypatch.setenv(VARIABLE, "/nowhere/costs.json")
     with pytest.raises(ConfigurationError, match=r"/nowhere/costs\.json cannot be read"):
-        choose_centre(1, 8, 8, 4, 4)
+        choose_route(ROUTES, 1, 8, 8, 4, 4)
 
 
 def test_a_compiled_layer_chooses_by_the_number_of_tokens_at_hand(given_table):
@@ -195,7 +184,7 @@ def test_a_compiled_layer_chooses_by_the_number_of_tokens_at_hand(given_table):
 
 def test_a_cpu_of_its_own_kind_has_its_own_costs_and_plain_ones_serve_the_rest(monkeypatch, tmp_path):
     def named(name):
-        monkeypatch.setattr("orthotrain.layers.poet.route_costs.device_name", lambda kind, index=None: name)
+        monkeypatch.setattr("orthotrain.layers.poet.cost_tables.device_name", lambda kind, index=None: name)
         return costs_for("cpu", None, half=True)
 
     monkeypatch.setenv("ORTHOTRAIN_CACHE", str(tmp_path))

@@ -9,7 +9,7 @@ from torch import nn
 from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.layers import Mergeable, PoetLinear, PoetSettings, StepwiseLinear, initialize_
 from orthotrain.layers.mergeable import Foldable
-from orthotrain.layers.poet.route_costs import Costs
+from orthotrain.layers.poet.cost_tables import Costs
 from orthotrain.layers.spectrum import singular_values
 from orthotrain.layers.weights.bf16_weight import Bf16Weight
 
@@ -24,16 +24,18 @@ VARIANTS = {
 
 
 def wrap(linear, seed=3, **options):
-    return StepwiseLinear.from_settings(copy.deepcopy(linear), PoetSettings(stepwise=True, **options), seed)
+    return StepwiseLinear.from_linear(
+        copy.deepcopy(linear), seed=seed, **{"parameterization": "cayley_neumann", **options}
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("centre", ["input", "weight", "auto"])
+@pytest.mark.parametrize("route", ["input", "weight", "auto"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_forward_is_the_plain_layer_and_gradients_are_poets_at_zero(variant, centre, bias):
+def test_forward_is_the_plain_layer_and_gradients_are_poets_at_zero(variant, route, bias):
     linear = nn.Linear(37, 23, bias=bias, dtype=torch.float64)
     options = VARIANTS[variant]
-    layer = wrap(linear, centre=centre, **options)
+    layer = wrap(linear, route=route, **options)
     poet = PoetLinear.from_linear(copy.deepcopy(linear), seed=3, **options)
     assert isinstance(layer, Mergeable) and isinstance(layer, Foldable)
     results = []
@@ -75,12 +77,12 @@ def test_trains_in_bf16_autocast(storage):
     assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in layer.rotation_parameters())
 
 
-@pytest.mark.parametrize("centre", ["input", "weight", "auto"])
+@pytest.mark.parametrize("route", ["input", "weight", "auto"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_weight_with_a_residual_takes_the_centre_that_is_asked_for(centre, autocast, monkeypatch):
+def test_a_weight_with_a_residual_takes_the_route_that_is_asked_for(route, autocast, monkeypatch):
     linear = nn.Linear(37, 23)
-    layer = wrap(linear, block_size=8, storage="residual", centre=centre)
-    dense = wrap(layer.unwrap(), block_size=8, centre="input")
+    layer = wrap(linear, block_size=8, storage="residual", route=route)
+    dense = wrap(layer.unwrap(), block_size=8, route="input")
     taken = []
     for way in ("_through_weight", "_tapped"):
         original = getattr(StepwiseLinear, way)
@@ -93,25 +95,25 @@ def test_a_weight_with_a_residual_takes_the_centre_that_is_asked_for(centre, aut
             y = module(x)
         y.float().pow(3).sum().backward()
         results.append([y.detach().float(), x.grad, *(p.grad for p in module.rotation_parameters())])
-        if module is layer and centre != "auto":
-            assert set(taken) == {"_through_weight" if centre == "weight" else "_tapped"}
+        if module is layer and route != "auto":
+            assert set(taken) == {"_through_weight" if route == "weight" else "_tapped"}
     for got, want in zip(*results, strict=True):
         # bf16 rounds products, and what they are contracted to, to 8 bits
         assert (got - want).norm() <= (3e-2 if autocast else 1e-5) * want.norm()
 
 
-def test_auto_takes_the_cheaper_centre_of_any_weight(monkeypatch):
+def test_auto_takes_the_cheaper_route_of_any_weight(monkeypatch):
     """Few tokens: a fold is dear beside the contraction of activations; many: the other way round."""
     costs = Costs(1, 0, 0, rotate_column=10, fold_call=1e9, fold_element=0, fold_column=0)
     monkeypatch.setattr("orthotrain.layers.poet.stepwise_linear.costs_for", lambda *_: costs)
     for storage in ("dense", "residual"):
         layer = wrap(nn.Linear(64, 64), block_size=64, storage=storage)
-        cheaper = [layer._centre_for(torch.empty(tokens, 64)) for tokens in (1, 10**6)]
+        cheaper = [layer._route_for(torch.empty(tokens, 64)) for tokens in (1, 10**6)]
         assert cheaper == ["input", "weight"]
 
 
 def test_what_is_kept_for_backward_is_no_copy_of_the_weight():
-    layer = wrap(nn.Linear(64, 64), block_size=16, storage="residual", centre="weight")
+    layer = wrap(nn.Linear(64, 64), block_size=16, storage="residual", route="weight")
     kept = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t)
     with torch.autocast("cpu", torch.bfloat16), hooks:
@@ -120,10 +122,10 @@ def test_what_is_kept_for_backward_is_no_copy_of_the_weight():
 
 
 @pytest.mark.parametrize("storage", ["dense", "residual"])
-@pytest.mark.parametrize("centre", ["input", "weight"])
-def test_compiles_without_graph_breaks(storage, centre):
+@pytest.mark.parametrize("route", ["input", "weight"])
+def test_compiles_without_graph_breaks(storage, route):
     torch._dynamo.reset()
-    layer = wrap(nn.Linear(37, 23), block_size=8, storage=storage, centre=centre)
+    layer = wrap(nn.Linear(37, 23), block_size=8, storage=storage, route=route)
     results = []
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         x = torch.randn(50, 37, generator=torch.Generator().manual_seed(0)).requires_grad_()

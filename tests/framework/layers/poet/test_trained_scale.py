@@ -26,7 +26,7 @@ def wrap(name, linear, monkeypatch=None, trained_scale=True, **options):
     settings = {"block_size": 8, "parameterization": "cayley", **settings, **options}
     layer = kind.from_settings(copy.deepcopy(linear), PoetSettings(trained_scale=trained_scale, **settings), 3)
     if monkeypatch is not None:
-        monkeypatch.setattr(layer, "_route" if kind is PoetLinear else "_centre_for", lambda x: route)
+        monkeypatch.setattr(layer, "_route" if kind is PoetLinear else "_route_for", lambda x: route)
     return layer
 
 

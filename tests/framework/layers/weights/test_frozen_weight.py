@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from orthotrain.layers import DenseWeight, PoetSettings
+from orthotrain.layers import DenseWeight
 from orthotrain.layers.weights.rounding import Noise
+from orthotrain.layers.weights.storage import store
 
 
 def test_is_never_trained_and_reloads():
@@ -25,7 +26,7 @@ def test_holds_the_weight_without_a_copy():
 @pytest.mark.parametrize("storage", ["dense", "bf16", "residual", "int8", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_weight_is_stored_where_the_one_before_it_was(storage, dtype, noise):
-    weight = PoetSettings(storage=storage).freeze(torch.randn(16, 64).to(dtype))
+    weight = store(torch.randn(16, 64).to(dtype), storage)
     places = {name: p.data_ptr() for name, p in weight.named_parameters()}
     weight.assign_(torch.randn(16, 64), noise)
     assert places == {name: p.data_ptr() for name, p in weight.named_parameters()}

@@ -259,7 +259,7 @@ def test_int8_has_no_default_where_groups_would_be_below_32(width):
 
 
 def test_a_merge_in_fp64_is_packed_by_nf4():
-    layer = OftLinear.from_linear(torch.nn.Linear(64, 48), 8, quantization="nf4").double()
+    layer = OftLinear.from_linear(torch.nn.Linear(64, 48), 8, storage="nf4").double()
     expected = layer.merged_weight()
     layer.merge_()
     assert layer.merged_weight().dtype == torch.float64

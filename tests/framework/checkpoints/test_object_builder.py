@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim import Optimizer
 
-from orthotrain.checkpoints.description import DescriptionBuilder, missing_arguments, parameters_of
+from orthotrain.checkpoints.object_builder import ObjectBuilder, missing_arguments, parameters_of
 from orthotrain.checkpoints.trusted_classes import TrustedClasses
 from orthotrain.errors import ConfigurationError
 from orthotrain.models import CausalLM, ModelBuilder
@@ -38,7 +38,7 @@ class Passes(Takes):
 
 
 def builder(*allow):
-    return DescriptionBuilder(TrustedClasses("file.ckpt", allow))
+    return ObjectBuilder(TrustedClasses("file.ckpt", allow))
 
 
 def build(value, kind, *allow):

@@ -10,7 +10,7 @@ from torch import nn
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.models import CausalLM
-from orthotrain.models.late_weights import allocate, build_without_weights
+from orthotrain.models.deferred_weights import allocate, build_without_weights
 from orthotrain.modules import OftLayers, PoetLayers, PoetModule
 
 TYPES = {
@@ -102,8 +102,8 @@ def test_a_module_whose_layers_do_not_fit_can_be_moved(tiny_llama):
     [
         (PoetLayers(block_size=8, overrides={"*down_proj": {"block_size": 64}}), "down_proj .32 x 48.*block_size"),
         (PoetLayers(block_size=8, storage="int8", group_size=32), "down_proj .32 x 48.*group_size=32"),
-        (OftLayers(block_size=8, block_sizes={"*down_proj": 10}), "down_proj .32 x 48.*10"),
-        (OftLayers(block_size=8, quantization="int8", group_size=32), "down_proj .32 x 48.*group_size=32"),
+        (OftLayers(block_size=8, overrides={"*down_proj": {"block_size": 10}}), "down_proj .32 x 48.*10"),
+        (OftLayers(block_size=8, storage="int8", group_size=32), "down_proj .32 x 48.*group_size=32"),
     ],
 )
 def test_a_layer_that_does_not_fit_leaves_the_network_as_it_was(tiny_llama, layers, message):

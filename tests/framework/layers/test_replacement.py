@@ -130,5 +130,5 @@ def test_patterns_that_select_nothing_are_errors(include, exclude, message):
 
 
 def test_a_model_without_linear_layers_says_so():
-    with pytest.raises(ConfigurationError, match="the model has none at all"):
+    with pytest.raises(ConfigurationError, match="the model has no linear layer"):
         select_linears(nn.Sequential(nn.ReLU()), ["*"])

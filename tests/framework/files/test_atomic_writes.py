@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.journal import JOURNAL
-from orthotrain.files.temporary import (
+from orthotrain.files.atomic_writes import (
     OLD_SUFFIX,
     discard,
-    file_beside,
-    folder_beside,
+    make_temporary_folder,
+    open_temporary_file,
     open_to_append,
     publish,
     remove_folder,
     remove_leftovers,
-    set_aside,
+    rename_to_temporary,
     write_atomically,
     write_text,
 )
+from orthotrain.files.journal import JOURNAL
 from orthotrain.models.folder import new_folder
 
 PLANTED = f"{JOURNAL}.0123456789abcdef"
@@ -52,31 +52,31 @@ def test_what_is_not_noted_is_left_alone(tmp_path):
     before = names(run)
     remove_leftovers(run)
     write_text(run / "last.ckpt", "new")
-    publish(fill(folder_beside(run / "step.ckpt")), run / "step.ckpt")
+    publish(fill(make_temporary_folder(run / "step.ckpt")), run / "step.ckpt")
     assert names(run) == sorted([*before, "last.ckpt", "step.ckpt"])
     assert all((run / name / "inside").read_text() == "x" for name in FOREIGN)
 
 
 def test_what_a_dead_process_noted_is_removed(tmp_path, killed):
     def writes():
-        file_beside(tmp_path / "a.ckpt").close()
-        fill(folder_beside(tmp_path / "b.ckpt"))
-        set_aside(fill(tmp_path / "c.ckpt"))
-        set_aside(fill(tmp_path / "d.ckpt", "older"), OLD_SUFFIX)
-        set_aside(fill(tmp_path / "e.ckpt", "older"), OLD_SUFFIX)
+        open_temporary_file(tmp_path / "a.ckpt").close()
+        fill(make_temporary_folder(tmp_path / "b.ckpt"))
+        rename_to_temporary(fill(tmp_path / "c.ckpt"))
+        rename_to_temporary(fill(tmp_path / "d.ckpt", "older"), OLD_SUFFIX)
+        rename_to_temporary(fill(tmp_path / "e.ckpt", "older"), OLD_SUFFIX)
         fill(tmp_path / "e.ckpt", "newer")
 
     killed(writes)
     assert len(names(tmp_path)) == 7
     remove_leftovers(tmp_path)
-    assert names(tmp_path) == ["d.ckpt", "e.ckpt"], "the one between two names has its own again"
+    assert names(tmp_path) == ["d.ckpt", "e.ckpt"], "the renamed folder has its own name again"
     assert (tmp_path / "d.ckpt" / "inside").read_text() == "older"
     assert (tmp_path / "e.ckpt" / "inside").read_text() == "newer"
 
 
 def test_a_name_with_any_character_is_noted(tmp_path, killed):
     for name in ("a\nb.ckpt", "\udcff.ckpt", " .ckpt", ".partial"):
-        killed(lambda name=name: file_beside(tmp_path / name))
+        killed(lambda name=name: open_temporary_file(tmp_path / name))
         assert len(names(tmp_path)) == 2
         remove_leftovers(tmp_path)
         assert names(tmp_path) == []
@@ -85,7 +85,7 @@ def test_a_name_with_any_character_is_noted(tmp_path, killed):
 def test_links_in_the_place_of_what_is_noted_are_not_followed(tmp_path, killed):
     victim, run = fill(tmp_path / "victim"), tmp_path / "run"
     run.mkdir()
-    for make in (lambda: folder_beside(run / "a"), lambda: set_aside(fill(run / "b"), OLD_SUFFIX)):
+    for make in (lambda: make_temporary_folder(run / "a"), lambda: rename_to_temporary(fill(run / "b"), OLD_SUFFIX)):
         killed(make)
         (path,) = (path for path in run.iterdir() if path.suffix in (".partial", ".old") and not path.is_symlink())
         path.rename(tmp_path / "moved")
@@ -144,7 +144,7 @@ def test_files_and_folders_have_the_modes_of_others(tmp_path):
     before = os.umask(0o027)
     try:
         write_text(tmp_path / "file", "x")
-        publish(fill(folder_beside(tmp_path / "folder")), tmp_path / "folder")
+        publish(fill(make_temporary_folder(tmp_path / "folder")), tmp_path / "folder")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
@@ -161,7 +161,7 @@ def test_a_link_that_has_the_name_is_replaced_and_not_followed(tmp_path, there):
     (run / "folder").symlink_to(victim)
     (run / "log").symlink_to(victim / "inside" if there else victim)
     write_text(run / "file", "new")
-    publish(fill(folder_beside(run / "folder"), "new"), run / "folder")
+    publish(fill(make_temporary_folder(run / "folder"), "new"), run / "folder")
     assert (run / "file").read_text() == "new" and not (run / "file").is_symlink()
     assert (run / "folder" / "inside").read_text() == "new" and not (run / "folder").is_symlink()
     with pytest.raises(OSError, match="symbolic link"):
@@ -203,7 +203,7 @@ def test_an_export_does_not_follow_links(tmp_path):
 
 
 def test_two_writers_of_one_process_keep_their_files(tmp_path):
-    first, second = file_beside(tmp_path / "x"), file_beside(tmp_path / "x")
+    first, second = open_temporary_file(tmp_path / "x"), open_temporary_file(tmp_path / "x")
     assert first.name != second.name and isinstance(first, io.IOBase)
     first.close(), second.close()
     remove_leftovers(tmp_path)
@@ -217,12 +217,16 @@ def test_two_writers_of_one_process_keep_their_files(tmp_path):
 def test_a_name_with_no_room_for_ours_is_refused_before_anything_is_made(tmp_path):
     for name in ("n" * 230, "\u00e9" * 115, "n" * 240, "n" * 255):
         target = tmp_path / "new" / name
-        for act in (lambda path: write_text(path, "x"), folder_beside, lambda path: new_folder(path).__enter__()):
+        for act in (
+            lambda path: write_text(path, "x"),
+            make_temporary_folder,
+            lambda path: new_folder(path).__enter__(),
+        ):
             with pytest.raises(ConfigurationError, match=f"the name is {len(name.encode())} bytes long, and 229 is"):
                 act(target)
     assert names(tmp_path) == []
     for name in ("n" * 229, "\u00e9" * 114):
         write_text(tmp_path / name, "x")
-        publish(fill(folder_beside(tmp_path / name)), tmp_path / name)
+        publish(fill(make_temporary_folder(tmp_path / name)), tmp_path / name)
         remove_folder(tmp_path / name)
     assert names(tmp_path) == []

@@ -95,7 +95,7 @@ def test_tensors_come_back(tmp_path, tensor):
     [
         (object(), "callbacks.Own.x is a object"),
         (Pair(1, 2), "callbacks.Own.x is a Pair"),
-        ({("a", 1): 2}, "callbacks.Own.x is a dictionary with the key .*no string and no integer"),
+        ({("a", 1): 2}, "callbacks.Own.x is a dictionary with the key .*neither a string nor an integer"),
         ({0.5: 1}, "callbacks.Own.x is a dictionary with the key 0.5"),
         ([lambda: 0], "callbacks.Own.x.0 is a function"),
         (nn.Linear(2, 2), "callbacks.Own.x is a Linear"),
@@ -146,7 +146,7 @@ def with_attribute():
 def test_what_only_a_reader_would_refuse_takes_no_older_files_place(tmp_path, value):
     io = AtomicCheckpointIO()
     io.save_checkpoint({"x": 1}, tmp_path / "a.ckpt")
-    with pytest.raises(ConfigurationError, match="could not be read again|nested too deeply, or holds itself"):
+    with pytest.raises(ConfigurationError, match="could not be read again|nested too deeply, or contains itself"):
         io.save_checkpoint({"x": value}, tmp_path / "a.ckpt")
     assert read_checkpoint(tmp_path / "a.ckpt") == {"x": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
@@ -164,6 +164,6 @@ def test_a_callback_whose_state_is_an_object_is_named_at_the_first_save(tmp_path
     module.loss = lambda batch: module.model(batch).sum()
     callbacks = [Remembers(), L.pytorch.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=1)]
     trainer = L.Trainer(max_steps=2, callbacks=callbacks, logger=False, enable_progress_bar=False, accelerator="cpu")
-    with pytest.raises(ConfigurationError, match="callbacks.Remembers.best is a Remembers, which a checkpoint cannot"):
+    with pytest.raises(ConfigurationError, match="callbacks.Remembers.best is a Remembers, which cannot be read again"):
         trainer.fit(module, DataLoader(torch.ones(4, 4), batch_size=2))
     assert trainer.global_step == 1

@@ -23,7 +23,7 @@ KEYS = {"class_path", "init_args", "dict_kwargs"}
 PLAIN = (bool, int, float, str, type(None))
 
 
-class DescriptionBuilder:
+class ObjectBuilder:
     """Builds what one checkpoint describes.
 
     Args:

@@ -1,0 +1,61 @@
+"""Settings that differ for some layers: what the overrides of POET and of OFT have in common."""
+
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from fnmatch import fnmatchcase
+from typing import Any, Self, cast
+
+from orthotrain.errors import ConfigurationError
+
+NETWORK_SETTINGS = ("include", "exclude", "overrides", "train", "freeze")
+"""Settings that choose layers and parameters of the network, and so have no meaning for one layer."""
+
+
+class LayerOverrides:
+    """Mixin of a dataclass of settings with a field ``overrides``: glob pattern on module names -> settings."""
+
+    overrides: dict[str, dict[str, Any]] | None
+
+    def for_name(self, name: str) -> Self:
+        """Return the settings of the layer ``name``: the first override that matches replaces some of these.
+
+        Raises:
+            ConfigurationError: For an override that is no setting of a layer, or has a bad value.
+        """
+        for pattern, values in (self.overrides or {}).items():
+            if name == pattern or fnmatchcase(name, pattern):
+                if nested := sorted(set(values) & set(NETWORK_SETTINGS)):
+                    raise ConfigurationError(f"overrides {pattern!r}: {nested[0]} cannot differ by layer")
+                return self.override({**values, "overrides": None})
+        return self
+
+    def variants(self) -> dict[str, Self]:
+        """Return all settings that layers can have: pattern -> settings, with an empty pattern for these themselves.
+
+        Raises:
+            ConfigurationError: As :meth:`for_name`.
+        """
+        return {"": self, **{pattern: self.for_name(pattern) for pattern in self.overrides or {}}}
+
+    def override(self, values: dict[str, Any]) -> Self:
+        """Return these settings with some replaced.
+
+        Raises:
+            ConfigurationError: For an unknown name or a bad value.
+        """
+        known = [field.name for field in fields(cast(Any, self))]
+        if unknown := sorted(set(values) - set(known)):
+            raise ConfigurationError(f"overrides: {unknown[0]!r} is no setting; there are {', '.join(known)}")
+        return cast(Self, replace(cast(Any, self), **values))
+
+    def refuse_unused_overrides(self, names: Iterable[str]) -> None:
+        """Refuse an override whose pattern matches none of the chosen layers.
+
+        Raises:
+            ConfigurationError: Naming the pattern and the layers.
+        """
+        for pattern in self.overrides or {}:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigurationError(
+                    f"overrides pattern {pattern!r} matches none of the rotated layers: {', '.join(names)}"
+                )

@@ -119,9 +119,9 @@ def poet_linear(
                     deviation if inverts_by_transposing(norm, x.dtype) else None
                     for deviation, norm in zip(deviations, norms, strict=True)
                 )
-                detached = (None if d is None else d.detach() for d in sides)
-                folded = fold(weight, *detached, permutation_out, permutation_in)
                 permutations = (permutation_out, permutation_in)
+                out, into = (None if d is None else d.detach() for d in sides)
+                folded = fold(weight, out, into, *permutations)
                 return PoetLinearFunction.apply(x, folded, d_out, d_in, transposing, permutations)
         return F.linear(x, fold(weight, d_out, d_in, permutation_out, permutation_in))
 

@@ -36,10 +36,10 @@ def test_nf4_equals_its_definition(double):
 
 def test_opcheck():
     codes, scales = packing.pack_int8(torch.randn(6, 32), 8).values()
-    torch.library.opcheck(torch.ops.orthotrain.dequant_int8.default, (codes, scales, torch.float32))
+    torch.library.opcheck(torch.ops.orthotrain_v2.dequant_int8.default, (codes, scales, torch.float32))
     packed, absmax, *nested = packing.pack_nf4(torch.randn(6, 64), 64, True).values()
     arguments = (packed, absmax, *nested, packing._dynamic_code(packed.device), 64, torch.bfloat16)
-    torch.library.opcheck(torch.ops.orthotrain.dequant_nf4.default, arguments)
+    torch.library.opcheck(torch.ops.orthotrain_v2.dequant_nf4.default, arguments)
 
 
 def test_bad_input_names_what_is_wrong():

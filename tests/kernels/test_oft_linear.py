@@ -74,9 +74,9 @@ def test_the_compiled_op_equals_the_eager_function(rows, needs):
     weight = torch.randn(5, 7, dtype=torch.float64)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
     arguments = (x, weight, displacement, bias)
-    torch.library.opcheck(torch.ops.orthotrain.oft_linear.default, arguments)
+    torch.library.opcheck(torch.ops.orthotrain_v2.oft_linear.default, arguments)
     detached = [t.detach() for t in (torch.randn(rows, 5, dtype=torch.float64), x, weight, displacement)]
-    torch.library.opcheck(torch.ops.orthotrain.oft_linear_backward.default, (*detached, bias.detach(), *needs, True))
+    torch.library.opcheck(torch.ops.orthotrain_v2.oft_linear_backward.default, (*detached, bias.detach(), *needs, True))
     leaves = [t for t in arguments if t.requires_grad]
     eager = torch.autograd.grad(oft_linear(*arguments).square().sum(), leaves)
     compiled = torch.compile(oft_linear, backend="aot_eager", fullgraph=True)

@@ -21,7 +21,3 @@ class Givens(Parameterization):
     def displacement(self, generators: Tensor, block_size: int) -> Tensor:
         """Return D, shape ``(n, b, b)``; see the base class."""
         return palindrome(skew(generators.to(torch.float64), block_size)).to(generators.dtype)
-
-    def orthogonality_error(self, norm: float) -> float:
-        """Return 0: a product of rotations is one at every norm."""
-        return 0.0

@@ -47,9 +47,9 @@ lint: $(VENV)/.installed-test typing-tree
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/typing $(BIN)/mypy -p orthotrain
 
-# the site, from the README, the derivations, the examples and docstrings
+# the site, from docs/pages, the derivations, the examples and docstrings
 docs: $(VENV)/.installed-test typing-tree
-	$(BIN)/mkdocs build --strict --quiet --config-file tests/docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
 
 # Neither mypy nor the site's builder reads setuptools' package-dir: links show them the three folders as the one package
 # that they install as. Two runs at once may make a link at the same moment: whoever comes second finds it there.

@@ -1,4 +1,4 @@
-"""The exceptions of the framework, and a check of arguments that accept a few words."""
+"""The exceptions of the framework, and the checks of arguments that raise them."""
 
 from typing import get_args
 
@@ -40,3 +40,13 @@ def check_choice(name: str, value: str, choices: object) -> None:
     """
     if value not in get_args(choices):
         raise ConfigurationError(f"{name}={value!r}: choose one of {', '.join(get_args(choices))}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse a value that is not an integer of at least 1.
+
+    Raises:
+        ConfigurationError: Naming the argument and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name}={value!r}: take an integer of at least 1")

@@ -1,8 +1,10 @@
-"""Metrics of language models on top of torchmetrics."""
+"""Metrics of language models: loss and accuracy per token, and scores of generated texts.
+
+:func:`bits_per_byte` and :func:`count_targets` convert and weight the losses.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,48 +13,32 @@ from torchmetrics.text.rouge import ROUGEScore
 
 
 class TokenLoss(MeanMetric):
-    """Mean negative log-likelihood in nats per token, weighted by tokens and synchronised over ranks.
+    """Mean negative log-likelihood in nats per token, weighted by tokens and synchronized over ranks.
 
-    ``exp`` of it is the perplexity; :func:`bits_per_byte` makes it comparable across tokenizers.
+    Its ``exp`` is the perplexity; :func:`bits_per_byte` makes it comparable across tokenizers.
     """
 
     higher_is_better = False  # type: ignore[assignment]
 
     def update(self, loss: Tensor | float, targets: int) -> None:  # type: ignore[override]
-        """Add a batch; one without targets has no loss (the mean over none of them is NaN) and adds nothing.
+        """Add a batch; a batch without targets, whose mean loss is NaN, adds nothing.
 
         Args:
             loss: Mean loss of the batch. NaN makes the mean over all batches NaN.
-            targets: How many tokens it is the mean of.
+            targets: Number of tokens over which the loss is the mean.
         """
-        if targets:  # not MeanMetric.update: it leaves out what is NaN, or else the weights
+        if targets:  # not MeanMetric.update, which drops NaN values, or else the weights
             self.mean_value += torch.as_tensor(loss, dtype=self.dtype, device=self.device) * targets
             self.weight += targets
 
 
-def count_targets(batch: object, ignore_index: int = -100) -> int:
-    """Return the number of labels of a batch that count, or 1 where a batch has no ``labels``."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return int((labels != ignore_index).sum()) if isinstance(labels, Tensor) else 1
-
-
-def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Convert a loss in nats per token to bits per UTF-8 byte of the text.
-
-    Args:
-        nats_per_token: Mean negative log-likelihood.
-        bytes_per_token: Bytes of the text over its number of tokens.
-    """
-    return nats_per_token / math.log(2) / bytes_per_token
-
-
 class TokenAccuracy(MeanMetric):
-    """Share of response tokens whose most likely prediction is right, synchronised over ranks."""
+    """Share of response tokens whose most likely prediction is right, synchronized over ranks."""
 
     higher_is_better = True  # type: ignore[assignment]
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(nan_strategy="disable", **options)
+    def __init__(self) -> None:
+        super().__init__(nan_strategy="disable")
 
     def update(self, logits: Tensor, labels: Tensor, ignore_index: int = -100) -> None:  # type: ignore[override]
         """Add a batch; NaN among the logits of a counted position makes the share NaN.
@@ -64,13 +50,13 @@ class TokenAccuracy(MeanMetric):
         """
         counted = labels != ignore_index
         if counted.any():
-            largest, predicted = logits.max(-1)  # NaN is larger than any number
+            largest, predicted = logits.max(-1)  # max takes NaN as larger than any number
             hits = (predicted == labels).float().masked_fill(largest.isnan(), torch.nan)
             super().update(hits[counted])
 
 
 class GenerationMetrics(nn.Module):
-    """Exact match and ROUGE-L of generated texts, synchronised over ranks.
+    """Exact match and ROUGE-L of generated texts, synchronized over ranks.
 
     Exact match ignores white space around a text. ROUGE-L is the F-measure of the longest common subsequence of
     lower-case words (Lin, 2004), averaged over texts; words are runs of Latin letters and digits.
@@ -91,25 +77,25 @@ class GenerationMetrics(nn.Module):
         """Add texts.
 
         Args:
-            predictions: What the model wrote.
-            references: What it should have written, one for each prediction.
+            predictions: Texts that the model wrote.
+            references: The text that it should have written, for each prediction.
 
         Raises:
-            ValueError: There are not as many of the one as of the other.
+            ValueError: If the numbers of predictions and references differ.
         """
         if len(predictions) != len(references):
             raise ValueError(f"{len(predictions)} predictions and {len(references)} references: must be as many")
         if not predictions:
             return
         pairs = zip(predictions, references, strict=True)
-        self.exact_match.update(torch.tensor([float(mine.strip() == theirs.strip()) for mine, theirs in pairs]))
+        self.exact_match.update(torch.tensor([float(text.strip() == expected.strip()) for text, expected in pairs]))
         self.rouge.update(list(predictions), list(references))
 
     def compute(self) -> dict[str, float]:
         """Return ``exact_match`` and ``rouge_l``, both between 0 and 1.
 
         Raises:
-            RuntimeError: No text was added.
+            RuntimeError: If no text was added.
         """
         if not self.exact_match.update_called:
             raise RuntimeError("GenerationMetrics has no texts yet: call update() first")
@@ -117,6 +103,22 @@ class GenerationMetrics(nn.Module):
         return {"exact_match": float(self.exact_match.compute()), "rouge_l": float(rouge["rougeL_fmeasure"])}
 
     def reset(self) -> None:
-        """Forget all texts."""
+        """Drop all texts."""
         self.exact_match.reset()
         self.rouge.reset()
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """Convert a loss in nats per token to bits per UTF-8 byte of the text.
+
+    Args:
+        nats_per_token: Mean negative log-likelihood.
+        bytes_per_token: Bytes of the text divided by its number of tokens.
+    """
+    return nats_per_token / math.log(2) / bytes_per_token
+
+
+def count_targets(batch: object, ignore_index: int = -100) -> int:
+    """Return the number of labels of a batch that count, or 1 if the batch has no ``labels``."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return int((labels != ignore_index).sum()) if isinstance(labels, Tensor) else 1

@@ -1,5 +1,8 @@
-"""What all tests share: one thread, a small real corpus, small networks."""
+"""Fixtures for all tests: one thread, a small real corpus, small networks, tests in a process of their own."""
 
+import os
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -51,3 +54,19 @@ def randomize():
         return module
 
     return apply
+
+
+@pytest.fixture
+def run_in_own_process():
+    """Run the tests of a file in a process of its own, with these environment variables; fail if one of them fails."""
+
+    def run(file, **variables):
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        command = [sys.executable, "-P", "-m", "pytest", "-p", "no:xdist", "-W", "ignore", file]
+        done = subprocess.run(
+            command, env={**inherited, "OMP_NUM_THREADS": "1", **variables}, capture_output=True, text=True,
+            cwd=Path(__file__).parents[1],
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+    return run

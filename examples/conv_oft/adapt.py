@@ -73,9 +73,9 @@ class Finetuning(BaseModule):
             return
         model.body.requires_grad_(False)
         if self.method == "oft":
-            for place, layer in enumerate(model.body):
+            for index, layer in enumerate(model.body):
                 if isinstance(layer, nn.Conv2d) and layer.in_channels > 1:
-                    model.body[place] = OftConv2d.from_settings(layer, OftSettings(self.block_size, "cayley"))
+                    model.body[index] = OftConv2d.from_settings(layer, OftSettings(self.block_size, "cayley"))
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the mean cross-entropy."""
@@ -114,7 +114,7 @@ def train(network: Network, method: str, lr: float, data: TensorDataset, steps: 
 
 @torch.no_grad()
 def accuracy(network: Network, data: TensorDataset) -> float:
-    """Return the share of images that are recognised."""
+    """Return the share of images that are recognized."""
     images, labels = data.tensors
     return (network.eval()(images).argmax(1) == labels).float().mean().item()
 

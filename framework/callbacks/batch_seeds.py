@@ -1,4 +1,4 @@
-"""Random numbers that depend on the batch alone, so that a resumed run draws those of the uninterrupted one."""
+"""Random numbers that depend on the batch alone, so that a resumed run draws the numbers of the uninterrupted run."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from orthotrain.seeding import seed_draws
 
 
 class BatchSeeds(L.Callback):
-    """Seed torch, numpy and Python before each training batch, from (seed, epoch, place of the batch in the epoch).
+    """Seed torch, numpy and Python before each training batch, from (seed, epoch, position of the batch in the epoch).
 
-    No generator's state has to be saved, of no rank and no device, and dropout is the same after a resume at any step.
-    The place counts the batches of all ranks: one rank that accumulates two batches, and two ranks, draw the same for
-    the same samples, and a run that goes on with another number of ranks does too. The seed is the one that the global
-    generator of rank 0 has been given (``seed_everything``) and stays with the checkpoint.
+    No generator's state has to be saved, for any rank or device, and dropout is the same after a resume at any step.
+    The position counts the batches of all ranks: one rank that accumulates two batches and two ranks draw the same
+    numbers for the same samples, and so does a run that resumes on another number of ranks. The seed is the one that
+    the global generator of rank 0 was given (``seed_everything``), and is stored in the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -29,10 +29,10 @@ class BatchSeeds(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Seed what this batch draws."""
+        """Seed the generators for this batch."""
         assert self.seed is not None
-        place = batch_idx * trainer.world_size + trainer.global_rank
-        seed_draws(self.seed, trainer.current_epoch, place)
+        position = batch_idx * trainer.world_size + trainer.global_rank
+        seed_draws(self.seed, trainer.current_epoch, position)
 
     def state_dict(self) -> dict[str, Any]:
         """Save the seed."""

@@ -9,38 +9,32 @@ from orthotrain.layers.sharding import is_sharded
 
 
 class EvenPredictions(L.Callback):
-    """Let a rank that is done go on with its last batch, for nothing, until all are done.
+    """Let a rank that has no more batches predict its last batch again, until all ranks are done.
 
-    A layer of a fully sharded network is gathered by all ranks together: those that still predict would wait for ever
-    for one that has ended.
+    All ranks together gather a layer of a fully sharded network. Without this callback the ranks that still predict
+    would wait forever for a rank that has ended. The repeated predictions are dropped.
     """
 
     def __init__(self) -> None:
-        self._more = 0
-        self._last: Any = None
+        self._repeats = 0
+        self._last_batch: Any = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the batches that other ranks have and this one has not."""
-        self._more = 0
+        """Count how many batches fewer this rank has than the rank with the most."""
+        self._repeats = 0
         if is_sharded(pl_module):
-            mine = int(min(sum(trainer.num_predict_batches), 2**31 - 1))
-            self._more = -least_of_ranks(-mine, trainer.strategy.root_device) - mine
+            own = int(min(sum(trainer.num_predict_batches), 2**31 - 1))
+            self._repeats = -least_of_ranks(-own, trainer.strategy.root_device) - own
 
     def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Keep the batch."""
-        self._last = batch if self._more else None
+        self._last_batch = batch if self._repeats else None
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take part in what the others predict."""
-        for _ in range(self._more):
+        """Take part in the predictions of the other ranks."""
+        for _ in range(self._repeats):
             with trainer.precision_plugin.predict_step_context():
-                pl_module.predict_step(self._last, 0)
-        self._last = None
+                pl_module.predict_step(self._last_batch, 0)
+        self._last_batch = None

@@ -9,23 +9,24 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from orthotrain.callbacks.merge_rotations import MergeRotations
+from orthotrain.callbacks.merge_rotations import MergeRotations, merging_of
+from orthotrain.callbacks.step_callback import StepCallback
 from orthotrain.callbacks.throughput import logs_at
 from orthotrain.devices.host_reads import read_waits
 from orthotrain.distributed.agreement import on_any_rank
 from orthotrain.errors import ConfigurationError, TrainingDiverged
 
-LONGEST_WITHOUT_A_LOOK = 1000
-"""Batches whose notes are kept before the host looks at them, also in a run that logs nothing."""
+MOST_NOTES = 1000
+"""Batches whose notes are kept on the device before the host reads them, also in a run that logs nothing."""
 
 
 class Note(NamedTuple):
-    """What a batch has left to look at.
+    """Values of one batch that must be finite.
 
     Attributes:
-        step: Optimizer steps taken by its end.
-        batch: Its number.
-        names: What the values are.
+        step: Optimizer steps taken by the end of the batch.
+        batch: Number of the batch.
+        names: Name of each value.
         values: ``(len(names),)`` fp32, on the device.
     """
 
@@ -35,35 +36,33 @@ class Note(NamedTuple):
     values: Tensor
 
 
-class FiniteGuard(L.Callback):
+class FiniteGuard(StepCallback):
     """Stop with the step and the parameter named when the loss, a gradient or a trained parameter is NaN or infinite.
 
-    Gradients are looked at as they are before clipping, which spreads one NaN over all of them, parameters (generators
+    Gradients are looked at as they are before clipping, which spreads one NaN over all of them; parameters (generators
     among them) after the step. On a CPU the guard looks after every batch. On any other device a look waits for the
     device. There the guard notes the values of every batch on the device, and looks at all notes together: in the steps
     that the trainer logs, before a merge, before a validation, before a checkpoint is written, and when fitting ends.
     So rotations are merged and checkpoints are written only after a look, and the last checkpoint is still good.
-    Layers that fold every step keep what is not finite out of their weights themselves. The price is a pass over the
-    gradients and one over the trained parameters. Where a gradient scaler leaves out steps with infinite gradients
+    Layers that fold every step keep values that are not finite out of their weights themselves. The cost is one pass
+    over the gradients and one over the trained parameters. Where a gradient scaler skips steps with infinite gradients
     (precision 16-mixed), gradients are not looked at.
 
     Raises:
-        TrainingDiverged: At the first look that shows it, naming the batch and the step at which it happened.
+        TrainingDiverged: At the first look that finds such a value, naming the batch and the step in which it appeared.
         ConfigurationError: When fitting starts, if a :class:`MergeRotations` would come first.
     """
 
     def __init__(self) -> None:
         self._gradients: dict[str, Tensor] = {}
         self._notes: list[Note] = []
-        self._last_step = 0
         self._merging: MergeRotations | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse to come after the merging."""
-        self._gradients, self._notes, self._last_step = {}, [], trainer.global_step
+        """Refuse to come after the callback that merges."""
+        self._gradients, self._notes = {}, []
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        merging = [callback for callback in callbacks if isinstance(callback, MergeRotations)]
-        self._merging = next(iter(merging), None)
+        self._merging = merging_of(trainer)
         if self._merging and self in callbacks and callbacks.index(self._merging) < callbacks.index(self):
             raise ConfigurationError(
                 "FiniteGuard comes after MergeRotations, which would merge NaN into the frozen weights: put it before"
@@ -80,7 +79,7 @@ class FiniteGuard(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the loss of the batch, the gradients of the step and what it has left; look where it is time to."""
+        """Note the loss of the batch, and the gradients and parameters; on a CPU, look at once."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         trained = {name: p.detach() for name, p in pl_module.named_parameters() if p.requires_grad}
         values = {f"the gradient of {name}": norm for name, norm in self._gradients.items()} | norms(trained)
@@ -89,66 +88,52 @@ class FiniteGuard(L.Callback):
             values["the loss"] = torch.as_tensor(loss, device=pl_module.device).detach().sum()
         self._gradients = {}
         self._notes.append(Note(trainer.global_step, batch_idx, list(values), stacked(values)))
-        if not read_waits(pl_module.device) or self._is_time(trainer):
+        if not read_waits(pl_module.device) or len(self._notes) >= MOST_NOTES:
             self.look(trainer, pl_module)
-        self._last_step = trainer.global_step
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def _is_time(self, trainer: L.Trainer) -> bool:
+    def on_step_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look in the steps that the trainer logs, and before a merge."""
         step = trainer.global_step
-        if step != self._last_step and (logs_at(trainer, step) or (self._merging and self._merging.needs_finite(step))):
-            return True
-        return len(self._notes) >= LONGEST_WITHOUT_A_LOOK
+        if logs_at(trainer, step) or (self._merging and self._merging.needs_finite(step)):
+            self.look(trainer, pl_module)
 
     def look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look at all that was noted since the last look: one wait for the device. Every rank must call it.
+        """Look at all notes since the last look: one wait for the device. Every rank must call this.
 
         Raises:
-            TrainingDiverged: If some of it is not finite, on this rank or another.
+            TrainingDiverged: If a value is not finite, on this rank or another.
         """
         notes = self._notes
         if not notes or trainer.state.fn != TrainerFn.FITTING:
             return
         found = first_non_finite(notes)
         if not on_any_rank(found is not None, pl_module.device):
-            self._notes = []  # kept otherwise: whoever saves after the error is refused too
+            self._notes = []  # otherwise kept, so that an attempt to save after the error is refused too
             return
         if found is None:
             step, batch, culprit = notes[-1].step, notes[-1].batch, "another rank met NaN or infinite values"
         else:
-            (step, batch, names, _), place, value = found
-            said = f"is {value}" if names[place] == "the loss" else "holds NaN or infinite values"
-            culprit = f"{names[place]} {said}"
+            (step, batch, names, _), index, value = found
+            problem = f"is {value}" if names[index] == "the loss" else "holds NaN or infinite values"
+            culprit = f"{names[index]} {problem}"
         raise TrainingDiverged(
             f"training diverged at optimizer step {step} (batch {batch}): {culprit}; the last checkpoint is from "
             "before it. Lower the learning rate, clip gradients, or look at the batch"
         )
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look before a validation, whose loss a checkpoint may be chosen by."""
-        self.look(trainer, pl_module)
+    on_validation_start = look  # a checkpoint may be chosen by the loss of the validation
+    on_train_end = look
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Look before a checkpoint is written."""
         self.look(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look at the last steps."""
-        self.look(trainer, pl_module)
-
-
-def look_before_saving(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Let the callbacks of a trainer look: Lightning does not tell them of checkpoints with weights alone."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, FiniteGuard):
-            callback.look(trainer, pl_module)
-        elif isinstance(callback, MergeRotations):
-            callback.look()
-
 
 def norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the norm of each tensor in fp32, in which values of 16 bits do not overflow, or wider where one is wider.
+    """Return the norm of each tensor: in fp64 if a tensor is fp64, else in fp32, in which values of 16 bits fit.
 
-    Of a sharded tensor it is that of this rank's part; ranks agree afterwards.
+    For a sharded tensor, the norm of this rank's part; the ranks agree afterwards.
     """
     parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
     parts = [part.coalesce().values() if part.is_sparse else part for part in parts]
@@ -164,9 +149,9 @@ def stacked(values: dict[str, Tensor]) -> Tensor:
 
 
 def first_non_finite(notes: list[Note]) -> tuple[Note, int, float] | None:
-    """Return the first value that is not finite: its note, its place in the note, itself; None if all are finite.
+    """Return the first value that is not finite: its note, its index in the note, the value; None if all are finite.
 
-    One wait for the device, or none if nothing was noted; a second one for the value.
+    Waits for the device once, or not at all if nothing was noted; a second time to read the value.
     """
     noted = [note for note in notes if note.names]
     if not noted:
@@ -174,9 +159,9 @@ def first_non_finite(notes: list[Note]) -> tuple[Note, int, float] | None:
     finite = torch.isfinite(torch.cat([note.values for note in noted]))
     if bool(finite.all()):
         return None
-    place = finite.tolist().index(False)
+    index = finite.tolist().index(False)
     for note in noted:
-        if place < len(note.names):
-            return note, place, float(note.values[place])
-        place -= len(note.names)
-    raise AssertionError("the place lies in no note")
+        if index < len(note.names):
+            return note, index, float(note.values[index])
+        index -= len(note.names)
+    raise AssertionError("the index lies in no note")

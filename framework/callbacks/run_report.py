@@ -141,7 +141,7 @@ class RunReport(L.Callback):
             "trainable_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
             "total_parameters": sum(p.numel() for p in pl_module.parameters()),
             "merges": int(logged["merges"]) if "merges" in logged else None,
-            "early_merges": int(logged["early_merges"]) if "early_merges" in logged else None,
+            "early_folds": int(logged["early_folds"]) if "early_folds" in logged else None,
             "checkpoint": checkpoint or None,
             "curves": self.curves,
         }
@@ -159,10 +159,11 @@ class RunReport(L.Callback):
         if values["compared_with"] is not None:
             rows.append(("compared with", values["compared_with"]))
         rows.append(("parameters", f"{values['trainable_parameters']:,} trained of {values['total_parameters']:,}"))
-        early = values["early_merges"]
+        early = values["early_folds"]
         if values["merges"] is not None or early is not None:
-            ahead = "" if early is None else f", {early} early ones of single layers"
-            rows.append(("merges", f"{values['merges'] or 0}{ahead}"))
+            # a run shorter than a period may have folded single layers only
+            folds = "" if early is None else f", and {early} early folds of single layers"
+            rows.append(("merges", f"{values['merges'] or 0}{folds}"))
         if values["spectrum_drift"] is not None:
             rows.append(("spectrum drift", f"{values['spectrum_drift']:.1e} (largest, relative)"))
         rows.append(("curves", str(draw_curves(self.curves, folder / "curves.png"))))

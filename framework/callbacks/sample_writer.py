@@ -1,4 +1,4 @@
-"""Writing the text of predictions."""
+"""Writing the text of predictions to a file."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from orthotrain.models.network_checks import generated_tokens
 
 
 class SampleWriter(L.Callback):
-    """Write the continuations of ``predict`` to ``samples-<rank>.jsonl`` in the run folder: prompt and continuation."""
+    """Write the prompts and continuations of ``predict`` to ``samples-<rank>.jsonl`` in the run folder."""
 
     path: Path | None = None
 
@@ -25,15 +25,9 @@ class SampleWriter(L.Callback):
             write_text(self.path, "")
 
     def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Append the batch's texts."""
+        """Append the texts of a batch."""
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if self.path is None or tokenizer is None or not isinstance(batch, dict):
             return
@@ -47,6 +41,6 @@ class SampleWriter(L.Callback):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell where the samples are."""
+        """Print the path of the file."""
         if self.path is not None:
             print(f"samples: {self.path}", flush=True)

@@ -15,7 +15,7 @@ from orthotrain.console.progress import Progress
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.atomic_writes import write_text
 from orthotrain.kernels.block_rotate import block_rotate
-from orthotrain.kernels.cayley_neumann import cayley_neumann_generators
+from orthotrain.kernels.cayley_neumann import cayley_neumann
 from orthotrain.kernels.fold import fold
 from orthotrain.kernels.poet_linear import poet_linear, serves
 from orthotrain.layers.poet.cost_tables import Costs, cached_costs, default_path, device_name
@@ -111,7 +111,7 @@ def passes(
     x, weight, grad = draw(tokens, width).requires_grad_(), draw(width, width), draw(tokens, width)
     # generators of real rotations: the contraction inverts a rotation by transposing it
     generators = [0.01 * draw(width // block_size, block_size * (block_size - 1) // 2).float() for _ in range(2)]
-    into, out = (cayley_neumann_generators(g, block_size, 4).to(dtype).requires_grad_() for g in generators)
+    into, out = (cayley_neumann(g, block_size, 4).to(dtype).requires_grad_() for g in generators)
     group = PoetSettings(block_size=block_size).permuted_together(width, block_size)
     order, trained = torch.randperm(width // group, device=device), weight.clone().requires_grad_()
 

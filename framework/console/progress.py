@@ -188,29 +188,43 @@ def writing(what: str, path: Path, total: float) -> Progress:
     return Progress(what, total, watch=lambda: bytes_in(path))
 
 
-def shown(items: Iterable[Item], what: str, unit: str) -> Iterator[Item]:
-    """Yield the items of a step and show their count."""
+@contextlib.contextmanager
+def shown(items: Iterable[Item], what: str, unit: str) -> Iterator[Iterator[Item]]:
+    """Give the items of a step, and show how many are done until the ``with`` block ends.
+
+    The step ends with the block. A generator alone would end it late: an error in the loop's body keeps the generator
+    alive until Python frees the error's traceback.
+    """
     with Progress(what, len(items) if isinstance(items, Sized) else None, unit) as bar:
-        for item in items:
-            yield item
-            bar.advance()
+
+        def counted() -> Iterator[Item]:
+            for item in items:
+                yield item
+                bar.advance()
+
+        yield counted()
 
 
 @contextlib.contextmanager
-def transformers_bars(show: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> Iterator[None]:
-    """Replace the bars of transformers, which are unreadable in a log, by ``show``; by default there are no bars.
+def transformers_bars(
+    show: Callable[[Iterable[Any]], contextlib.AbstractContextManager[Iterable[Any]]] = contextlib.nullcontext,
+) -> Iterator[None]:
+    """Replace the progress bars of transformers, which a log could not read; by default they are left out.
 
     Args:
-        show: Takes the items that a bar would count and yields them.
+        show: Gets the items that a bar would count, and returns a context that gives the items, such as :func:`shown`.
     """
     from transformers.utils import logging
 
     def hook(factory: Callable[..., Any], given: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        return show(given[0]) if given and given[0] is not None else factory(*given, **options)
+        if not given or given[0] is None:
+            return factory(*given, **options)
+        return steps.enter_context(show(given[0]))
 
     before = logging.set_tqdm_hook(hook)
     try:
-        yield
+        with contextlib.ExitStack() as steps:
+            yield
     finally:
         logging.set_tqdm_hook(before)
 

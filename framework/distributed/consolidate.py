@@ -1,4 +1,4 @@
-"""``orthotrain consolidate FOLDER FILE``: a distributed checkpoint as one file that any strategy resumes."""
+"""``orthotrain consolidate FOLDER FILE``: write a distributed checkpoint as one file that any strategy resumes."""
 
 import os
 from pathlib import Path
@@ -20,13 +20,14 @@ def consolidate(folder: str | Path, file: str | Path) -> Path:
 
     Args:
         folder: The distributed checkpoint.
-        file: What to write; must not exist.
+        file: The file to write; must not exist.
 
     Returns:
         The path of the file.
 
     Raises:
-        ConfigurationError: If the folder is no whole distributed checkpoint, or the file exists or has no folder.
+        ConfigurationError: If the folder is not a complete distributed checkpoint, if the file exists, or if the
+            file's folder does not exist.
     """
     folder, file = local_path(folder, "FOLDER"), local_path(file, "FILE")
     if not folder.is_dir():

@@ -1,8 +1,9 @@
-"""bitsandbytes' optimizers on sharded parameters: every rank steps its own part, a checkpoint holds the whole.
+"""Optimizers of bitsandbytes on sharded parameters: every rank steps its own part, a checkpoint holds the whole state.
 
-Their kernels know nothing of sharded tensors, and their 8-bit moments come in blocks of 256 values, each with a scale,
-that a shard may cut. A checkpoint is made by way of fp32, in the blocks of the whole: where shards end between blocks
-this changes no bit, elsewhere it rounds once more.
+The kernels of bitsandbytes do not support sharded tensors. Their 8-bit moments are stored in blocks of 256 values with
+one scale each, and the end of a shard may lie inside a block. For a checkpoint the moments are converted to fp32,
+joined, and converted back in the blocks of the whole parameter. This changes no bit if every shard ends at the end of a
+block, and rounds once more otherwise.
 """
 
 from collections.abc import Iterator
@@ -15,18 +16,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 WRAPPED = "__bnb_optimizer_quant_state__"
-"""Where the state dict of bitsandbytes' optimizers keeps what torch's loading must not cast."""
+"""Key of the part of bitsandbytes' state dicts that torch must not cast when it loads them."""
 
 BLOCK = 256
+"""Values that share one scale."""
 
 
 class LocalSteps:
-    """Mixed into an optimizer of bitsandbytes: steps the local parts of sharded parameters."""
+    """Mix-in for an optimizer of bitsandbytes that steps this rank's part of each sharded parameter."""
 
     state: Any
 
     def init_state(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
-        """Make the moments of this rank's part."""
+        """Create the moments of this rank's part."""
         with self._local(p) as part:
             super().init_state(group, part, gindex, pindex)  # type: ignore[misc]
 
@@ -51,7 +53,7 @@ class LocalSteps:
 
 
 def step_locally(optimizer: Optimizer) -> bool:
-    """Let an optimizer, or the parts of one, step sharded parameters; tell whether one is of bitsandbytes."""
+    """Let an optimizer, or its parts, step sharded parameters; return whether any of them is one of bitsandbytes."""
     found = False
     for part in getattr(optimizer, "parts", [optimizer]):
         if is_bitsandbytes(part):
@@ -67,10 +69,10 @@ def is_bitsandbytes(optimizer: Optimizer) -> bool:
 
 
 def whole_entry(entry: dict[str, Any], parameter: DTensor, optimizer: Any) -> dict[str, Any]:
-    """Return the state of a parameter as one device would hold it; a collective.
+    """Return the state of a parameter as one device would hold it; every rank must call this.
 
     Args:
-        entry: This rank's, of the optimizer's state dict.
+        entry: This rank's entry of the optimizer's state dict.
         parameter: The sharded parameter.
         optimizer: The optimizer of bitsandbytes.
     """
@@ -85,7 +87,7 @@ def whole_entry(entry: dict[str, Any], parameter: DTensor, optimizer: Any) -> di
 
 
 def local_entry(entry: dict[str, Any], parameter: DTensor, optimizer: Any) -> dict[str, Any]:
-    """Return this rank's part of the state of a parameter; arguments as those of :func:`whole_entry`."""
+    """Return this rank's part of the state of a parameter; the arguments are those of :func:`whole_entry`."""
     moments = {}
     for number, full in _moments(entry[WRAPPED]).items():
         full = full.to(parameter.device)
@@ -95,7 +97,7 @@ def local_entry(entry: dict[str, Any], parameter: DTensor, optimizer: Any) -> di
 
 
 def _moments(packed: dict[str, Tensor]) -> dict[int, Tensor]:
-    """Return the moments in fp32 by their number, 1 and 2."""
+    """Return the moments in fp32, by their number 1 or 2."""
     from bitsandbytes.functional import dequantize_blockwise
 
     moments = {}
@@ -110,7 +112,7 @@ def _moments(packed: dict[str, Tensor]) -> dict[int, Tensor]:
 
 
 def _packed(moments: dict[int, Tensor], optimizer: Any) -> dict[str, Tensor]:
-    """Return moments as the optimizer keeps those of a parameter of this size: in 8 bits, or, if small, in fp32."""
+    """Return moments as the optimizer stores them: in 8 bits, or in fp32 for a small parameter."""
     from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
 
     packed: dict[str, Tensor] = {}

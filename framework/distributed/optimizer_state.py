@@ -1,4 +1,4 @@
-"""The state of optimizers of sharded parameters, as one device would hold it and as every rank does."""
+"""The state of an optimizer of sharded parameters: whole, as one device would hold it, and as the part of one rank."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ from orthotrain.layers.sharding import whole
 
 
 def whole_state(optimizer: Optimizer) -> dict[str, Any]:
-    """Return an optimizer's state dict with every tensor whole and on the CPU; a collective."""
+    """Return an optimizer's state dict with every tensor whole and on the CPU; every rank must call this."""
     document = optimizer.state_dict()
     state = {}
     for number, parameter, part in _numbered(optimizer):
@@ -29,7 +29,7 @@ def whole_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def sharded_state(saved: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """Return an optimizer's whole state dict with every tensor that is shaped like its parameter sharded like it."""
+    """Return a whole state dict with each tensor that has the shape of its parameter sharded like the parameter."""
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     sharded: dict[Any, dict[str, Any]] = {}
     for number, (_, parameter, part) in zip(numbers, _numbered(optimizer), strict=True):
@@ -43,22 +43,21 @@ def sharded_state(saved: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]
 
 
 def like_parameter(value: Any, parameter: Tensor) -> Any:
-    """Return a tensor shaped like a sharded parameter sharded like it, anything else as it is."""
-    if not isinstance(value, Tensor) or isinstance(value, DTensor) or not isinstance(parameter, DTensor):
-        return value
-    if value.shape != parameter.shape:
+    """Shard a tensor like a parameter if both have the same shape; return anything else as it is."""
+    is_whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
+    if not is_whole or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     value = value.to(parameter.device)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def optimizer_key(number: int) -> str:
-    """Return the name under which the tensors of an optimizer lie in a distributed checkpoint."""
+    """Return the name of an optimizer's tensors in a distributed checkpoint."""
     return f"optimizer_{number}"
 
 
 def split_state(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split an optimizer's state dict into its tensors, by the number of the parameter, and all the rest."""
+    """Split an optimizer's state dict into its tensors, by the number of the parameter, and everything else."""
     tensors: dict[str, Any] = {}
     rest: dict[Any, Any] = {}
     for number, entry in state["state"].items():
@@ -71,7 +70,7 @@ def joined_state(tensors: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any
     """Undo :func:`split_state`.
 
     Raises:
-        ConfigurationError: If the rest is of no optimizer.
+        ConfigurationError: If ``rest`` is not the state dict of an optimizer.
     """
     entries = rest.get("state")
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
@@ -83,28 +82,28 @@ def joined_state(tensors: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any
 
 
 def empty_tensors(metadata: Metadata, number: int, optimizer: Optimizer) -> dict[str, Any]:
-    """Return tensors, sharded like their parameters, for what a distributed checkpoint holds of an optimizer.
+    """Return empty tensors, sharded like their parameters, for the tensors that a checkpoint holds of an optimizer.
 
-    What it does not hold, because a merge had just dropped it, is not made: the optimizer begins it anew.
+    State that a merge had dropped before the checkpoint was written stays absent: the optimizer begins it anew.
     """
     parameters = {str(n): parameter for n, parameter, _ in _numbered(optimizer)}
     tensors: dict[str, Any] = {}
-    for name, place in (metadata.planner_data or {}).items():
+    for name, path in (metadata.planner_data or {}).items():
         entry: Any = metadata.state_dict_metadata[name]
-        if place[0] != optimizer_key(number) or len(place) != 3 or not isinstance(entry, TensorStorageMetadata):
+        if path[0] != optimizer_key(number) or len(path) != 3 or not isinstance(entry, TensorStorageMetadata):
             continue
-        parameter = parameters.get(place[1])
+        parameter = parameters.get(path[1])
         dtype = entry.properties.dtype
         if isinstance(parameter, DTensor) and entry.size == parameter.shape:
             value: Tensor = torch.zeros_like(parameter, dtype=dtype)
         else:
             value = torch.zeros(entry.size, dtype=dtype)
-        tensors.setdefault(place[1], {})[place[2]] = value
+        tensors.setdefault(path[1], {})[path[2]] = value
     return tensors
 
 
 def _numbered(optimizer: Optimizer) -> Iterator[tuple[int, Tensor, Optimizer]]:
-    """Yield the parameters with their numbers in the state dict and the optimizer, or part of one, that has them."""
+    """Yield each parameter with its number in the state dict and its optimizer, which may be a part of a composite."""
     number = 0
     for part in getattr(optimizer, "parts", [optimizer]):
         for group in part.param_groups:

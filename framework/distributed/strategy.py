@@ -1,4 +1,4 @@
-"""Lightning's strategy for FSDP2, with checkpoints that every other strategy resumes."""
+"""Lightning's strategy for FSDP2, with checkpoints that a run with any other strategy can resume."""
 
 import os
 from collections.abc import Mapping
@@ -32,17 +32,18 @@ from orthotrain.errors import ConfigurationError
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 over all devices: parameters, gradients and optimizer state are shared out.
+    """FSDP2 over all devices: each rank holds a part of the parameters, gradients and optimizer state.
 
-    ``ModelParallelStrategy`` numbers the optimizer's state in its files by the order of the network's parameters and
-    not, as every optimizer does, by that of the parameter groups: a file of one strategy would be read as the momenta
-    of other parameters by the other. It also wants state for every parameter, where a merge has just dropped the
-    generators'. Here a checkpoint is the file that a single device would write.
+    A checkpoint is the file that a single device would write. ``ModelParallelStrategy`` alone would number the
+    optimizer's state by the order of the network's parameters, and not by the order of the parameter groups as every
+    optimizer does, so that another strategy would restore momenta to the wrong parameters. It would also need state for
+    every parameter, although a merge has just dropped the state of the generators.
 
     Args:
-        save_distributed_checkpoint: Whether each rank writes its own shard, into a folder, instead of one file. Such a
-            checkpoint resumes on as many ranks, or is made one file by ``orthotrain consolidate FOLDER FILE``.
-        process_group_backend: None for that of the device.
+        save_distributed_checkpoint: Whether each rank writes its own shard into a folder, instead of one file for all.
+            Such a checkpoint resumes on the same number of ranks; ``orthotrain consolidate FOLDER FILE`` makes it one
+            file.
+        process_group_backend: Backend of the collectives; None for the default of the device.
         timeout: How long a collective waits for a rank that does not answer, in YAML as HH:MM:SS.
     """
 
@@ -66,10 +67,10 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
-        """Build the optimizers, and let those of bitsandbytes step the shards.
+        """Build the optimizers, and let optimizers of bitsandbytes step the shards.
 
         Raises:
-            ConfigurationError: If their blocks of 8 bits would have to be written shard by shard.
+            ConfigurationError: If the 8-bit blocks of bitsandbytes would have to be written shard by shard.
         """
         super().setup_optimizers(trainer)
         if any([step_locally(optimizer) for optimizer in self.optimizers]) and self._save_distributed_checkpoint:
@@ -79,7 +80,7 @@ class ShardedStrategy(ModelParallelStrategy):
             )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Collect the state of an optimizer: whole and on rank 0 only, or of a distributed checkpoint each rank's."""
+        """Return the state of an optimizer: whole on rank 0, or this rank's part for a distributed checkpoint."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         if self._save_distributed_checkpoint:
@@ -93,11 +94,11 @@ class ShardedStrategy(ModelParallelStrategy):
         """Write one file, or the folder of a distributed checkpoint.
 
         Raises:
-            ConfigurationError: If it cannot be written, naming why.
+            ConfigurationError: If the checkpoint cannot be written, with the reason.
         """
         path = Path(self.broadcast(filepath))
         if not self._save_distributed_checkpoint:
-            # Lightning's own removes a folder of that name, on every rank, before it begins to write
+            # not super(): Lightning removes a folder of this name, on every rank, before it begins to write
             if self.is_global_zero:
                 self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
             return
@@ -108,10 +109,10 @@ class ShardedStrategy(ModelParallelStrategy):
         save_shards(shards, rest, path, lambda failed: on_any_rank(failed, self.root_device))
 
     def load_checkpoint(self, checkpoint_path: str | os.PathLike, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint without running code from it; the shards of a distributed one are loaded at once.
+        """Read a checkpoint without running code from it; load the shards of a distributed checkpoint at once.
 
         Raises:
-            ConfigurationError: If it is damaged, or holds more than tensors and plain values.
+            ConfigurationError: If the checkpoint is damaged, or holds more than tensors and plain values.
         """
         path = Path(self.broadcast(checkpoint_path))
         self._loaded_distributed = path.is_dir()
@@ -143,7 +144,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return rest
 
     def _check_finite(self, path: Path) -> None:
-        """Refuse, on every rank, a checkpoint whose part of some rank holds values that are not finite."""
+        """Refuse a checkpoint, on every rank, if the part of any rank holds values that are not finite."""
         assert self.model is not None
         error = None
         try:
@@ -156,7 +157,7 @@ class ShardedStrategy(ModelParallelStrategy):
             raise error or ConfigurationError(f"checkpoint {str(path)!r} holds values that are not finite")
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Give every rank its part of the network."""
+        """Load this rank's part of the network."""
         if not self._loaded_distributed:
             assert self.model is not None
             own = self.model.state_dict(keep_vars=True)
@@ -164,6 +165,6 @@ class ShardedStrategy(ModelParallelStrategy):
             self.model.load_state_dict(parts, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Give every rank its part of the optimizers' state."""
+        """Load this rank's part of the optimizers' state."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(sharded_state(saved, optimizer))

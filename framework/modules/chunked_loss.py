@@ -1,9 +1,8 @@
-"""The cross-entropy of a linear head from its inputs, some rows at a time, so that the logits never exist as a whole.
+"""The cross-entropy of a linear head computed from its inputs by chunks of rows, so that the whole logits never exist.
 
 The loss of N tokens with V classes usually takes three fp32 arrays of N x V in backward (the log-softmax, and the
-gradients of its output and of its input). Here a chunk of rows goes through the head, its loss and its gradients are
-computed at once, and the next chunk takes its place in memory. A head that is trained holds its gradient from the
-forward pass on.
+gradients of its output and of its input). Here the logits, the loss and the gradients of one chunk of rows are computed
+together, and the next chunk reuses the memory. If the head is trained, its gradient exists from the forward pass on.
 """
 
 from typing import Any
@@ -17,10 +16,10 @@ IGNORED = -100
 """The label that does not count."""
 
 CHUNK_BYTES = 128 << 20
-"""Bytes of the fp32 logits of one chunk. A GPU multiplies fewer rows less efficiently, more rows save less memory."""
+"""Bytes of the fp32 logits of one chunk. With fewer rows a GPU multiplies less efficiently; more rows save less."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes of the head that the chunked loss computes in."""
+"""Dtypes in which the chunked loss can compute."""
 
 
 def chunk_rows(classes: int) -> int:
@@ -29,13 +28,13 @@ def chunk_rows(classes: int) -> int:
 
 
 def loss_bytes(tokens: int, classes: int, dtype: torch.dtype, rows: int | None) -> int:
-    """Return how many bytes the loss of ``tokens`` holds at its peak, gradients of the head left out.
+    """Return how many bytes the loss of ``tokens`` holds at its peak, without the gradients of the head.
 
     Args:
         tokens: Rows of logits.
         classes: Columns of logits.
-        dtype: Of the logits.
-        rows: Rows of a chunk; None for the loss of whole logits.
+        dtype: Dtype of the logits.
+        rows: Rows of a chunk; None for whole logits.
     """
     rounded = dtype.itemsize if dtype.itemsize < 4 else 0
     return tokens * classes * 12 if rows is None else min(rows, tokens) * classes * (4 + rounded)
@@ -44,11 +43,11 @@ def loss_bytes(tokens: int, classes: int, dtype: torch.dtype, rows: int | None) 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean cross-entropy of whole logits in fp32 nats.
 
-    Without gradients the logits are copied to fp32 some rows at a time.
+    Without gradients the logits are copied to fp32 by chunks of rows.
 
     Args:
         logits: Shape ``(N, V)``.
-        labels: Shape ``(N,)``; -100 does not count. Where none counts the mean is NaN.
+        labels: Shape ``(N,)``; -100 does not count. If no label counts, the mean is NaN.
     """
     rows = chunk_rows(logits.shape[-1])
     if torch.is_grad_enabled() or len(logits) <= rows:
@@ -61,14 +60,14 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: int) -> Tensor:
     """Return ``cross_entropy(F.linear(hidden, weight, bias), labels)`` without holding the logits of all rows.
 
-    ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) goes by chunks too, but returns the loss of a bf16
-    network rounded to bf16 (10.94 for 10.87), and NaN gradients where no label counts.
+    ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) computes by chunks too, but returns the loss of a bf16
+    network rounded to bf16 (10.94 instead of 10.87), and NaN gradients if no label counts.
 
     Args:
         hidden: Inputs of the head, shape ``(N, H)``, in one of `DTYPES`.
         weight: Shape ``(V, H)``, in the dtype of ``hidden``.
         bias: Shape ``(V,)`` in the same dtype, or None.
-        labels: Shape ``(N,)``; -100 does not count. Where none counts the mean is NaN.
+        labels: Shape ``(N,)``; -100 does not count. If no label counts, the mean is NaN.
         rows: Rows of a chunk.
     """
     wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
@@ -77,9 +76,10 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, l
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Computes the gradients in forward and scales them in backward: no logits are computed twice.
+    """Computes the gradients in forward and scales them in backward, so that no logits are computed twice.
 
-    In fp16 they are computed in backward, where the loss scale is known: unscaled gradients would underflow.
+    In fp16 the gradients are computed in backward, where the loss scale is known: without the scale they would
+    underflow.
     """
 
     @staticmethod
@@ -102,7 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        """Return the gradients of hidden, weight and bias; a second call raises, for the first scaled them in place."""
+        """Return the gradients of hidden, weight and bias; a second call raises: the first has scaled them in place."""
         if ctx.late:
             hidden, weight, bias, labels = ctx.saved_tensors
             _, *gradients = _by_chunks(hidden, weight, bias, labels, ctx.rows, ctx.wanted, grad_loss)
@@ -121,20 +121,20 @@ def _by_chunks(
     wanted: tuple[bool, bool, bool],
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the mean loss and ``scale`` times its gradients, those that are ``wanted``; none where scale is None."""
+    """Return the mean loss, and ``scale`` times those of its gradients that are ``wanted``; None for the others."""
     counted = labels != IGNORED
     number = counted.sum()
     targets = labels.masked_fill(~counted, 0)[:, None]
     factors = None if scale is None else torch.where(counted, scale / number, 0.0)[:, None]
     losses = torch.empty(len(hidden), device=hidden.device)
     by_hidden, by_weight, by_bias = (
-        # a bias is small, and its sum over many chunks would suffer most from rounding
+        # fp32 for the bias: it is small, and its sum over many chunks would lose most by rounding
         torch.zeros_like(t, dtype=torch.float32 if t is bias else t.dtype)
         if t is not None and asked and scale is not None
         else None
         for t, asked in zip((hidden, weight, bias), wanted, strict=True)
     )
-    # the operands have one dtype, which autocast would change here and not in backward
+    # the operands have one dtype, which autocast would change in forward and not in backward
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
@@ -148,7 +148,7 @@ def _by_chunks(
                 by_weight.addmm_(gradient.mT, hidden[part])
             if by_bias is not None:
                 by_bias.add_(gradient.sum(0, dtype=torch.float32))
-            del gradient  # before the next chunk comes
+            del gradient  # free its memory before the next chunk
     by_bias = None if by_bias is None else by_bias.to(hidden.dtype)
     return losses.masked_fill(~counted, 0.0).sum() / number, by_hidden, by_weight, by_bias
 
@@ -156,7 +156,7 @@ def _by_chunks(
 def _of_chunk(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, factors: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the losses of some rows, and the gradient of their logits times the rows' factors; None without these."""
+    """Return the losses of some rows, and the gradient of their logits times ``factors``; None if factors is None."""
     logits = F.linear(hidden, weight, bias).float()
     largest = logits.amax(-1, keepdim=True)
     chosen = logits.gather(-1, targets) - largest
@@ -164,6 +164,6 @@ def _of_chunk(
     losses = (total.log() - chosen).squeeze(-1)
     if factors is None:
         return losses, None
-    # softmax - one_hot, in the place of the logits
+    # softmax - one_hot, written over the logits
     logits.mul_(factors / total).scatter_add_(-1, targets, -factors)
     return losses, logits.to(hidden.dtype)

@@ -1,4 +1,4 @@
-"""Forward and backward of one batch as two CUDA graphs: one launch each in place of thousands."""
+"""Forward and backward of a batch replayed as two CUDA graphs: one launch each instead of thousands."""
 
 import itertools
 from collections.abc import Callable, Hashable
@@ -13,38 +13,37 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from orthotrain.errors import ConfigurationError
 
 WARM_UP = 2
-"""Batches of new shapes that are computed eagerly: kernels are compiled and gradients get their memory."""
+"""Batches of a new set of shapes that are computed eagerly first: kernels are compiled, gradients allocated."""
 
 MOST_SHAPES = 4
-"""Sets of shapes that are captured; batches of further shapes are always computed eagerly."""
+"""Sets of shapes that are captured; batches of further sets are always computed eagerly."""
 
 MOST_SEEN = 1024
-"""Sets of shapes, and of plain values beside the tensors, that are remembered before they are captured."""
-
+"""Sets of shapes (and of the plain values beside the tensors) whose batches are counted before a capture."""
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
-"""What a batch may hold beside tensors: equal values are equal, and hold no tensors."""
+"""Types that a batch may hold beside tensors: their values can be compared, and contain no tensors."""
 
 
 class Recorder(Protocol):
-    """What records the work of a function on a device, to launch it again."""
+    """Records the work that a function launches on a device, to launch it again."""
 
     def warm(self, function: Callable[[], Tensor]) -> Tensor:
-        """Call a function as :meth:`record` will, and return its result."""
+        """Call a function under the conditions of :meth:`record`, and return its result."""
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Record what a function launches, and return what launches all of it again on the same memory."""
+        """Record the work of a function; return a function that launches the same work on the same memory."""
 
 
 class CudaRecorder:
-    """Records CUDA graphs; all of one recorder share their memory, so that only one of them may be in progress."""
+    """Records CUDA graphs; all graphs of a recorder share one memory, so only one of them may be in progress."""
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
 
     def warm(self, function: Callable[[], Tensor]) -> Tensor:
-        """Call a function on the stream of the captures, whose libraries then have their work space."""
+        """Call a function on the stream of the captures, so that libraries allocate their workspace for that stream."""
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -53,21 +52,21 @@ class CudaRecorder:
         return result
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Capture a function, which is not executed by that, and return the replay."""
+        """Capture a function without executing it, and return its replay."""
         graph = torch.cuda.CUDAGraph()
-        # other threads, such as those that pin batches, may go on while this one captures
+        # thread_local: other threads, such as those that pin batches, may use CUDA during the capture
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             function()
         return graph.replay
 
 
 RECORDERS: dict[str, Callable[[], Recorder]] = {"cuda": CudaRecorder}
-"""Type of a device -> what records graphs there."""
+"""Type of a device -> recorder for that device."""
 
 
 @dataclass
 class _Graphs:
-    """The two graphs of one set of shapes, and the tensors that they read and write."""
+    """The two graphs of one set of shapes, with the tensors that they read and write."""
 
     inputs: list[Any]
     loss: Tensor
@@ -79,23 +78,24 @@ class _Graphs:
 class GraphedStep:
     """``compute(batch)`` and its backward pass, replayed as CUDA graphs.
 
-    The first batches of each set of shapes are computed eagerly, the next one is captured, and those that follow are
-    copied into the memory that the capture has read. Gradients are added to the ``.grad`` that the parameters have, so
-    that batches accumulate; whoever clears them must keep their memory (``zero_grad(set_to_none=False)``). Optimizer
-    steps, merges and folds, which change parameters and buffers in place, are seen by the next replay. Graphs are
-    dropped and captured anew where a parameter, a buffer or a gradient has moved to other memory, or is trained now
-    and was not before.
+    For each set of shapes, the first batches are computed eagerly and the next batch is captured. Every later batch is
+    copied into the memory that the capture has read. Gradients are added to the existing ``.grad`` of the parameters,
+    so that batches accumulate; code that clears them must keep their memory (``zero_grad(set_to_none=False)``). The
+    next replay sees optimizer steps, merges and folds, which change parameters and buffers in place. If a parameter,
+    buffer or gradient has moved to other memory, or a parameter is trained now and was not before, all graphs are
+    dropped and captured again.
 
-    What ``compute`` decides on the host is decided once for a set of shapes. A call and its backward pass alternate:
-    the next pass uses the same memory.
+    Decisions that ``compute`` takes on the host are taken once for each set of shapes. Every call must be followed by
+    its backward pass before the next call, which uses the same memory.
 
     Args:
         compute: Returns the loss of a batch, a scalar on the device of the module, without waiting for the device.
-        module: The module whose parameters and buffers ``compute`` reads; its layers are not replaced any more.
-        recorder: What captures; None for that of the module's device.
+        module: The module whose parameters and buffers ``compute`` reads; its layers must not be replaced later.
+        recorder: Records the graphs; None for the recorder of the module's device.
 
     Attributes:
-        captures: How many sets of shapes have been captured so far, those that were dropped included.
+        captures: How many sets of shapes have been captured so far, including those that were dropped.
+        turn: Number of the current pass.
     """
 
     def __init__(self, compute: Callable[[Any], Tensor], module: nn.Module, recorder: Recorder | None = None) -> None:
@@ -105,11 +105,11 @@ class GraphedStep:
         self._recorder = recorder or RECORDERS[_device(module).type]()
         self._graphs: dict[Hashable, _Graphs] = {}
         self._seen: dict[Hashable, int] = {}
-        # the modules' own dictionaries: to walk through the modules of a large network takes milliseconds a step
-        owned = (kind for part in module.modules() for kind in (part._parameters, part._buffers))
-        self._owned = [kind for kind in owned if kind]
+        # the modules' own dictionaries: a walk through the modules of a large network takes milliseconds a step
+        owned = (tensors for part in module.modules() for tensors in (part._parameters, part._buffers))
+        self._owned = [tensors for tensors in owned if tensors]
         self._memory: list[Any] = []
-        self.turn = 0  # of the pass that is in progress
+        self.turn = 0
         self._anchor = torch.zeros((), device=_device(module), requires_grad=True)
 
     def __call__(self, batch: Any) -> Tensor:
@@ -119,8 +119,8 @@ class GraphedStep:
             batch: Tensors in any nesting of dictionaries, lists and tuples, beside plain values.
 
         Raises:
-            ConfigurationError: If ``compute`` does something that cannot be captured, the batch holds something that is
-                neither tensor nor plain value, or a trained parameter has no part in the loss or has lost its gradient.
+            ConfigurationError: If ``compute`` does something that cannot be captured, if the batch holds anything but
+                tensors and plain values, or if a trained parameter has no part in the loss or has lost its gradient.
         """
         leaves, structure = tree_flatten(batch)
         for leaf in leaves:
@@ -129,7 +129,7 @@ class GraphedStep:
                     f"compile=cuda-graph: a batch holds a {type(leaf).__name__}, whose tensors a replay would not see: "
                     "let the data give dictionaries, lists or tuples of tensors, or take compile=none"
                 )
-        key = (structure, *(_kind(leaf) for leaf in leaves))
+        key = (structure, *(_shape_key(leaf) for leaf in leaves))
         if self._graphs and self._addresses() != self._memory:
             self._graphs.clear()
             self._seen.clear()
@@ -181,7 +181,7 @@ class GraphedStep:
     def _check_gradients(
         self, trained: dict[str, nn.Parameter], had: dict[str, bool], reached: set[nn.Parameter]
     ) -> None:
-        """Refuse gradients that replays would not add to, or would leave at zero where they are None without graphs."""
+        """Refuse gradients to which replays would not add, and zero gradients that would be None without graphs."""
         for name, parameter in trained.items():
             if parameter in reached and not had[name]:
                 raise ConfigurationError(
@@ -192,11 +192,11 @@ class GraphedStep:
             if parameter not in reached and had[name]:
                 raise ConfigurationError(
                     f"compile=cuda-graph: {name} has no part in the loss of this batch, and had one before. Its "
-                    "gradient would be zero where it is None without graphs: take compile=default"
+                    "gradient would be zero, and None without graphs: take compile=default"
                 )
 
     def _addresses(self) -> list[Any]:
-        """Return where everything lies that a graph reads or writes, and what is trained of it."""
+        """Return the addresses of all tensors that a graph reads or writes, and which of them are trained."""
         tensors = [tensor for owned in self._owned for tensor in owned.values() if tensor is not None]
         trained = [tensor.requires_grad for tensor in tensors]
         grads = [tensor.grad for tensor in itertools.compress(tensors, trained)]
@@ -212,9 +212,9 @@ class _Replay(torch.autograd.Function):
     def forward(ctx: Any, anchor: Tensor, step: GraphedStep, graphs: _Graphs, leaves: list[Any]) -> Tensor:
         step.turn += 1
         ctx.turn, ctx.step, ctx.graphs = step.turn, step, graphs
-        for mine, given in zip(graphs.inputs, leaves, strict=True):
-            if isinstance(given, Tensor):
-                mine.copy_(given, non_blocking=True)
+        for captured, leaf in zip(graphs.inputs, leaves, strict=True):
+            if isinstance(leaf, Tensor):
+                captured.copy_(leaf, non_blocking=True)
         graphs.forward()
         return graphs.loss.clone()
 
@@ -222,17 +222,17 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
         if ctx.turn != ctx.step.turn:
             raise ConfigurationError(
-                "compile=cuda-graph: backward() of an earlier batch, whose memory a later one has used again: call "
+                "compile=cuda-graph: backward() of an earlier batch, whose memory a later batch has overwritten: call "
                 "backward before the next loss, or take compile=none"
             )
-        ctx.step.turn += 1  # a second backward of this batch would find other values
+        ctx.step.turn += 1  # refuse a second backward of this batch, which would find other values
         ctx.graphs.grad.copy_(grads[0])
         ctx.graphs.backward()
         return None, None, None, None
 
 
-def _kind(leaf: Any) -> Hashable:
-    """Return what two leaves of batches have to share for one graph to serve both."""
+def _shape_key(leaf: Any) -> Hashable:
+    """Return a key that is equal for two leaves of batches if one graph can serve both."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
     return type(leaf), repr(leaf)
@@ -243,7 +243,7 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def _uncached_casts() -> Any:
-    """Return a context in which autocast casts every weight anew: a cast that is kept would lie outside the graph."""
+    """Return a context in which autocast keeps no cast weights: they would lie outside the memory of the graph."""
     for kind in ("cuda", "cpu"):
         if torch.is_autocast_enabled(kind):
             return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)

@@ -1,79 +1,74 @@
-"""Lets a network's head return the loss of its rows in the place of their logits."""
+"""The next-token loss computed inside the output head of a network, without the logits of all rows."""
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from orthotrain.devices.host_reads import read_waits
 from orthotrain.errors import ConfigurationError
 from orthotrain.modules.chunked_loss import DTYPES, chunk_rows, chunked_cross_entropy, cross_entropy
 
 
 class HeadLoss:
-    """The next-token loss of a network, with whole logits or by chunks of them.
+    """The next-token loss of a network, from whole logits or by chunks of rows.
 
-    By chunks the head computes the loss of its inputs, and the network returns this loss where it returns logits
-    otherwise. That is right only if the network returns the output of its head as it is: without a soft-cap, a factor
-    or a second use. The first batch that would go by chunks is run once more, without gradients, to find that out; so
-    is the first one in training mode and in evaluation mode, in which a network may differ.
+    By chunks, the head returns the loss of its inputs instead of their logits, and the network passes the loss on. That
+    is right only if the network returns the output of its head unchanged: without a soft-cap, a factor or a second use.
+    To check this, the first batch that is computed by chunks is run a second time without gradients, once in training
+    mode and once in evaluation mode, in which a network may differ.
 
     Args:
-        chunked: None for chunks where the fp32 logits of a batch are larger than one chunk and the network allows it;
-            True refuses a network that does not allow it, False always takes whole logits.
+        chunked: None for chunks if the fp32 logits of a batch are larger than one chunk and the network allows chunks;
+            True to refuse a network that does not allow chunks; False for whole logits always.
+
+    Attributes:
+        obstacle: Why the loss is never computed by chunks; None if it may be.
+        rows: Rows of a chunk in the last batch that was computed by chunks; None if there was no such batch.
     """
 
     def __init__(self, chunked: bool | None = None) -> None:
         self.chunked = chunked
         self.obstacle: str | None = "chunked_loss is false" if chunked is False else None
-        self.rows: int | None = None  # of a chunk of the last batch that went by chunks
-        self._probed: set[bool] = set()  # modes, training or not
+        self.rows: int | None = None
+        self._probed: set[bool] = set()  # values of network.training
 
     def check(self, network: nn.Module) -> None:
-        """Find out whether the head of a network is a plain linear layer.
+        """Check whether the head of a network is a plain linear layer.
 
         Raises:
-            ConfigurationError: It is not, and ``chunked_loss: true`` was asked for.
+            ConfigurationError: If it is not, and ``chunked_loss`` is true.
         """
         if self.obstacle is None:
             self._refuse(head_obstacle(network))
 
     def probe(self, network: nn.Module, forward: Callable[[], Any], device: torch.device) -> None:
-        """Run a batch without gradients to find out whether the network returns the output of its head as it is.
+        """Run a batch without gradients to check whether the network returns the output of its head unchanged.
 
-        All ranks do this with the same batch, since a sharded network computes on all ranks together. Buffers of the
-        network and generators of random numbers are left as they were.
+        All ranks run this at the same batch, since a sharded network computes on all ranks together. The network's
+        buffers and the generators of random numbers are restored.
 
         Raises:
-            ConfigurationError: It does not, and ``chunked_loss: true`` was asked for.
+            ConfigurationError: If it does not, and ``chunked_loss`` is true.
         """
         if self.obstacle is not None or network.training in self._probed:
             return
         self._probed.add(network.training)
         head: Any = network.get_output_embeddings()  # type: ignore[operator]
-        returned: list[tuple[Tensor, int]] = []
 
-        def observed(hidden: Tensor) -> Tensor:
-            logits = F.linear(hidden, head.weight, head.bias)
-            returned.append((logits, logits._version))
-            return logits
+        def logits(hidden: Tensor) -> Tensor:
+            return F.linear(hidden, head.weight, head.bias)
 
-        # tensors of inference mode have no version, by which a change in place is seen
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            same_draws(device),
-            same_buffers(network),
-            in_place_of(head, observed),
-        ):
-            output = logits_of(forward())
-        if len(returned) != 1 or output is not returned[0][0] or output._version != returned[0][1]:
-            self._refuse(f"{type(network).__name__} does not return the output of its head as it is")
+        # not in inference mode, whose tensors have no version
+        with torch.inference_mode(False), torch.no_grad(), same_draws(device), same_buffers(network):
+            _, unchanged = run_with_head(head, logits, forward)
+        if not unchanged:
+            self._refuse(f"{type(network).__name__} does not return the output of its head unchanged")
 
     def __call__(
         self, network: nn.Module, forward: Callable[[], Any], labels: Tensor, whole: str | None = None
@@ -81,25 +76,21 @@ class HeadLoss:
         """Return the mean next-token cross-entropy in nats.
 
         Args:
-            network: The network; its output head is looked up.
-            forward: Runs the network on a batch and returns its output: the logits, or an object that has them.
+            network: The network, which names its output head.
+            forward: Runs the network on a batch and returns its output: the logits, or an object with ``logits``.
             labels: Shape ``(B, T)``; -100 does not count.
             whole: Why this batch needs whole logits; None if it does not.
         """
-        if whole is None and self._goes_by_chunks(network, labels.numel()):
-            self.probe(network, forward, labels.device)
-        if self.obstacle is None and whole is None:
-            return self._at_head(network, forward, labels.flatten())
+        if whole is None and self.obstacle is None:
+            head: Any = network.get_output_embeddings()  # type: ignore[operator]
+            if self.rows_for(labels.numel(), head.out_features) is not None:
+                self.probe(network, forward, labels.device)
+        if whole is None and self.obstacle is None:
+            return self._loss_at_head(network, forward, labels.flatten())
         return cross_entropy(logits_of(forward()).flatten(0, 1), labels.flatten())
 
-    def _goes_by_chunks(self, network: nn.Module, tokens: int) -> bool:
-        if self.obstacle is not None:
-            return False
-        head: Any = network.get_output_embeddings()  # type: ignore[operator]
-        return self.rows_for(tokens, head.out_features) is not None
-
     def rows_for(self, tokens: int, classes: int) -> int | None:
-        """Return how many rows of logits a batch takes at a time; None for all of them."""
+        """Return how many rows of logits a batch is computed by; None for all of them at once."""
         rows = chunk_rows(classes)
         return None if self.obstacle or (self.chunked is None and tokens <= rows) else rows
 
@@ -114,47 +105,42 @@ class HeadLoss:
         if obstacle is not None and self.chunked:
             raise ConfigurationError(f"chunked_loss=True: {obstacle}; leave chunked_loss out, or set it to false")
 
-    def _at_head(self, network: nn.Module, forward: Callable[[], Any], labels: Tensor) -> Tensor:
+    def _loss_at_head(self, network: nn.Module, forward: Callable[[], Any], labels: Tensor) -> Tensor:
         head: Any = network.get_output_embeddings()  # type: ignore[operator]
-        losses: list[Tensor] = []
-        versions: list[int] = []
+        used: list[int] = []
 
-        def computed(hidden: Tensor) -> Tensor:
+        def loss_or_logits(hidden: Tensor) -> Tensor:
             rows = self._rows_of(head, hidden, labels.numel())
             if rows is None:
                 return F.linear(hidden, head.weight, head.bias)
-            # as many dimensions as logits have: what a network may do to logits can be done, and gives another tensor
-            losses.append(loss_of(hidden, head, labels, rows).view(1, 1, 1))
-            # a tensor of inference mode has no version
-            versions.append(0 if losses[-1].is_inference() else losses[-1]._version)
-            self.rows = rows
-            return losses[-1]
+            used.append(rows)
+            # as many dimensions as logits have, so that a network that changes its logits can run, and is noticed
+            return loss_of(hidden, head, labels, rows).view(1, 1, 1)
 
-        with in_place_of(head, computed):
-            output = logits_of(forward())
-        if not losses:
+        output, unchanged = run_with_head(head, loss_or_logits, forward)
+        if not used:
             return cross_entropy(output.flatten(0, 1), labels)
-        changed = not output.is_inference() and output._version != versions[0]
-        if len(losses) != 1 or output is not losses[0] or changed:
+        self.rows = used[-1]
+        if not unchanged:
             raise ConfigurationError(
-                f"{type(network).__name__} returned the output of its head as it is for the first batch, and changes "
-                "that of a later one: set chunked_loss to false"
+                f"{type(network).__name__} returned the output of its head unchanged for the first batch, and changes "
+                "the output for a later batch: set chunked_loss to false"
             )
         return output.view(())
 
     def _rows_of(self, head: nn.Linear, hidden: Tensor, labels: int) -> int | None:
-        """Return how many rows of a head's inputs make a chunk; None where the head has to return logits."""
+        """Return how many rows of a head's inputs make a chunk; None if the head must return logits."""
         matched = hidden.shape[:-1].numel() == labels and not isinstance(head.weight, DTensor)
         return self.rows_for(labels, head.out_features) if matched and dtype_at(hidden) in DTYPES else None
 
 
 def loss_of(hidden: Tensor, head: nn.Linear, labels: Tensor, rows: int) -> Tensor:
-    """Return the mean cross-entropy of a head's inputs ``(..., H)`` by chunks, in the dtype that the head computes in.
+    """Return the mean cross-entropy of a head's inputs by chunks, in the dtype in which the head computes.
 
     Args:
-        hidden: Inputs of the head.
+        hidden: Inputs of the head, shape ``(..., H)``.
         head: A plain linear layer.
-        labels: One for each row of ``hidden``.
+        labels: A label for each row of ``hidden``.
         rows: Rows of a chunk.
     """
     dtype = dtype_at(hidden)
@@ -163,7 +149,7 @@ def loss_of(hidden: Tensor, head: nn.Linear, labels: Tensor, rows: int) -> Tenso
 
 
 def dtype_at(x: Tensor) -> torch.dtype:
-    """Return the dtype that a linear layer computes ``x`` in: that of autocast, or its own."""
+    """Return the dtype in which a linear layer computes with ``x``: that of autocast, or that of ``x``."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -181,36 +167,59 @@ def head_obstacle(network: nn.Module) -> str | None:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits of a network's output: its ``logits``, or the output itself."""
+    """Return the ``logits`` of a network's output, or the output itself if it has none."""
     logits: Tensor = getattr(output, "logits", output)
     return logits
 
 
-@contextmanager
-def in_place_of(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let a module compute something else for as long as the ``with`` block lasts; its hooks run as usual."""
-    module.forward = forward
+def run_with_head(
+    head: nn.Module, compute: Callable[[Tensor], Tensor], forward: Callable[[], Any]
+) -> tuple[Tensor, bool]:
+    """Run a network whose head computes something else; the hooks of the head run as usual.
+
+    Args:
+        head: The head.
+        compute: Takes the place of the head's forward pass.
+        forward: Runs the network.
+
+    Returns:
+        The network's logits; and whether they are the output of the head, used once and unchanged.
+    """
+    outputs: list[tuple[Tensor, int]] = []
+
+    def recorded(hidden: Tensor) -> Tensor:
+        output = compute(hidden)
+        outputs.append((output, _version(output)))
+        return output
+
+    head.forward = recorded
     try:
-        yield
+        logits = logits_of(forward())
     finally:
-        del module.forward
+        del head.forward
+    return logits, len(outputs) == 1 and logits is outputs[0][0] and _version(logits) == outputs[0][1]
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; 0 for a tensor of inference mode, which does not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
 def same_draws(device: torch.device) -> Iterator[None]:
-    """Let all generators (PyTorch's, numpy's, Python's) go on from where they were before the ``with`` block."""
-    on_device = [device] if device.type not in ("cpu", "meta") else []
-    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one is what others use
-    with torch.random.fork_rng(on_device, device_type=device.type if on_device else "cuda"):
+    """Restore the states of all generators (PyTorch's, numpy's, Python's) after the ``with`` block."""
+    devices = [device] if read_waits(device) else []
+    with (
+        isolate_rng(include_cuda=False),
+        torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
+    ):
         yield
-    random.setstate(of_python)
-    np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 @contextmanager
 def same_buffers(network: nn.Module) -> Iterator[None]:
-    """Give the buffers of a network, such as running statistics, the values that they had before the ``with`` block."""
-    # those of batch normalisation are written without a new version
+    """Restore the buffers of a network, such as running statistics, after the ``with`` block."""
+    # the version of a buffer does not tell whether it has changed: batch normalization writes without a new version
     before = [(buffer, buffer.clone()) for buffer in network.buffers() if not buffer.is_inference()]
     yield
     for buffer, values in before:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import lightning as L
 from torch import nn
 
-from orthotrain.callbacks.merge_rotations import MergeRotations, check_period
+from orthotrain.callbacks.merge_rotations import MergeRotations
+from orthotrain.errors import check_count
 from orthotrain.layers import LoraLinear, select_linears
 from orthotrain.layers.replacement import replace_layers
 from orthotrain.layers.selection import check_excluded
@@ -76,7 +77,7 @@ class LoraModule(BaseModule):
     ) -> None:
         super().__init__(model, optimization, chunked_loss=chunked_loss, compile=compile)
         if merge_every is not None:
-            check_period("merge_every", merge_every)
+            check_count("merge_every", merge_every)
         self.save_hyperparameters("merge_every", "seed")
         self.layers = layers
         self.seed = seed

@@ -15,21 +15,24 @@ from orthotrain.modules.graph_replay import RECORDERS, GraphedStep
 CompileMode = Literal["none", "default", "reduce-overhead", "cuda-graph"]
 
 KNOWN_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ShardedStrategy)
-"""Strategies under which a compiled network has been found to compute what the network itself does."""
+"""Strategies under which tests have shown that a compiled network computes the same as the network itself."""
 
 
 class MicroStep:
-    """Runs the training micro-step of a module in one mode; validation and generation are always eager.
+    """Computes the training loss of a module in one mode; validation and generation are always eager.
 
-    ``default`` and ``reduce-overhead`` are those of ``torch.compile`` and compile the forward pass of the network;
-    shapes that change are compiled anew. ``cuda-graph`` replays forward and backward (:class:`GraphedStep`). The
-    network itself is not changed in any mode: names, checkpoints and export stay as they are.
+    ``default`` and ``reduce-overhead`` are modes of ``torch.compile`` and compile the forward pass of the network;
+    batches of another shape compile it again. ``cuda-graph`` replays forward and backward (:class:`GraphedStep`). No
+    mode changes the network itself: names, checkpoints and export stay as they are.
 
     Args:
-        mode: What the user has chosen.
+        mode: The value of ``compile``.
 
     Raises:
-        ConfigurationError: If there is no such mode.
+        ConfigurationError: If the mode is unknown.
+
+    Attributes:
+        ran: Whether a training loss was computed.
     """
 
     def __init__(self, mode: CompileMode) -> None:
@@ -41,29 +44,29 @@ class MicroStep:
         self._graphed: GraphedStep | None = None
 
     def __reduce__(self) -> tuple:
-        return MicroStep, (self.mode,)  # what is compiled or captured belongs to one network in one process
+        return MicroStep, (self.mode,)  # compiled code and graphs belong to one network in one process
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether gradients must keep their memory from step to step: graphs add to it."""
+        """Whether gradients must keep their memory from step to step, because CUDA graphs add to it."""
         return self.mode in ("reduce-overhead", "cuda-graph")
 
     def check(self, strategy: Any, automatic: bool = True) -> None:
-        """Refuse a mode that the strategy or the device of a run cannot have.
+        """Refuse a mode that does not work with the strategy or the device of a run.
 
         Args:
-            strategy: The trainer's.
+            strategy: The trainer's strategy.
             automatic: Whether Lightning calls backward and the optimizer.
 
         Raises:
-            ConfigurationError: Naming the mode, the strategy or device, and what would work.
+            ConfigurationError: Naming the mode, the strategy or device, and a mode that works.
         """
         if self.mode == "none":
             return
         if not automatic:
             raise ConfigurationError(
-                f"compile={self.mode} with automatic_optimization=False: the mode is that of the training step which "
-                "Lightning runs; take compile=none"
+                f"compile={self.mode} with automatic_optimization=False: the mode works only for a training step whose "
+                "backward pass Lightning runs; take compile=none"
             )
         name = type(strategy).__name__
         if self.mode == "cuda-graph":
@@ -79,10 +82,10 @@ class MicroStep:
                 )
         elif self.mode == "reduce-overhead" and isinstance(strategy, ModelParallelStrategy):
             raise ConfigurationError(
-                f"compile=reduce-overhead with {name}: every gather puts the weights into other memory, and a graph "
-                "would be captured at every step; take compile=default or compile=none"
+                f"compile=reduce-overhead with {name}: every gather puts the weights into other memory, so that every "
+                "step would capture a new graph; take compile=default or compile=none"
             )
-        # DeepSpeed's is a DDPStrategy, too
+        # DeepSpeedStrategy is a subclass of DDPStrategy
         elif not isinstance(strategy, KNOWN_STRATEGIES) or isinstance(strategy, DeepSpeedStrategy):
             raise ConfigurationError(
                 f"compile={self.mode} with {name} is not known to compute the same; take compile=none, or one device, "
@@ -90,29 +93,30 @@ class MicroStep:
             )
 
     def prepare(self, network: nn.Module) -> None:
-        """Make a wrapped network ready for the mode.
+        """Prepare a wrapped network for the mode.
 
         Raises:
-            ConfigurationError: If layers that are computed again in backward draw random numbers, which no capture
-                can repeat.
+            ConfigurationError: If layers that are recomputed in backward draw random numbers, which a captured graph
+                cannot repeat.
         """
-        computed_again = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
-        if self.mode == "cuda-graph" and computed_again:
-            if dropped := sorted(_dropout_of(network)):
-                raise ConfigurationError(
-                    f"compile=cuda-graph with gradient_checkpointing and {dropped[0]}: a captured backward pass cannot "
-                    f"draw the same random numbers again; set {dropped[0].split('=')[0]} to 0, or take compile=default"
-                )
-            # nothing is drawn in these layers, and a capture may not read the state of the random numbers
-            kwargs = {"use_reentrant": False, "preserve_rng_state": False}
-            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+        if self.mode != "cuda-graph" or not recomputes:
+            return
+        if dropout := sorted(_dropout_of(network)):
+            raise ConfigurationError(
+                f"compile=cuda-graph with gradient_checkpointing and {dropout[0]}: a captured backward pass cannot "
+                f"draw the same random numbers again; set {dropout[0].split('=')[0]} to 0, or take compile=default"
+            )
+        # these layers draw no random numbers, and a capture must not read the generator's state
+        kwargs = {"use_reentrant": False, "preserve_rng_state": False}
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
 
     def loss(self, module: Any, batch: Any) -> Tensor:
-        """Return the loss of a training batch, in the mode.
+        """Return the loss of a training batch, computed in the mode.
 
         Args:
-            module: The module whose ``loss(batch)`` it is.
-            batch: What its data loader has given.
+            module: The module whose ``loss(batch)`` is computed.
+            batch: A batch of its data loader.
 
         Raises:
             ConfigurationError: If the loss cannot be compiled or captured.
@@ -122,7 +126,7 @@ class MicroStep:
             self._graphed = self._graphed or GraphedStep(module.loss, module)
             return self._graphed(batch)
         if self.mode == "none" or (first and self.mode == "reduce-overhead"):
-            # the first backward pass makes the gradients, which must not lie in the memory of a graph
+            # the first backward pass allocates the gradients, which must not lie in the memory of a graph
             return module.loss(batch)
         if self.mode == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
@@ -137,19 +141,19 @@ class MicroStep:
         return loss
 
     def network(self, network: nn.Module) -> Callable[..., Any]:
-        """Return what a forward pass calls: the network, or what is compiled of it during a training micro-step."""
+        """Return the function that a forward pass calls: the network, or, in a training step, its compiled form."""
         if not self._active:
             return network
         if self._compiled is None:
-            # a function around the network, since a compiled module would have other names in a checkpoint
+            # compile a function, not the module: a compiled module has other names in a checkpoint
             self._compiled = torch.compile(lambda *args, **kwargs: network(*args, **kwargs), mode=self.mode)
         return self._compiled
 
     def check_ran(self, module: Any) -> None:
-        """Refuse a module whose own training step leaves out the mode that was chosen.
+        """Refuse a module whose own training step does not use the mode.
 
         Raises:
-            ConfigurationError: Naming the module and what would work.
+            ConfigurationError: Naming the module and the remedies.
         """
         if self.mode != "none" and not self.ran:
             name = type(module).__name__
@@ -176,7 +180,7 @@ class MicroStep:
 
 
 def _dropout_of(network: nn.Module) -> set[str]:
-    """Return the settings by which a network drops values in training, as ``name=value``."""
+    """Return the settings with which a network drops values in training, as ``name=value``."""
     config: Any = getattr(network, "config", None)
     found = dict(config.to_dict()) if hasattr(config, "to_dict") else {}
     for name, module in network.named_modules():

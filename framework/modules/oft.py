@@ -31,7 +31,7 @@ Objective = Literal["next_token", "model"]
 
 
 class OftModule(BaseModule):
-    """Finetune any network with OFT: rotations of the inputs of its frozen, possibly quantised linear layers.
+    """Finetune any network with OFT: rotations of the inputs of its frozen, possibly quantized linear layers.
 
     Beside the metrics of :class:`BaseModule` it logs the accuracy of the predicted response tokens (or classes), and,
     where the data module offers ``generation_batches``, exact match and ROUGE-L of answers generated without sampling;
@@ -186,24 +186,27 @@ class OftModule(BaseModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if not self.max_new_tokens or not hasattr(data, "generation_batches") or not hasattr(self.model, "generate"):
             return
-        samples: list[tuple[str, str, str]] = []
-        for batch in shown(data.generation_batches(split), "generating", "batches"):
-            inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
-            ids = self.model.generate(  # type: ignore[union-attr, operator]
-                **inputs,
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                eos_token_id=data.tokenizer.eos_token_id,
-                pad_token_id=data.tokenizer.pad_token_id,
-            )
-            new = generated_tokens(self.model, ids, inputs["input_ids"].shape[1])
-            answers = data.tokenizer.batch_decode(new, skip_special_tokens=True)
-            prompts = data.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
-            self.generation.update(answers, batch["references"])
-            samples += zip(prompts, answers, batch["references"], strict=True)
+        with shown(data.generation_batches(split), "generating", "batches") as batches:
+            samples = [sample for batch in batches for sample in self._answered(batch, data.tokenizer)]
         if samples:
             self.log_dict({f"{split}_{name}": value for name, value in self.generation.compute().items()})
             self._log_samples(samples[: self.logged_samples], split)
+
+    def _answered(self, batch: dict[str, Any], tokenizer: Any) -> list[tuple[str, str, str]]:
+        """Generate answers to the prompts of a batch; return prompts, answers and references as text."""
+        inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        ids = self.model.generate(  # type: ignore[union-attr, operator]
+            **inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        new = generated_tokens(self.model, ids, inputs["input_ids"].shape[1])
+        answers = tokenizer.batch_decode(new, skip_special_tokens=True)
+        prompts = tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+        self.generation.update(answers, batch["references"])
+        return list(zip(prompts, answers, batch["references"], strict=True))
 
     def _log_samples(self, samples: list[tuple[str, str, str]], split: str) -> None:
         if self.trainer.sanity_checking:

@@ -308,7 +308,7 @@ def train(build: partial, seed: int, steps: int) -> dict[str, Any]:
         "bits_per_byte": metrics["val_bits_per_byte"],
         "loss": metrics["val_loss"],
         "trained": trained,
-        "early_merges": metrics.get("early_merges", 0.0),
+        "early_folds": metrics.get("early_folds", 0.0),
         "seconds": time.perf_counter() - start,
     }
 

@@ -110,7 +110,7 @@ def test_a_period_below_one_is_refused(value):
         PoetModule(network(), merge_every=value)
 
 
-def test_merges_a_layer_early_when_its_generators_go_too_far():
+def test_folds_a_layer_early_when_its_generators_go_too_far():
     model = network()
     PoetLayers(block_size=4).apply_(model)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_merges_a_layer_early_when_its_generators_go_too_far():
     callback = next(c for c in trainer.callbacks if isinstance(c, MergeRotations))
     layers = [layer for _, layer in mergeable_layers(module)]
     assert callback.merges == 0 and not any(layer.merge_count for layer in layers)
-    assert callback.early_merges == sum(int(layer.fold_count) for layer in layers) > 0
+    assert callback.early_folds == sum(int(layer.fold_count) for layer in layers) > 0
     assert not NormWatch(0.03).beyond(dict(mergeable_layers(module)))
 
 
@@ -137,7 +137,7 @@ def test_the_bound_keeps_a_series_orthogonal_where_it_would_diverge():
     assert worst(0.06) < 1e-3
 
 
-def test_an_early_merge_keeps_permutation_and_optimizer_state():
+def test_an_early_fold_keeps_permutation_and_optimizer_state():
     module, trainer = fit(merge_every=1000, steps=8, max_generator_norm=0.03)
     fresh, _ = fit(merge_every=1000, steps=8)
     for (_, layer), (_, other) in zip(mergeable_layers(module), mergeable_layers(fresh), strict=True):
@@ -157,7 +157,7 @@ def test_a_bound_that_is_never_reached_changes_no_bit():
 
 
 class Student(PoetModule):
-    """Fits a teacher and notes its losses."""
+    """Fits a teacher and records its losses."""
 
     def loss(self, batch):
         loss = (self(batch[0]) - batch[1]).square().mean()
@@ -224,7 +224,7 @@ def test_a_bound_that_is_not_positive_is_refused(value):
         PoetModule(network(), max_generator_norm=value)
 
 
-def test_a_rhythm_with_a_state_is_asked_once_a_step():
+def test_periods_with_a_state_are_asked_for_once_a_step():
     class EverySecond(MergeRotations):
         asked = 0
 
@@ -233,5 +233,5 @@ def test_a_rhythm_with_a_state_is_asked_once_a_step():
             return self.asked % 2 == 0
 
     merging = EverySecond()
-    answers = [(merging._merges_at(step), merging._merges_at(step)) for step in range(1, 5)]
+    answers = [(merging._ends_period(step), merging._ends_period(step)) for step in range(1, 5)]
     assert answers == [(False, False), (True, True)] * 2 and merging.asked == 4

@@ -64,7 +64,9 @@ def test_orthogonality_is_logged_for_the_model_and_if_asked_for_by_layer(network
     names = {name for name in module.logged if "/" in name}
     expected = {f"{kind}/{layer}" for kind in ("generator_norm", "orthogonality_error") for layer in states}
     assert names == (expected if per_layer else set())
-    with pytest.raises(ConfigurationError, match="OrthogonalityMonitor: every_n_steps=0: take 1 or more"):
+    with pytest.raises(
+        ConfigurationError, match="OrthogonalityMonitor: every_n_steps=0: take an integer of at least 1"
+    ):
         OrthogonalityMonitor(0)
 
 
@@ -93,23 +95,23 @@ def test_the_report_goes_on_after_a_resume():
     assert resumed.before == {"val_loss": 4.0} and resumed.curves["val_loss"] == [(1, 4.0)]
 
 
-def test_early_merges_are_told_also_where_no_period_has_ended(tmp_path):
+def test_early_folds_are_reported_also_where_no_period_has_ended(tmp_path):
     base = {"steps": 5, "after": {}, "tokens_per_second": None, "kernels": "reference", "trainable_parameters": 1,
             "memory": None, "next_token_loss": None, "total_parameters": 2, "spectrum_drift": None,
-            "checkpoint": None}  # fmt: skip
+            "checkpoint": None, "compared_with": None}  # fmt: skip
     for merges, early, line in (
-        (None, 7, "0, 7 of single"),
-        (2, 7, "2, 7 of single"),
+        (None, 7, "0, and 7 early"),
+        (2, 7, "2, and 7 early"),
         (2, None, "2"),
         (None, None, None),
     ):
-        rows = RunReport()._lines({**base, "merges": merges, "early_merges": early}, tmp_path)
+        rows = RunReport()._lines({**base, "merges": merges, "early_folds": early}, tmp_path)
         (found,) = [row.split(None, 1)[1] for row in rows if row.startswith("merges")] or [None]
         assert found == line or found.startswith(line)
 
 
 class Slow(L.LightningModule):
-    """Lets a clock go on where that of the throughput runs, and where it stands."""
+    """Advances a clock where the clock of the throughput runs, and where it stands still."""
 
     def __init__(self):
         super().__init__()

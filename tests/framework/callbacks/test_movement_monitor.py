@@ -91,5 +91,5 @@ def test_angle_and_movement_are_those_of_the_step():
 
 @pytest.mark.parametrize("every", [0, -1, 2.5, True])
 def test_a_cadence_below_one_is_refused(every):
-    with pytest.raises(ConfigurationError, match=f"every_n_steps={every}: measure every 1 or more"):
+    with pytest.raises(ConfigurationError, match=f"every_n_steps={every}: take an integer of at least 1"):
         MovementMonitor(every)

@@ -103,7 +103,7 @@ def test_watches_evenly_spread_layers_of_a_pattern(tmp_path):
     assert list(SpectrumMonitor(include=["5"]).watched(net)) == ["5"]
     with pytest.raises(ConfigurationError, match=r"include=\['x'\] matches no mergeable layer; there are 0, 1"):
         SpectrumMonitor(include=["x"]).watched(net)
-    with pytest.raises(ConfigurationError, match="every_n_steps=0: take 1 or more"):
+    with pytest.raises(ConfigurationError, match="every_n_steps=0: take an integer of at least 1"):
         SpectrumMonitor(every_n_steps=0)
 
 

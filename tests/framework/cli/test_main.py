@@ -50,7 +50,7 @@ def test_from_fit_to_an_exported_model(small_config, tmp_path, capsys):
     assert summary["steps"] == 6 and summary["merges"] == 3 and 0 <= summary["spectrum_drift"] < 1e-4
     assert f"{summary['trainable_parameters']:,} trained of {summary['total_parameters']:,}" in printed
     assert f"tokens per second         {summary['tokens_per_second']:,.0f}\n" in printed
-    assert summary["checkpoint"] == str(run / "checkpoints" / "last.ckpt") and summary["early_merges"] is None
+    assert summary["checkpoint"] == str(run / "checkpoints" / "last.ckpt") and summary["early_folds"] is None
     assert (run / "config.yaml").exists()
     last = run / "checkpoints" / "last.ckpt"
 
@@ -122,7 +122,7 @@ BAD = [
     ),
     (["--model.layers.exclude", "['*lmhead*']"], "exclude pattern '*lmhead*' matches no module: the model has, for"),
     (["--model.layers.init", "zeros"], "init"),
-    (["--model.merge_every", "0"], "merge_every=0: merge every 1 or more optimizer steps"),
+    (["--model.merge_every", "0"], "merge_every=0: take an integer of at least 1"),
     (["--model.merge_evry", "3"], "'merge_evry' is not accepted; did you mean merge_every"),
     (["--trainer.max_stepss", "3"], "did you mean trainer.max_steps"),
     (["--model", "PoetModul"], "unknown class 'PoetModul'; did you mean PoetModule"),

@@ -163,8 +163,10 @@ def test_the_innermost_step_is_the_one_that_is_shown(clock, lines):
 def test_an_error_ends_the_step(clock, lines):
     with pytest.raises(ValueError), Progress("inner", 1):
         raise ValueError
-    for _ in zip(shown([1, 2, 3], "left early", "layers"), [1], strict=False):
-        pass
+    with pytest.raises(ValueError) as kept, shown([1, 2, 3], "left early", "layers") as items:
+        for _ in items:
+            raise ValueError
+    assert kept.value.__traceback__ is not None  # the traceback keeps the loop's frame
     assert orthotrain.console.progress._RUNNING == []
 
 

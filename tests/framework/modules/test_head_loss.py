@@ -1,4 +1,4 @@
-"""The loss that a head computes in the place of logits: for which networks, with what result, and what the run says."""
+"""The loss that a head computes instead of logits: for which networks, its values, and the line in the summary."""
 
 import random
 
@@ -44,7 +44,7 @@ def step(module, given, precision=None):
 
 
 def compare(build, given, said, precision=None, tolerance=1e-5):
-    """Compare a module's loss and gradients with those that it has with whole logits."""
+    """Compare a module's loss and gradients with those from whole logits."""
     results = []
     for chunked in (None, False):
         torch.manual_seed(0)
@@ -90,7 +90,7 @@ def test_networks_that_return_what_their_head_computes(tiny_llama, name, precisi
 def test_networks_that_change_their_logits_keep_whole_ones(tiny_llama, kind, more):
     config = {**tiny_llama, **more}
     name = type(CausalLM(config, kind)()).__name__
-    said = f"{name} does not return the output of its head as it is"
+    said = f"{name} does not return the output of its head unchanged"
     results = compare(build_of(config, kind), batch(), f"with whole logits ({said})", tolerance=0.0)
     assert torch.equal(results[0][0], results[1][0])
     module = BaseModule(CausalLM(config, kind), chunked_loss=True)
@@ -100,7 +100,7 @@ def test_networks_that_change_their_logits_keep_whole_ones(tiny_llama, kind, mor
 
 
 class Network(nn.Module):
-    """A language model of one's own, which does something to the output of its head."""
+    """A custom language model that changes the output of its head."""
 
     def __init__(self, change):
         super().__init__()
@@ -200,20 +200,22 @@ def test_a_network_that_changes_a_later_batch_is_refused(in_place):
     def forward(net, x):
         seen.append(1)
         logits = net.head(x)
-        if len(seen) <= 2:  # the look and the first batch
+        if len(seen) <= 2:  # the check and the first batch
             return logits
         return logits.mul_(2.0) if in_place else logits * 2.0
 
     module = BaseModule(Network(forward))
     module.configure_model()
     module.loss(batch())
-    with pytest.raises(ConfigurationError, match="Network returned .* changes that of a later one: set chunked_loss"):
+    with pytest.raises(
+        ConfigurationError, match="Network returned .* changes the output for a later batch: set chunked_loss"
+    ):
         module.loss(batch())
 
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_looking_at_the_first_batch_draws_nothing(inference):
-    """Dropout is what it would be, and the generator stands where it would."""
+    """Dropout and the generator's state are the same as without the check."""
     network = Network(lambda net, x: net.head(x))
     found = []
     for chunked in (None, False):
@@ -265,7 +267,7 @@ def test_a_compiled_network_has_whole_logits(tiny_llama, how):
     module = BaseModule(CausalLM({**tiny_llama, "num_hidden_layers": 1}), chunked_loss=True)
     module.configure_model()
     if how == "of the module":
-        module.compile_mode = "reduce-overhead"
+        module.micro_step.mode = "reduce-overhead"
     elif how == "in place":
         module.model.compile(backend="eager")
     else:

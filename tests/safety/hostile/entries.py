@@ -96,6 +96,6 @@ def pretrained(name: str, options: dict) -> None:
 @entry
 def tokenizer(name: str) -> None:
     """Load the tokenizer of a model folder."""
-    from orthotrain.data.instructions.chat import load_instruction_tokenizer
+    from orthotrain.data.tokenizer_state import load_model_tokenizer
 
-    load_instruction_tokenizer(name)
+    load_model_tokenizer(name)

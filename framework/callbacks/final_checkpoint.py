@@ -59,11 +59,9 @@ class FinalCheckpoint(StepCallback, Checkpoint):
         """End here if a signal asks for it: the network is built, and nothing is trained yet."""
         check()
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kw: Any) -> None:
         """Note that an optimizer step has begun."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        super().on_train_batch_start(trainer, pl_module)
         self._whole_step, self._in_training = False, True
 
     def on_step_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -146,7 +144,7 @@ def _register(connector: Any) -> None:
 def within_epoch(loops: dict[str, Any]) -> dict[str, Any]:
     """Mark the epoch, in place, as begun and not finished, also in a run that was resumed at the end of an epoch.
 
-    Lightning does not count the beginning of such an epoch, and would skip the next epoch instead.
+    Lightning does not count the beginning of such an epoch, and would continue with the next epoch instead.
     """
     for counts in loops["epoch_progress"].values():
         counts["ready"] = counts["started"] = counts["processed"] + 1

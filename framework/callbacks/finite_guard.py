@@ -90,7 +90,7 @@ class FiniteGuard(StepCallback):
         self._notes.append(Note(trainer.global_step, batch_idx, list(values), stacked(values)))
         if not read_waits(pl_module.device) or len(self._notes) >= MOST_NOTES:
             self.look(trainer, pl_module)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        super().on_train_batch_end(trainer, pl_module)
 
     def on_step_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look in the steps that the trainer logs, and before a merge."""

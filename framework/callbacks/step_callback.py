@@ -17,15 +17,11 @@ class StepCallback(L.Callback):
 
     step_before = 0
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kw: Any) -> None:
         """Note the number of steps."""
         self.step_before = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kw: Any) -> None:
         """Call :meth:`on_step_end` if the batch ended with an optimizer step."""
         if trainer.global_step != self.step_before:
             self.on_step_end(trainer, pl_module)

@@ -6,7 +6,7 @@ joined, and converted back in the blocks of the whole parameter. This changes no
 block, and rounds once more otherwise.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,46 +77,38 @@ def whole_entry(entry: dict[str, Any], parameter: DTensor, optimizer: Any) -> di
         optimizer: The optimizer of bitsandbytes.
     """
     mesh, placements = parameter.device_mesh, parameter.placements
-    moments = {}
-    for number, part in _moments(entry[WRAPPED]).items():
-        sharded = DTensor.from_local(
-            part, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-        )
-        moments[number] = sharded.full_tensor().cpu()
-    return {**entry, WRAPPED: _packed(moments, optimizer)}
+    shape, stride = parameter.shape, parameter.stride()
+
+    def whole(part: Tensor) -> Tensor:
+        sharded = DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+        return sharded.full_tensor().cpu()
+
+    return {**entry, WRAPPED: _converted(entry[WRAPPED], whole, optimizer)}
 
 
 def local_entry(entry: dict[str, Any], parameter: DTensor, optimizer: Any) -> dict[str, Any]:
     """Return this rank's part of the state of a parameter; the arguments are those of :func:`whole_entry`."""
-    moments = {}
-    for number, full in _moments(entry[WRAPPED]).items():
+
+    def local(full: Tensor) -> Tensor:
         full = full.to(parameter.device)
-        part = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        moments[number] = part.to_local()
-    return {**entry, WRAPPED: _packed(moments, optimizer)}
+        return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+
+    return {**entry, WRAPPED: _converted(entry[WRAPPED], local, optimizer)}
 
 
-def _moments(packed: dict[str, Tensor]) -> dict[int, Tensor]:
-    """Return the moments in fp32, by their number 1 or 2."""
-    from bitsandbytes.functional import dequantize_blockwise
-
-    moments = {}
-    for number in (1, 2):
-        values = packed.get(f"state{number}")
-        if values is not None and values.dtype == torch.uint8:
-            scale, code = packed[f"absmax{number}"], packed[f"qmap{number}"]
-            values = dequantize_blockwise(values, absmax=scale, code=code.to(values.device), blocksize=BLOCK)
-        if values is not None:
-            moments[number] = values
-    return moments
-
-
-def _packed(moments: dict[int, Tensor], optimizer: Any) -> dict[str, Tensor]:
-    """Return moments as the optimizer stores them: in 8 bits, or in fp32 for a small parameter."""
-    from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
+def _converted(stored: dict[str, Tensor], convert: Callable[[Tensor], Tensor], optimizer: Any) -> dict[str, Tensor]:
+    """Return stored moments converted in fp32, stored again in 8 bits, or in fp32 if the parameter is small."""
+    from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise, quantize_blockwise
 
     packed: dict[str, Tensor] = {}
-    for number, values in moments.items():
+    for number in (1, 2):
+        values = stored.get(f"state{number}")
+        if values is None:
+            continue
+        if values.dtype == torch.uint8:
+            scale, code = stored[f"absmax{number}"], stored[f"qmap{number}"]
+            values = dequantize_blockwise(values, absmax=scale, code=code.to(values.device), blocksize=BLOCK)
+        values = convert(values)
         if optimizer.args.optim_bits == 8 and values.numel() >= optimizer.args.min_8bit_size:
             code = create_dynamic_map(signed=number == 1).to(values.device)
             values, scales = quantize_blockwise(values.contiguous(), code=code, blocksize=BLOCK)

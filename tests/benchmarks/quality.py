@@ -98,7 +98,9 @@ def poet(
     """Return POET with exact Cayley and blocks of 64 unless told otherwise."""
     settings = PoetLayers(**{"block_size": 64, "parameterization": "cayley", **SINGLE, **layers})
     rates = optimization(rotation_lr=lr, **(recipe or {}))
-    return PoetModule(CausalLM(CONFIG), settings, merge_every, max_generator_norm, optimization=rates)
+    return PoetModule(
+        CausalLM(CONFIG), settings, merge_every, max_generator_norm=max_generator_norm, optimization=rates
+    )
 
 
 def stepwise(

@@ -173,7 +173,7 @@ def learn(bound, rotation_lr):
     x = torch.randn(512, 24)
     y = 3 * nn.Linear(32, 8)(teacher(x)).detach()
     rates = Optimization(lr=1e-3, rotation_lr=rotation_lr)
-    module = Student(student, PoetLayers(block_size=8), 1000, bound, optimization=rates)
+    module = Student(student, PoetLayers(block_size=8), 1000, max_generator_norm=bound, optimization=rates)
     module.losses = []
     module.configure_model()
     start = singular_values(module, 8)

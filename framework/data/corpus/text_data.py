@@ -62,6 +62,12 @@ class TextData(BaseData):
 
     Raises:
         ConfigurationError: An argument cannot work; sources and tokenizers are checked when data is prepared.
+
+    Example:
+        >>> data = TextData("python-stdlib", vocab_size=1024, sequence_length=128, batch_size=8)
+        >>> data.vocab_size, data.batch_size
+        (1024, 8)
+        >>> trainer.fit(module, data)  # doctest: +SKIP
     """
 
     def __init__(

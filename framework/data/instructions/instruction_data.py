@@ -69,6 +69,12 @@ class InstructionData(BaseData):
 
     Raises:
         ConfigurationError: An argument cannot work; rows are checked in `setup`.
+
+    Example:
+        >>> data = InstructionData("models/smollm2-135m-instruct", "rows.jsonl", max_length=256, packing=True)
+        >>> data.limits
+        (Limit(argument='max_length', tokens=256, unit='tokens'),)
+        >>> trainer.fit(module, data)  # doctest: +SKIP
     """
 
     rows_used: int = 0

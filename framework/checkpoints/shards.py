@@ -22,12 +22,12 @@ from orthotrain.checkpoints.writing import plain_copy, reason_of, unwritable
 from orthotrain.console.progress import Progress, bytes_in
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.atomic_writes import discard, make_temporary_folder, publish, remove_leftovers
+from orthotrain.files.paths import read_json
 from orthotrain.files.torch_files import crc32_of, file_state, read_part, unreadable
 
 _, REST, SUMS = SHARDED_FILES
 """Names of the file with everything that is not a sharded tensor, and of the file with the checksum of every file."""
 
-_MOST_SUM_BYTES = 1 << 26
 _VERIFIED: set[tuple[Any, ...]] = set()
 """States of the files of each folder that this process has compared with its checksums."""
 
@@ -109,12 +109,10 @@ def check_shards(path: Path) -> Metadata:
     for name in (DESCRIPTION, REST, SUMS):
         if not (path / name).is_file():
             raise ConfigurationError(f"checkpoint {str(path)!r} is a folder without {name}: it is incomplete")
+    index = read_json(path / SUMS, "list of checksums")
     try:
-        if (path / SUMS).stat().st_size > _MOST_SUM_BYTES:
-            raise ValueError("it has more bytes than the checksums of any checkpoint")
-        index = json.loads((path / SUMS).read_text(encoding="utf-8"))
         sums = {own_name(name): (int(size), int(crc)) for name, (size, crc) in index.items()}
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise unreadable(path / SUMS, error) from error
     expected = {**dict.fromkeys((DESCRIPTION, REST)), **sums}
     state = (str(path), *(file_state(path / name) for name in (SUMS, *expected) if (path / name).is_file()))

@@ -138,12 +138,9 @@ def test_a_program_and_its_options_exist(command):
     if any(key in command for key in ELSEWHERE):
         return
     if words[0].endswith("pytest"):
-        assert (ROOT / words[-1]).is_dir()
+        assert any((ROOT / word).is_dir() for word in words[1:])
         return
-    if "-m" in words:
-        source = Path(importlib.util.find_spec(words[words.index("-m") + 1]).origin).read_text()
-    else:
-        source = (ROOT / next(word for word in words if word.endswith(".py"))).read_text()
+    source = (ROOT / next(word for word in words if word.endswith(".py"))).read_text()
     for option in (word for word in words if word.startswith("--")):
         assert f'"{option}"' in source, f"{command}: no {option}"
 

@@ -114,21 +114,21 @@ def check_shards(path: Path) -> Metadata:
         sums = {own_name(name): (int(size), int(crc)) for name, (size, crc) in index.items()}
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise unreadable(path / SUMS, error) from error
-    expected = {**dict.fromkeys((DESCRIPTION, REST)), **sums}
+    expected: dict[str, tuple[int, int] | None] = {**dict.fromkeys((DESCRIPTION, REST)), **sums}
     state = (str(path), *(file_state(path / name) for name in (SUMS, *expected) if (path / name).is_file()))
     if state not in _VERIFIED:
         with Progress("checking the shards", bytes_in(path)) as bar:
             for name, sum_ in expected.items():
                 file = path / name
-                same_size = file.is_file() and sum_ is not None and file.stat().st_size == sum_[0]
-                if not same_size or crc32_of(file, bar.advance) != sum_[1]:
+                size = file.stat().st_size if file.is_file() else -1
+                if sum_ is None or size != sum_[0] or crc32_of(file, bar.advance) != sum_[1]:
                     raise unreadable(file, ValueError("it is missing or does not match its checksum"))
         _VERIFIED.add(state)
     metadata = read_shard_description(path)
     for info in metadata.storage_data.values():
         if info.relative_path not in sums:
-            error = ValueError(f"it names {info.relative_path!r}, which is not a file of its folder")
-            raise unreadable(path / DESCRIPTION, error)
+            foreign = ValueError(f"it names {info.relative_path!r}, which is not a file of its folder")
+            raise unreadable(path / DESCRIPTION, foreign)
     return metadata
 
 

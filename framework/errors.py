@@ -2,15 +2,12 @@
 
 from typing import get_args
 
-LONGEST_MESSAGE = 4000
-"""Characters of one message."""
-
 
 class ConfigurationError(ValueError):
-    """Bad input from the user: one line that names the thing, the value and what would work.
+    """Bad input from the user. The message is one line that names the argument, the value and what would work.
 
     Args:
-        message: What is printed; it may quote values of any file, see :func:`visible`.
+        message: The line to print. It may quote values of any file; :func:`visible` makes them safe.
     """
 
     def __init__(self, message: str) -> None:
@@ -18,28 +15,28 @@ class ConfigurationError(ValueError):
 
 
 def visible(text: str) -> str:
-    r"""Return a text as one line in which every character shows.
+    r"""Return a text as one line without control characters.
 
-    A value that a message quotes may hold escape sequences, which would change the title or the lines of a terminal,
-    and marks that turn the direction of writing. Such a character becomes its escape, as ``\x1b``.
+    A message may quote a value with escape sequences, which would change the title or the lines of a terminal, or with
+    marks that change the direction of writing. Such a character is replaced by its escape, such as ``\x1b``.
     """
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class TrainingDiverged(RuntimeError):
-    """A run whose loss or parameters are no longer finite: one line that names the step and what it found."""
+    """The loss or a parameter of a run is not finite; the message is one line that names the step and the value."""
 
 
 class DeviceMemoryExhausted(RuntimeError):
-    """A run that needs more memory than its device has: one line that says what would fit."""
+    """A run needs more memory than its device has; the message is one line with options that lower the memory."""
 
 
 def check_choice(name: str, value: str, choices: object) -> None:
-    """Refuse a value outside a Literal.
+    """Refuse a value that a Literal does not have.
 
     Raises:
-        ConfigurationError: Naming the argument, the value and the choices.
+        ConfigurationError: The message names the argument, the value and the choices.
     """
     if value not in get_args(choices):
         raise ConfigurationError(f"{name}={value!r}: choose one of {', '.join(get_args(choices))}")

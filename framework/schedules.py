@@ -1,4 +1,4 @@
-"""Learning-rate schedules that learn the length of the run from the trainer."""
+"""Learning-rate schedules whose length is the length of the run."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,15 +11,15 @@ from orthotrain.errors import ConfigurationError
 
 
 class RunSchedule(LRScheduler, ABC):
-    """Linear warm-up, then what a subclass makes of the rest of the run.
+    """Linear warm-up, then the rate that a subclass computes.
 
-    The length is that of this run, also after a resume: a checkpoint goes on to another end than it was made for.
+    After a resume the length is that of the new run, which may be longer or shorter than the run of the checkpoint.
 
     Args:
-        optimizer: Its groups' ``lr`` are the base rates.
-        warmup_steps: Steps of the linear rise; 0 starts at the full rate.
-        final_ratio: Rate at the end over the base rate.
-        total_steps: Length in optimizer steps; None lets the module fill in the trainer's.
+        optimizer: The ``lr`` of its groups are the base rates.
+        warmup_steps: Steps of the linear warm-up; 0 starts at the full rate.
+        final_ratio: Rate at the end divided by the base rate.
+        total_steps: Length in optimizer steps; None for the length that the trainer computes.
 
     Raises:
         ConfigurationError: If a number is out of its range.
@@ -28,8 +28,8 @@ class RunSchedule(LRScheduler, ABC):
     def __init__(self, optimizer: Optimizer, warmup_steps: int, final_ratio: float, total_steps: int | None) -> None:
         if warmup_steps < 0 or not 0 <= final_ratio <= 1:
             raise ConfigurationError(
-                f"warmup_steps={warmup_steps}, final_ratio={final_ratio}: the first must be 0 or more, "
-                "the second from 0 to 1"
+                f"warmup_steps={warmup_steps}, final_ratio={final_ratio}: warmup_steps must be 0 or more, "
+                "final_ratio from 0 to 1"
             )
         self.warmup_steps = warmup_steps
         self.final_ratio = final_ratio
@@ -38,10 +38,10 @@ class RunSchedule(LRScheduler, ABC):
 
     @abstractmethod
     def after_warmup(self, progress: float) -> float:
-        """Return the rate over the base rate at ``progress`` from 0 (end of warm-up) to 1 (end of the run)."""
+        """Return the rate divided by the base rate at ``progress``, from 0 (end of warm-up) to 1 (end of the run)."""
 
     def factor(self, step: int) -> float:
-        """Return the rate at ``step`` (from 0) over the base rate."""
+        """Return the rate at ``step`` (from 0) divided by the base rate."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.total_steps is None:
@@ -50,11 +50,11 @@ class RunSchedule(LRScheduler, ABC):
         return self.after_warmup(min(1.0, (step - self.warmup_steps) / span))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state without the length, which belongs to the run and not to the checkpoint."""
+        """Return the state without the length, which is a property of the run and not of the checkpoint."""
         return {name: value for name, value in super().state_dict().items() if name != "total_steps"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state; the length stays that of this run."""
+        """Restore the state but keep the length of this run."""
         super().load_state_dict({**state_dict, "total_steps": self.total_steps})
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
@@ -63,13 +63,13 @@ class RunSchedule(LRScheduler, ABC):
 
 
 class CosineWithWarmup(RunSchedule):
-    """Linear warm-up, then a cosine from the base rate to ``final_ratio`` of it at the end.
+    """Linear warm-up, then a cosine from the base rate to ``final_ratio`` times the base rate.
 
     Args:
-        optimizer: Its groups' ``lr`` are the base rates.
-        warmup_steps: Steps of the linear rise; 0 starts at the full rate.
-        final_ratio: Rate at the end over the base rate (arXiv:2506.08001 uses 0.01).
-        total_steps: Length in optimizer steps; None lets the module fill in the trainer's.
+        optimizer: The ``lr`` of its groups are the base rates.
+        warmup_steps: Steps of the linear warm-up; 0 starts at the full rate.
+        final_ratio: Rate at the end divided by the base rate (arXiv:2506.08001 uses 0.01).
+        total_steps: Length in optimizer steps; None for the length that the trainer computes.
 
     Raises:
         ConfigurationError: If a number is out of its range.
@@ -81,22 +81,22 @@ class CosineWithWarmup(RunSchedule):
         super().__init__(optimizer, warmup_steps, final_ratio, total_steps)
 
     def after_warmup(self, progress: float) -> float:
-        """Return the cosine's value."""
+        """Return the value of the cosine."""
         return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class WarmupStableDecay(RunSchedule):
-    """Linear warm-up, a constant rate, and a linear fall to ``final_ratio`` of it over the last part of the run.
+    """Linear warm-up, a constant rate, and a linear decay to ``final_ratio`` times the base rate at the end of the run.
 
-    Source: MiniCPM (arXiv:2404.06395, section 4). The length of a run need not be known before it decays: a checkpoint
-    of the constant part goes on for as long as the ``max_steps`` it is resumed with say.
+    Source: MiniCPM (arXiv:2404.06395, section 4). The length of a run need not be known before the decay: a checkpoint
+    of the constant part can be resumed with any larger ``max_steps``.
 
     Args:
-        optimizer: Its groups' ``lr`` are the base rates.
-        warmup_steps: Steps of the linear rise; 0 starts at the full rate.
-        decay_fraction: Part of the steps after the warm-up in which the rate falls, in (0, 1].
-        final_ratio: Rate at the end over the base rate.
-        total_steps: Length in optimizer steps; None lets the module fill in the trainer's.
+        optimizer: The ``lr`` of its groups are the base rates.
+        warmup_steps: Steps of the linear warm-up; 0 starts at the full rate.
+        decay_fraction: Fraction of the steps after the warm-up in which the rate decays, in (0, 1].
+        final_ratio: Rate at the end divided by the base rate.
+        total_steps: Length in optimizer steps; None for the length that the trainer computes.
 
     Raises:
         ConfigurationError: If a number is out of its range.
@@ -111,11 +111,11 @@ class WarmupStableDecay(RunSchedule):
         total_steps: int | None = None,
     ) -> None:
         if not 0 < decay_fraction <= 1:
-            raise ConfigurationError(f"decay_fraction={decay_fraction}: take a part of the run above 0 and up to 1")
+            raise ConfigurationError(f"decay_fraction={decay_fraction}: take a fraction of the run above 0 and up to 1")
         self.decay_fraction = decay_fraction
         super().__init__(optimizer, warmup_steps, final_ratio, total_steps)
 
     def after_warmup(self, progress: float) -> float:
-        """Return 1, then the line to ``final_ratio``."""
+        """Return 1, then the linear decay to ``final_ratio``."""
         fallen = max(0.0, (progress - (1 - self.decay_fraction)) / self.decay_fraction)
         return 1 - (1 - self.final_ratio) * fallen

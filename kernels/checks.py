@@ -4,7 +4,6 @@ import os
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from orthotrain.kernels.permutations import GROUPS
 
@@ -13,11 +12,6 @@ DEBUG = "ORTHOTRAIN_DEBUG"
 
 COMPUTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that operations take: triton serves all but the last."""
-
-
-def traced(x: Tensor) -> bool:
-    """Return whether somebody traces or asks for shapes alone, who should see a custom op and not what is inside it."""
-    return torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.is_meta
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
@@ -38,6 +32,21 @@ def check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
     if dtype not in COMPUTABLE:
         known = ", ".join(str(known).removeprefix("torch.") for known in COMPUTABLE)
         raise ValueError(f"{op}: {name} is {dtype}; takes {known}")
+
+
+def check_generators(op: str, generators: Tensor, block_size: int) -> None:
+    """Check that generators are a floating-point matrix of ``b(b-1)/2`` columns.
+
+    Raises:
+        ValueError: Naming both sizes, or the dtype.
+    """
+    check_floating(op, "generators", generators)
+    width = block_size * (block_size - 1) // 2
+    if generators.ndim != 2 or generators.shape[1] != width:
+        raise ValueError(
+            f"generators of shape {tuple(generators.shape)} do not fit block_size={block_size}: "
+            f"a block of that size has {width} generators, so the shape must be (n, {width})"
+        )
 
 
 def check_square(op: str, name: str, blocks: Tensor) -> None:
@@ -117,6 +126,28 @@ def check_permutation(op: str, name: str, permutation: Tensor | None, width: int
         )
     if permutation.device != like.device:
         raise ValueError(f"{op}: {name} is on {permutation.device} and the data on {like.device}; move one of them")
+
+
+def check_sides(
+    op: str,
+    weight: Tensor,
+    d_out: Tensor | None,
+    d_in: Tensor | None,
+    permutation_out: Tensor | None,
+    permutation_in: Tensor | None,
+    like: Tensor,
+    like_name: str,
+) -> None:
+    """Check the displacements and permutations of both sides of a weight ``(out, in)``; see the checks of each.
+
+    Raises:
+        ValueError: Naming what does not fit.
+    """
+    for side, displacement, width in (("output", d_out, weight.shape[0]), ("input", d_in, weight.shape[1])):
+        if displacement is not None:
+            check_blocks(op, f"{side} displacement", displacement, like, like_name, width)
+    check_permutation(op, "permutation_out", permutation_out, weight.shape[0], like)
+    check_permutation(op, "permutation_in", permutation_in, weight.shape[1], like)
 
 
 def debug_permutation(op: str, name: str, permutation: Tensor | None) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Backend = Literal["reference", "triton"]
 Choice = Literal["auto", "reference", "triton"]
@@ -85,11 +86,24 @@ def backend_for(tensor: Tensor, op: str, unsupported: str | None = None) -> Back
 
 
 def implementation(tensor: Tensor, op: str, unsupported: str | None = None) -> ModuleType:
-    """Return the module ``orthotrain.kernels.<op>.reference`` or ``.triton`` that ``backend_for`` decides on.
+    """Return the module ``orthotrain.kernels.<op>.cpu`` or ``.triton`` that ``backend_for`` decides on."""
+    return _module(op, "cpu" if backend_for(tensor, op, unsupported) == "reference" else "triton")
 
-    Kernel modules are imported here and nowhere else, so that nothing imports triton before it is used.
-    """
-    return importlib.import_module(f"orthotrain.kernels.{op}.{backend_for(tensor, op, unsupported)}")
+
+@functools.cache
+def _module(op: str, file: str) -> ModuleType:
+    """Import the code of an operation, here and nowhere else, so that nothing imports triton before it is used."""
+    return importlib.import_module(f"orthotrain.kernels.{op}.{file}")
+
+
+def plain_cpu(tensor: Tensor) -> bool:
+    """Tell whether a tensor is on the CPU and nobody has asked for Triton, that is, for its interpreter."""
+    return tensor.device.type == "cpu" and chosen() != "triton"
+
+
+def traced(tensor: Tensor) -> bool:
+    """Tell whether somebody traces, or asks for shapes alone: custom ops are for them, and nothing inside of these."""
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
 def check_possible(device: torch.device | None = None) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.cayley_neumann import cayley_neumann_generators
+from orthotrain.kernels.cayley_neumann import cayley_neumann
 from orthotrain.plugins.base import Parameterization
 from orthotrain.plugins.registry import register
 
@@ -38,11 +38,11 @@ class CayleyNeumann(Parameterization):
 
     def displacement(self, generators: Tensor, block_size: int) -> Tensor:
         """Return D = 2Q + ... + 2Q^k + Q^(k+1), shape ``(n, b, b)``; see the base class."""
-        return cayley_neumann_generators(generators, block_size, self.order)
+        return cayley_neumann(generators, block_size, self.order)
 
     def rounded_displacement(self, generators: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
         """Return D, shape ``(n, b, b)`` in ``dtype``; its higher powers are rounded too (kernels/cayley_neumann)."""
-        return cayley_neumann_generators(generators, block_size, self.order, dtype)
+        return cayley_neumann(generators, block_size, self.order, dtype)
 
     def orthogonality_error(self, norm: float) -> float:
         """Return the largest deviation from 1 of an eigenvalue of R^T R over all angles up to ``norm``; see the class.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from orthotrain.console.filtered_messages import silence
+from orthotrain.console.filtered_messages import hide_lightning
 from orthotrain.layers import OftConv2d, OftSettings, unwrap_mergeables
 from orthotrain.modules import BaseModule, Optimization
 
@@ -114,7 +114,7 @@ def train(network: Network, method: str, lr: float, data: TensorDataset, steps: 
 
 @torch.no_grad()
 def accuracy(network: Network, data: TensorDataset) -> float:
-    """Return the share of images that are recognised."""
+    """Return the share of images that are recognized."""
     images, labels = data.tensors
     return (network.eval()(images).argmax(1) == labels).float().mean().item()
 
@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict]] | None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--fast", action="store_true", help="one set, 40 steps")
     chosen = parser.parse_args(arguments)
-    silence()
+    hide_lightning()
     steps, seeds = (40, 1) if chosen.fast else (chosen.steps, chosen.seeds)
     torch.manual_seed(0)
     pretrained = Network()

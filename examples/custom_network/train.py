@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from orthotrain.console.filtered_messages import silence
+from orthotrain.console.filtered_messages import hide_lightning
 from orthotrain.layers import mergeable_layers
 from orthotrain.layers.spectrum import singular_values
 from orthotrain.modules import BaseModule, Optimization, PoetLayers, PoetModule
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> dict[tuple[str, str], list[dict]
     parser.add_argument("--steps", type=int, default=360, help="20 epochs by default")
     parser.add_argument("--fast", action="store_true", help="one seed, 40 steps: does it run?")
     chosen = parser.parse_args(arguments)
-    silence()
+    hide_lightning()
     seeds, steps = (1, 40) if chosen.fast else (chosen.seeds, chosen.steps)
     return sweep(steps) if chosen.sweep else table(seeds, steps)
 

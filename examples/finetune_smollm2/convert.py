@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def main(out: Path) -> None:
-    """Read the 4-bit file, dequantise it to bf16 and save safetensors, configuration and tokenizer."""
+    """Read the 4-bit file, dequantize it to bf16 and save safetensors, configuration and tokenizer."""
     if (out / "config.json").exists():
         print(f"{out} is there already")
         return

@@ -4,7 +4,7 @@
 
 CHECKPOINT is a .ckpt of the run, BASE the pretrained folder, ADAPTER and MERGED what `orthotrain export` wrote with and
 without `--format peft`; `nf4` for a run with `--model.layers.storage nf4`, whose adapter belongs on a base that
-transformers has quantised alike. Prints the largest difference of the logits in fp32, relative to the largest logit.
+transformers has quantized alike. Prints the largest difference of the logits in fp32, relative to the largest logit.
 """
 
 import sys
@@ -21,7 +21,7 @@ TEXT = "def mean(values):\n    return sum(values) / len(values)\n"
 
 
 def load(folder: str, quantization: str | None = None) -> nn.Module:
-    """Load a model in fp32, its linears in NF4 with double quantisation if asked for."""
+    """Load a model in fp32, its linears in NF4 with double quantization if asked for."""
     if quantization is None:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if quantization != "nf4":

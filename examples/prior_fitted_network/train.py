@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from orthotrain.console.filtered_messages import silence
+from orthotrain.console.filtered_messages import hide_lightning
 from orthotrain.modules import BaseModule, Optimization, PoetLayers, PoetModule
 from orthotrain.schedules import CosineWithWarmup
 
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--graphs", type=int, default=300, help="unseen graphs of each kind")
     parser.add_argument("--fast", action="store_true", help="60 steps, 10 graphs of each kind")
     chosen = parser.parse_args(arguments)
-    silence()
+    hide_lightning()
     steps, graphs = (60, 10) if chosen.fast else (chosen.steps, chosen.graphs)
     L.seed_everything(0, verbose=False)
     module = build(chosen.method, chosen.lr, chosen.hidden_lr)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_auroc
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from orthotrain.console.filtered_messages import silence
+from orthotrain.console.filtered_messages import hide_lightning
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, Optimization
 
 MARGIN = 2.0
@@ -264,7 +264,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, dict[str, fl
     parser.add_argument("--lora-lr", type=float, nargs="*", default=[3e-3])
     parser.add_argument("--fast", action="store_true", help="a tiny random network, 12 steps")
     chosen = parser.parse_args(arguments)
-    silence()
+    hide_lightning()
     if chosen.fast:
         chosen.model, chosen.layers, chosen.steps = None, 2, 12
         chosen.oft_lr, chosen.lora_lr = [3e-3], [3e-3]

@@ -1,13 +1,13 @@
-"""Adapters: what finetuning has learned, as plain tensors by name, and several of them on one network.
+"""Adapters: the trained tensors of a finetuned network by name; several adapters on one network; PEFT's format.
 
-An adapter is a dictionary from parameter names to tensors: the generators of every OFT layer, and whatever else is
-trained (biases, norms, a head). It does not say how its generators are to be read: block sizes and parameterizations
-are those of the network it is loaded into.
+An adapter is a dictionary from parameter names to tensors: the generators of all OFT layers, and all other trained
+parameters (biases, norms, a head). It does not store block sizes and parameterizations: these are the settings of the
+network into which it is loaded.
 
-PEFT's adapters are written and read too. PEFT rotates row vectors as we do, so generators go over as they are. Its
-Cayley-Neumann series of t terms is our order t - 2 for t >= 4, and three terms are order 2 too. Its exact Cayley
-transform is ``(I - Q)(I + Q)^-1``, ours at ``-Q``: there the generators change sign. Layers are called by their names
-in the network, below ``base_model.model``.
+Adapters can be written and read in the format of PEFT. PEFT rotates row vectors, as orthotrain does, so that the
+generators are the same. PEFT's Cayley-Neumann series of t terms is orthotrain's order t - 2 for t >= 4, and order 2 for
+t = 3. PEFT's exact Cayley transform is ``(I - Q)(I + Q)^-1``, which is orthotrain's at ``-Q``: there the generators
+change their sign. Layers have their names in the network, after ``base_model.model``.
 """
 
 from orthotrain.adapters.adapter_set import AdapterSet

@@ -1,4 +1,4 @@
-"""Several adapters on one network: add, switch, disable, merge one."""
+"""Several adapters on one network: add, switch, disable and merge adapters."""
 
 from collections.abc import Mapping
 
@@ -16,17 +16,18 @@ from orthotrain.layers import OftLinear
 class AdapterSet:
     """Several named adapters on one network with OFT layers.
 
-    The network holds the active one, so training goes on in it and :meth:`switch` keeps what it learned. After a merge
-    it holds none: what is trained then belongs to no adapter until :meth:`add` takes it. An optimizer knows nothing of
-    a switch: give every adapter an optimizer of its own, or reset its state.
+    The parameters of the network are those of the active adapter, so that training changes the active adapter, and
+    :meth:`switch` stores its new values. After a merge no adapter is active: values that are trained then belong to no
+    adapter until :meth:`add` is called with them. A switch does not change the optimizer: give each adapter its own
+    optimizer, or reset the state of the optimizer.
 
     Args:
-        network: A network with OFT layers; the values that it has now become the first adapter, and the active one.
-        name: Name of that first adapter.
+        network: A network with OFT layers. Its present values become the first adapter, which is active.
+        name: Name of the first adapter.
 
     Attributes:
-        active: Name of the adapter that the network holds; None after a merge.
-        merged: Names of the adapters that were folded into the frozen weights, in order.
+        active: Name of the active adapter; None after a merge.
+        merged: Names of the adapters that were merged into the frozen weights, in order.
 
     Raises:
         ConfigurationError: As :func:`oft_layers`.
@@ -46,10 +47,10 @@ class AdapterSet:
         return list(self._states)
 
     def state(self, name: str) -> dict[str, Tensor]:
-        """Return a copy of an adapter, to save it for example.
+        """Return a copy of an adapter, for example to save it.
 
         Raises:
-            ConfigurationError: If there is no adapter of that name.
+            ConfigurationError: There is no adapter of this name.
         """
         self._check(name)
         if name == self.active:
@@ -61,10 +62,11 @@ class AdapterSet:
 
         Args:
             name: A new name.
-            state: Its values; None for generators of zero and everything else as the network has it now.
+            state: Values of the adapter. None gives generators of zero, and all other parameters as they are in the
+                network now.
 
         Raises:
-            ConfigurationError: If the name is taken, or the values do not fit the network.
+            ConfigurationError: The name is in use, or the values do not fit the network.
         """
         if name in self._states:
             raise ConfigurationError(f"adapter {name!r} exists already; there are {self._listing()}: take another name")
@@ -79,10 +81,10 @@ class AdapterSet:
         self._states[name] = {key: state[key].detach().clone() for key in current}
 
     def remove(self, name: str) -> None:
-        """Forget an adapter that is not active.
+        """Remove an adapter that is not active.
 
         Raises:
-            ConfigurationError: If it is active, or there is none of that name.
+            ConfigurationError: The adapter is active, or there is no adapter of this name.
         """
         self._check(name)
         if name == self.active:
@@ -91,25 +93,25 @@ class AdapterSet:
         self._stale.discard(name)
 
     def switch(self, name: str, force: bool = False) -> None:
-        """Keep the active adapter's values and copy those of another into the network.
+        """Store the values of the active adapter, and copy those of another adapter into the network.
 
         Args:
             name: The adapter to activate.
-            force: Whether to take an adapter that was made before a merge, and so for other weights than these, and to
-                lose what was trained after a merge.
+            force: Whether to accept an adapter that was trained before a merge, for other frozen weights; and to lose
+                values that were trained after a merge.
 
         Raises:
-            ConfigurationError: If there is no such adapter, it belongs to the weights before a merge, or the network
-                was trained after a merge and no adapter holds what it has learned.
+            ConfigurationError: There is no such adapter; or, without ``force``, the adapter belongs to the weights
+                before a merge, or the network was trained after a merge and no adapter has these values.
         """
         self._check(name)
         if name in self._stale and not force:
             raise ConfigurationError(
-                f"adapter {name!r} was made for the weights as they were before {', '.join(self.merged)} was merged: "
-                "on the merged ones it is another function; remove it, reload the base, or pass force=True"
+                f"adapter {name!r} was made for the weights before {', '.join(self.merged)} was merged: with the new "
+                "weights it gives another network; remove it, reload the base, or pass force=True"
             )
         if not force:
-            self._refuse_to_lose()
+            self._check_nothing_is_lost()
         self._stale.discard(name)
         if name == self.active:
             return
@@ -119,43 +121,43 @@ class AdapterSet:
         self.active = name
 
     def enable(self) -> None:
-        """Let the rotations act again."""
+        """Apply the rotations again."""
         for layer in oft_layers(self.network).values():
             layer.enabled = True
 
     def disable(self) -> None:
-        """Compute what the base network does, until :meth:`enable`.
+        """Leave the rotations out, so that the network computes what the base network does, until :meth:`enable`.
 
         Raises:
-            ConfigurationError: If more than generators is trained: without the rotations that would not be the base.
+            ConfigurationError: Other parameters than generators are trained: the network would not be the base network.
         """
         layers = oft_layers(self.network)
         generators = {id(p) for layer in layers.values() for p in layer.rotation_parameters()}
         others = [name for name, p in adapter_parameters(self.network).items() if id(p) not in generators]
         if others:
             raise ConfigurationError(
-                f"{others[0]} is trained besides the generators ({len(others)} such): disabling the rotations does not "
-                "give the base network back; reload it instead"
+                f"{others[0]} is trained besides the generators ({len(others)} parameters): without the rotations the "
+                "network is not the base network; reload the base network instead"
             )
         for layer in layers.values():
             layer.enabled = False
 
     def merge(self, name: str, force: bool = False) -> dict[str, float]:
-        """Fold one adapter into the frozen weights; it leaves the set, and no adapter is active afterwards.
+        """Merge one adapter into the frozen weights and remove it. No adapter is active afterwards.
 
-        The function of the network with that adapter stays what it was, but for what requantising loses. The other
-        adapters are kept, but they were made for the weights before the merge: :meth:`switch` refuses them from now on
-        unless forced.
+        The function of the network with this adapter does not change, except for the error of quantizing its weights
+        again. The other adapters were trained for the weights before the merge: :meth:`switch` refuses them from now on
+        without ``force``.
 
         Args:
             name: The adapter to merge.
             force: As for :meth:`switch`.
 
         Returns:
-            Layer name -> relative error (Frobenius) of storing its rotated weight, for quantised layers; logged too.
+            Layer name -> relative error (Frobenius norm) of quantizing the rotated weight. The errors are logged too.
 
         Raises:
-            ConfigurationError: As :meth:`switch`; or if the rotations are disabled.
+            ConfigurationError: As :meth:`switch`; or the rotations are disabled.
         """
         self._check(name)
         layers = oft_layers(self.network)
@@ -172,23 +174,23 @@ class AdapterSet:
         self._stale = set(self._states)
         self.merged.append(name)
         self.active, self._after_merge = None, adapter_state(self.network)
-        _tell_errors(name, errors)
+        _log_errors(name, errors)
         return errors
 
-    def _refuse_to_lose(self) -> None:
-        """Refuse to overwrite what was trained after a merge, when no adapter is active to keep it."""
+    def _check_nothing_is_lost(self) -> None:
+        """Refuse to overwrite values that were trained after a merge, while no adapter is active."""
         if self.active is not None:
             return
         now = adapter_state(self.network)
         if not any(_equal(now, state) for state in (self._after_merge, *self._states.values())):
             raise ConfigurationError(
-                f"the network was trained after {self.merged[-1]!r} was merged, and no adapter holds what it learned: "
-                "keep it with add(NAME, adapter_state(network)), or pass force=True to lose it"
+                f"the network was trained after {self.merged[-1]!r} was merged, and no adapter has its values: "
+                "keep them with add(NAME, adapter_state(network)), or pass force=True to lose them"
             )
 
     def _check(self, name: str) -> None:
         if name in self.merged and name not in self._states:
-            raise ConfigurationError(f"adapter {name!r} was merged and is gone; there are {self._listing()}")
+            raise ConfigurationError(f"adapter {name!r} was merged and removed; there are {self._listing()}")
         if name not in self._states:
             raise ConfigurationError(f"there is no adapter {name!r}; there are {self._listing()}")
 
@@ -196,13 +198,13 @@ class AdapterSet:
         return ", ".join(self._states) or "none"
 
 
-def _tell_errors(name: str, errors: Mapping[str, float]) -> None:
+def _log_errors(name: str, errors: Mapping[str, float]) -> None:
     if not errors:
         return
     worst, mean = max(errors, key=errors.__getitem__), sum(errors.values()) / len(errors)
     rank_zero_info(
-        f"merged {name!r}: requantising {len(errors)} weights lost {mean:.2%} of one on average, at most "
-        f"{errors[worst]:.2%} in {worst}"
+        f"merged {name!r}: {len(errors)} weights were quantized again, with a mean relative error of {mean:.2%} and at "
+        f"most {errors[worst]:.2%} in {worst}"
     )
 
 

@@ -1,4 +1,4 @@
-"""PEFT adapters out: OFT layers as a folder that ``PeftModel.from_pretrained`` loads."""
+"""Exports OFT layers as a folder that ``PeftModel.from_pretrained`` loads."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from orthotrain.layers import OftConv2d, OftEmbedding, OftLayer, OftLinear, OftR
 from orthotrain.plugins import Cayley, CayleyNeumann
 
 TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
-"""End of a transformers class name -> PEFT's name of its task."""
+"""End of the name of a transformers class -> PEFT's name for its task."""
 
 _INSTEAD = "merge and export the network instead"
 
@@ -24,22 +24,22 @@ _INSTEAD = "merge and export the network instead"
 def export_peft(network: nn.Module, folder: str | Path, base_model_name: str | None = None) -> Path:
     """Write the adapter of a network as a folder that ``PeftModel.from_pretrained(base, folder)`` loads.
 
-    ``base`` is the network as it was before it was wrapped: the frozen weights are not part of an adapter, so nothing
-    may have been merged into them. Modules trained outside the OFT layers go along as PEFT's ``modules_to_save``.
+    ``base`` is the network before its layers were wrapped. An adapter has no frozen weights, so nothing may have been
+    merged into them. Trained modules outside of the OFT layers become PEFT's ``modules_to_save``.
 
     Args:
-        network: A network with OFT layers; it is not changed.
-        folder: Folder to write; must not exist or be empty.
-        base_model_name: Name or path of the base; None for the one in the network's config, if it has one.
+        network: A network with OFT layers. It is not changed.
+        folder: Folder to write. It must be missing or empty.
+        base_model_name: Name or path of the base; None for the name in the config of the network, if there is one.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigurationError: If PEFT has no setting for what a layer does, naming the layer.
+        ConfigurationError: PEFT has no setting for a layer; the message names the layer.
     """
     layers = oft_layers(network)
-    _refuse_shared(network, layers)
+    _check_not_shared(network, layers)
     settings = _common_settings(layers)
     saved = _saved_modules(network, layers)
     tensors: dict[str, Tensor] = {}
@@ -64,7 +64,7 @@ def export_peft(network: nn.Module, folder: str | Path, base_model_name: str | N
 
 
 def _common_settings(layers: Mapping[str, OftLayer]) -> PeftSettings:
-    """Return the PEFT settings that all layers share, or name two layers that do not."""
+    """Return the PEFT settings of all layers, or refuse two layers with different settings."""
     rotations = [layer.rotation for layer in layers.values()]
     shared = any(rotation.generators.shape[0] < rotation.blocks for rotation in rotations)
     first, *others = layers
@@ -92,11 +92,11 @@ def _settings_of(name: str, layer: OftLayer, shared: bool) -> PeftSettings:
         raise ConfigurationError(
             f"{name}: PEFT has no {parameterization!r}, only Cayley and CayleyNeumann of order 2 and above: {_INSTEAD}"
         )
-    # a single block is shared or not, as the other layers want it
+    # with a single block, block_share has no effect: use the value of the other layers
     shared = shared if rotation.blocks == 1 else rows < rotation.blocks
     coft: dict[str, Any] = {}
     if rotation.coft_eps is not None:
-        # ours bounds all blocks together, PEFT's all rows of generators
+        # orthotrain's bound is for all blocks together, PEFT's for all rows of generators
         eps = rotation.coft_eps * math.sqrt(rows / rotation.blocks)
         norms = math.sqrt(2) * rotation.generators.detach().norm(dim=1)
         if norms.max() > (1 + 1e-5) * eps / math.sqrt(rows):
@@ -110,25 +110,25 @@ def _check_representable(name: str, layer: OftLayer, rotation: OftRotation) -> N
         raise ConfigurationError(f"{name}: its rotation is disabled: set enabled=True before exporting")
     if isinstance(layer, OftConv2d) and (layer.conv.kernel_size != (1, 1) or layer.conv.dilation != (1, 1)):
         raise ConfigurationError(
-            f"{name}: PEFT rotates the patches of a convolution, not its channels; the two agree only for a 1x1 kernel "
-            f"without dilation, not for {layer.conv.kernel_size}, {layer.conv.dilation}: {_INSTEAD}"
+            f"{name}: PEFT rotates the patches of a convolution, not its channels; this is the same only for a 1x1 "
+            f"kernel without dilation, not for {layer.conv.kernel_size}, {layer.conv.dilation}: {_INSTEAD}"
         )
     bias = layer.bias if isinstance(layer, OftLinear) else layer.conv.bias if isinstance(layer, OftConv2d) else None
     if bias is not None and bias.requires_grad:
-        raise ConfigurationError(f"{name}: its bias is trained; PEFT has that only in the base: {_INSTEAD}")
+        raise ConfigurationError(f"{name}: its bias is trained, and PEFT cannot store it in the adapter: {_INSTEAD}")
 
 
-def _refuse_shared(network: nn.Module, layers: Mapping[str, OftLayer]) -> None:
+def _check_not_shared(network: nn.Module, layers: Mapping[str, OftLayer]) -> None:
     known = {id(layer): name for name, layer in layers.items()}
     for name, module in network.named_modules(remove_duplicate=False):
         if known.get(id(module), name) != name:
             raise ConfigurationError(
-                f"{known[id(module)]} is also used as {name}: PEFT would rotate one of the two: {_INSTEAD}"
+                f"{known[id(module)]} is also used as {name}: PEFT would rotate only one of them: {_INSTEAD}"
             )
 
 
 def _block_setting(layers: Mapping[str, OftLayer]) -> dict[str, int]:
-    """Return PEFT's ``oft_block_size`` or ``r``, one number for all layers."""
+    """Return PEFT's settings ``oft_block_size`` and ``r`` for all layers; one of them is 0."""
     sizes = {name: (layer.rotation.features, layer.rotation.block_size) for name, layer in layers.items()}
     if len({width // size for width, size in sizes.values()}) == 1 < len({size for _, size in sizes.values()}):
         width, size = next(iter(sizes.values()))
@@ -143,7 +143,7 @@ def _block_setting(layers: Mapping[str, OftLayer]) -> dict[str, int]:
 
 
 def _targets(network: nn.Module, layers: Mapping[str, OftLayer]) -> list[str] | str:
-    """Return ``target_modules`` that matches these layers and no other: their last names, else a regular expression."""
+    """Return ``target_modules`` that match exactly these layers: the ends of their names, or a regular expression."""
     inside = tuple(f"{name}." for name in layers)
     names = {name for name, _ in network.named_modules() if name and not name.startswith(inside)}
     last = {name.rpartition(".")[2] for name in layers}
@@ -153,7 +153,7 @@ def _targets(network: nn.Module, layers: Mapping[str, OftLayer]) -> list[str] | 
 
 
 def _saved_modules(network: nn.Module, layers: Mapping[str, OftLayer]) -> list[str]:
-    """Return the modules outside the OFT layers with trained parameters, which PEFT saves whole."""
+    """Return the modules outside of the OFT layers with trained parameters. PEFT saves each of them as a whole."""
     inside = tuple(f"{name}." for name in layers)
     trained = [n for n, p in network.named_parameters() if p.requires_grad and not n.startswith(inside)]
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
@@ -164,7 +164,7 @@ def _saved_modules(network: nn.Module, layers: Mapping[str, OftLayer]) -> list[s
     for module in modules:
         if not module or any(name.startswith(f"{module}.") for name in names):
             raise ConfigurationError(f"{module or 'the network'} has a trained parameter and submodules: {_INSTEAD}")
-        # PEFT compares the ends of names
+        # PEFT selects modules by the ends of their names
         if alike := [name for name in names if name.endswith(module) and name not in modules]:
             raise ConfigurationError(f"PEFT would save {alike[0]} along with the trained {module}: {_INSTEAD}")
         for name, parameter in network.get_submodule(module).named_parameters(prefix=module):

@@ -1,8 +1,8 @@
-"""The folder in which PEFT keeps an OFT adapter: its files, its settings, and how they are checked.
+"""Reads and writes PEFT's folder of an OFT adapter: its files, its settings, and how they are checked.
 
-PEFT 0.18 to 0.21 write ``adapter_config.json`` and ``adapter_model.safetensors``. A generator tensor is called
-``base_model.model.<layer>.oft_R.weight`` (``oft_embedding_R`` for an embedding) and has a row of ``b(b-1)/2`` values
-for each block, the strict upper triangle row by row, as here.
+PEFT 0.18 to 0.21 write ``adapter_config.json`` and ``adapter_model.safetensors``. The name of a tensor of generators is
+``base_model.model.<layer>.oft_R.weight`` (``oft_embedding_R`` for an embedding). It has one row of ``b(b-1)/2`` values
+for each block: the strict upper triangle, row by row, as in orthotrain.
 """
 
 import hashlib
@@ -20,34 +20,34 @@ from torch import Tensor
 
 from orthotrain.console.progress import writing
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.paths import json_failure
+from orthotrain.files.paths import read_json
 from orthotrain.models.folder import new_folder
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 FORMAT_VERSION = "0.18.0"
-"""The PEFT release since which these files mean what they mean now."""
+"""The first PEFT release that reads these files as the present releases do."""
 
 _CHECKSUM = "orthotrain.sha256"
 _MOST_TERMS = 100
-_MOST_CONFIG = 1 << 24
-_UNUSED = {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "r", "oft_block_size",
+_IGNORED = {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "r", "oft_block_size",
            "target_modules", "fan_in_fan_out", "exclude_modules", "init_weights", "layers_to_transform",
            "layers_pattern"}  # fmt: skip
-"""Settings that say nothing about the function of the tensors in the file."""
+"""Settings that do not change the function of the tensors in the file."""
 
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """The settings of PEFT's ``OFTConfig`` that decide what its generators compute, with PEFT's defaults.
+    """The settings of PEFT's ``OFTConfig`` that decide which rotations its generators give, with PEFT's defaults.
 
     Args:
-        use_cayley_neumann: The series; else the exact Cayley transform, transposed with respect to ours.
-        num_cayley_neumann_terms: Terms of the series, the orders 2, 2, 3, 4, ... for 3, 4, 5, 6, ... terms.
-        coft: Whether every forward brings the generators back to ``eps``.
-        eps: Bound of a block's Frobenius norm times the root of the number of rows of generators.
-        block_share: Whether one row of generators serves all blocks.
-        module_dropout: Probability of block dropout (which PEFT 0.21 stores but does not apply).
+        use_cayley_neumann: Whether PEFT uses the Cayley-Neumann series. Otherwise it uses the exact Cayley transform,
+            which is the transpose of orthotrain's.
+        num_cayley_neumann_terms: Terms of the series: 3, 4, 5, 6, ... terms are the orders 2, 2, 3, 4, ...
+        coft: Whether every forward projects the generators to the bound ``eps``.
+        eps: Bound of the Frobenius norm of a block, times the root of the number of rows of generators.
+        block_share: Whether all blocks have the same row of generators.
+        module_dropout: Probability of block dropout. PEFT 0.21 stores it and does not apply it.
     """
 
     use_cayley_neumann: bool = True
@@ -59,16 +59,16 @@ class PeftSettings:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "PeftSettings":
-        """Take the settings out of a parsed ``adapter_config.json``.
+        """Return the settings in a parsed ``adapter_config.json``.
 
         Raises:
-            ConfigurationError: If a value is of the wrong kind or describes no rotation that can be represented.
+            ConfigurationError: A value has a wrong type, or orthotrain has no rotation for it.
         """
         values = {name: config.get(name, default) for name, default in asdict(cls()).items()}
         for name, default in asdict(cls()).items():
             kinds = (int, float) if isinstance(default, float) else (type(default),)
             if not isinstance(values[name], kinds) or (isinstance(values[name], bool) and bool not in kinds):
-                raise ConfigurationError(f"{CONFIG_FILE}: {name}={values[name]!r} is no {type(default).__name__}")
+                raise ConfigurationError(f"{CONFIG_FILE}: {name}={values[name]!r} is not a {type(default).__name__}")
         settings = cls(**values)
         if settings.use_cayley_neumann:
             _check_series(settings.num_cayley_neumann_terms, config.get("peft_version"))
@@ -77,7 +77,7 @@ class PeftSettings:
         return settings
 
     def parameterization(self) -> dict[str, Any]:
-        """Return our parameterization of the same rotations, as a configuration."""
+        """Return the description of the parameterization of orthotrain that gives the same rotations."""
         if not self.use_cayley_neumann:
             return {"class_path": "cayley", "init_args": {}}
         return {"class_path": "cayley_neumann", "init_args": {"order": max(self.num_cayley_neumann_terms, 4) - 2}}
@@ -86,28 +86,28 @@ class PeftSettings:
 def _check_series(terms: int, version: Any) -> None:
     if not 3 <= terms <= _MOST_TERMS:
         raise ConfigurationError(
-            f"{CONFIG_FILE}: num_cayley_neumann_terms={terms}: 3 to {_MOST_TERMS} can be loaded; below 3 terms PEFT's "
-            "series is I or I + 2Q, not a rotation"
+            f"{CONFIG_FILE}: num_cayley_neumann_terms={terms}: 3 to {_MOST_TERMS} can be loaded; with fewer terms "
+            "PEFT's series is I or I + 2Q, not a rotation"
         )
     found = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
     if found is None or (int(found[1]), int(found[2])) < (0, 18):
         raise ConfigurationError(
-            f"{CONFIG_FILE}: peft_version={version!r}: PEFT 0.18 changed its Cayley-Neumann series, these generators "
-            "meant other rotations; merge the adapter with the PEFT that trained it"
+            f"{CONFIG_FILE}: peft_version={version!r}: PEFT 0.18 changed its Cayley-Neumann series, so that these "
+            "generators would give other rotations; merge the adapter with the PEFT release that trained it"
         )
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read an OFT adapter without executing anything from it.
+    """Read an OFT adapter. No code from the folder is run.
 
     Args:
         folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Returns:
-        The parsed configuration, and the tensors by the names in the file, on the CPU.
+        The parsed configuration, and the tensors on the CPU by their names in the file.
 
     Raises:
-        ConfigurationError: If a file is missing, damaged, a pickle, or not an OFT adapter that can be represented.
+        ConfigurationError: A file is missing, damaged or a pickle, or orthotrain cannot represent the adapter.
     """
     folder = Path(folder)
     config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
@@ -120,34 +120,29 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"again with safe_serialization=True, as {WEIGHTS_FILE}"
             )
         raise ConfigurationError(f"{str(folder)!r} has no {WEIGHTS_FILE}")
-    if config_path.stat().st_size > _MOST_CONFIG:
-        raise ConfigurationError(f"{str(config_path)!r} is larger than the settings of any adapter")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{str(config_path)!r} is no JSON file: {json_failure(error)}") from error
+    config = read_json(config_path, "adapter settings")
     _check_config(config)
     tensors, checksum = _read_tensors(weights_path)
     if checksum is not None and checksum != _digest(PeftSettings.from_config(config), tensors):
-        raise ConfigurationError(f"{str(folder)!r} is damaged: settings or tensors are not those that were written")
+        raise ConfigurationError(f"{str(folder)!r} is damaged: its settings or tensors have changed")
     return config, tensors
 
 
 def _check_config(config: Any) -> None:
     if not isinstance(config, dict):
-        raise ConfigurationError(f"{CONFIG_FILE} holds no settings by name")
+        raise ConfigurationError(f"{CONFIG_FILE} is not a dictionary of settings")
     kind, bias = config.get("peft_type"), config.get("bias", "none")
     if kind != "OFT":
         raise ConfigurationError(f"{CONFIG_FILE}: peft_type={kind!r}: only OFT adapters can be loaded")
     if bias != "none":
         raise ConfigurationError(f"{CONFIG_FILE}: bias={bias!r}: only adapters without trained biases can be loaded")
-    known = _UNUSED | {"peft_type", "peft_version", "bias", "modules_to_save"} | set(asdict(PeftSettings()))
+    known = _IGNORED | {"peft_type", "peft_version", "bias", "modules_to_save"} | set(asdict(PeftSettings()))
     unknown = sorted(key for key in config if key not in known and config[key] not in (None, False, [], {}))
     if unknown:
         raise ConfigurationError(f"{CONFIG_FILE}: unknown setting {unknown[0]}={config[unknown[0]]!r}")
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
-        raise ConfigurationError(f"{CONFIG_FILE}: modules_to_save={saved!r} is no list of names")
+        raise ConfigurationError(f"{CONFIG_FILE}: modules_to_save={saved!r} is not a list of names")
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -156,7 +151,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             checksum = (file.metadata() or {}).get(_CHECKSUM)
     except (SafetensorError, OSError, MemoryError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ConfigurationError(f"{str(path)!r} is no complete safetensors file: {error}") from error
+        raise ConfigurationError(f"{str(path)!r} is not a complete safetensors file: {error}") from error
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor.float()).all()):
             raise ConfigurationError(f"{str(path)!r}: {name} holds values that are not finite")
@@ -164,10 +159,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def write_folder(folder: Path, config: dict[str, Any], settings: PeftSettings, tensors: dict[str, Tensor]) -> None:
-    """Write an adapter folder in one step, with a checksum over what decides its function.
+    """Write an adapter folder atomically, with a checksum of the settings and tensors.
 
     Raises:
-        ConfigurationError: If the folder exists and is not empty.
+        ConfigurationError: The folder exists and is not empty.
     """
     config = {**config, **asdict(settings), "peft_type": "OFT", "peft_version": FORMAT_VERSION, "bias": "none"}
     metadata, total = {"format": "pt", _CHECKSUM: _digest(settings, tensors)}, sum(t.nbytes for t in tensors.values())
@@ -186,5 +181,5 @@ def _digest(settings: PeftSettings, tensors: dict[str, Tensor]) -> str:
 
 
 def nearest_divisor(width: int, size: int) -> int:
-    """Return the size that PEFT uses where ``size`` was asked for: the nearest divisor of the width, ties downward."""
+    """Return PEFT's block size for a requested ``size``: the nearest divisor of the width, the smaller one of two."""
     return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: (abs(d - size), d))

@@ -1,4 +1,4 @@
-"""PEFT adapters in: the layers that an OFT adapter of PEFT targets are wrapped and take its generators."""
+"""Imports an OFT adapter of PEFT: wraps the layers of the adapter and loads its generators."""
 
 import glob
 import math
@@ -32,21 +32,21 @@ _GENERATORS = re.compile(re.escape(PREFIX) + r"(?P<layer>.+)\.(?P<kind>oft_R|oft
 
 
 def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = True) -> list[str]:
-    """Wrap the layers that a PEFT OFT adapter targets and load it; the adapter is then all that is trained.
+    """Wrap the layers that an OFT adapter of PEFT targets, and load the adapter. Only the adapter is then trained.
 
-    Block sizes are taken from the shapes of the tensors: PEFT replaces a size that does not divide a width by another
-    and keeps the old one in its config. If anything is refused, no module and no value is changed.
+    Block sizes follow from the shapes of the tensors: PEFT replaces a block size that does not divide the width, but
+    does not change the size in its settings. If the adapter is refused, no module and no value is changed.
 
     Args:
-        network: The base network, plain, or wrapped already with layers like those of the adapter.
+        network: The base network, plain or already wrapped with layers like those of the adapter.
         folder: A folder that PEFT or :func:`export_peft` wrote.
-        check_base: Whether the adapter's base model must be called as the network's config calls it.
+        check_base: Whether the name of the base in the adapter must equal the name in the network's config.
 
     Returns:
-        The names of the layers that the adapter rotates, in module order.
+        Names of the layers that the adapter rotates, in module order.
 
     Raises:
-        ConfigurationError: If the folder is damaged or no OFT adapter, or does not fit the network, naming what.
+        ConfigurationError: The folder is damaged or is not an OFT adapter, or the adapter does not fit the network.
     """
     config, tensors = read_folder(folder)
     settings = PeftSettings.from_config(config)
@@ -54,7 +54,7 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
         _check_base(network, config.get("base_model_name_or_path"))
     matches = {key: match for key in tensors if (match := _GENERATORS.fullmatch(key))}
     if not matches:
-        raise ConfigurationError(f"{str(folder)!r} holds no tensor called {PREFIX}<layer>.oft_R.weight")
+        raise ConfigurationError(f"{str(folder)!r} has no tensor {PREFIX}<layer>.oft_R.weight")
     others = {key: tensor for key, tensor in tensors.items() if key not in matches}
     trained = _trained_outside(network, others, config.get("modules_to_save") or [])
     sign = 1 if settings.use_cayley_neumann else -1
@@ -64,14 +64,14 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
             match["layer"]: _layer_for(network, match["layer"], match["kind"], tensors[key], settings)
             for key, match in found
         }
-    _refuse_others(network, set(layers))
+    _check_no_others(network, set(layers))
     leftover = frozen_linears(network, without={network.get_submodule(name) for name in layers})
     network.requires_grad_(False)
     for name, layer in layers.items():
         layer.train(network.get_submodule(name).training)
         network.set_submodule(name, layer)
         _load(layer.rotation.generators, generators[name])
-        # PEFT's COFT brings what it loaded back to the bound in its first forward
+        # PEFT's COFT projects the generators to the bound in the first forward
         layer.project_()
     swap_modules(network, leftover)
     targets = dict(network.named_parameters()) | dict(network.named_buffers())
@@ -95,7 +95,7 @@ def _check_base(network: nn.Module, base: Any) -> None:
         )
 
 
-def _refuse_others(network: nn.Module, targets: set[str]) -> None:
+def _check_no_others(network: nn.Module, targets: set[str]) -> None:
     for name, _ in mergeable_layers(network):
         if name not in targets:
             raise ConfigurationError(
@@ -105,26 +105,26 @@ def _refuse_others(network: nn.Module, targets: set[str]) -> None:
 
 
 def _trained_outside(network: nn.Module, tensors: Mapping[str, Tensor], saved: list[str]) -> dict[str, Tensor]:
-    """Return the tensors of ``modules_to_save`` by their names in the network; refuse all others."""
+    """Return the tensors of ``modules_to_save`` by their names in the network, and refuse all other tensors."""
     state = network.state_dict()
     found = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if ".base_layer." in name:
-            raise ConfigurationError(f"{key} is the base's: save the adapter with save_embedding_layers=False")
+            raise ConfigurationError(f"{key} belongs to the base: save the adapter with save_embedding_layers=False")
         if name == key or name not in state or not name.rpartition(".")[0].endswith(tuple(saved)):
             raise ConfigurationError(f"unknown tensor {key}: neither generators nor part of modules_to_save={saved}")
         here = state[name]
         if here.shape != tensor.shape or here.is_floating_point() != tensor.is_floating_point():
             raise ConfigurationError(
-                f"{key} is {tuple(tensor.shape)} {tensor.dtype}, the network's {tuple(here.shape)} {here.dtype}"
+                f"{key} is {tuple(tensor.shape)} {tensor.dtype}, in the network {tuple(here.shape)} {here.dtype}"
             )
         found[name] = tensor
     return found
 
 
 def _layer_for(network: nn.Module, name: str, kind: str, tensor: Tensor, settings: PeftSettings) -> OftLayer:
-    """Return the OFT layer, wrapped now or before, that takes generators of this shape."""
+    """Return the OFT layer for generators of this shape: an existing one, or a new one around the module."""
     try:
         module = network.get_submodule(name)
     except AttributeError as error:
@@ -149,7 +149,7 @@ def _layer_for(network: nn.Module, name: str, kind: str, tensor: Tensor, setting
 
 
 def _features(module: nn.Module, kind: str) -> int:
-    """Return the width that PEFT rotates in a module, wrapped or not."""
+    """Return the width that PEFT rotates in a plain or wrapped module."""
     if isinstance(module, nn.Embedding | OftEmbedding) != (kind == "oft_embedding_R"):
         raise ConfigurationError(f"the adapter has {kind} for a {type(module).__name__}")
     if isinstance(module, OftLayer):
@@ -162,30 +162,32 @@ def _features(module: nn.Module, kind: str) -> int:
         return module.embedding_dim
     if isinstance(module, nn.Linear):
         return module.in_features
-    raise ConfigurationError(f"a {type(module).__name__} cannot be wrapped, only linears, embeddings, 1x1 convolutions")
+    raise ConfigurationError(
+        f"a {type(module).__name__} cannot be wrapped, only linear layers, embeddings and 1x1 convolutions"
+    )
 
 
 def _check_kernel(conv: nn.Conv2d | None) -> None:
     if conv is not None and conv.kernel_size != (1, 1):
         raise ConfigurationError(
-            "PEFT rotates the patches of a convolution, ours its channels: the two agree only for a 1x1 kernel, not "
-            f"{conv.kernel_size}; merge the adapter with PEFT and load the result"
+            "PEFT rotates the patches of a convolution, orthotrain its channels: this is the same only for a 1x1 "
+            f"kernel, not {conv.kernel_size}; merge the adapter with PEFT and load the result"
         )
 
 
 def _rotation_for(features: int, tensor: Tensor, settings: PeftSettings) -> OftRotation:
-    """Return a rotation whose generators have the shape of a tensor, or say why there is none."""
+    """Return a rotation whose generators have the shape of a tensor, or refuse the tensor."""
     rows, columns = tensor.shape if tensor.ndim == 2 else (0, 0)
     block_size = block_size_of(columns) or 0
     blocks = features // max(1, block_size) if settings.block_share else rows
     if not block_size or blocks * block_size != features:
         raise ConfigurationError(
-            f"generators of shape {tuple(tensor.shape)} are no blocks that fill its width of {features} "
+            f"generators of shape {tuple(tensor.shape)} do not give blocks for its width of {features} "
             f"(block_share={settings.block_share})"
         )
     if not tensor.is_floating_point():
         raise ConfigurationError(f"generators in {tensor.dtype}: a floating-point type is needed")
-    # PEFT's bound is for the rows of generators, ours for all blocks together
+    # PEFT's bound is for all rows of generators, orthotrain's for all blocks together
     coft_eps = settings.eps * math.sqrt(blocks / rows) if settings.coft else None
     with torch.device("meta"):
         rotation = OftRotation(
@@ -202,7 +204,7 @@ def _rotation_for(features: int, tensor: Tensor, settings: PeftSettings) -> OftR
 
 
 def _compare(here: OftRotation, adapter: OftRotation) -> None:
-    """Refuse a wrapped layer that would read the adapter's generators as another rotation."""
+    """Refuse a wrapped layer in which the generators of the adapter would give another rotation."""
     bounds = (here.coft_eps, adapter.coft_eps)
     if bounds[0] is not None and bounds[1] is not None and math.isclose(bounds[0], bounds[1], rel_tol=1e-6):
         bounds = (None, None)
@@ -212,6 +214,6 @@ def _compare(here: OftRotation, adapter: OftRotation) -> None:
         "rows of generators": (here.generators.shape[0], adapter.generators.shape[0]),
         "coft_eps": bounds,
     }
-    for what, (ours, theirs) in pairs.items():
-        if ours != theirs:
-            raise ConfigurationError(f"it is wrapped with {what} {ours!r}, the adapter needs {theirs!r}")
+    for setting, (found, needed) in pairs.items():
+        if found != needed:
+            raise ConfigurationError(f"it is wrapped with {setting} {found!r}, the adapter needs {needed!r}")

@@ -1,9 +1,4 @@
-"""What finetuning has learned, as plain tensors by name, out of a network, into one, and from a file.
-
-An adapter is a dictionary from parameter names to tensors: the generators of every OFT layer, and whatever else is
-trained (biases, norms, a head). It does not say how its generators are to be read: block sizes and parameterizations
-are those of the network it is loaded into.
-"""
+"""Copies the tensors of an adapter out of a network, into a network, and from a file."""
 
 import json
 from collections.abc import Mapping
@@ -20,21 +15,21 @@ from orthotrain.files.paths import local_path
 from orthotrain.files.torch_files import crc32_of
 from orthotrain.layers import OftLayer, mergeable_layers
 
-_MOST_DESCRIPTION = 1 << 24
+_MOST_DESCRIPTION_BYTES = 1 << 24
 
 
 def oft_layers(network: nn.Module) -> dict[str, OftLayer]:
-    """Return the OFT layers by name, shared ones once, in module order.
+    """Return the OFT layers by name in module order. A layer with several names is returned once.
 
     Raises:
-        ConfigurationError: If there is none, or a layer of another method, whose rotations are no adapter.
+        ConfigurationError: There is no OFT layer, or there is a layer of another method.
     """
     layers: dict[str, OftLayer] = {}
     for name, layer in mergeable_layers(network):
         if not isinstance(layer, OftLayer):
             raise ConfigurationError(
-                f"{name} is a {type(layer).__name__}, not an OFT layer: its rotations are merged as training goes on "
-                "and leave no adapter; merge it and export the network instead"
+                f"{name} is a {type(layer).__name__}, not an OFT layer: its rotations are merged during training, so "
+                "that there is no adapter; merge it and export the network instead"
             )
         layers[name] = layer
     if not layers:
@@ -43,7 +38,7 @@ def oft_layers(network: nn.Module) -> dict[str, OftLayer]:
 
 
 def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that make up an adapter of this network: all generators, and all else that is trained.
+    """Return the parameters of an adapter by name: all generators, and all other trained parameters.
 
     Raises:
         ConfigurationError: As :func:`oft_layers`.
@@ -53,7 +48,7 @@ def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_state(network: nn.Module) -> dict[str, Tensor]:
-    """Copy the adapter that a network holds now.
+    """Copy the adapter of a network.
 
     Args:
         network: A network with OFT layers.
@@ -68,15 +63,15 @@ def adapter_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter(network: nn.Module, path: str | Path) -> None:
-    """Copy an adapter file into a network; nothing is written unless all of it fits.
+    """Copy an adapter file into a network. The network is changed only if the whole adapter fits.
 
     Args:
         network: A network with OFT layers.
-        path: The ``adapter.safetensors`` of an ``AdapterCheckpoint``, or the folder that it lies in.
+        path: The ``adapter.safetensors`` of an ``AdapterCheckpoint``, or its folder.
 
     Raises:
-        ConfigurationError: If the file is missing or damaged, or was written for another base or other layers: their
-            names or shapes differ. Which, and in which file, is named.
+        ConfigurationError: The file is missing or damaged, or its names or shapes differ from those of the network; the
+            message gives the file and the difference.
     """
     path = local_path(path, "adapter")
     path = path / "adapter.safetensors" if path.is_dir() else path
@@ -86,7 +81,7 @@ def load_adapter(network: nn.Module, path: str | Path) -> None:
     try:
         state = load_file(path)
     except (SafetensorError, OSError, MemoryError, ValueError, OverflowError, RecursionError) as error:
-        raise ConfigurationError(f"adapter {str(path)!r} is truncated or no safetensors file: {error}") from error
+        raise ConfigurationError(f"adapter {str(path)!r} is truncated or is not a safetensors file: {error}") from error
     try:
         load_adapter_state(network, state)
     except ConfigurationError as error:
@@ -94,39 +89,40 @@ def load_adapter(network: nn.Module, path: str | Path) -> None:
 
 
 def _check_sum(path: Path) -> None:
-    """Compare a file with the checksum that ``AdapterCheckpoint`` has written beside it; without one it passes.
+    """Compare a file with its checksum in the ``adapter.json`` of its folder. Without a checksum the file passes.
 
     Raises:
-        ConfigurationError: If they differ, or the description beside it is none.
+        ConfigurationError: The checksums differ, or ``adapter.json`` is damaged.
     """
     description = path.with_name("adapter.json")
     if path.name != "adapter.safetensors" or not description.is_file():
         return
     try:
-        if description.stat().st_size > _MOST_DESCRIPTION:
-            raise ValueError("it is larger than any description")
+        if description.stat().st_size > _MOST_DESCRIPTION_BYTES:
+            raise ValueError("it has more bytes than any description")
         sums = json.loads(description.read_text(encoding="utf-8")).get("crc32", {})
         expected = sums.get(path.name)
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ConfigurationError(f"{str(description)!r} is no description of an adapter: {error}") from error
+        raise ConfigurationError(f"{str(description)!r} is not a description of an adapter: {error}") from error
     if expected is not None and expected != crc32_of(path):
         raise ConfigurationError(
             f"adapter {str(path)!r} does not match its checksum in {description.name}: a file was changed or damaged; "
-            "take an earlier one"
+            "take an earlier adapter"
         )
 
 
 @torch.no_grad()
 def load_adapter_state(network: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
-    """Copy an adapter into a network; nothing is written unless all of it fits.
+    """Copy an adapter into a network. The network is changed only if the whole adapter fits.
 
     Args:
         network: A network with OFT layers.
-        state: What :func:`adapter_state` returned for this network or an equal one.
-        strict: Whether both must name the same parameters; else those that only one of them names are left alone.
+        state: Result of :func:`adapter_state` for this network or an equal one.
+        strict: Whether the adapter and the network must have the same names. Otherwise, names that only one of them has
+            are ignored.
 
     Raises:
-        ConfigurationError: If names or shapes differ, the two have no name in common, or a value is not finite.
+        ConfigurationError: Names or shapes differ, there is no common name, or a value is not finite.
     """
     expected = adapter_parameters(network)
     common = [name for name in expected if name in state]

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from orthotrain.callbacks.merge_rotations import MergeRotations
+from orthotrain.callbacks.merge_rotations import merging_of
 from orthotrain.callbacks.step_callback import StepCallback
 from orthotrain.checkpoints.writing import FROZEN
 from orthotrain.console.failures import naming
@@ -69,7 +69,7 @@ class AdapterCheckpoint(StepCallback, Checkpoint):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note fingerprints of the frozen weights; refuse a run that such checkpoints could not resume."""
-        if any(isinstance(callback, MergeRotations) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if merging_of(trainer) is not None:
             raise ConfigurationError(
                 "AdapterCheckpoint leaves out the frozen weights, but MergeRotations changes them: use ModelCheckpoint"
             )

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from orthotrain.callbacks.merge_rotations import MergeRotations
+from orthotrain.callbacks.merge_rotations import MergeRotations, merging_of
 from orthotrain.callbacks.step_callback import StepCallback
 from orthotrain.callbacks.throughput import logs_at
 from orthotrain.devices.host_reads import read_waits
+from orthotrain.distributed.agreement import on_any_rank
 from orthotrain.errors import ConfigurationError, TrainingDiverged
 
 MOST_NOTES = 1000
@@ -61,7 +62,7 @@ class FiniteGuard(StepCallback):
         """Refuse to come after the callback that merges."""
         self._gradients, self._notes = {}, []
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        self._merging = next((callback for callback in callbacks if isinstance(callback, MergeRotations)), None)
+        self._merging = merging_of(trainer)
         if self._merging and self in callbacks and callbacks.index(self._merging) < callbacks.index(self):
             raise ConfigurationError(
                 "FiniteGuard comes after MergeRotations, which would merge NaN into the frozen weights: put it before"
@@ -107,7 +108,7 @@ class FiniteGuard(StepCallback):
         if not notes or trainer.state.fn != TrainerFn.FITTING:
             return
         found = first_non_finite(notes)
-        if not trainer.strategy.reduce_boolean_decision(found is not None, all=False):
+        if not on_any_rank(found is not None, pl_module.device):
             self._notes = []  # otherwise kept, so that an attempt to save after the error is refused too
             return
         if found is None:

@@ -134,7 +134,7 @@ class MergeRotations(StepCallback):
             if step % self.resample_every:
                 self._checks = fold_rotations(self._layers)  # type: ignore[arg-type]
                 return
-            merge_rotations(self._layers, trainer.optimizers)
+            self._checks = merge_rotations(self._layers, trainer.optimizers)
             self.merges += 1
             self.last_merge = step
             pl_module.log("merges", host_number(self.merges), rank_zero_only=True)
@@ -163,7 +163,12 @@ class MergeRotations(StepCallback):
         return step % self.every_n_steps == 0
 
     def needs_finite(self, step: int) -> bool:
-        """Tell whether the generators must be finite after this step: layers that fold every step check theirs."""
+        """Tell whether the generators must be finite after this step, or were not finite in the step before.
+
+        Layers that fold every step check their generators themselves, and report the result one step later.
+        """
+        if self._checks.failures():
+            return True
         return any(not isinstance(layer, Stepwise) for layer in self._layers.values()) and self._ends_period(step)
 
     def _ends_period(self, step: int) -> bool:
@@ -180,6 +185,12 @@ class MergeRotations(StepCallback):
         """Restore the counters."""
         self.merges, self.early_folds = (stored_count(state_dict, name) for name in ("merges", "early_folds"))
         self.last_merge = stored_count(state_dict, "last_merge", optional=True)
+
+
+def merging_of(trainer: L.Trainer) -> MergeRotations | None:
+    """Return the callback of a trainer that merges, None if there is none."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, MergeRotations)), None)
 
 
 def check_merging(strategy: object, callbacks: Iterable[object]) -> None:

@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from orthotrain.callbacks.merge_rotations import MergeRotations
+from orthotrain.callbacks.merge_rotations import merging_of
 from orthotrain.callbacks.step_callback import StepCallback
 from orthotrain.errors import check_count
 from orthotrain.layers.mergeable import Stepwise, mergeable_layers
@@ -61,8 +61,7 @@ class MovementMonitor(StepCallback):
 
     def _forget_other_permutations(self, trainer: L.Trainer) -> None:
         """Drop generators of earlier permutations, under which the same numbers mean other rotations."""
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        merging = next((callback for callback in callbacks if isinstance(callback, MergeRotations)), None)
+        merging = merging_of(trainer)
         period = 0 if merging is None else (trainer.global_step - 1) // merging.resample_every
         if period != self._period:
             self._before.clear()

@@ -1,4 +1,4 @@
-"""How far a run is: steps of the whole run, not of an epoch, with tokens per second and the time that is left."""
+"""Progress of a run: steps of the whole run, not of an epoch, with tokens per second and the remaining time."""
 
 import math
 from typing import Any
@@ -13,13 +13,14 @@ from orthotrain.devices.host_reads import read_waits
 
 
 class RunProgress(ProgressBar):
-    """Show optimizer steps and evaluation batches: a bar on a terminal, lines in a log; the command line's default.
+    """Show optimizer steps and evaluation batches: a bar on a terminal, lines in a log.
 
-    The time that is left counts the validations so far in; it is not known for a run without an end. The loss is that
-    of the last batch on a CPU, and that of the last step that was logged on a device, which the host would wait for.
+    The command line adds this callback to every run. The remaining time includes validations at their rate so far. A
+    run without an end shows none. On a CPU the loss is that of the last batch. On another device it is that of the last
+    logged step, because reading a newer loss would make the host wait.
 
     Args:
-        seconds: Time between two lines in a log.
+        seconds: Time between two log lines.
     """
 
     def __init__(self, seconds: float = 30.0) -> None:
@@ -31,7 +32,7 @@ class RunProgress(ProgressBar):
         self._evaluating: Progress | None = None
 
     def disable(self) -> None:
-        """Show nothing: Lightning says so to all ranks but the first."""
+        """Show nothing; Lightning calls this method on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
@@ -39,7 +40,7 @@ class RunProgress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin at the step that a checkpoint left."""
+        """Start at the step of the checkpoint, or at 0."""
         steps = trainer.estimated_stepping_batches
         total = None if math.isinf(steps) else int(steps)
         if self._enabled:
@@ -50,7 +51,7 @@ class RunProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count an optimizer step, or show that a micro-batch went by."""
+        """Count an optimizer step, or redraw the line after a micro-batch."""
         if self._training is None:
             return
         stepped = trainer.global_step - self._training.done
@@ -62,23 +63,23 @@ class RunProgress(ProgressBar):
         self._training.advance(stepped, lambda: self._note)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin the validation."""
+        """Start the validation."""
         batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        self._begin_evaluation("checking the validation" if trainer.sanity_checking else "validation", batches)
+        self._start_evaluation("checking the validation" if trainer.sanity_checking else "validation", batches)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin the test."""
-        self._begin_evaluation("test", trainer.num_test_batches)
+        """Start the test."""
+        self._start_evaluation("test", trainer.num_test_batches)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin the predictions."""
-        self._begin_evaluation("prediction", trainer.num_predict_batches)
+        """Start the predictions."""
+        self._start_evaluation("prediction", trainer.num_predict_batches)
 
-    def _begin_evaluation(self, what: str, batches: list[int | float]) -> None:
+    def _start_evaluation(self, name: str, batches: list[int | float]) -> None:
         if not self._enabled:
             return
         total = sum(batches)
-        self._evaluating = Progress(what, None if math.isinf(total) else total, "batches", self.seconds)
+        self._evaluating = Progress(name, None if math.isinf(total) else total, "batches", self.seconds)
         self._evaluating.start()
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -98,12 +99,12 @@ class RunProgress(ProgressBar):
             self._evaluating.advance()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say what came out."""
+        """Log the metrics of a validation during training."""
         self._end_evaluation()
         if self._training is not None and not trainer.sanity_checking:
             values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
-            said = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
-            rank_zero_info(f"step {trainer.global_step}: {said}")
+            metrics = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
+            rank_zero_info(f"step {trainer.global_step}: {metrics}")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """End the test."""
@@ -119,11 +120,11 @@ class RunProgress(ProgressBar):
             self._evaluating = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Take the bar away, so that the terminal has its cursor back."""
+        """Remove the bar, so that the terminal shows its cursor again."""
         self._close()
 
     def _close(self) -> None:
@@ -134,7 +135,7 @@ class RunProgress(ProgressBar):
 
 
 def training_note(trainer: L.Trainer) -> str:
-    """Return the loss and the throughput that were logged last."""
+    """Return the last logged loss and throughput as text."""
     logged = trainer.callback_metrics
     loss, rate = logged.get("train_loss"), logged.get("tokens_per_second")
     parts = [] if loss is None else [f"loss {float(loss):.3f}"]

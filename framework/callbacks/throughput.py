@@ -1,4 +1,4 @@
-"""Training tokens per second, of all ranks together."""
+"""Training tokens per second of all ranks together."""
 
 import functools
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from orthotrain.devices.host_reads import host_number
 
 
 class Throughput(L.Callback):
-    """Log ``tokens_per_second`` with the trainer's step metrics: tokens by the time that passes on the clock.
+    """Log ``tokens_per_second`` with the trainer's step metrics.
 
-    The clock runs from the end of the first optimizer step of a process, which allocates and compiles, to the end of
-    its last one: with data, folds and merges, the optimizer, logging and all other callbacks. It stands while the run
-    validates and while it writes a checkpoint. A resumed run counts its own steps, without the first. The mean over
-    all of them is :attr:`mean`; a run whose batches hold no tokens logs nothing.
+    The clock starts at the end of the first optimizer step of a process, which allocates and compiles, and stops at the
+    end of the last step. It includes data, folds and merges, the optimizer, logging and all other callbacks. It
+    excludes validations and the writing of checkpoints. A resumed run counts its own steps, without the first one.
+    :attr:`mean` is the mean over all steps. A run whose batches have no tokens logs nothing.
     """
 
     def __init__(self) -> None:
@@ -28,8 +28,8 @@ class Throughput(L.Callback):
         self._tokens = self._window_tokens = 0
         self._seconds = self._window_seconds = 0.0
         self._first_step = step
-        self._mark: float | None = None  # until when the time is counted; None while the clock stands
-        self._stopped = False  # by the validation under way
+        self._mark: float | None = None  # end of the counted time; None while the clock is stopped
+        self._stopped = False  # by the current validation
 
     @property
     def mean(self) -> float:
@@ -37,7 +37,7 @@ class Throughput(L.Callback):
         return self._tokens / self._seconds if self._seconds else 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin anew, and let the clock stand while a checkpoint is written, for which there is no hook."""
+        """Reset the clock, and stop it while a checkpoint is written, for which Lightning has no hook."""
         self._begin(trainer.global_step)
         save = trainer.save_checkpoint
 
@@ -50,13 +50,13 @@ class Throughput(L.Callback):
         trainer.save_checkpoint = timed  # type: ignore[method-assign]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the trainer its own method back."""
+        """Restore the method of the trainer."""
         vars(trainer).pop("save_checkpoint", None)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count a batch, and log at the trainer's cadence."""
+        """Count a batch, and log every ``log_every_n_steps``."""
         if self._mark is None:
             if trainer.global_step != self._first_step:
                 self._mark = perf_counter()
@@ -84,10 +84,10 @@ class Throughput(L.Callback):
         self._mark = now
 
     def _stop(self, trainer: L.Trainer) -> bool:
-        """Stop the clock, and return whether it ran."""
+        """Stop the clock, and return whether it was running."""
         running = self._mark is not None
         if running:
-            if trainer.strategy.root_device.type == "cuda":  # what the device has still to do belongs to the training
+            if trainer.strategy.root_device.type == "cuda":  # the pending work of the device belongs to the training
                 torch.cuda.synchronize(trainer.strategy.root_device)
             self._lap()
         self._mark = None
@@ -98,12 +98,12 @@ class Throughput(L.Callback):
 
 
 def logs_at(trainer: L.Trainer, count: int) -> bool:
-    """Tell whether the trainer logs at step ``count`` (from 1): every ``log_every_n_steps``, 0 being never."""
+    """Tell whether the trainer logs at step ``count`` (from 1): every ``log_every_n_steps``; never if that is 0."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and count % every == 0
 
 
 def count_inputs(batch: Any) -> int:
-    """Return the number of input tokens of a batch, 0 where it has no ``input_ids``."""
+    """Return the number of input tokens of a batch, 0 if it has no ``input_ids``."""
     inputs = batch.get("input_ids") if isinstance(batch, Mapping) else None
     return inputs.numel() if isinstance(inputs, Tensor) else 0

@@ -1,8 +1,8 @@
-"""Building objects from the description that a checkpoint stores.
+"""Builds objects from the description in a checkpoint.
 
-A description is made of plain values: ``{"class_path": name, "init_args": {...}}`` for an object, and a dictionary for
-settings. The constructor's annotations decide what each value has to be. No string is parsed again, so a string never
-becomes a dictionary, a file or an address; a class is found by :class:`TrustedClasses` alone.
+A description consists of plain values: ``{"class_path": name, "init_args": {...}}`` for an object, and a dictionary for
+settings. The annotations of the constructor decide which type each value must have. No string is parsed, so a string
+never becomes a dictionary, a file or an address. Only :class:`TrustedClasses` looks up classes.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from orthotrain.checkpoints.trusted_classes import TrustedClasses
 from orthotrain.errors import ConfigurationError
 
 KEYS = {"class_path", "init_args", "dict_kwargs"}
-"""What the description of an object consists of; ``dict_kwargs`` holds what a constructor takes by ``**kwargs``."""
+"""Keys in the description of an object. ``dict_kwargs`` holds the arguments for ``**kwargs`` of the constructor."""
 
 PLAIN = (bool, int, float, str, type(None))
 
 
 class ObjectBuilder:
-    """Builds what one checkpoint describes.
+    """Builds the objects that one checkpoint describes.
 
     Args:
         trusted: The classes that the checkpoint may name.
@@ -33,162 +33,165 @@ class ObjectBuilder:
     def __init__(self, trusted: TrustedClasses) -> None:
         self.trusted = trusted
 
-    def arguments(self, owner: Callable, stored: object, place: str, given: int = 0) -> dict[str, Any]:
+    def arguments(self, owner: Callable, stored: object, position: str, given: int = 0) -> dict[str, Any]:
         """Build the arguments of a class or function.
 
         Args:
             owner: The class or function.
-            stored: Argument names -> plain values, from the file.
-            place: Where in the description they stand, for messages.
-            given: How many of the first arguments somebody else will give.
+            stored: Argument name -> plain value, from the file.
+            position: Position in the description, for messages.
+            given: Number of leading arguments that the caller gives later.
 
         Raises:
-            ConfigurationError: For an argument that ``owner`` does not have, or a value that does not fit it.
+            ConfigurationError: ``owner`` does not have such an argument, or the value does not fit the annotation.
         """
         if not isinstance(stored, dict):
-            raise self._error(place, "a dictionary of arguments", stored)
-        kinds = dict(list(parameters_of(owner).items())[given:])
+            raise self._error(position, "a dictionary of arguments", stored)
+        parameters = dict(list(parameters_of(owner).items())[given:])
         for name, value in stored.items():
-            if name not in kinds:
-                known = ", ".join(kinds) or "none"
-                raise ConfigurationError(f"{place}: {owner.__name__} has no argument {name!r:.80}; known: {known}")
-            self.trusted.check_argument(name, value, place)
-        return {name: self.build(value, kinds[name].kind, f"{place}.{name}") for name, value in stored.items()}
+            if name not in parameters:
+                known = ", ".join(parameters) or "none"
+                raise ConfigurationError(f"{position}: {owner.__name__} has no argument {name!r:.80}; known: {known}")
+            self.trusted.check_argument(name, value, position)
+        return {name: self.build(value, parameters[name].kind, f"{position}.{name}") for name, value in stored.items()}
 
-    def check_plain(self, value: Any, place: str) -> None:
-        """Refuse, anywhere in nested plain values, the name of a class that is not trusted, and what is not plain.
+    def check_plain(self, value: Any, position: str) -> None:
+        """Refuse names of classes that are not trusted, and values that are not plain, at any depth.
 
-        Called before anything is built, and for values that this class only passes on: others may look up names there.
+        This check runs before anything is built. It also covers values that this class passes on unchanged, because
+        their receiver may look up names in them.
 
         Args:
-            value: From the file.
-            place: Where in the description it stands, for messages.
+            value: A value from the file.
+            position: Position in the description, for messages.
 
         Raises:
-            ConfigurationError: Naming the class or the value.
+            ConfigurationError: The message names the class or the value.
         """
         if isinstance(value, dict):
             for key, inner in value.items():
                 if key == "class_path" or (key == "parameterization" and isinstance(inner, str)):
                     self.trusted.check(inner)
-                self.trusted.check_argument(str(key), inner, place)
-                self.check_plain(inner, f"{place}.{key!s:.80}")
+                self.trusted.check_argument(str(key), inner, position)
+                self.check_plain(inner, f"{position}.{key!s:.80}")
         elif isinstance(value, list | tuple):
-            for position, inner in enumerate(value):
-                self.check_plain(inner, f"{place}[{position}]")
+            for index, inner in enumerate(value):
+                self.check_plain(inner, f"{position}[{index}]")
         elif not isinstance(value, PLAIN):
-            raise self._error(place, "a plain value", value)
+            raise self._error(position, "a plain value", value)
 
-    def build(self, value: Any, kind: Any, place: str) -> Any:
+    def build(self, value: Any, kind: Any, position: str) -> Any:
         """Build one value.
 
         Args:
-            value: Plain, from the file.
-            kind: The annotation that it has to fit.
-            place: Where in the description it stands, for messages.
+            value: A plain value from the file.
+            kind: Annotation that the value must fit.
+            position: Position in the description, for messages.
 
         Raises:
-            ConfigurationError: If the value does not fit, or names a class that is not trusted.
+            ConfigurationError: The value does not fit, or names a class that is not trusted.
         """
         members = list(_members(kind))
         objects = [member for member in members if _is_object(member)]
         if any(_is_plain_of(value, member, maybe_class=bool(objects)) for member in members):
             return value
         if objects and (isinstance(value, str) or (isinstance(value, dict) and "class_path" in value)):
-            return self._object(value, objects, place)
+            return self._object(value, objects, position)
         for member in members:
             if isinstance(value, dict) and isinstance(member, type) and dataclasses.is_dataclass(member):
-                return member(**self.arguments(member, value, place))
+                return member(**self.arguments(member, value, position))
             if _is_container_of(value, member):
-                return self._container(value, member, place)
+                return self._container(value, member, position)
         if Any in members:
-            self.check_plain(value, place)
+            self.check_plain(value, position)
             return value
-        raise self._error(place, " or ".join(_spelling(member) for member in members), value)
+        raise self._error(position, " or ".join(_spelling(member) for member in members), value)
 
-    def _object(self, value: str | dict, kinds: list[Any], place: str) -> Any:
-        """Build the object that a value names, or what builds it later where the annotation is a ``Callable``."""
+    def _object(self, value: str | dict, kinds: list[Any], position: str) -> Any:
+        """Build the object that a value names; for the annotation ``Callable``, a function that builds it later."""
         spec: dict[str, Any] = {"class_path": value} if isinstance(value, str) else value
         if unknown := [key for key in spec if key not in KEYS]:
-            raise ConfigurationError(f"{place}: unexpected {unknown[0]!r:.80} beside class_path and init_args")
+            raise ConfigurationError(f"{position}: unexpected {unknown[0]!r:.80} beside class_path and init_args")
         found = self.trusted.find(spec["class_path"])
         stored, more = spec.get("init_args") or {}, spec.get("dict_kwargs") or {}
-        self.check_plain(more, place)
+        self.check_plain(more, position)
         if not isinstance(more, dict):
-            raise self._error(f"{place}.dict_kwargs", "a dictionary of arguments", more)
+            raise self._error(f"{position}.dict_kwargs", "a dictionary of arguments", more)
         for kind in kinds:
             if _is_class(kind) and _makes(found, kind):
-                return found(**self.arguments(found, stored, place), **more)
+                return found(**self.arguments(found, stored, position), **more)
         for kind in kinds:
             if not _is_class(kind) and _makes(found, _result_of(kind)):
-                arguments = {**self.arguments(found, stored, place, given=_count_of(kind)), **more}
+                arguments = {**self.arguments(found, stored, position, given=_count_of(kind)), **more}
                 return functools.partial(found, **arguments) if arguments or isinstance(found, type) else found
         wanted = " or ".join(_spelling(kind) for kind in kinds)
-        raise ConfigurationError(f"{place}: {self.trusted.origin} names {spec['class_path']}, which is no {wanted}")
+        raise ConfigurationError(
+            f"{position}: {self.trusted.origin} names {spec['class_path']}, which is not a {wanted}"
+        )
 
-    def _container(self, value: Any, kind: Any, place: str) -> Any:
+    def _container(self, value: Any, kind: Any, position: str) -> Any:
         inner = get_args(kind)
         if isinstance(value, dict):
             of_values = inner[1] if len(inner) == 2 else Any
-            if of_values is Any:  # the keys say what the values are
-                self.check_plain(value, place)
-            return {key: self.build(item, of_values, f"{place}[{key!r:.80}]") for key, item in value.items()}
+            if of_values is Any:  # check_plain needs the keys to know what the values are
+                self.check_plain(value, position)
+            return {key: self.build(item, of_values, f"{position}[{key!r:.80}]") for key, item in value.items()}
         if get_origin(kind) is tuple and inner and inner[-1] is not Ellipsis:
             if len(value) != len(inner):
-                raise self._error(place, f"{len(inner)} values", value)
+                raise self._error(position, f"{len(inner)} values", value)
             return tuple(
-                self.build(item, k, f"{place}[{i}]") for i, (item, k) in enumerate(zip(value, inner, strict=True))
+                self.build(item, k, f"{position}[{i}]") for i, (item, k) in enumerate(zip(value, inner, strict=True))
             )
-        items = [self.build(item, inner[0] if inner else Any, f"{place}[{i}]") for i, item in enumerate(value)]
+        items = [self.build(item, inner[0] if inner else Any, f"{position}[{i}]") for i, item in enumerate(value)]
         return tuple(items) if get_origin(kind) is tuple or kind is tuple else items
 
-    def _error(self, place: str, wanted: str, value: Any) -> ConfigurationError:
-        return ConfigurationError(f"{place}: expected {wanted}, got {value!r:.80}")
+    def _error(self, position: str, wanted: str, value: Any) -> ConfigurationError:
+        return ConfigurationError(f"{position}: expected {wanted}, got {value!r:.80}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Taken:
-    """One argument that a class or function takes: its annotation, and whether a call has to give it."""
+class Parameter:
+    """One parameter of a class or function: its annotation, and whether it has no default."""
 
     kind: Any
-    needed: bool
+    required: bool
 
 
-def parameters_of(owner: Callable) -> dict[str, Taken]:
-    """Return what a class or function takes by name, arguments that ``**kwargs`` passes on to a parent included."""
+def parameters_of(owner: Callable) -> dict[str, Parameter]:
+    """Return the parameters of a class or function by name, with those that ``**kwargs`` passes on to a base class."""
     if not isinstance(owner, type):
-        return _taken(owner)[0]
-    found: dict[str, Taken] = {}
+        return _own_parameters(owner)[0]
+    found: dict[str, Parameter] = {}
     for cls in inspect.getmro(owner):
         if "__init__" not in cls.__dict__:
             continue
-        own, passes_on = _taken(cls.__dict__["__init__"])
-        found = {**{name: taken for name, taken in own.items() if name != "self"}, **found}
-        if not passes_on:
+        own, has_kwargs = _own_parameters(cls.__dict__["__init__"])
+        found = {**{name: parameter for name, parameter in own.items() if name != "self"}, **found}
+        if not has_kwargs:
             break
     return found
 
 
 def missing_arguments(owner: Callable, given: Iterable[str]) -> list[str]:
-    """Return the arguments without a default that are not given."""
+    """Return the names of the parameters that have no default and are not given."""
     given = set(given)
-    return [name for name, taken in parameters_of(owner).items() if taken.needed and name not in given]
+    return [name for name, parameter in parameters_of(owner).items() if parameter.required and name not in given]
 
 
-def _taken(function: Callable) -> tuple[dict[str, Taken], bool]:
-    """Return the arguments by name, and whether the function takes ``**kwargs``."""
+def _own_parameters(function: Callable) -> tuple[dict[str, Parameter], bool]:
+    """Return the parameters of a function by name, and whether it has ``**kwargs``."""
     parameters = inspect.signature(function).parameters.values()
     try:
         hints = typing.get_type_hints(function)
-    except (NameError, TypeError, AttributeError):  # a name that exists for type checkers only
+    except (NameError, TypeError, AttributeError):  # an annotation with a name that exists for type checkers only
         hints = {}
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    taken = {p.name: Taken(hints.get(p.name, Any), p.default is p.empty) for p in named}
-    return taken, any(p.kind is p.VAR_KEYWORD for p in parameters)
+    found = {p.name: Parameter(hints.get(p.name, Any), p.default is p.empty) for p in named}
+    return found, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _members(kind: Any) -> Iterable[Any]:
-    """Yield the members of a union; of an annotation that says nothing, ``Any``."""
+    """Yield the members of an annotation that is a union, or the annotation itself; ``Any`` for a missing one."""
     if get_origin(kind) in (Union, UnionType):
         for member in get_args(kind):
             yield from _members(member)
@@ -203,7 +206,7 @@ def _members(kind: Any) -> Iterable[Any]:
 
 
 def _is_plain_of(value: Any, kind: Any, maybe_class: bool) -> bool:
-    """Tell whether a plain value fits; a string does not where it may be the name of a class, which is looked up."""
+    """Tell whether a plain value fits an annotation. A string does not fit if it may be the name of a class."""
     if get_origin(kind) is Literal:
         return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
     if kind is float:
@@ -221,7 +224,7 @@ def _is_container_of(value: Any, kind: Any) -> bool:
 
 
 def _is_class(kind: Any) -> bool:
-    """Tell whether an annotation is a class of objects, and not of plain values or containers."""
+    """Tell whether an annotation is a class, but not a class of plain values or containers."""
     return isinstance(kind, type) and get_origin(kind) is None and kind not in (*PLAIN, Path, dict, list, tuple, Any)
 
 
@@ -239,7 +242,7 @@ def _count_of(kind: Any) -> int:
 
 
 def _makes(found: Any, kind: Any) -> bool:
-    """Tell whether calling a class, or an allowed function, gives an object of a kind."""
+    """Tell whether a call of a class, or of an allowed function, returns an object of a kind."""
     if isinstance(found, type):
         return not isinstance(kind, type) or issubclass(found, kind)
     return callable(found)

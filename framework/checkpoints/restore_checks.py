@@ -100,11 +100,11 @@ def check_progress(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     with _naming_checkpoint(str(trainer.ckpt_path or "the checkpoint")):
         _check_loops(checkpoint, trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            state, place = checkpoint.get("callbacks", {}).get(callback.state_key), f"callbacks.{callback.state_key}"
+            state, position = checkpoint.get("callbacks", {}).get(callback.state_key), f"callbacks.{callback.state_key}"
             if isinstance(callback, ModelCheckpoint) and state:
-                _check_model_checkpoint(state, place)
+                _check_model_checkpoint(state, position)
             elif state and type(callback).__module__.startswith(("orthotrain.", "lightning.")):
-                _compare(state, callback.state_dict(), place)
+                _compare(state, callback.state_dict(), position)
 
 
 def _check_loops(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
@@ -145,11 +145,11 @@ def check_optimizers(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     with _naming_checkpoint(origin):
         for number, config in enumerate(trainer.lr_scheduler_configs):
             state, expected = checkpoint["lr_schedulers"][number], config.scheduler.state_dict()
-            place, kind = f"lr_schedulers.{number}", type(config.scheduler).__name__
+            position, kind = f"lr_schedulers.{number}", type(config.scheduler).__name__
             for key in state:
-                _require(key in expected, f"{place} has {short(key)}, which a {kind} does not have")
+                _require(key in expected, f"{position} has {short(key)}, which a {kind} does not have")
             needed = {key: value for key, value in expected.items() if key in state or key in _NEEDED_OF_SCHEDULE}
-            _compare(state, needed, place)
+            _compare(state, needed, position)
 
 
 def check_optimizer(saved: Any, optimizer: Optimizer, number: int, origin: str) -> None:
@@ -165,16 +165,16 @@ def check_optimizer(saved: Any, optimizer: Optimizer, number: int, origin: str) 
         ConfigurationError: The message names the entry.
     """
     with _naming_checkpoint(origin):
-        place = f"optimizer_states.{number}"
+        position = f"optimizer_states.{number}"
         groups, state = (saved.get(key) if isinstance(saved, dict) else None for key in ("param_groups", "state"))
         whole = isinstance(groups, list) and isinstance(state, dict) and all(isinstance(g, dict) for g in groups)
-        _require(whole, f"{place} does not have the param_groups and state of an optimizer")
-        parameters = _parameters_by_number(groups, optimizer, place)
+        _require(whole, f"{position} does not have the param_groups and state of an optimizer")
+        parameters = _parameters_by_number(groups, optimizer, position)
         owners = {id(p): part for part in getattr(optimizer, "parts", [optimizer]) for p in parameters_of(part)}
         for key, entry in state.items():
             known = key in parameters and isinstance(entry, dict)
-            _require(known, f"{place}.state.{short(key)} is of no parameter of this run")
-            _check_moments(entry, parameters[key], owners[id(parameters[key])], f"{place}.state.{key}")
+            _require(known, f"{position}.state.{short(key)} is of no parameter of this run")
+            _check_moments(entry, parameters[key], owners[id(parameters[key])], f"{position}.state.{key}")
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -198,67 +198,67 @@ def check_merges(state: dict[str, Any], steps: Any) -> None:
             raise ConfigurationError(f"{name} is {int(state[name]):,} in a checkpoint of optimizer step {steps:,}")
 
 
-def _parameters_by_number(groups: list[dict[str, Any]], optimizer: Optimizer, place: str) -> dict[int, Tensor]:
+def _parameters_by_number(groups: list[dict[str, Any]], optimizer: Optimizer, position: str) -> dict[int, Tensor]:
     """Check the saved groups of an optimizer, and return its parameters by the numbers that the groups give them."""
     own = optimizer.param_groups
-    _require(len(groups) == len(own), f"{place} has {len(groups)} parameter groups and this run has {len(own)}")
+    _require(len(groups) == len(own), f"{position} has {len(groups)} parameter groups and this run has {len(own)}")
     parameters: dict[int, Tensor] = {}
     for index, (group, here) in enumerate(zip(groups, own, strict=True)):
         numbers, count = group.get("params"), len(here["params"])
         fits = isinstance(numbers, list) and len(numbers) == count and all(map(is_count, numbers))
-        _require(fits, f"{place}.param_groups.{index} does not have the {count} parameters of this run")
+        _require(fits, f"{position}.param_groups.{index} does not have the {count} parameters of this run")
         parameters.update(zip(numbers, here["params"], strict=True))  # type: ignore[arg-type]
         common = {k: v for k, v in here.items() if k != "params" and (k in group or k in _NEEDED_OF_GROUP)}
         # an option may be an integer in this run and a float in the saved run
         common = {k: float(v) if type(v) is int else v for k, v in common.items()}
-        _compare(group, common, f"{place}.param_groups.{index}")
+        _compare(group, common, f"{position}.param_groups.{index}")
     return parameters
 
 
-def _check_moments(entry: dict[Any, Any], parameter: Tensor, owner: Optimizer, place: str) -> None:
+def _check_moments(entry: dict[Any, Any], parameter: Tensor, owner: Optimizer, position: str) -> None:
     """Refuse moments that do not fit their parameter, and a step that is not a count."""
     needed = ("step", "exp_avg", "exp_avg_sq") if entry and type(owner) in (torch.optim.Adam, torch.optim.AdamW) else ()
     for name in needed:
-        _require(name in entry, f"{place} has no {name}")
+        _require(name in entry, f"{position} has no {name}")
     step = entry.get("step", 0)
-    _require(is_number(step) and 0 <= float(step) < 1 << 62, f"{place}.step is {short(step)}, not a count")
+    _require(is_number(step) and 0 <= float(step) < 1 << 62, f"{position}.step is {short(step)}, not a count")
     if not type(owner).__module__.startswith(("torch.optim", "orthotrain.optimizers.lie")):
         return
     for name in _SHAPED_LIKE_PARAMETER:
         value, shape = entry.get(name), parameter.shape
         fits = isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
         fits = value is None or (fits and not is_8bit_float(value))
-        _require(fits, f"{place}.{name} is {kind_of(value)}, its parameter has the shape {tuple(shape)}")
+        _require(fits, f"{position}.{name} is {kind_of(value)}, its parameter has the shape {tuple(shape)}")
 
 
-def _check_model_checkpoint(state: dict[str, Any], place: str) -> None:
+def _check_model_checkpoint(state: dict[str, Any], position: str) -> None:
     """Refuse the state of a ``ModelCheckpoint`` with paths that are not strings or scores that are not numbers."""
     for name in ("best_model_path", "last_model_path", "kth_best_model_path"):
-        _require(isinstance(state.get(name, ""), str), f"{place}.{name} is {kind_of(state.get(name))}, not a path")
+        _require(isinstance(state.get(name, ""), str), f"{position}.{name} is {kind_of(state.get(name))}, not a path")
     for name in ("best_model_path", "best_model_score"):
-        _require(name in state, f"{place} has no {name}")
+        _require(name in state, f"{position} has no {name}")
     scores = state.get("best_k_models", {})
-    _require(is_named(scores), f"{place}.best_k_models is {kind_of(scores)}, not a dictionary with paths as keys")
+    _require(is_named(scores), f"{position}.best_k_models is {kind_of(scores)}, not a dictionary with paths as keys")
     named = {name: state.get(name) for name in ("best_model_score", "current_score", "kth_value")}
     for name, score in {**scores, **named}.items():
         number = score is None or is_number(score)
-        _require(number, f"{place}: the score of {short(name)} is {kind_of(score)}, not a number")
+        _require(number, f"{position}: the score of {short(name)} is {kind_of(score)}, not a number")
 
 
-def _compare(saved: Any, expected: Any, place: str) -> None:
-    """Refuse a saved value whose type, or whose length, differs from the value of this run at the same place."""
+def _compare(saved: Any, expected: Any, position: str) -> None:
+    """Refuse a saved value whose type, or whose length, differs from the value of this run at the same position."""
     if isinstance(expected, dict):
-        _require(isinstance(saved, dict), f"{place} is {kind_of(saved)}, not a dictionary")
+        _require(isinstance(saved, dict), f"{position} is {kind_of(saved)}, not a dictionary")
         for name, value in expected.items():
-            _require(name in saved, f"{place} has no {name}")
-            _compare(saved[name], value, f"{place}.{name}")
+            _require(name in saved, f"{position} has no {name}")
+            _compare(saved[name], value, f"{position}.{name}")
     elif isinstance(expected, list | tuple):
         fits = isinstance(saved, list | tuple) and (not expected or len(saved) == len(expected))
-        _require(fits, f"{place} is {kind_of(saved)}, not a list of {len(expected)}")
+        _require(fits, f"{position} is {kind_of(saved)}, not a list of {len(expected)}")
         for number, (value, own) in enumerate(zip(saved, expected, strict=False)):
-            _compare(value, own, f"{place}.{number}")
+            _compare(value, own, f"{position}.{number}")
     else:
-        _require(_is_like(saved, expected), f"{place} is {short(saved)}, a new run starts with {short(expected)}")
+        _require(_is_like(saved, expected), f"{position} is {short(saved)}, a new run starts with {short(expected)}")
 
 
 def _is_like(saved: Any, expected: Any) -> bool:

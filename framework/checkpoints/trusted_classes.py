@@ -1,4 +1,4 @@
-"""Which classes a checkpoint may name: a file says what a network is, and must not choose what code runs."""
+"""The classes that a checkpoint may name. A file describes a network, and must not choose which code runs."""
 
 import dataclasses
 import functools
@@ -20,27 +20,27 @@ HOLDERS = (
     *(f"orthotrain.{room}" for room in ("modules", "models", "export", "optimizers", "schedules")),
     *("torch.optim", "torch.optim.lr_scheduler", "bitsandbytes.optim"),
 )
-"""The modules whose public classes a checkpoint may name. Only these are imported; no file adds to them."""
+"""Modules whose public classes a checkpoint may name. No other module is imported because of a checkpoint."""
 
 BASES = (ModelBuilder, Optimizer, LRScheduler)
 
 LOADING_FOLDERS = ("cache_dir", "device_map", "offload_folder", "proxies", "token")
-"""Options of loading a pretrained model that say where files are written, how they are fetched, and as whom."""
+"""Options for loading a pretrained model that choose where files are written, how they are fetched, and as whom."""
 
 _DOTTED = re.compile(r"[A-Za-z_]\w{0,99}(\.[A-Za-z_]\w{0,99}){1,9}", re.ASCII)
 
 
 class TrustedClasses:
-    """The classes that one checkpoint may name: those of the table, registered parameterizations, and allowed ones.
+    """The classes that one checkpoint may name: known classes, registered parameterizations, and allowed classes.
 
-    A name is compared with the table as a whole string. Nothing is imported because a file names it; only what the
-    caller has allowed by its exact name is.
+    A name must equal the name of a known class as a whole. Nothing is imported because a file names it, except a class
+    that the caller has allowed by its exact name.
 
     Args:
         origin: Name of the checkpoint, for messages.
-        allow: Classes, or dotted names of classes or functions, that the file may name besides; or names of
+        allow: Further classes, or dotted names of classes or functions, that the file may name; or names in
             :data:`LOADING_FOLDERS`.
-        remote_code: Whether the file may say that code which comes with a pretrained model is run.
+        remote_code: Whether the file may ask to run code that comes with a pretrained model.
     """
 
     def __init__(self, origin: str, allow: Iterable[str | type] = (), remote_code: bool = False) -> None:
@@ -49,44 +49,44 @@ class TrustedClasses:
         self.allowed = {name if isinstance(name, str) else dotted_name(name): name for name in allow}
 
     def check(self, name: object) -> None:
-        """Refuse a name that the file may not use, without importing what the caller has allowed.
+        """Refuse a name that the file may not use. Nothing is imported.
 
         Raises:
-            ConfigurationError: Naming what is refused and how to allow it.
+            ConfigurationError: The message gives the name, and how to allow it.
         """
         if not isinstance(name, str) or not (name in self.allowed or _known(name)):
             raise ConfigurationError(
-                f"{self.origin} names {name!s:.200}, which is no network, optimizer or part of one that is known here: "
+                f"{self.origin} names {name!s:.200}, which is not a known class of a network or an optimizer: "
                 f"{_advice(name)}"
             )
 
     def find(self, name: str) -> Any:
-        """Return the class (or the allowed function) of a dotted name, or of a parameterization's registered name.
+        """Return the class, or the allowed function, for a dotted name or the registered name of a parameterization.
 
         Raises:
-            ConfigurationError: As :meth:`check`; or if what the caller has allowed cannot be imported.
+            ConfigurationError: As :meth:`check`; or an allowed class cannot be imported.
         """
         self.check(name)
         return self._allowed(name) if name in self.allowed else _known(name)
 
-    def check_argument(self, name: str, value: Any, place: str) -> None:
-        """Refuse a stored argument with which a file would trust itself or other files, or choose where is written.
+    def check_argument(self, name: str, value: Any, position: str) -> None:
+        """Refuse a stored argument that would give the file more rights than the caller has given it.
 
         Args:
             name: Name of the argument, or the key of a nested value.
-            value: Plain.
-            place: Where in the description it stands.
+            value: A plain value.
+            position: Position in the description.
 
         Raises:
-            ConfigurationError: For code that comes with a pretrained model, for folders and proxies of a download, and
-                for a list of allowed classes with more in it than the caller has allowed.
+            ConfigurationError: The argument would run code that comes with a pretrained model, would choose a folder or
+                a proxy for a download, or would allow classes that the caller has not allowed.
         """
         if name == "trust_remote_code" and value and not self.remote_code:
             raise ConfigurationError(
                 f"{self.origin} asks to run code that comes with a pretrained model: read that code, and pass "
                 "trust_remote_code=True (export --trust_remote_code) if you trust it"
             )
-        if name in LOADING_FOLDERS and ".options" in place and value is not None and name not in self.allowed:
+        if name in LOADING_FOLDERS and ".options" in position and value is not None and name not in self.allowed:
             raise ConfigurationError(
                 f"{self.origin} asks to load a model with {name}={value!r:.200}: if that is right here, allow it: "
                 f"allow=[{name!r}], export --allow {name}"
@@ -107,9 +107,9 @@ class TrustedClasses:
 
 
 def _advice(name: object) -> str:
-    """Return how a class of the user's own is allowed; for a name that can be none, only that the file is not sound."""
+    """Return how to allow a class. For a name that cannot be a user's class, return that the file must not be used."""
     if not isinstance(name, str) or not _DOTTED.fullmatch(name) or name.partition(".")[0] in sys.stdlib_module_names:
-        return "no `orthotrain fit` writes that, do not use the file"
+        return "`orthotrain fit` never writes this name, do not use the file"
     return f"if the class is your own and you trust it, allow it: allow=[{name!r}], export --allow {name}"
 
 
@@ -124,7 +124,7 @@ def _known(name: str) -> type | None:
 
 @functools.cache
 def _known_classes() -> dict[str, type]:
-    """Return the table: the public name of each class, and the name of where it is defined."""
+    """Return the known classes, each by its public name and by the name of the module that defines it."""
     table: dict[str, type] = {}
     for holder in HOLDERS:
         module = importlib.import_module(holder)
@@ -133,7 +133,7 @@ def _known_classes() -> dict[str, type]:
             if not isinstance(cls, type) or name.startswith("_"):
                 continue
             ours = holder.startswith("orthotrain") and cls.__module__.startswith("orthotrain.")
-            # of our own modules also the settings (dataclasses) and the LightningModules
+            # from our own modules also the dataclasses with settings, and the LightningModules
             if issubclass(cls, BASES) or (ours and (dataclasses.is_dataclass(cls) or hasattr(cls, "configure_model"))):
                 table[f"{holder}.{name}"] = table[dotted_name(cls)] = cls
     return table

@@ -1,1 +1,1 @@
-"""The command line: LightningCLI's commands, and those that need no trainer."""
+"""The command ``orthotrain``: LightningCLI's commands, and commands that need no trainer."""

@@ -15,7 +15,7 @@ from orthotrain.console.progress import Progress
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.atomic_writes import write_text
 from orthotrain.kernels.block_rotate import block_rotate
-from orthotrain.kernels.cayley_neumann import cayley_neumann_generators
+from orthotrain.kernels.cayley_neumann import cayley_neumann
 from orthotrain.kernels.fold import fold
 from orthotrain.kernels.poet_linear import poet_linear, serves
 from orthotrain.layers.poet.cost_tables import Costs, cached_costs, default_path, device_name
@@ -31,11 +31,11 @@ GPU_SHAPES = [
     *((4096, 1024, 64), (16384, 1024, 256), (2048, 4096, 64), (2048, 4096, 256), (16384, 4096, 64)),
     *((16384, 4096, 256), (2048, 8192, 128), (8192, 2048, 128), (16384, 2048, 32), (512, 4096, 256)),
 ]
-"""(N, d, b) of a layer as wide as long."""
+"""Tokens N, width d and block size b of square layers."""
 
 
 class Part(NamedTuple):
-    """A measured pass: what was done, how often each cost enters (in the order of :class:`Costs`), how long it took."""
+    """A measured pass: its kind, how often each cost of :class:`Costs` enters, and its time."""
 
     kind: str
     shape: tuple[int, int, int]
@@ -46,15 +46,15 @@ class Part(NamedTuple):
 def calibrate(
     device: torch.device, shapes: Sequence[tuple[int, int, int]] | None = None, rounds: int = 5
 ) -> tuple[dict[str, Any], dict[str, list[Part]]]:
-    """Measure every route and a plain layer, and fit what their parts cost.
+    """Measure every route and a plain layer, and fit the costs of their parts.
 
     Args:
-        device: Where to measure.
-        shapes: Tokens, width and block size of each case; by default one to two minutes' worth of them.
-        rounds: Measurements of each case, of which the median counts.
+        device: The device to measure.
+        shapes: Tokens, width and block size of each case; the default cases take one to two minutes.
+        rounds: Measurements of each case; the median counts.
 
     Returns:
-        The entry of the device for a table of costs, and what was measured, by dtype.
+        The entry of the device for a table of costs, and the measured passes by dtype.
     """
     shapes = shapes or (CPU_SHAPES if device.type == "cpu" else GPU_SHAPES)
     with Progress("measuring", len(DTYPES) * len(shapes) * (rounds + 1), "rounds") as bar:
@@ -66,7 +66,7 @@ def calibrate(
         "source": f"measured: {model_name(device)}{threads}, torch {torch.__version__}",
     }
     fitted = {key: vars(fit(found)) for key, found in parts.items()}
-    # what was not measured is not in the table
+    # the table omits costs that were not measured
     return entry | {key: {n: c for n, c in costs.items() if c is not None} for key, costs in fitted.items()}, parts
 
 
@@ -77,14 +77,14 @@ def measure(
     rounds: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Part]:
-    """Time a trained product and every route of each shape, forward and backward; they take turns.
+    """Time a trained linear layer and every route of each shape, forward and backward, in turns.
 
     Args:
         shapes: See :func:`calibrate`.
-        device: Where to measure.
-        dtype: In which to compute.
+        device: The device to measure.
+        dtype: The dtype of the computation.
         rounds: See :func:`calibrate`.
-        advance: Called between two rounds, so that what it does is not measured.
+        advance: Called between two rounds, so that its time is not measured.
     """
     found = []
     for shape in shapes:
@@ -103,15 +103,15 @@ def measure(
 def passes(
     tokens: int, width: int, block_size: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """Return what is timed, by name; the displacements are given, since they cost the same for every route."""
+    """Return the passes to time by name; computing the displacements costs the same on every route and is left out."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
 
     x, weight, grad = draw(tokens, width).requires_grad_(), draw(width, width), draw(tokens, width)
-    # rotations indeed: others cannot be inverted by transposing, and contraction would not be what is measured
+    # generators of real rotations: the contraction inverts a rotation by transposing it
     generators = [0.01 * draw(width // block_size, block_size * (block_size - 1) // 2).float() for _ in range(2)]
-    into, out = (cayley_neumann_generators(g, block_size, 4).to(dtype).requires_grad_() for g in generators)
+    into, out = (cayley_neumann(g, block_size, 4).to(dtype).requires_grad_() for g in generators)
     group = PoetSettings(block_size=block_size).permuted_together(width, block_size)
     order, trained = torch.randperm(width // group, device=device), weight.clone().requires_grad_()
 
@@ -133,7 +133,7 @@ def passes(
 
 
 def features(kind: str, tokens: int, width: int, block_size: int) -> tuple[float, ...]:
-    """Return how often each cost enters into a pass, in the order of the fields of :class:`Costs`."""
+    """Return how often each cost enters a pass, in the order of the fields of :class:`Costs`."""
     product, rotated, folded = tokens * width * width, 2 * tokens * width, width * width
     fold = (1, folded, 2 * folded * block_size)
     if kind == "input":
@@ -141,14 +141,14 @@ def features(kind: str, tokens: int, width: int, block_size: int) -> tuple[float
     if kind == "product":
         return (3 * product, 0, 0, 0, *fold, 0, 0, 0)
     if kind == "contraction":
-        # of the fold its forward pass; undoing both rotations takes three products of their blocks
+        # the forward pass of the fold alone; inverting both rotations takes three products of their blocks
         undone = 6 * width * block_size**2
         return (2 * product + undone, 0, 0, 0, *(part / 3 for part in fold), 2, rotated, rotated * block_size)
     return (3 * product, *[0] * 9)
 
 
 def fit(parts: Sequence[Part]) -> Costs:
-    """Return the costs that are closest to what was measured, in relative error and none of them negative."""
+    """Return the non-negative costs with the least relative error over the measured passes."""
     rows = torch.tensor([part.features for part in parts], dtype=torch.float64)
     times = torch.tensor([part.nanoseconds for part in parts], dtype=torch.float64)
     if not any(part.kind == "contraction" for part in parts):
@@ -157,14 +157,14 @@ def fit(parts: Sequence[Part]) -> Costs:
 
 
 def predicted(costs: Costs, part: Part) -> float:
-    """Return the nanoseconds that the costs foretell for a pass."""
+    """Return the nanoseconds that the costs predict for a pass."""
     return sum(count * (cost or 0) for count, cost in zip(part.features, vars(costs).values(), strict=True))
 
 
 def non_negative_least_squares(matrix: Tensor, target: Tensor) -> Tensor:
-    """Return ``x >= 0 (n,)`` with the least ``||A x - y||`` of ``A (m, n)`` and ``y (m,)``, for a few unknowns n.
+    """Return ``x >= 0 (n,)`` with the least ``||A x - y||`` for ``A (m, n)`` and ``y (m,)``, where n is small.
 
-    The best one is least squares over those of its coordinates that are not zero: every choice of them is tried.
+    The solution is the least-squares solution over its non-zero coordinates, so every set of coordinates is tried.
     """
     count = matrix.shape[1]
     best, least = torch.zeros(count, dtype=matrix.dtype), float(target.norm())
@@ -180,7 +180,7 @@ def non_negative_least_squares(matrix: Tensor, target: Tensor) -> Tensor:
 
 
 def comparison(entry: dict[str, Any], parts: dict[str, list[Part]]) -> str:
-    """Return a table of what was measured and what the fitted costs foretell."""
+    """Return a table of the measured times and the times that the fitted costs predict."""
     lines = [f"{'pass, N/d/b':<28}{'dtype':<9}{'measured ms':>12}{'predicted ms':>13}"]
     for key, found in parts.items():
         costs = Costs(**entry[key])
@@ -191,7 +191,7 @@ def comparison(entry: dict[str, Any], parts: dict[str, list[Part]]) -> str:
 
 
 def write_table(entry: dict[str, Any], path: Path | None = None) -> Path:
-    """Write a table of costs of one device, from which layers take it; return where."""
+    """Write a table of the costs of one device, which layers read; return its path."""
     path = path or default_path()
     try:
         write_text(path, json.dumps({"unit": "ns", "devices": [entry]}, indent=1) + "\n")
@@ -202,18 +202,18 @@ def write_table(entry: dict[str, Any], path: Path | None = None) -> Path:
 
 
 def usable_device(name: str) -> torch.device:
-    """Return the device of that name.
+    """Return the device with a name.
 
     Raises:
-        ConfigurationError: If there is none.
+        ConfigurationError: If torch finds no such device.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError("device=cuda: torch finds no GPU here; device=cpu would run")
+        raise ConfigurationError("device=cuda: torch finds no GPU here; take --device cpu")
     return torch.device(name)
 
 
 def model_name(device: torch.device) -> str:
-    """Return the model of a GPU or of the processor."""
+    """Return the model name of a GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -226,7 +226,7 @@ def model_name(device: torch.device) -> str:
 def _timed(run: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    # with one thread its own time is what counts: other work on the machine is not this device's cost
+    # with one thread the time of the thread counts, without other work on the machine
     clock = time.thread_time_ns if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter_ns
     start = clock()
     run()

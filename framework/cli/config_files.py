@@ -1,4 +1,4 @@
-"""Finding config files: the user's own first, then those that ship with the package."""
+"""Finds config files: the files of the user first, then the configs of the package."""
 
 import difflib
 import os
@@ -13,17 +13,17 @@ from orthotrain.files.paths import check_regular_file, local_path
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return relative name -> path of every config that ships with the package."""
+    """Return the relative name and the path of every config of the package."""
     root = Path(orthotrain.configs.__file__).parent
     return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.yaml"))}
 
 
 def resolve_config(name: str) -> str:
-    """Return the path of a config: ``name`` itself if that file exists, else the shipped config of that name.
+    """Return the path of a config: ``name`` itself if that file exists, else the config of the package with that name.
 
     Raises:
-        ConfigurationError: If there is neither, naming the nearest shipped ones; or if it is no valid YAML or has no
-            keys.
+        ConfigurationError: If neither exists (the message names similar configs), or if the file is not valid YAML or
+            has no keys.
     """
     shipped = shipped_configs()
     local_path(name, "config")
@@ -31,7 +31,7 @@ def resolve_config(name: str) -> str:
     if path is not None:
         _check_syntax(path)
         return str(path)
-    # as it was given, by its last part (quickstart.yaml), and both without the suffix (pretrain/quickstart, quickstart)
+    # the last part of the name (quickstart.yaml), or the name without its suffix (pretrain/quickstart, quickstart)
     same = [full for full in shipped if Path(name).name in (Path(full).name, Path(full).stem)]
     same = [full for full in same if full.startswith(str(Path(name).parent))] or same if "/" in name else same
     near = same or difflib.get_close_matches(name, shipped, n=3)
@@ -64,10 +64,13 @@ def _check_syntax(path: Path) -> None:
 
 
 def _check_argument(argument: str) -> None:
-    """Refuse a value that is no text, or names a fifo, a socket or a device: a file of values may stand there."""
+    """Refuse an argument that is not UTF-8, or that names a fifo, a socket or a device.
+
+    The parser opens any value that is the name of a file.
+    """
     if any("\ud800" <= character <= "\udfff" for character in argument):
         raise ConfigurationError(
-            f"argument {argument!r}: is not UTF-8, as configs and checkpoints that record it are; rename the file, or "
+            f"argument {argument!r}: is not UTF-8, so configs and checkpoints cannot record it; rename the file, or "
             "name its folder"
         )
     value = argument.partition("=")[2] if argument.startswith("-") else argument
@@ -79,7 +82,7 @@ def resolve_config_arguments(arguments: list[str]) -> list[str]:
     """Resolve the value of every ``-c``/``--config`` on a command line.
 
     Raises:
-        ConfigurationError: See :func:`resolve_config`; or if the last option has no value.
+        ConfigurationError: As :func:`resolve_config`; or if the last option has no value.
     """
     resolved, expects = [], False
     for argument in arguments:

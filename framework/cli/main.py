@@ -1,7 +1,7 @@
-"""The command line: LightningCLI's fit, validate, test and predict, and commands of its own beside them.
+"""The command ``orthotrain``: LightningCLI's fit, validate, test and predict, and commands that need no trainer.
 
-Importing this module takes a few milliseconds, and ``main`` first of all notes signals: everything else is imported
-where it is needed, so that a signal at any later moment ends the command in one line.
+Importing this module takes a few milliseconds, and ``main`` handles signals before anything else. Every other module is
+imported where it is needed, so that a signal at any later moment ends the command with one line.
 """
 
 import sys
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from orthotrain.console.streams import open_standard_streams, reader_is_gone, silence_standard_output
 from orthotrain.console.termination import INTERRUPTED, NAMES, Ended, check, give_back, listen
 
-TYPE_CHECKING = False  # importing it from typing takes as long as all of this module
+TYPE_CHECKING = False  # as typing.TYPE_CHECKING, whose import takes as long as this whole module
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
@@ -20,21 +20,21 @@ USAGE = """usage: orthotrain COMMAND [options]
   validate  evaluate a checkpoint:    orthotrain validate -c CONFIG --ckpt_path last
   test      the same on the test split
   predict   write generated samples:  orthotrain predict -c CONFIG --ckpt_path last
-  export    merged model folder:      orthotrain export --ckpt CHECKPOINT --out DIR [--format hf|peft]
-  plan      parameters and bytes of a config before anything is allocated
-  plugins   the registered parameterizations
-  calibrate measure what the parts of a POET layer cost here, for route=auto
-  consolidate FOLDER FILE    a distributed checkpoint as one file
+  export    write a merged model:     orthotrain export --ckpt CHECKPOINT --out DIR [--format hf|peft]
+  plan      count the parameters and bytes of a config before anything is allocated
+  plugins   list the registered parameterizations
+  calibrate measure what the parts of a POET layer cost on this device, for route=auto
+  consolidate FOLDER FILE    write a distributed checkpoint as one file
 
-'orthotrain COMMAND --help' tells more. Several -c files are laid over each other; every key of a config can be given
-as --a.b.c VALUE. A config that is not found as a file is looked up among those that ship with the package.
+'orthotrain COMMAND --help' lists the options of a command. A later -c file overrides keys of an earlier one, and
+--a.b.c VALUE overrides one key. A config that is no file is looked up among the configs of the package.
 
   orthotrain fit --help                     options of the trainer
-  orthotrain fit --model.help PoetModule    options of a module, --data.help TextData those of its data
+  orthotrain fit --model.help PoetModule    options of a module; --data.help TextData: options of its data
   orthotrain fit -c CONFIG --print_config   the config of a run with every default
-  orthotrain fit -c CONFIG --run_folder DIR --ckpt_path last    go on from the newest checkpoint in DIR"""
+  orthotrain fit -c CONFIG --run_folder DIR --ckpt_path last    resume from the newest checkpoint in DIR"""
 
-MEANT = {
+SYNONYMS = {
     "train": "fit",
     "finetune": "fit",
     "pretrain": "fit",
@@ -43,7 +43,7 @@ MEANT = {
     "generate": "predict",
     "merge": "export",
 }
-"""What other programs call the commands."""
+"""Names that other programs give to the commands -> our commands."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     143 or 130 whatever else has happened.
 
     Args:
-        argv: The command and its options. None for those of the process, which is to end afterwards: from then on a
-            signal ends it without further ado.
+        argv: The command and its options. None takes the arguments of the process, which ends afterwards: a signal
+            that comes later ends the process at once.
     """
     before = listen()
     error: BaseException | None = None
@@ -71,33 +71,33 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> None:
     if not open_standard_streams():
-        fail("standard output is closed: write it to a file, or to /dev/null")
+        exit_with_error("standard output is closed: write it to a file, or to /dev/null")
     try:
         _dispatch(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        fail(INTERRUPTED, code=130)
+        exit_with_error(INTERRUPTED, code=130)
     except SystemExit:
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception
         from orthotrain.console.failures import explain
 
-        told = explain(error)
-        if told is None:
+        explanation = explain(error)
+        if explanation is None:
             raise
         if reader_is_gone():
             silence_standard_output()
-        fail(*told)
+        exit_with_error(*explanation)
 
 
 def _end_as_asked(signum: int, error: BaseException | None) -> None:
-    """Exit with the code of the signal; say why unless the error has been said."""
+    """Exit with the code of the signal; print the reason unless it was printed before."""
     if error is None:
         print(f"orthotrain: {NAMES[signum]} came when the command was done", file=sys.stderr, flush=True)
-    elif not isinstance(error, SystemExit):  # what a step under way makes of the end of others: a rank, a worker
-        fail(f"{INTERRUPTED} ({type(error).__name__}: {error})", code=128 + signum)
+    elif not isinstance(error, SystemExit):  # such as the error of a step when a rank or a worker has ended
+        exit_with_error(f"{INTERRUPTED} ({type(error).__name__}: {error})", code=128 + signum)
     elif isinstance(error, Ended) and error.message:
-        fail(error.message, code=128 + signum)
+        exit_with_error(error.message, code=128 + signum)
     sys.exit(128 + signum)
 
 
@@ -114,13 +114,13 @@ def _dispatch(arguments: list[str]) -> None:
         print(f"orthotrain {metadata.version('orthotrain')}")
         return
     from orthotrain.cli.config_files import resolve_config_arguments
-    from orthotrain.console.failures import quiet_threads, working_folder
-    from orthotrain.console.filtered_messages import drop_noise
+    from orthotrain.console.failures import check_working_folder, quiet_threads
+    from orthotrain.console.filtered_messages import hide_messages
     from orthotrain.errors import ConfigurationError
 
-    drop_noise()
+    hide_messages()
     quiet_threads()
-    working_folder()
+    check_working_folder()
     check()
     if command in TRAINER_COMMANDS:
         run_trainer(resolve_config_arguments(arguments))
@@ -134,25 +134,25 @@ def _unknown(command: str) -> str:
     import difflib
 
     known = [*TRAINER_COMMANDS, *COMMANDS]
-    near = difflib.get_close_matches(command, [*known, *MEANT], n=1)
-    hint = f"did you mean {MEANT.get(near[0], near[0])}? " if near else ""
+    near = difflib.get_close_matches(command, [*known, *SYNONYMS], n=1)
+    hint = f"did you mean {SYNONYMS.get(near[0], near[0])}? " if near else ""
     return f"unknown command {command!r}: {hint}choose one of {', '.join(known)}"
 
 
-def fail(message: str, code: int = 2) -> None:
-    """Print one line on standard error and exit: 2 for bad input, 1 for a run that went wrong."""
+def exit_with_error(message: str, code: int = 2) -> None:
+    """Print one line on standard error and exit: with 2 for bad input, with 1 for a run that failed."""
     import contextlib
 
     from orthotrain.errors import visible
 
-    # where nobody reads standard error any longer the exit code still says it
+    # if standard error is closed, the exit code still reports the failure
     with contextlib.suppress(OSError, ValueError):
         print(f"orthotrain: error: {visible(message)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def wrote(path: object) -> None:
-    """Say what a command has written; a name may hold characters that a terminal obeys."""
+def print_written(path: object) -> None:
+    """Print which file or folder a command has written, with control characters of its name made visible."""
     from orthotrain.errors import visible
 
     print(f"wrote {visible(str(path))}")
@@ -168,7 +168,7 @@ def run_trainer(arguments: list[str]) -> None:
     check()
     try:
         OrthotrainCLI(args=arguments)
-    except MisconfigurationException as error:  # Lightning's word for what the user asked of it
+    except MisconfigurationException as error:  # Lightning raises it for options of the user
         raise ConfigurationError(str(error)) from error
 
 
@@ -181,15 +181,15 @@ def export_command(arguments: list[str]) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="dtype of the merged model; by default the network's")  # fmt: skip
     parser.add_argument("--allow", nargs="*", default=[], metavar="MODULE.CLASS",
-                        help="classes of your own, and options of loading, that the checkpoint may name")  # fmt: skip
+                        help="your own classes, and loading options, that the checkpoint may name")  # fmt: skip
     parser.add_argument("--trust_remote_code", action="store_true",
                         help="run code that comes with the pretrained model, as the run did")  # fmt: skip
     options = parser.parse_args(arguments)
-    from orthotrain.export import export_checkpoint  # takes seconds, which a refused command line need not
+    from orthotrain.export import export_checkpoint  # takes seconds, which a refused command line does not wait
 
     check()
     allowed = {"allow": options.allow, "trust_remote_code": options.trust_remote_code}
-    wrote(export_checkpoint(options.ckpt, options.out, options.format, options.dtype, **allowed))
+    print_written(export_checkpoint(options.ckpt, options.out, options.format, options.dtype, **allowed))
 
 
 def plan_command(arguments: list[str]) -> None:
@@ -200,7 +200,7 @@ def plan_command(arguments: list[str]) -> None:
 
 
 def plugins_command(arguments: list[str]) -> None:
-    """``orthotrain plugins``: list the registered parameterizations, a line each."""
+    """``orthotrain plugins``: list the registered parameterizations, one line for each."""
     _parser("plugins", "List the registered parameterizations.").parse_args(arguments)
     from orthotrain.plugins import get, known
 
@@ -210,30 +210,30 @@ def plugins_command(arguments: list[str]) -> None:
 
 
 def calibrate_command(arguments: list[str]) -> None:
-    """``orthotrain calibrate``: measure the parts of a POET layer, from which ``route=auto`` chooses from then on."""
+    """``orthotrain calibrate``: measure the parts of a POET layer; ``route=auto`` uses the result from then on."""
     from pathlib import Path
 
     from orthotrain.cli.calibrate import calibrate, comparison, usable_device, write_table
 
     parser = _parser("calibrate", "Measure what the parts of a POET layer cost on a device, for route=auto.")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure; by default cpu")
-    parser.add_argument("--out", help="file to write; by default routes.json in the cache folder, where layers look")
+    parser.add_argument("--out", help="file to write; by default routes.json in the cache folder, which layers read")
     options = parser.parse_args(arguments)
     entry, parts = calibrate(usable_device(options.device))
     print(comparison(entry, parts))
-    wrote(write_table(entry, options.out and Path(options.out)))
+    print_written(write_table(entry, options.out and Path(options.out)))
 
 
 def consolidate_command(arguments: list[str]) -> None:
-    """``orthotrain consolidate``: make a distributed checkpoint one file."""
-    description = "Make a distributed checkpoint one file, which any strategy resumes and export reads."
+    """``orthotrain consolidate``: write a distributed checkpoint as one file."""
+    description = "Write a distributed checkpoint as one file, which every strategy and export can read."
     parser = _parser("consolidate", description)
     parser.add_argument("folder", metavar="FOLDER", help="the distributed checkpoint")
     parser.add_argument("file", metavar="FILE", help="file to write; must not exist")
     options = parser.parse_args(arguments)
     from orthotrain.distributed.consolidate import consolidate
 
-    wrote(consolidate(options.folder, options.file))
+    print_written(consolidate(options.folder, options.file))
 
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -247,7 +247,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def _parser(command: str, description: str) -> "ArgumentParser":
-    """Return a parser whose complaints are a single line, as everywhere else."""
+    """Return a parser whose errors are a single line, as all errors of the commands are."""
     from argparse import ArgumentParser
     from typing import NoReturn
 

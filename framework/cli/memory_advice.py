@@ -1,4 +1,4 @@
-"""Whether a run fits into the memory of its device, by its plan, and which options would make it fit."""
+"""Compares the plan of a run with the memory of its device, and names options that lower the memory."""
 
 import copy
 import dataclasses
@@ -23,7 +23,7 @@ from orthotrain.modules.head_loss import HeadLoss
 
 @dataclass(frozen=True)
 class Planned:
-    """A run that can be planned: its module before the network is built, and the shape of its batches."""
+    """A run that can be planned: its module, before the network is built, and the shape of its batches."""
 
     module: BaseModule
     batch_size: int
@@ -32,7 +32,7 @@ class Planned:
 
     @classmethod
     def of(cls, module: BaseModule, data: dict[str, Any], precision: Any) -> "Planned | None":
-        """Return a copy of a run to plan; None where planning would load a network, or batches have no known shape.
+        """Return a run to plan; None if planning would load a network, or if the shape of its batches is not known.
 
         Args:
             module: The module of the run, its network not built.
@@ -45,12 +45,12 @@ class Planned:
         return cls(copy.deepcopy(module), *shape, str(precision or "32-true"))
 
     def plan(self) -> Plan:
-        """Count what the run holds; no random number is drawn."""
+        """Count the bytes of the run without drawing a random number."""
         with torch.random.fork_rng([]):
             return plan_run(copy.deepcopy(self.module), self.batch_size, self.length, self.precision)
 
     def with_options(self, options: list["Option"]) -> "Planned":
-        """Return the run with options that are not its own yet."""
+        """Return the run with more options."""
         module = copy.deepcopy(self.module)
         for option in options:
             option.change(module)
@@ -63,9 +63,9 @@ class Option:
     """An option that may lower the memory of a run.
 
     Args:
-        text: As it is given on the command line.
-        change: Changes a module to what the option makes of it.
-        resumes: Whether a run goes on from its checkpoints with it.
+        text: The option on the command line.
+        change: Applies the option to a module.
+        resumes: Whether a run can resume from its checkpoints with the option.
     """
 
     text: str
@@ -74,11 +74,11 @@ class Option:
 
 
 def options_of(run: Planned) -> Iterator[Option]:
-    """Yield the options that a run has not taken yet."""
+    """Yield the options that a run does not have yet."""
     module: Any = run.module
     layers = getattr(module, "layers", None)
     if run.batch_size > 1:
-        yield Option("--data.batch_size 1", lambda module: None, resumes=False)  # the place in the data is in batches
+        yield Option("--data.batch_size 1", lambda module: None, resumes=False)  # a position in the data is in batches
     if module.head_loss.chunked is False:
         yield Option("--model.chunked_loss null", lambda module: setattr(module, "head_loss", HeadLoss()))
     if not module._builder.gradient_checkpointing:
@@ -94,31 +94,30 @@ def options_of(run: Planned) -> Iterator[Option]:
 
 
 def advice(run: Planned, within: int | None, resumes: bool | None = None) -> str:
-    """Return what options make of the plan of a run, in one line.
+    """Return one line with the planned memory of a run under each option that lowers it.
 
     Args:
         run: The run.
-        within: Bytes that it has to fit into; None if that is not known.
-        resumes: True for those options alone with which the run goes on from its checkpoints, False for the others,
-            None for all.
+        within: Bytes of the device; None if they are not known.
+        resumes: True for the options with which the run can resume, False for the other options, None for all.
     """
     options = [option for option in options_of(run) if resumes in (None, option.resumes)]
     before = run.plan().total_bytes
     found = {option.text: _total(run.with_options([option])) for option in options}
-    told = [f"{text} plans {held / GIB:.1f} GiB" for text, held in found.items() if held is not None and held < before]
+    lines = [f"{text} plans {held / GIB:.1f} GiB" for text, held in found.items() if held is not None and held < before]
     if within is not None and not any(held is not None and held <= within for held in found.values()):
         chosen = {option.text.split()[0]: option for option in options}  # of two storages the smaller one
         together = _total(run.with_options(list(chosen.values())))
         if together is not None and len(chosen) > 1:
-            told.append(f"{' '.join(option.text for option in chosen.values())} together {together / GIB:.1f} GiB")
-    return ", ".join(told) or "no option lowers that"
+            lines.append(f"{' '.join(option.text for option in chosen.values())} together {together / GIB:.1f} GiB")
+    return ", ".join(lines) or "no option lowers that"
 
 
 def check_fits(module: BaseModule, data: dict[str, Any], trainer: L.Trainer) -> Planned | None:
-    """Refuse a run whose weights, gradients and optimizer state alone are larger than its GPU.
+    """Refuse a run whose weights, gradients and optimizer state alone exceed the memory of its GPU.
 
-    Activations are an estimate: a run that would fit but for them is told so, and begins. The plan is told to the
-    module, for the summary. A sharded run is not checked, for a plan is that of one device.
+    Activations are an estimate: a run that exceeds the memory only with them gets a warning and starts. The module
+    keeps the planned bytes for the summary. A sharded run is not checked, because a plan is for one device.
 
     Args:
         module: The module of the run, its network not built.
@@ -126,10 +125,10 @@ def check_fits(module: BaseModule, data: dict[str, Any], trainer: L.Trainer) -> 
         trainer: The trainer, for its device and precision.
 
     Returns:
-        The run as it can be planned, if it can.
+        The run to plan, None if it cannot be planned.
 
     Raises:
-        ConfigurationError: With the plan, the memory, and what would fit.
+        ConfigurationError: The message has the plan, the memory, and options that lower the plan.
     """
     run, device = Planned.of(module, data, trainer.precision), trainer.strategy.root_device
     if run is None or device.type != "cuda" or isinstance(trainer.strategy, ModelParallelStrategy):
@@ -138,7 +137,7 @@ def check_fits(module: BaseModule, data: dict[str, Any], trainer: L.Trainer) -> 
     module.planned_bytes = plan.total_bytes
     if plan.least_bytes > memory:
         text = (
-            f"this run is planned to hold {plan.total_bytes / GIB:.1f} GiB, {plan.certain_bytes / GIB:.1f} without "
+            f"this run is planned to take {plan.total_bytes / GIB:.1f} GiB, {plan.certain_bytes / GIB:.1f} without "
             f"activations, and {_name(device)} has {memory / GIB:.1f}: {advice(run, memory)}"
         )
         if plan.certain_bytes > memory:
@@ -149,10 +148,10 @@ def check_fits(module: BaseModule, data: dict[str, Any], trainer: L.Trainer) -> 
 
 @contextmanager
 def naming_memory(run: Planned | None, trainer: L.Trainer) -> Iterator[None]:
-    """Say, on the first rank, what would fit where the memory of a device runs out.
+    """Name options that lower the memory, on rank 0, when the memory of a device runs out.
 
     Raises:
-        DeviceMemoryExhausted: In the place of PyTorch's error.
+        DeviceMemoryExhausted: In place of PyTorch's error.
     """
     try:
         yield
@@ -162,8 +161,8 @@ def naming_memory(run: Planned | None, trainer: L.Trainer) -> Iterator[None]:
         device = trainer.strategy.root_device
         raise DeviceMemoryExhausted(
             f"the memory of {_name(device)} has run out after step {trainer.global_step} ({asked_for(error)}): the run "
-            f"is planned to hold {run.plan().total_bytes / GIB:.1f} GiB; the checkpoints are whole, to go on from them "
-            f"with --ckpt_path last add: {advice(run, total_bytes(device), resumes=True)}; to begin anew: "
+            f"is planned to take {run.plan().total_bytes / GIB:.1f} GiB; the checkpoints are intact. To resume with "
+            f"--ckpt_path last add: {advice(run, total_bytes(device), resumes=True)}; to start anew: "
             f"{advice(run, total_bytes(device), resumes=False)}"
         ) from error
 
@@ -175,7 +174,7 @@ def _name(device: torch.device) -> str:
 def _total(run: Planned) -> int | None:
     try:
         return run.plan().total_bytes
-    except ConfigurationError:  # an option that does not fit the network: int8 where no group divides a width
+    except ConfigurationError:  # the option does not fit the network: no group of int8 divides a width
         return None
 
 

@@ -95,7 +95,7 @@ def place_run(config: Any, default_folder: str) -> None:
         if "save_dir" in options and (config.run_folder or options["save_dir"] == default_folder):
             options["save_dir"] = trainer.default_root_dir or default_folder
     if trainer.check_val_every_n_epoch is None and isinstance(trainer.val_check_interval, float | None):
-        trainer.check_val_every_n_epoch = 1  # Lightning takes a share of an epoch, and its default of 1.0, only then
+        trainer.check_val_every_n_epoch = 1  # Lightning refuses a fraction of an epoch (the default is 1.0) without it
 
 
 def run_callbacks(trainer: dict[str, Any], defaults: list[L.Callback | None]) -> list[L.Callback]:

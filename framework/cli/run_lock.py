@@ -1,4 +1,4 @@
-"""The lock on the folders that a run writes: a second run in one of them is refused by a line that names the first."""
+"""The lock on the folders of a run: a second run in one of them is refused, and the message names the first run."""
 
 import contextlib
 import errno
@@ -17,43 +17,43 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from orthotrain.errors import ConfigurationError, visible
 
 LOCK_NAME = ".orthotrain.run"
-"""The file in a folder whose lock a run holds. It says which run that is, and disappears at the end of the run."""
+"""Name of the locked file in a folder. The file describes the run, which removes the file at its end."""
 
 _TAKEN = {errno.EACCES, errno.EAGAIN}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _REMOTE = re.compile(r"[\w+.-]{2,}:/")
 _MOST_BYTES = 4096
 _HELD: dict[Path, int] = {}
-"""The folders that this process holds, with the descriptors of their lock files."""
+"""Folders that this process has locked -> descriptors of their lock files."""
 
 
 @contextlib.contextmanager
 def holding(folders: Iterable[Path]) -> Iterator[None]:
-    """Keep other runs out of some folders while the block runs.
+    """Lock some folders while the block runs.
 
-    The locks are POSIX record locks. They end with this process however it dies, and data loader workers, which outlive
-    a killed run by seconds, do not inherit them. A folder that this process holds already is passed over.
+    The locks are POSIX record locks. They end with this process, however it dies. Data loader workers, which outlive a
+    killed run by seconds, do not inherit them. A folder that this process has locked before is skipped.
 
     Args:
-        folders: The folders; those that do not exist are made. Folders with a protocol (``s3://``) have no lock.
+        folders: The folders; a missing one is created. Folders with a protocol (``s3://``) are not locked.
 
     Raises:
-        ConfigurationError: If another process holds one of them, naming that process.
-        OSError: If a folder cannot be written.
+        ConfigurationError: If another process has locked a folder; the message names the process.
+        OSError: If a folder is not writable.
     """
-    taken: list[Path] = []
+    locked: list[Path] = []
     try:
         for folder in dict.fromkeys(Path(folder).resolve() for folder in folders if not _REMOTE.match(str(folder))):
-            if folder not in _HELD and _take(folder):
-                taken.append(folder)
+            if folder not in _HELD and _lock_folder(folder):
+                locked.append(folder)
         yield
     finally:
-        for folder in taken:
-            _give_back(folder)
+        for folder in locked:
+            _unlock(folder)
 
 
-def _take(folder: Path) -> bool:
-    """Lock a folder; return False where the file system has no locks."""
+def _lock_folder(folder: Path) -> bool:
+    """Lock a folder; return False if the file system has no locks."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_NAME
     while True:
@@ -63,7 +63,7 @@ def _take(folder: Path) -> bool:
                 os.close(descriptor)
                 path.unlink(missing_ok=True)
                 return False
-            if _is_at(descriptor, path):  # the run before may have removed the file since it was opened
+            if _is_at(descriptor, path):  # the earlier run may have removed the file after it was opened
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, json.dumps(_this_run()).encode()[:_MOST_BYTES])
                 _HELD[folder] = descriptor
@@ -101,7 +101,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _give_back(folder: Path) -> None:
+def _unlock(folder: Path) -> None:
     descriptor = _HELD.pop(folder)
     with contextlib.suppress(OSError):  # the folder may be gone, or read-only by now
         if _is_at(descriptor, folder / LOCK_NAME):
@@ -119,10 +119,10 @@ def _this_run() -> dict[str, str | int]:
 
 
 def _holder(descriptor: int) -> str:
-    """Return which run holds the lock, as far as its file says."""
+    """Return the run that holds the lock, as its file describes it."""
     try:
-        said = json.loads(os.pread(descriptor, _MOST_BYTES, 0))
-        text = "process {process} on {host}, since {since}: {command}".format_map(said)
+        run = json.loads(os.pread(descriptor, _MOST_BYTES, 0))
+        text = "process {process} on {host}, since {since}: {command}".format_map(run)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return "its lock file does not say which"  # it has just begun
+        return "its lock file does not name it yet"  # the run has just started
     return visible(text)

@@ -1,4 +1,4 @@
-"""Numbers of the trainer that Lightning takes and divides by, counts down from or seeds with."""
+"""Checks of the trainer's numbers that Lightning would accept although no run can have them."""
 
 import math
 import os
@@ -25,18 +25,18 @@ _SHARES = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "li
 MOST_SEED = 2**32 - 1
 MOST_NODES = 100_000
 PROCESSES_A_CORE = 8
-"""More processes than that on a CPU would take its memory and never get on."""
+"""Most processes for each core: more of them would fill the memory and make no progress."""
 
 
 def check_trainer_numbers(trainer: Any, seed: Any) -> None:
-    """Refuse numbers of a parsed config that no run can have.
+    """Refuse numbers that no run can have.
 
     Args:
-        trainer: The trainer's part, name to value.
+        trainer: The trainer's options by name.
         seed: ``seed_everything``.
 
     Raises:
-        ConfigurationError: Naming the first such number and what it may be.
+        ConfigurationError: The message names the first such number and its range.
     """
     for name, least in _LEAST.items():
         value = trainer.get(name)
@@ -45,7 +45,7 @@ def check_trainer_numbers(trainer: Any, seed: Any) -> None:
     for name in _SHARES:
         value = trainer.get(name)
         if isinstance(value, float) and not 0 <= value <= 1:
-            _refuse(name, value, "a share from 0.0 to 1.0, or a whole number of batches")
+            _refuse(name, value, "a fraction from 0.0 to 1.0, or a whole number of batches")
         if _is_number(value) and not value >= 0:
             _refuse(name, value, "at least 0")
     nodes = trainer.get("num_nodes")
@@ -54,12 +54,12 @@ def check_trainer_numbers(trainer: Any, seed: Any) -> None:
     devices = trainer.get("devices")
     count, most = _count(devices), max(torch.cuda.device_count(), PROCESSES_A_CORE * (os.cpu_count() or 1))
     if count > most:
-        _refuse("devices", devices, f"at most {most} on this machine: each is a process")
+        _refuse("devices", devices, f"at most {most} on this machine, because each device is a process")
     interval = trainer.get("val_check_interval")
     if isinstance(interval, float) and not 0 < interval <= 1:
-        _refuse("val_check_interval", interval, "a share of an epoch above 0.0 up to 1.0, or a number of batches")
+        _refuse("val_check_interval", interval, "a fraction of an epoch up to 1.0, above 0.0, or a number of batches")
     if _is_number(interval) and not interval > 0:
-        _refuse("val_check_interval", interval, "at least 1 batch, or a share of an epoch")
+        _refuse("val_check_interval", interval, "at least 1 batch, or a fraction of an epoch")
     clip = trainer.get("gradient_clip_val")
     if _is_number(clip) and not (clip >= 0 and math.isfinite(clip)):
         _refuse("gradient_clip_val", clip, "a finite number, at least 0")
@@ -68,12 +68,12 @@ def check_trainer_numbers(trainer: Any, seed: Any) -> None:
 
 
 def _count(devices: Any) -> float:
-    """Return how many devices Lightning makes of a value: a number, text with a number or a list, or a list."""
+    """Return the number of devices that Lightning reads from a number, a list, or text with either of them."""
     if isinstance(devices, str):
         if "," in devices:
             return len([part for part in devices.split(",") if part.strip()])
         try:
-            return float(devices)  # takes what int takes, with any number of digits
+            return float(devices)  # as int, but with any number of digits
         except ValueError:
             return 0
     if isinstance(devices, list | tuple):

@@ -1,1 +1,1 @@
-"""What a command shows on the terminal, and how its process begins, fails and ends."""
+"""Terminal output of a command, and how its process starts, fails and ends."""

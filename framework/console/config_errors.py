@@ -1,12 +1,12 @@
-"""Turning jsonargparse's tree of attempts into one line that names the thing, the value and what would work."""
+"""Reduces an error of jsonargparse to one line that names the key, the value and what would work."""
 
 import difflib
 import inspect
 import re
 from collections.abc import Collection, Iterable
 
-# A union reports every member it tried; these lines say what something is not, never why.
-_NOISE = re.compile(
+# jsonargparse reports every member of a union that it has tried. These lines never hold the cause.
+_NO_CAUSE = re.compile(
     r"^(Does not validate|Subtypes:|Subclass types|Errors:|Given value|Expected a <class 'NoneType'>|tip:|usage:"
     r"|a class path \(str\)|a dict with)"
 )
@@ -22,26 +22,26 @@ _MOST_NAMES = 12
 
 
 def one_line(message: str, bases: Collection[type] = (), options: Iterable[str] = ()) -> str:
-    """Reduce a parser message to its most specific complaint, with the nearest known names.
+    """Return the most specific line of a parser's message, with the known names nearest to a misspelt one.
 
     Args:
-        message: What jsonargparse says.
+        message: The message of jsonargparse.
         bases: Classes whose loaded subclasses a config may name.
-        options: Command-line options that exist.
+        options: All command-line options.
     """
     address = ".".join(re.findall(r'[Pp]arser key "([^"]+)"', message))
     lines = [(len(line) - len(line.lstrip(" -")), line.strip(" -")) for line in message.splitlines()]
-    causes = [(depth, line) for depth, line in lines if line and not _NOISE.match(line) and "arser key" not in line]
+    causes = [(depth, line) for depth, line in lines if line and not _NO_CAUSE.match(line) and "arser key" not in line]
     if not causes:
         return " ".join(message.split())
-    # The first complaint at the greatest depth belongs to the first, most specific member of the union; that a value is
-    # not of a member's type says least.
+    # The first line at the greatest depth belongs to the first, most specific member of the union. A line that says
+    # only that the value has another type than the member is the least specific.
     depth = max(depth for depth, _ in causes)
     deepest = [line for at, line in causes if at == depth]
     cause = next((line for line in deepest if not _TYPE.match(line)), deepest[0])
     classes = loaded_subclasses(bases)
     if _TYPE.match(cause):
-        cause = _types(deepest, message)
+        cause = _wrong_type(deepest, message)
     elif match := _CLASS.search(cause):
         cause = f"unknown class {match.group(1)!r}{_classes_hint(match.group(1), classes, bases)}"
     elif match := _NO_CLASS.search(cause):
@@ -58,8 +58,8 @@ def one_line(message: str, bases: Collection[type] = (), options: Iterable[str] 
     return f"{address}: {cause}" if address else cause
 
 
-def _types(lines: list[str], message: str) -> str:
-    """Name the types of all members of a union, where each member only says that the value is not of its type."""
+def _wrong_type(lines: list[str], message: str) -> str:
+    """Return the types of all members of a union, for a value that has none of them."""
     found: list[str] = []
     for match in filter(None, map(_TYPE.match, lines)):
         found += [match["plain"]] if match["plain"] else match["words"].replace("'", "").split(", ")
@@ -68,13 +68,14 @@ def _types(lines: list[str], message: str) -> str:
 
 
 def _needs_class(base: str, classes: list[type]) -> str:
+    """Return that a value must name a subclass of ``base``, with some of the known ones."""
     names = [c.__name__ for c in classes if base in (parent.__name__ for parent in c.__mro__[1:])]
     known = [name for name in dict.fromkeys(names) if not name.startswith("_")]
     return f"class_path must name a {base}" + (f", such as {', '.join(known[:6])}" if known else "")
 
 
 def _classes_hint(name: str, classes: list[type], bases: Collection[type]) -> str:
-    """Return the names like a class's, or where there are none all that are known, unless they are too many to read."""
+    """Return the known classes with names near ``name``; without any, all known classes if they are few."""
     names = {c.__name__ for c in classes if c not in bases and not c.__name__.startswith("_")}
     known = f"; known: {', '.join(sorted(names))}" if 0 < len(names) <= _MOST_NAMES else ""
     return _near(name, [c.__name__ for c in classes]) or known
@@ -88,7 +89,7 @@ def _option_hint(name: str, classes: list[type], options: Iterable[str]) -> str:
 
 
 def loaded_subclasses(bases: Iterable[type]) -> list[type]:
-    """Return the given classes and all their subclasses that have been imported."""
+    """Return the given classes and all their subclasses that have been imported so far."""
     found: dict[type, None] = {}
     pending = list(bases)
     while pending:

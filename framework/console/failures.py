@@ -1,6 +1,6 @@
-"""The table of failures that end a command in one line: what went wrong, what to do, and the exit code.
+"""The known failures, each of which ends a command with one line (the failure and the remedy) and an exit code.
 
-An error that the table does not know is a fault of the program and keeps its traceback.
+An error that is not in the table is a bug of this package and keeps its traceback.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from orthotrain.console.streams import reader_is_gone
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted, TrainingDiverged
 
 CHANGE_FIRST, START_AGAIN = 2, 1
-"""Exit codes: the user has to change something first (input, a full disk); the same command may go on as it is."""
+"""Exit codes: the user has to change something first (the input, a full disk); the same command may be run again."""
 
 WRITE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE})
-"""Errors of the file system that say enough without the name of the file."""
+"""Error numbers of the file system that are clear without the name of the file."""
 
 _WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpect)")
 _RUST = re.compile(r"\(os error (\d+)\)")
@@ -31,28 +31,28 @@ _OUT_OF_MEMORY = re.compile(
 )
 _SILENT = re.compile(r"[Tt]imed out|[Tt]imeout|failed to pass monitoredBarrier")
 _RANKS = re.compile(r"gloo/transport|monitoredBarrier|Connection (?:closed|reset) by peer|ncclRemoteError")
-_AGAIN = "the checkpoints are whole: start the command again, fit with --ckpt_path last"
+_AGAIN = "the checkpoints are intact: run the command again, fit with --ckpt_path last"
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
     """Return the line and the exit code for an error; None for an error that needs its traceback.
 
     Args:
-        error: What ended the command. The errors that it was raised from are looked at too: the death of a data loader
-            worker interrupts the program anywhere, also in the middle of a write.
+        error: The error that ended the command. Its causes are searched too, because the death of a data loader worker
+            interrupts the program at any place, even during a write.
     """
     for link in _causes(error):
         if message := _killed_worker(link) or _lost_rank(link):
             return message, START_AGAIN
-    for told, code in _TABLE:
-        if message := told(error):
+    for describe, code in _TABLE:
+        if message := describe(error):
             return message, code
     return None
 
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Let an error of the file system name the file or the folder that was written.
+    """Add the name of the file or folder that was written to an error of the file system.
 
     Python and the libraries that write files (safetensors, tokenizers, torch, matplotlib) often leave the name out.
 
@@ -69,23 +69,23 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def quiet_threads() -> None:
-    """Print no traceback of a thread for a known failure: the main thread meets the same failure and tells it."""
+    """Print no traceback of a thread for a known failure, because the main thread reports the same failure."""
     usual = threading.excepthook
     if getattr(usual, "__module__", None) == __name__:
         return
 
-    def hook(told: threading.ExceptHookArgs) -> None:
-        if told.exc_value is None or explain(told.exc_value) is None:
-            usual(told)
+    def hook(raised: threading.ExceptHookArgs) -> None:
+        if raised.exc_value is None or explain(raised.exc_value) is None:
+            usual(raised)
 
     threading.excepthook = hook
 
 
-def working_folder() -> None:
-    """Refuse to work in a folder that was removed: no relative path leads anywhere there.
+def check_working_folder() -> None:
+    """Refuse to work in a folder that was removed, where no relative path works.
 
     Raises:
-        ConfigurationError: Saying what to do.
+        ConfigurationError: If the working folder was removed.
     """
     try:
         os.getcwd()
@@ -102,16 +102,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
-def _bad_input(error: BaseException) -> str | None:
-    return str(error) if isinstance(error, ConfigurationError) else None
-
-
-def _told_by_the_run(error: BaseException) -> str | None:
-    return str(error) if isinstance(error, TrainingDiverged | DeviceMemoryExhausted) else None
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether PyTorch or a library of CUDA has asked for memory that a device does not have."""
+    """Tell whether PyTorch or a CUDA library has asked for more memory than the device has."""
     # torch.OutOfMemoryError by its name: this module does not import torch
     return type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
@@ -119,7 +111,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def asked_for(error: BaseException) -> str:
-    """Return how PyTorch says that memory has run out, without what it says of its allocator."""
+    """Return PyTorch's sentence about the memory that has run out, without the details of its allocator."""
     return ". ".join(str(error).partition("\n")[0].split(". ")[:2])
 
 
@@ -128,7 +120,7 @@ def _no_device_memory(error: BaseException) -> str | None:
         return None
     return (
         f"the memory of the device has run out ({asked_for(error)}): take --model.model.gradient_checkpointing true or "
-        "--model.layers.activation_mode mem; a run that begins anew and an evaluation can also take a lower "
+        "--model.layers.activation_mode mem; a run that starts anew and an evaluation can also take a lower "
         f"--data.batch_size, or weights in int8 or nf4; {_AGAIN}"
     )
 
@@ -136,22 +128,22 @@ def _no_device_memory(error: BaseException) -> str | None:
 def _killed_worker(error: BaseException) -> str | None:
     match = _WORKER.search(str(error)) if isinstance(error, RuntimeError) else None
     if match is not None:
-        how = f"was killed ({_signal_name(match[2])})" if match[2] else "ended unexpectedly"
-        what = f"the data loader worker with process id {match[1]} {how}"
-    elif _while_a_batch_was_handed_over(error):
-        what = "a data loader worker ended unexpectedly, while it handed over a batch"
+        end = f"was killed ({_signal_name(match[2])})" if match[2] else "ended unexpectedly"
+        failure = f"the data loader worker with process id {match[1]} {end}"
+    elif _lost_connection_to_worker(error):
+        failure = "a data loader worker ended unexpectedly while it sent a batch"
     else:
         return None
     return (
-        f"{what}; most often memory has run out: lower --data.num_workers or --data.batch_size, or give the machine "
+        f"{failure}; most often memory has run out: lower --data.num_workers or --data.batch_size, or give the machine "
         f"more memory; {_AGAIN}"
     )
 
 
-def _while_a_batch_was_handed_over(error: BaseException) -> bool:
-    """Tell whether the connection to a worker broke: torch has not noticed the worker's end yet, and passes that on.
+def _lost_connection_to_worker(error: BaseException) -> bool:
+    """Tell whether the connection to a data loader worker broke, before torch has noticed that the worker ended.
 
-    What a worker itself raises does not come this way.
+    An error that a worker itself raises has another form.
     """
     if not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
         return False
@@ -159,37 +151,37 @@ def _while_a_batch_was_handed_over(error: BaseException) -> bool:
     return "in pin memory thread" in str(error) or any(f.f_code.co_name == "_try_get_data" for f, _ in frames)
 
 
-def _signal_name(said: str) -> str:
-    """Return SIGKILL for the C library's description of it."""
+def _signal_name(description: str) -> str:
+    """Return the name of a signal, such as SIGKILL, from the description of the C library."""
     known = {signal.strsignal(number): number.name for number in signal.Signals}
-    return known.get(said.strip(), said.strip())
+    return known.get(description.strip(), description.strip())
 
 
 def _lost_rank(error: BaseException) -> str | None:
-    # torch has classes for the errors of its stores and of NCCL; those of gloo are known by their text
+    # torch has classes for the errors of its stores and of NCCL; only the text tells an error of gloo
     kind, silent = type(error).__name__, _SILENT.search(str(error))
     ranks = kind in ("DistNetworkError", "DistStoreError") or _RANKS.search(str(error))
     if not isinstance(error, RuntimeError) or not (ranks or (kind == "DistBackendError" and silent)):
         return None
     if silent:
         return (
-            "another rank has not answered within the time limit (its process is stopped, or its host is down); "
+            "another rank has not answered within the time limit (its process has stopped, or its host is down); "
             f"{_AGAIN}; --trainer.strategy.init_args.timeout HH:MM:SS sets another limit"
         )
     return f"the connection to another rank is lost: that rank has ended, and its last line says why; {_AGAIN}"
 
 
 def is_panic(error: BaseException) -> bool:
-    """Tell whether an error is a panic of a library in Rust, which no class that can be imported stands for."""
+    """Tell whether an error is a panic of a Rust library, whose class cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 
 def _panic(error: BaseException) -> str | None:
-    """A library in Rust has given up: texts are encoded in a place that names the tokenizer, but not decoded."""
+    """Return the message of a panic. Of texts, decoding can fail so; encoding names the tokenizer itself."""
     if not is_panic(error):
         return None
-    said = (str(error).splitlines() or ["without a word"])[0]
-    return f"a tokenizer or another library in Rust has failed: {said:.200}; take another tokenizer"
+    reason = (str(error).splitlines() or ["no message"])[0]
+    return f"a tokenizer or another library in Rust has failed: {reason:.200}; take another tokenizer"
 
 
 def _closed_output(error: BaseException) -> str | None:
@@ -199,21 +191,21 @@ def _closed_output(error: BaseException) -> str | None:
 
 
 def _no_metric(error: BaseException) -> str | None:
-    """Return what Lightning says of a callback that watches a metric which the run does not log."""
-    watched = isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric")
-    return str(error) if watched else None
+    """Return Lightning's message about a callback whose metric the run does not log."""
+    missing = isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric")
+    return str(error) if missing else None
 
 
 def _no_memory(error: BaseException) -> str | None:
     if not isinstance(error, MemoryError):
         return None
-    return f"memory has run out ({str(error) or 'no more is given to this process'}); {_AGAIN} with more memory"
+    return f"memory has run out ({str(error) or 'the process is given no more'}); {_AGAIN} with more memory"
 
 
 def _no_working_folder(error: BaseException) -> str | None:
     if isinstance(error, FileNotFoundError):
         try:
-            working_folder()
+            check_working_folder()
         except ConfigurationError as gone:
             return str(gone)
     return None
@@ -233,7 +225,7 @@ def _unnamed_file(error: BaseException) -> str | None:
 
 
 def _number(error: BaseException) -> int | None:
-    """Return the number of the file system's error behind an exception; None if there is no such error."""
+    """Return the error number of the file system that caused an exception; None if there is none."""
     link: BaseException | None = error
     while isinstance(link, Exception):
         if isinstance(link, OSError) and link.errno in WRITE_ERRORS:
@@ -242,7 +234,7 @@ def _number(error: BaseException) -> int | None:
             return int(match[1])
         if not _TORCH_WRITER.search(str(link)):
             return None
-        # torch's writer reports a failed write without its reason, which is in the context if Python wrote the file
+        # torch's writer reports a failed write without the reason, which is in the context if Python wrote the file
         if link.__cause__ is None and link.__context__ is None:
             return errno.EIO
         link = link.__cause__ or link.__context__
@@ -250,8 +242,8 @@ def _number(error: BaseException) -> int | None:
 
 
 _TABLE: tuple[tuple[Callable[[BaseException], str | None], int], ...] = (
-    (_bad_input, CHANGE_FIRST),
-    (_told_by_the_run, START_AGAIN),
+    (lambda error: str(error) if isinstance(error, ConfigurationError) else None, CHANGE_FIRST),
+    (lambda error: str(error) if isinstance(error, TrainingDiverged | DeviceMemoryExhausted) else None, START_AGAIN),
     (_no_device_memory, START_AGAIN),
     (_no_metric, CHANGE_FIRST),
     (_no_memory, START_AGAIN),

@@ -1,4 +1,4 @@
-"""Processes with limits of memory and time, for work that a file's content can make endless."""
+"""Processes with limits of memory and time, for work that the content of a file can make endless."""
 
 import contextlib
 import gc
@@ -12,27 +12,27 @@ from pathlib import Path
 from typing import Any
 
 _WALL_SECONDS = 600
-"""Longest wait for an answer; the limit of processor time ends a process that computes long before."""
+"""Longest wait for an answer. A process that computes ends much earlier, by its limit of processor time."""
 
 
 class LimitExceeded(Exception):
-    """The work took more memory or time than it was given, or its process died of it: one line."""
+    """The work exceeded its memory or time, or its process died of that; the message is one line."""
 
 
 def start(work: Callable[[Connection], None], memory_bytes: int) -> tuple[int, Connection]:
     """Fork a process that runs ``work`` with its end of a connection.
 
-    The process shares what this one holds, and may not use threads, GPUs or files of it.
+    The new process shares the memory of this process, and must not use its threads, GPUs or files.
 
     Args:
-        work: What the process does; it ends when that returns.
-        memory_bytes: Address space of the process beyond what it has of this one (on Linux).
+        work: The work of the process, which ends when the function returns.
+        memory_bytes: Address space of the process in addition to that of this process (on Linux).
 
     Returns:
-        The process id, and our end of the connection.
+        The process id, and this process's end of the connection.
     """
     ours, theirs = Pipe()
-    with warnings.catch_warnings():  # Python warns of threads; the process takes none of their locks
+    with warnings.catch_warnings():  # Python warns of threads, but the new process takes none of their locks
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid:
@@ -47,10 +47,10 @@ def start(work: Callable[[Connection], None], memory_bytes: int) -> tuple[int, C
 
 
 def _prepare(memory_bytes: int) -> None:
-    """Leave the parent's objects and signals alone, and set the limits that stay."""
-    gc.freeze()  # nothing of the parent is finalized here
+    """Detach from the parent's objects and signals, and set the permanent limits."""
+    gc.freeze()  # objects of the parent are not finalized here
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent ends, and this process with it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal also sends Ctrl-C to the parent, which ends this process
     for ending in (signal.SIGTERM, signal.SIGXCPU):
         signal.signal(ending, signal.SIG_DFL)
     _lower(resource.RLIMIT_CORE, 0)
@@ -59,7 +59,7 @@ def _prepare(memory_bytes: int) -> None:
 
 
 def limit_seconds(seconds: float) -> None:
-    """Let this process compute for so many seconds in all, rounded up."""
+    """Limit the processor time of this process to some seconds, rounded up."""
     _lower(resource.RLIMIT_CPU, int(seconds) + 1, raise_it=True)
 
 
@@ -70,10 +70,10 @@ def _lower(limit: int, value: int, raise_it: bool = False) -> None:
 
 
 def receive(connection: Connection) -> Any:
-    """Return what a process answers.
+    """Return the answer of a process.
 
     Raises:
-        EOFError: The process has died, or answers no more.
+        EOFError: The process has died or stopped answering.
     """
     try:
         if connection.poll(_WALL_SECONDS):
@@ -84,7 +84,7 @@ def receive(connection: Connection) -> Any:
 
 
 def end(pid: int, connection: Connection) -> str:
-    """Close the connection, end the process and return what it died of."""
+    """Close the connection, end the process and return the cause of its death."""
     connection.close()
     status = 0
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
@@ -101,13 +101,13 @@ def call_limited(function: Callable[[], Any], memory_bytes: int, seconds: float)
     """Call a function in a process of its own and return what it returns.
 
     Args:
-        function: Returns plain values; what it changes stays in the process.
-        memory_bytes: Address space beyond what this process has.
+        function: Returns plain values. Its side effects remain in the new process.
+        memory_bytes: Address space in addition to that of this process.
         seconds: Processor time.
 
     Raises:
-        LimitExceeded: The function took more.
-        Exception: What the function raises, as a `RuntimeError` with its class and first line.
+        LimitExceeded: The function exceeded a limit.
+        RuntimeError: The function raised an error; the message has its class and first line.
     """
 
     def work(connection: Connection) -> None:
@@ -135,9 +135,9 @@ def call_limited(function: Callable[[], Any], memory_bytes: int, seconds: float)
 
 
 def _lacks_memory(error: BaseException | None) -> bool:
-    """Tell whether an error comes from a lack of memory; libraries raise errors of their own in its place."""
+    """Tell whether a lack of memory caused an error; libraries raise errors of their own in place of MemoryError."""
     while error is not None:
-        # SystemError where a C function gets no memory and does not say so; torch has a RuntimeError
+        # a C function that gets no memory and sets no error raises SystemError; torch raises RuntimeError
         if isinstance(error, MemoryError | SystemError) or "can't allocate memory" in str(error):
             return True
         error = error.__cause__ or error.__context__
@@ -145,5 +145,5 @@ def _lacks_memory(error: BaseException | None) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, shortened, or its class where it has none."""
+    """Return the first line of an error's message, shortened, or its class if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

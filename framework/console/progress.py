@@ -1,4 +1,4 @@
-"""How far a long step has come: a line that renews itself on a terminal, a line now and then elsewhere."""
+"""Progress of a long step: a status line on a terminal, a line every 30 seconds in a log."""
 
 import contextlib
 import threading
@@ -18,26 +18,26 @@ _SCALES = {"MB": 1e6}
 
 Item = TypeVar("Item")
 
-_UNDER_WAY: list["Progress"] = []
-"""Steps that lie in each other, the innermost last."""
+_RUNNING: list["Progress"] = []
+"""The nested steps that are running, the innermost last."""
 
 
 class Progress:
-    """Shows one long step on standard error, with its rate and the time that is left where the total is known.
+    """Shows one long step on standard error, with its rate and, if the total is known, the remaining time.
 
-    A terminal shows a line, with a bar where there is room for one, once the step has taken ``delay`` seconds; it
-    disappears at the end. A file or a pipe, and a terminal that cannot move its cursor, gets a line of the log every
-    ``seconds`` seconds. A short step shows nothing at all. Steps may lie in each other: the innermost is shown.
+    A terminal shows a status line after ``delay`` seconds, with a bar if the terminal is wide enough, and removes the
+    line at the end. A file, a pipe and a terminal that cannot move its cursor get a log line every ``seconds`` seconds.
+    A short step shows nothing. Of nested steps the innermost one is shown.
 
     Args:
-        what: The step: ``tokenizing``.
-        total: How much there is to do, None where that is not known.
-        unit: ``MB`` for something counted in bytes, else the plural of what is counted; empty where nothing is.
-        seconds: Time between two lines of a log.
-        first: How much of the total was done before.
-        announce: Whether a log gets a line at the beginning.
+        what: Name of the step: ``tokenizing``.
+        total: The total amount, None if it is not known.
+        unit: ``MB`` for an amount in bytes, else the plural of the items that are counted; empty if nothing is counted.
+        seconds: Time between two log lines.
+        first: The amount that was done before this run.
+        announce: Whether a log gets a line at the start.
         delay: Time before a terminal shows the step.
-        watch: Tells how much is done, where the step is one call that cannot: it is asked from a thread.
+        watch: Returns the amount that is done; a thread calls it. For a step that is a single call.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class Progress:
         self.close()
 
     def start(self) -> "Progress":
-        """Begin to count the time; announce the step. A safe point of the program, as every :meth:`advance`."""
+        """Start the clock and announce the step. This call is a safe point, as every :meth:`advance` is."""
         check()
         self.started = self._renewed = time.monotonic()
         self._terminal = is_interactive()
-        _UNDER_WAY.append(self)
+        _RUNNING.append(self)
         if self.announce and not self._terminal:
             begun = f"{_number(self.first, self.unit)} of " if self.first else ""
             say(self.what if self.total is None else f"{self.what}: {begun}{amount(self.total, self.unit)}")
@@ -86,27 +86,27 @@ class Progress:
         return self
 
     def turn(self, what: str) -> None:
-        """Go on to a part of the step of which only the time is known."""
+        """Go on to a part of the step whose amount is not known, only its time."""
         self.what, self.total, self.unit = what, None, ""
         self.started, self.watch = time.monotonic(), lambda: 0.0
 
     def close(self) -> None:
-        """Take the line away."""
+        """Remove the line."""
         self._ended.set()
         if self._watcher is not None:
             self._watcher.join()
         FOOT.drop(self)
         self._shown = False
-        if self in _UNDER_WAY:
-            _UNDER_WAY.remove(self)
+        if self in _RUNNING:
+            _RUNNING.remove(self)
 
     def advance(self, more: float = 1, note: Callable[[], str] | None = None, tokens: float = 0) -> None:
-        """Count what was done.
+        """Count an amount that was done.
 
         Args:
-            more: How much.
-            note: Tells what else to show, parted by ``, ``; called only when something is shown.
-            tokens: How many tokens that were, if tokens per second are the rate to show.
+            more: The amount.
+            note: Returns more text to show, separated by ``, ``; called only when the line is shown.
+            tokens: Tokens in the amount, if the rate is to be shown in tokens per second.
         """
         self.done += more
         self.tokens += tokens
@@ -114,13 +114,13 @@ class Progress:
         check()
 
     def _renew(self, note: Callable[[], str] | None = None) -> None:
-        """Show what there is to show by now."""
+        """Show the line if it is due."""
         now = time.monotonic()
         if self._terminal and not self._shown:
             due = now - self.started >= self.delay
         else:
             due = now - self._renewed >= (SECONDS_BETWEEN_RENEWALS if self._terminal else self.seconds)
-        if not due or _UNDER_WAY[-1:] != [self]:
+        if not due or _RUNNING[-1:] != [self]:
             return
         self._renewed = now
         self._note = note() if note else self._note
@@ -140,21 +140,21 @@ class Progress:
 
     @property
     def fraction(self) -> float | None:
-        """The part that is done; None where the total is not known, or was wrong."""
+        """The part that is done; None if the total is not known or was too low."""
         return self.done / self.total if self.total and self.done <= self.total else None
 
     def text(self, width: int | None = None) -> str:
         """Return the line: ``tokenizing: 34.2 of 120.0 MB, 0:21 left, 900,000 tokens/s``.
 
         Args:
-            width: What it must fit into: the rate goes first, then what was noted, then the time that is left.
+            width: Columns of the line. To fit, the rate is dropped first, then the notes, then the remaining time.
         """
         done, rate, left = self.account(time.monotonic() - self.started)
         noted = self._note.split(", ") if self._note else []
         parts = [done, *([left] if left else []), *([rate] if rate else []), *noted]
-        dispensable = [*([rate] if rate else []), *reversed(noted), *([left] if left else [])]
-        while width is not None and dispensable and len(self.what) + 2 + len(", ".join(parts)) > width:
-            parts.remove(dispensable.pop(0))
+        removable = [*([rate] if rate else []), *reversed(noted), *([left] if left else [])]
+        while width is not None and removable and len(self.what) + 2 + len(", ".join(parts)) > width:
+            parts.remove(removable.pop(0))
         rest = f": {', '.join(parts)}"
         what = self.what
         if width is not None and len(what) + len(rest) > width:
@@ -162,7 +162,7 @@ class Progress:
         return f"{what}{rest}"[:width]
 
     def account(self, seconds: float) -> tuple[str, str, str]:
-        """Return what is done after some seconds, at what rate, and the time left; empty where it is not known."""
+        """Return the amount done after some seconds, the rate and the remaining time; empty text for an unknown one."""
         more, unit = self.done - self.first, self.unit
         rate = more / seconds if seconds > 0 else 0.0
         left = ""
@@ -179,7 +179,7 @@ class Progress:
 
 
 def waiting(what: str) -> Progress:
-    """Return the progress of a step that is a single call: the time that it has taken."""
+    """Return the progress of a step that is a single call; it shows the elapsed time."""
     return Progress(what, None, "", watch=lambda: 0.0)
 
 
@@ -230,14 +230,15 @@ def transformers_bars(
 
 
 def say(line: str) -> None:
-    """Log a line where Lightning logs its own, on the first rank."""
-    from lightning.pytorch.utilities.rank_zero import rank_zero_info  # seconds, which a layer's import need not take
+    """Log a line on rank 0, where Lightning logs its own lines."""
+    # here, because the import of a layer must not wait seconds for Lightning
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
     rank_zero_info(line)
 
 
 def bytes_in(path: Path) -> float:
-    """Return the size of a file or of the files in a folder, 0 for what is not there (yet, or any longer)."""
+    """Return the size of a file, or of the files in a folder; a missing file counts 0."""
     total = 0
     with contextlib.suppress(OSError):  # another thread writes and renames there
         for file in path.iterdir() if path.is_dir() else [path]:
@@ -251,7 +252,7 @@ def amount(total: float, unit: str) -> str:
 
 
 def per_second(rate: float) -> str:
-    """Return a rate with three digits, or all those before the point: ``0.0123``, ``12,345``."""
+    """Return a rate with three digits, or with all digits before the point: ``0.0123``, ``12,345``."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 

@@ -1,20 +1,20 @@
-"""The standard streams of a command: closed ones do no harm, and a reader that has gone is told from other errors."""
+"""The standard streams of a command: closed streams are replaced, and a pipe without a reader is detected."""
 
 import os
 import sys
 
 
 def open_standard_streams() -> bool:
-    """Lead every closed standard stream to the null device; return whether standard output was open.
+    """Open the null device in place of every closed standard stream; return whether standard output was open.
 
-    Without that, the next file that is opened would take the number of the closed stream, and whatever a library
+    Otherwise the next file that is opened would get the number of the closed stream, and everything that a library
     prints would be written into that file.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     was_open = sys.stdout is not None
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
@@ -22,7 +22,7 @@ def open_standard_streams() -> bool:
 
 
 def reader_is_gone() -> bool:
-    """Tell whether standard output is a pipe that nobody reads any longer."""
+    """Tell whether standard output is a pipe whose reader has exited."""
     import select
 
     poll = select.poll()
@@ -31,7 +31,7 @@ def reader_is_gone() -> bool:
 
 
 def silence_standard_output() -> None:
-    """Lead standard output to the null device: the interpreter flushes once more when it exits."""
+    """Replace standard output by the null device, because the interpreter flushes it once more when it exits."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)

@@ -1,4 +1,4 @@
-"""The last line of a terminal: it renews itself, and what others print or log meanwhile stands above it, whole."""
+"""The status line at the bottom of a terminal; other output appears above it, uncut."""
 
 import logging
 import os
@@ -13,18 +13,18 @@ BAR_WIDTH, WIDE_ENOUGH_FOR_A_BAR = 20, 100
 
 
 class Line(Protocol):
-    """What the line says."""
+    """The content of the status line."""
 
     @property
     def fraction(self) -> float | None:
-        """How much of it is done, from 0 to 1; None where that is not known."""
+        """The part of the step that is done, from 0 to 1; None if it is not known."""
 
     def text(self, width: int | None = None) -> str:
-        """Return what fits into so many columns."""
+        """Return the text of the line, in at most ``width`` columns."""
 
 
 def is_interactive() -> bool:
-    """Tell whether standard error is a terminal that can renew a line, and this process the first of the run."""
+    """Tell whether standard error is a terminal that can redraw a line, and this process is rank 0."""
     if not sys.stderr.isatty() or bool(getattr(rank_zero_only, "rank", None)):
         return False
     from rich.console import Console
@@ -33,10 +33,10 @@ def is_interactive() -> bool:
 
 
 class Foot:
-    """The last line of this process's terminal, on standard error; of several steps the innermost has it.
+    """The status line of this process's terminal, on standard error. Of nested steps the innermost one is shown.
 
-    While it is there, standard error and the handlers of loggers that write to it are led past it, and standard output
-    where that is the terminal too; output that goes into a file or a pipe is left alone.
+    While the line is shown, standard error and the handlers of loggers that write to it are redirected so that their
+    output appears above the line; standard output too if it is the terminal. Output to files and pipes is not changed.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Foot:
         self._lock = threading.RLock()
 
     def show(self, line: Line) -> None:
-        """Give the line to a step."""
+        """Show the line of a step."""
         with self._lock:
             self.lines.append(line)
             if self._live is None:
@@ -55,13 +55,13 @@ class Foot:
             self._live.refresh()
 
     def renew(self, line: Line) -> None:
-        """Draw it again, if that step has it."""
+        """Redraw the line, if it is the line of this step."""
         with self._lock:
             if self._live is not None and self.lines[-1] is line:
                 self._live.refresh()
 
     def drop(self, line: Line) -> None:
-        """Give it back to the step around, or take it away."""
+        """Show the line of the surrounding step again, or remove the status line."""
         with self._lock:
             if self.lines == [line]:
                 self._live.stop()
@@ -77,9 +77,9 @@ class Foot:
         from rich.live import Live
 
         self._streams = (sys.stdout, sys.stderr)
-        # lines of others are not to be cut into pieces: their paths are copied
+        # without soft wrap rich would cut other lines into pieces, and with them the paths that users copy
         console = Console(stderr=True, soft_wrap=True)
-        console.show_cursor = lambda show=True: False  # type: ignore[method-assign] # a killed run could not give it back
+        console.show_cursor = lambda show=True: False  # type: ignore[method-assign] # a killed run would leave it hidden
         drawn, data = _Drawn(self), not sys.stdout.isatty()
         self._live = Live(drawn, console=console, auto_refresh=False, transient=True, redirect_stdout=not data)
         self._live.start()
@@ -88,7 +88,7 @@ class Foot:
             handler.setStream(sys.stderr)
 
     def forget(self) -> None:
-        """In a forked worker: write where the terminal is, and wait for no lock that a thread of the parent held."""
+        """In a forked worker: restore the streams, and replace the lock, which a thread of the parent may have held."""
         if self._live is None:
             return
         sys.stdout, sys.stderr = self._streams
@@ -98,7 +98,7 @@ class Foot:
 
 
 class _Drawn:
-    """Draws the innermost step's line: a bar where there is room for one, and the text."""
+    """Draws the line of the innermost step: a bar if the terminal is wide enough, and the text."""
 
     def __init__(self, foot: Foot) -> None:
         self.foot = foot
@@ -108,7 +108,7 @@ class _Drawn:
         from rich.table import Table
         from rich.text import Text
 
-        line, room = self.foot.lines[-1], console.width - 1  # the last column may bring the cursor to the next line
+        line, room = self.foot.lines[-1], console.width - 1  # the last column may wrap the line
         cells: list[Any] = []
         if line.fraction is not None and console.width >= WIDE_ENOUGH_FOR_A_BAR:
             cells.append(ProgressBar(1.0, line.fraction, width=BAR_WIDTH))

@@ -1,8 +1,8 @@
-"""Data: text from anywhere, tokenized once, in an order that every rank agrees on and that resumes mid-epoch."""
+"""Data modules: text and instructions, tokenized once, in an order that all ranks share and that resumes mid-epoch."""
 
 from orthotrain.data.corpus.text_data import TextData
 from orthotrain.data.corpus.token_cache import CorruptCacheError, TokenCache
 from orthotrain.data.instructions.instruction_data import InstructionData
-from orthotrain.data.tokenizers import tokenizer_from_state
+from orthotrain.data.tokenizer_state import tokenizer_from_state
 
 __all__ = ["CorruptCacheError", "InstructionData", "TextData", "TokenCache", "tokenizer_from_state"]

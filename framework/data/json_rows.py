@@ -1,4 +1,4 @@
-"""Rows out of JSON text of any size: an array of rows, JSON Lines or one row, parsed in bounded memory."""
+"""Rows of JSON text of any size: an array of rows, JSON Lines or one row, parsed in bounded memory."""
 
 import codecs
 import json
@@ -14,7 +14,7 @@ MAX_ROW_BYTES = 32 << 20
 
 _BLOCK_BYTES = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
-_MAY_GO_ON = re.compile(r"[-+.\w]*\Z")
+_MAY_CONTINUE = re.compile(r"[-+.\w]*\Z")
 _DECODER = json.JSONDecoder()
 
 
@@ -53,74 +53,77 @@ def _array(text: "_Scanner") -> Iterator[tuple[int, Any]]:
         if separator == ",":
             text.skip()
         elif separator != "]":
-            raise text.invalid(number, "',' or ']' is missing after it")
+            raise invalid_json(text.where, number, "',' or ']' is missing after it")
     text.skip()
     if text.peek():
-        raise text.invalid(number, "text follows the array")
+        raise invalid_json(text.where, number, "text follows the array")
 
 
 def too_long(where: str, number: int) -> ConfigurationError:
-    """The error for a row that is longer than a reader holds."""
+    """Return the error for a row that is longer than `MAX_ROW_BYTES`."""
     return ConfigurationError(f"{where}, row {number}: longer than {MAX_ROW_BYTES:,} bytes; give shorter rows")
 
 
+def invalid_json(where: str, number: int, reason: Exception | str) -> ConfigurationError:
+    """Return the error for a row that is not JSON."""
+    if isinstance(reason, Exception):
+        reason = "nested too deeply" if isinstance(reason, RecursionError) else json_failure(reason)
+    return ConfigurationError(f"{where}, row {number}: not valid JSON ({reason:.200})")
+
+
 class _Scanner:
-    """A window on the text that is longer only while one row needs it."""
+    """Parses values from a window of the text. The window grows only as long as one row needs it."""
 
     def __init__(self, file: BinaryIO, where: str) -> None:
-        self._file, self._where = file, where
+        self._file, self.where = file, where
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._held, self._at, self._ended = "", 0, False
+        self._held, self._start, self._ended = "", 0, False
 
     def peek(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """Return the next character that is not white space; "" at the end."""
         while True:
-            self._at = _SPACE.match(self._held, self._at).end()  # type: ignore[union-attr]
-            if self._at < len(self._held):
-                return self._held[self._at]
+            self._start = _SPACE.match(self._held, self._start).end()  # type: ignore[union-attr]
+            if self._start < len(self._held):
+                return self._held[self._start]
             if self._ended:
                 return ""
             self._read(_BLOCK_BYTES)
 
     def skip(self) -> None:
-        """Go past one character."""
-        self._at += 1
+        """Skip one character."""
+        self._start += 1
 
     def value(self, number: int) -> Any:
-        """The next JSON value."""
+        """Return the next JSON value, which is row ``number``."""
         self.peek()
         while True:
             try:
-                found, end = _DECODER.raw_decode(self._held, self._at)
-                # a number at the end of the window may have more digits behind it
-                if isinstance(found, dict | list | str) or self._ended or not _MAY_GO_ON.match(self._held, end):
-                    if end - self._at > MAX_ROW_BYTES:
-                        raise too_long(self._where, number)
-                    self._at = end
+                found, end = _DECODER.raw_decode(self._held, self._start)
+                # a number at the end of the window may continue behind it
+                if isinstance(found, dict | list | str) or self._ended or not _MAY_CONTINUE.match(self._held, end):
+                    if end - self._start > MAX_ROW_BYTES:
+                        raise too_long(self.where, number)
+                    self._start = end
                     return found
             except RecursionError as error:
-                raise ConfigurationError(f"{self._where}, row {number}: not valid JSON (nested too deeply)") from error
+                raise invalid_json(self.where, number, error) from error
             except ConfigurationError:
                 raise
             except ValueError as error:
-                if len(self._held) - self._at <= MAX_ROW_BYTES and (self._ended or self._is_final(error)):
-                    raise self.invalid(number, json_failure(error)) from error
-            held = len(self._held) - self._at
+                if len(self._held) - self._start <= MAX_ROW_BYTES and (self._ended or self._is_final(error)):
+                    raise invalid_json(self.where, number, error) from error
+            held = len(self._held) - self._start
             if held > MAX_ROW_BYTES:
-                raise too_long(self._where, number)
-            # twice as much each time, so that a long row is not parsed too often
+                raise too_long(self.where, number)
+            # double the window each time, so that a long row is not parsed too often
             self._read(min(max(held, _BLOCK_BYTES), MAX_ROW_BYTES + 1))
 
     def _is_final(self, error: ValueError) -> bool:
-        """Whether no text behind the window could make this error go away."""
+        """Return whether the error stays, whatever text follows the window."""
         if not isinstance(error, json.JSONDecodeError):
             return True
-        # what is cut off shows at its end, or at the beginning of the string that does not end
+        # a cut value gives an error at the end of the window, or at the beginning of a string that does not end
         return len(self._held) - error.pos > 16 and not error.msg.startswith("Unterminated string")
-
-    def invalid(self, number: int, reason: str) -> ConfigurationError:
-        """The error for text that is not JSON."""
-        return ConfigurationError(f"{self._where}, row {number}: not valid JSON ({reason:.200})")
 
     def _read(self, size: int) -> None:
         block = self._file.read(size)
@@ -128,5 +131,5 @@ class _Scanner:
         try:
             text = self._decoder.decode(block, self._ended)
         except UnicodeDecodeError as error:
-            raise ConfigurationError(f"{self._where}: not valid JSON (not UTF-8 text: {error.reason})") from error
-        self._held, self._at = self._held[self._at :] + text, 0
+            raise ConfigurationError(f"{self.where}: not valid JSON (not UTF-8 text: {error.reason})") from error
+        self._held, self._start = self._held[self._start :] + text, 0

@@ -10,49 +10,50 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from orthotrain.data.json_rows import MAX_ROW_BYTES, json_rows, too_long
+from orthotrain.console.limited_process import first_line
+from orthotrain.data.json_rows import MAX_ROW_BYTES, invalid_json, json_rows, too_long
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.paths import check_regular_file, json_failure
+from orthotrain.files.paths import check_regular_file
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 MAX_EXPANSION = 100
-"""Text may be so many times as large as the gzip file or Parquet column it is in: text and JSON seldom reach 20."""
+"""Most times that a gzip file or a Parquet column may expand: text and JSON seldom expand more than 20 times."""
 FREE_EXPANSION_BYTES = 16 << 20
-"""Below this size the ratio does not count."""
+"""Below this size, any expansion is allowed."""
 
 _BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 30
 
 
 def suffix_of(path: Path) -> str:
-    """The format's suffix, without ``.gz``: ``a.jsonl.gz`` gives ``.jsonl``."""
+    """Return the suffix of the format, without ``.gz``: ``a.jsonl.gz`` gives ``.jsonl``."""
     name = path.name.lower()
     return Path(name.removesuffix(".gz")).suffix
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the file's name says that it is a gzip file."""
+    """Return whether the file's name ends with ``.gz``."""
     return path.name.lower().endswith(".gz")
 
 
 def holds_rows(path: Path) -> bool:
-    """Whether the file's name says a format that `file_rows` reads."""
+    """Return whether the file's suffix is a format that `file_rows` reads."""
     suffix = suffix_of(path)
     return suffix in ROW_SUFFIXES and not (suffix == ".parquet" and is_compressed(path))
 
 
 def file_rows(path: Path, column: str | None = None) -> Iterator[tuple[int, Any]]:
-    """Yield the rows of a file, each with its number, counted from 1 (lines of JSON Lines: empty ones count).
+    """Yield the rows of a file, each with its number, counted from 1. In JSON Lines, empty lines count too.
 
     A file named ``.json`` may hold an array of rows, JSON Lines or one row.
 
     Args:
         path: The file.
-        column: The one column that is read from a Parquet file; by default all.
+        column: The column to read from a Parquet file; by default all columns.
 
     Raises:
-        ConfigurationError: No regular file, a damaged one, bad JSON, a row longer than 32 MiB, or a gzip file
-            or a Parquet column that expands to more than 100 times its size.
+        ConfigurationError: No regular file, a damaged file, bad JSON, a row longer than 32 MiB, or a gzip file or a
+            Parquet column that expands to more than 100 times its size.
     """
     suffix = suffix_of(path)
     with reading(path):
@@ -65,7 +66,7 @@ def file_rows(path: Path, column: str | None = None) -> Iterator[tuple[int, Any]
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what a damaged or unreadable file raises into one clear error."""
+    """Turn the errors of a damaged or unreadable file into one clear error."""
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -75,18 +76,18 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a regular file, decompressed where its name ends with ``.gz``.
+    """Open a regular file, decompressed if its name ends with ``.gz``.
 
     Raises:
-        ConfigurationError: No regular file; while it is read, if it expands beyond `MAX_EXPANSION` times its size.
+        ConfigurationError: No regular file. Reading raises it if the file expands to more than 100 times its size.
     """
     check_regular_file(path, "source")
     file = path.open("rb")
-    return io.BufferedReader(_Expanding(file, path), 1 << 20) if is_compressed(path) else file
+    return io.BufferedReader(_GzipReader(file, path), 1 << 20) if is_compressed(path) else file
 
 
-class _Expanding(io.RawIOBase):
-    """Decompresses as long as the text is not many times larger than what it was made from."""
+class _GzipReader(io.RawIOBase):
+    """Decompresses a file until the text is more than `MAX_EXPANSION` times as large as the compressed bytes."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path = file, path
@@ -101,7 +102,7 @@ class _Expanding(io.RawIOBase):
         self._expanded += read
         if self._expanded > FREE_EXPANSION_BYTES and self._expanded > MAX_EXPANSION * self._file.tell():
             raise ConfigurationError(
-                f"{self._path}: expands to more than {MAX_EXPANSION} times its size ({self._expanded:,} bytes out of "
+                f"{self._path}: expands to more than {MAX_EXPANSION} times its size ({self._expanded:,} bytes from "
                 f"{self._file.tell():,}), as damaged and hostile files do; decompress it if you trust it"
             )
         return read
@@ -120,23 +121,17 @@ def _lines(file: BinaryIO, where: str) -> Iterator[tuple[int, Any]]:
         beginning = line.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
         if beginning == b"[" and not begun:
             raise ConfigurationError(
-                f"{where}, row {number}: begins with '[', as a JSON array does; JSON Lines have one row a line: "
-                "write the rows so, or let the name of the file end with .json instead of .jsonl"
+                f"{where}, row {number}: begins with '[', as a JSON array does; write one row in each line, or let the "
+                "name of the file end with .json instead of .jsonl"
             )
         if len(line) > MAX_ROW_BYTES:
             raise too_long(where, number)
         if beginning:
             begun = True
-            yield number, _parse(line, f"{where}, row {number}")
-
-
-def _parse(raw: bytes, where: str) -> Any:
-    try:
-        return json.loads(raw)
-    except RecursionError as error:
-        raise ConfigurationError(f"{where}: not valid JSON (nested too deeply)") from error
-    except ValueError as error:
-        raise ConfigurationError(f"{where}: not valid JSON ({json_failure(error):.200})") from error
+            try:
+                yield number, json.loads(line)
+            except (RecursionError, ValueError) as error:
+                raise invalid_json(where, number, error) from error
 
 
 def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[int, Any]]:
@@ -145,32 +140,32 @@ def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[int, Any]]:
 
     check_regular_file(path, "source")
     try:
-        # page by page, not a row group at once
+        # read page by page: a row group may be larger than memory
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
             names = table.schema_arrow.names
             if column is not None and column not in names:
                 raise missing_column(str(path), column, names)
             columns = None if column is None else [column]
             batches = table.iter_batches(batch_size=_batch_rows(table.metadata, path, column), columns=columns)
-            yield from enumerate(_batch_by_batch(batches, path), start=1)
+            yield from enumerate(_bounded_rows(batches, path), start=1)
     except pyarrow.ArrowException as error:
-        raise ConfigurationError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+        raise ConfigurationError(f"{path}: not a readable parquet file ({first_line(error)})") from error
 
 
-def _batch_by_batch(batches: Iterable[Any], path: Path) -> Iterator[Any]:
+def _bounded_rows(batches: Iterable[Any], path: Path) -> Iterator[Any]:
     expanded, size = 0, path.stat().st_size
     for batch in batches:
         expanded += batch.nbytes
         if expanded > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * size):  # a dictionary stores a repeated value once
             raise ConfigurationError(
-                f"{path}: expands to more than {MAX_EXPANSION} times its size, as it repeats long values; write it "
-                "without a dictionary if you trust it"
+                f"{path}: expands to more than {MAX_EXPANSION} times its size, because it repeats long values; "
+                "write it without a dictionary if you trust it"
             )
         yield from batch.to_pylist()
 
 
 def _batch_rows(metadata: Any, path: Path, column: str | None) -> int:
-    """How many rows to read at once: a value may be as long as all of its column, and a dictionary repeats values."""
+    """Return how many rows to read at once: one value may fill its column, and a dictionary repeats values."""
     largest = 1
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -181,7 +176,7 @@ def _batch_rows(metadata: Any, path: Path, column: str | None) -> int:
             if size > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * packed):
                 raise ConfigurationError(
                     f"{path}, row group {number + 1}: column {chunk.path_in_schema!r} expands to more than "
-                    f"{MAX_EXPANSION} times its size ({size:,} bytes out of {packed:,}); write it without compression "
+                    f"{MAX_EXPANSION} times its size ({size:,} bytes from {packed:,}); write it without compression "
                     "if you trust it"
                 )
         largest = max(largest, sum(chunk.total_uncompressed_size for chunk in wanted))
@@ -189,7 +184,30 @@ def _batch_rows(metadata: Any, path: Path, column: str | None) -> int:
 
 
 def missing_column(where: str, column: str, present: Any) -> ConfigurationError:
-    """The error for a row or table without the text column."""
+    """Return the error for a row or a table without the text column."""
     return ConfigurationError(
         f"{where}: no column {column!r}; its columns are {sorted(map(str, present))}; set text_column"
     )
+
+
+def check_text(value: Any, where: str) -> str:
+    """Return a value of a row that is text.
+
+    Args:
+        value: The value.
+        where: File, row and key, for messages.
+
+    Raises:
+        ConfigurationError: The value is no string, or UTF-8 cannot store it.
+    """
+    if not isinstance(value, str):
+        raise ConfigurationError(
+            f"{where}: must be a string, found {type(value).__name__}; make it text or name another column"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"{where}: holds a lone surrogate at character {error.start}, which UTF-8 cannot store; remove it"
+        ) from error
+    return value

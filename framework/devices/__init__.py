@@ -1,1 +1,1 @@
-"""Which device a run computes on, how much memory the device has, and reads that wait for the device."""
+"""The device of a run: its abilities, its memory, and reads that wait for the device."""

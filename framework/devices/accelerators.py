@@ -1,4 +1,4 @@
-"""What a GPU has to be able to do for a run, found out before the network is built."""
+"""Checks, before the network is built, whether a GPU can run it."""
 
 import torch
 
@@ -6,28 +6,28 @@ from orthotrain.errors import ConfigurationError
 
 
 def check_device(device: torch.device, precision: str) -> None:
-    """Refuse a GPU that this build of PyTorch has no kernels for, or that does not compute in the run's precision.
+    """Refuse a GPU for which PyTorch has no kernels, or that cannot compute in the precision of the run.
 
     Args:
-        device: Of the run; anything but a GPU passes.
+        device: Device of the run. Every device that is not a CUDA GPU passes.
         precision: The trainer's ``precision``, such as ``bf16-mixed``.
 
     Raises:
-        ConfigurationError: Naming the GPU, what it has, and what would work.
+        ConfigurationError: The message names the GPU, its compute capability and what would work.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    told = f"{name} has compute capability {_dotted(capability)}"
+    found = f"{name} has compute capability {_dotted(capability)}"
     oldest = oldest_capability(torch.cuda.get_arch_list())
     if oldest is not None and capability < oldest:
         raise ConfigurationError(
-            f"{told}, and this build of PyTorch ({torch.__version__}) has kernels from {_dotted(oldest)} on: take "
+            f"{found}, and this build of PyTorch ({torch.__version__}) has kernels from {_dotted(oldest)} on: take "
             "--trainer.accelerator cpu, or a build of PyTorch for this GPU"
         )
     if precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigurationError(
-            f"precision={precision!r}: {told}, and bf16 needs 8.0: take --trainer.precision 16-mixed or 32-true"
+            f"precision={precision!r}: {found}, and bf16 needs 8.0: take --trainer.precision 16-mixed or 32-true"
         )
 
 

@@ -17,26 +17,28 @@ def least_of_ranks(count: int, device: torch.device) -> int:
     return count if not _has_ranks() else int(_reduced_minimum(count, device))
 
 
-class LateAgreement:
-    """Tells at every step whether a flag that stays set is true on any rank; on a device no step waits for the answer.
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Return whether ``flag`` is true on any rank; every rank must call this at the same point.
 
-    One reduction of four bytes a step.
+    One reduction of four bytes.
+
+    Args:
+        flag: The flag of this rank.
+        device: A device on which the process group reduces.
     """
+    return least_of_ranks(int(not flag), device) == 0
+
+
+class LateAgreement:
+    """:func:`on_any_rank` for a flag that stays set, asked at every step: on a device no step waits for the answer."""
 
     def __init__(self) -> None:
         self._reduced: LateValues | None = None
 
     def on_any_rank(self, flag: bool, device: torch.device) -> bool:
-        """Return whether ``flag`` is true on any rank: on a CPU now, on a device at the call before.
-
-        Every rank must call this at the same point.
-
-        Args:
-            flag: The flag of this rank.
-            device: A device on which the process group reduces.
-        """
+        """Return whether ``flag`` is true on any rank: on a CPU now, on a device at the call before."""
         if not _has_ranks() or not read_waits(device):
-            return least_of_ranks(int(not flag), device) == 0
+            return on_any_rank(flag, device)
         previous, self._reduced = self._reduced, LateValues(_reduced_minimum(int(not flag), device))
         return previous is not None and previous.tolist() == 0
 

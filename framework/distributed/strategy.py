@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from orthotrain.checkpoints.reading import check_finite, read_checkpoint
 from orthotrain.checkpoints.restore_checks import check_layout, check_optimizer
 from orthotrain.checkpoints.shards import REST, check_shards, load_shards, save_shards
+from orthotrain.distributed.agreement import on_any_rank
 from orthotrain.distributed.optimizer_8bit import step_locally
 from orthotrain.distributed.optimizer_state import (
     empty_tensors,
@@ -105,7 +106,7 @@ class ShardedStrategy(ModelParallelStrategy):
         states = [split_state(state) for state in checkpoint.pop("optimizer_states", [])]
         shards |= {optimizer_key(number): tensors for number, (tensors, _) in enumerate(states)}
         rest = {**checkpoint, "optimizer_states": [rest for _, rest in states]}
-        save_shards(shards, rest, path, self._on_any_rank)
+        save_shards(shards, rest, path, lambda failed: on_any_rank(failed, self.root_device))
 
     def load_checkpoint(self, checkpoint_path: str | os.PathLike, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint without running code from it; load the shards of a distributed checkpoint at once.
@@ -152,11 +153,8 @@ class ShardedStrategy(ModelParallelStrategy):
             check_finite(parts, parts, f"checkpoint {str(path)!r}")
         except ConfigurationError as found:
             error = found
-        if self._on_any_rank(error is not None):
+        if on_any_rank(error is not None, self.root_device):
             raise error or ConfigurationError(f"checkpoint {str(path)!r} holds values that are not finite")
-
-    def _on_any_rank(self, flag: bool) -> bool:
-        return self.reduce_boolean_decision(flag, all=False)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load this rank's part of the network."""

@@ -1,4 +1,4 @@
-"""Hugging Face folders and PEFT adapters from checkpoints, and networks rebuilt from them."""
+"""Exports checkpoints as Hugging Face folders or PEFT adapters, and rebuilds networks from checkpoints."""
 
 from orthotrain.export.checkpoint_model import CheckpointModel, load_network, load_tokenizer, make_plain_
 from orthotrain.export.folder import export_checkpoint, export_huggingface

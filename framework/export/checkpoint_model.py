@@ -1,4 +1,4 @@
-"""The network of a checkpoint, rebuilt with its weights and merged."""
+"""Rebuilds the network of a checkpoint with its weights, and merges its rotations."""
 
 import os
 from collections.abc import Iterable
@@ -19,18 +19,19 @@ from orthotrain.modules import BaseModule
 
 
 def make_plain_(network: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Merge a network in place until nothing in it, nor in its config, is wrapped, quantised or new.
+    """Turn a network, in place, into a plain one, without wrapped or quantized layers and their traces in its config.
 
     Args:
         network: Any network.
-        dtype: What it is cast to; None leaves it. Weights are merged in fp32 and rounded once.
+        dtype: Dtype of the result; None keeps the dtypes. Weights are merged in fp32 and rounded once.
 
     Raises:
-        ConfigurationError: If a value is finite in the network and not in ``dtype``, naming its parameter.
+        ConfigurationError: A value that is finite in the network is not finite in ``dtype``; the message names the
+            parameter.
     """
     own = compute_dtype_of(network)
     if dtype is not None and own is not None:
-        # merging rounds to the dtype of the network: one in between would round twice
+        # merging rounds to the dtype of the network: cast first, so that weights are rounded only once
         nn.Module.to(network, torch.promote_types(own, dtype))
     unwrap_mergeables(network)
     _forget_bitsandbytes(network)
@@ -46,7 +47,7 @@ def make_plain_(network: nn.Module, dtype: torch.dtype | None = None) -> None:
 
 
 def _forget_bitsandbytes(network: nn.Module) -> None:
-    """Undo what transformers notes of a model that it has quantised: its linears are plain now and would not load."""
+    """Remove what transformers has set in a model that it has quantized: plain layers could not be loaded with it."""
     quantizer: Any = getattr(network, "hf_quantizer", None)
     if getattr(getattr(network, "quantization_method", None), "value", None) != "bitsandbytes":
         return
@@ -62,17 +63,17 @@ def load_network(
     allow: Iterable[str | type] = (),
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Rebuild the network that a checkpoint was written from, with its weights.
+    """Rebuild the network of a checkpoint with its weights.
 
     Args:
-        contents: What :func:`read_checkpoint` returned.
+        contents: Result of :func:`read_checkpoint`.
         origin: Name of the file, for messages.
-        allow: Classes of your own, or their dotted names, that the checkpoint may name.
-        trust_remote_code: Whether code that comes with a pretrained model is run where the run has done so.
+        allow: Your own classes, or their dotted names, that the checkpoint may name.
+        trust_remote_code: Whether code that comes with a pretrained model may run, if the run of the checkpoint has run
+            it.
 
     Raises:
-        ConfigurationError: If the checkpoint does not describe its module, names code that is not known, or does not
-            fit its own description.
+        ConfigurationError: See :func:`~orthotrain.checkpoints.rebuild.rebuild_module`.
     """
     network = rebuild_module(contents, BaseModule, origin, allow, trust_remote_code).model
     assert network is not None
@@ -80,7 +81,7 @@ def load_network(
 
 
 def load_tokenizer(contents: dict[str, Any]) -> Any:
-    """Return the tokenizer that a checkpoint carries, or None."""
+    """Return the tokenizer in a checkpoint; None if there is none."""
     from orthotrain.data import tokenizer_from_state
 
     state = next((v for k, v in contents.items() if isinstance(v, dict) and "tokenizer_fingerprint" in v), None)
@@ -88,14 +89,14 @@ def load_tokenizer(contents: dict[str, Any]) -> Any:
 
 
 class CheckpointModel(ModelBuilder):
-    """The merged network of a checkpoint that ``orthotrain fit`` wrote: what finetuning starts from.
+    """Builds the merged network of a checkpoint that ``orthotrain fit`` wrote, as the start of finetuning.
 
     Args:
         path: The ``.ckpt`` file.
-        allow: Dotted names of classes of your own that the file may name.
+        allow: Dotted names of your own classes that the file may name.
     """
 
-    _under_way: ClassVar[list[Path]] = []
+    _being_read: ClassVar[list[Path]] = []
 
     def __init__(self, path: str, allow: list[str] | None = None) -> None:
         self.path = path
@@ -105,16 +106,17 @@ class CheckpointModel(ModelBuilder):
         """Read, merge and return the network in training mode.
 
         Raises:
-            ConfigurationError: See :func:`load_network`; or if the file starts from itself, directly or by others.
+            ConfigurationError: See :func:`load_network`; or the network of the file is described by the file itself,
+                directly or through other files.
         """
         with waiting("reading the checkpoint"):
             contents = read_checkpoint(self.path)
-        if any(os.path.samefile(self.path, other) for other in self._under_way):
-            raise ConfigurationError(f"checkpoint {self.path!r} says that its network is that of the file itself")
-        self._under_way.append(Path(self.path))
+        if any(os.path.samefile(self.path, other) for other in self._being_read):
+            raise ConfigurationError(f"checkpoint {self.path!r} describes its network by the file itself")
+        self._being_read.append(Path(self.path))
         try:
             network = load_network(contents, self.path, self.allow)
         finally:
-            self._under_way.pop()
+            self._being_read.pop()
         make_plain_(network)
         return network.train()

@@ -1,4 +1,4 @@
-"""Leaving the framework: a merged model that other tools load."""
+"""Writes a merged model, or an adapter, in a folder that other tools load."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,14 +25,14 @@ def export_checkpoint(
     allow: Iterable[str | type] = (),
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write a checkpoint's network where other tools find it.
+    """Write the network of a checkpoint as a folder for other tools.
 
     Args:
         checkpoint: A ``.ckpt`` file that ``orthotrain fit`` wrote.
-        out: Folder to write; must not exist or be empty.
-        format: ``hf`` for a merged Hugging Face folder (safetensors, config, tokenizer), ``peft`` for the OFT adapter
+        out: Folder to write. It must be missing or empty.
+        format: ``hf`` for a merged Hugging Face folder (safetensors, config, tokenizer); ``peft`` for the OFT adapter
             alone, as ``PeftModel.from_pretrained`` reads it.
-        dtype: Of the merged model; None for that of the network. An adapter keeps its own.
+        dtype: Dtype of the merged model; None for the dtype of the network. An adapter keeps its dtype.
         allow: As for :func:`load_network`.
         trust_remote_code: As for :func:`load_network`.
 
@@ -40,8 +40,8 @@ def export_checkpoint(
         The folder.
 
     Raises:
-        ConfigurationError: If the checkpoint cannot be read or holds no module, the folder is not empty, PEFT has no
-            name for something in the adapter, or the dtype does not fit the format or the values.
+        ConfigurationError: The checkpoint cannot be read or has no module, the folder is not empty, PEFT has no setting
+            for a layer, or the dtype does not fit the format or the values.
     """
     if format == "peft" and dtype is not None:
         raise ConfigurationError(
@@ -58,31 +58,31 @@ def export_checkpoint(
 
 
 def export_huggingface(network: nn.Module, out: str | Path, tokenizer: Any = None, dtype: Dtype | None = None) -> Path:
-    """Merge the rotations of a Hugging Face network in place and save it where ``from_pretrained`` finds it.
+    """Merge the rotations of a Hugging Face network in place, and save it as a folder for ``from_pretrained``.
 
     Args:
-        network: A transformers model, wrapped or not; afterwards it is a plain one.
-        out: Folder to write; must not exist or be empty.
-        tokenizer: Saved beside it if given.
-        dtype: Of what is saved; None for that of the network. Quantised weights are unpacked in any case.
+        network: A transformers model, wrapped or not. Afterwards it is a plain model.
+        out: Folder to write. It must be missing or empty.
+        tokenizer: A tokenizer to save in the same folder.
+        dtype: Dtype of the saved model; None for the dtype of the network. Quantized weights are always unpacked.
 
     Raises:
-        ConfigurationError: If the network is not a transformers model, the folder is not empty, or ``dtype`` is unknown
-            or cannot hold a value of the network.
+        ConfigurationError: The network is not a transformers model, the folder is not empty, or ``dtype`` is unknown or
+            cannot represent a value of the network.
     """
     if dtype is not None:
         check_choice("dtype", dtype, Dtype)
     folder = Path(out)
     if not hasattr(network, "save_pretrained"):
         raise ConfigurationError(
-            f"{type(network).__name__} is no transformers model: call unwrap_mergeables and save its state_dict instead"
+            f"{type(network).__name__} is not a transformers model: call unwrap_mergeables and save its state_dict"
         )
     check_new_folder(folder)
     make_plain_(network, None if dtype is None else getattr(torch, dtype))
     total = sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
-    with new_folder(folder) as partial:
-        with writing("writing the model", partial, total), transformers_bars():
-            network.save_pretrained(partial)  # type: ignore[operator]
+    with new_folder(folder) as temporary:
+        with writing("writing the model", temporary, total), transformers_bars():
+            network.save_pretrained(temporary)  # type: ignore[operator]
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            tokenizer.save_pretrained(temporary)
     return folder

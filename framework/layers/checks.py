@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.kernels.checks import check_permutation, debug_permutation, traced
-from orthotrain.kernels.dispatch import check_possible
+from orthotrain.kernels.checks import check_permutation, debug_permutation
+from orthotrain.kernels.dispatch import check_possible, traced
 from orthotrain.plugins import Parameterization, create
 
 

@@ -26,6 +26,7 @@ class FiniteChecks:
     def __init__(self) -> None:
         self._finite: list[Tensor] = []
         self._errors: list[str] = []
+        self._failures: list[str] = []
         self._layer = ""
         self._sent: LateValues | None = None
 
@@ -52,16 +53,21 @@ class FiniteChecks:
             self._sent = LateValues(torch.stack([finite.to(device) for finite in self._finite]))
         return self
 
+    def failures(self) -> list[str]:
+        """Return the errors of the layers whose rotations were not finite, from the results that were sent."""
+        if self._sent is not None:
+            results, self._sent = zip(self._errors, self._sent.tolist(), strict=True), None
+            self._failures = [error for error, finite in results if not finite]
+        return self._failures
+
     def raise_errors(self) -> None:
         """Read the results that were sent.
 
         Raises:
             TrainingDiverged: If the rotations of a layer were not finite, naming the layer.
         """
-        sent, self._sent = self._sent, None
-        results = [] if sent is None else sent.tolist()
-        if not all(results):
-            raise TrainingDiverged(self._errors[results.index(False)])
+        if self.failures():
+            raise TrainingDiverged(self.failures()[0])
 
 
 _CHECKS: ContextVar[FiniteChecks | None] = ContextVar("checks", default=None)
@@ -81,14 +87,14 @@ def finite_or_zero(displacements: Displacements, error: Callable[[], str]) -> Di
     Raises:
         TrainingDiverged: If they are not finite and the host checks at once.
     """
-    given = [d for d in displacements if d is not None]
-    finite = [torch.linalg.vector_norm(d, torch.inf) < LARGEST_DISPLACEMENT for d in given]
-    checks = _CHECKS.get()
-    if checks is not None and given and read_waits(given[0].device):
-        whole = torch.stack(finite).all()
-        checks.note(whole, error())
-        out, into = (None if d is None else d.masked_fill(~whole, 0) for d in displacements)
+    norms = [torch.linalg.vector_norm(d, torch.inf) for d in displacements if d is not None]
+    if not norms:
+        return displacements
+    finite, checks = (torch.stack(norms) < LARGEST_DISPLACEMENT).all(), _CHECKS.get()
+    if checks is not None and read_waits(finite.device):
+        checks.note(finite, error())
+        out, into = (None if d is None else d.masked_fill(~finite, 0) for d in displacements)
         return out, into
-    if not all(bool(one) for one in finite):
+    if not bool(finite):
         raise TrainingDiverged(error())
     return displacements

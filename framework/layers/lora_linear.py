@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from orthotrain.devices.host_reads import HostCount
 from orthotrain.errors import ConfigurationError
-from orthotrain.kernels.guard import without_autocast
+from orthotrain.kernels.operation import without_autocast
 from orthotrain.layers.mergeable import check_stored_counts
 from orthotrain.layers.weights.frozen_weight import DenseWeight, FrozenWeight, plain_linear
 from orthotrain.layers.weights.rounding import Noise
@@ -114,7 +114,7 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def _restart(self, count: int) -> None:
-        # the uniform values of nn.Linear's own initialisation, as in the paper's code
+        # the uniform values of nn.Linear's own initialization, as in the paper's code
         self.up.zero_()
         if not self.down.is_meta:
             bound = 1 / math.sqrt(self.in_features)

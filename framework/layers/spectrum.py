@@ -37,7 +37,7 @@ def with_spectrum(weight: Tensor, values: Tensor) -> Tensor:
 
 
 def svd_entropy(values: Tensor) -> Tensor:
-    """Return the normalised SVD entropy of singular values ``(..., r)``: 1 for a flat spectrum, 0 for rank one.
+    """Return the normalized SVD entropy of singular values ``(..., r)``: 1 for a flat spectrum, 0 for rank one.
 
     ``H = -sum_i p_i log(p_i) / log(r)`` with ``p_i = s_i^2 / sum_j s_j^2`` (Alter, Brown and Botstein, 2000).
     """

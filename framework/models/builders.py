@@ -1,4 +1,4 @@
-"""Model builders: plain descriptions in YAML that become a network when the strategy asks for it."""
+"""Model builders: they hold a description of a network, and build the network when the strategy asks for it."""
 
 import difflib
 from abc import ABC, abstractmethod
@@ -14,6 +14,12 @@ from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.models.deferred_weights import build_without_weights
 from orthotrain.models.folder import check_model_folder
 from orthotrain.models.network_size import NotBuildable, check_memory, count_described, count_values
+from orthotrain.models.pretrained_options import (
+    CONFIGURATION_OPTIONS,
+    LOADING_OPTIONS,
+    check_configuration,
+    check_options,
+)
 
 Task = Literal["causal_lm", "seq2seq_lm", "sequence_classification"]
 AUTO_CLASSES = {
@@ -22,33 +28,12 @@ AUTO_CLASSES = {
     "sequence_classification": "AutoModelForSequenceClassification",
 }
 
-LOADING_OPTIONS = frozenset({
-    "attn_implementation", "cache_dir", "device_map", "disable_mmap", "force_download", "id2label",
-    "ignore_mismatched_sizes", "label2id", "local_files_only", "max_memory", "num_labels", "offload_folder",
-    "problem_type", "proxies", "revision", "subfolder", "token", "use_safetensors", "variant",
-})  # fmt: skip
-"""Arguments of ``from_pretrained`` that run nothing, whatever the files hold."""
-_DESCRIBING = frozenset({"id2label", "label2id", "num_labels", "subfolder"})
-"""Those of them that the configuration of the network depends on."""
-
-_PICKLES = "it would run pickles; weights are read as plain tensors, leave it out"
-_KERNELS = "it would fetch code and run it; leave it out"
-REFUSED_OPTIONS = {
-    "trust_remote_code": "it is an argument of PretrainedModel beside options",
-    "weights_only": _PICKLES,
-    "use_kernels": _KERNELS,
-    "allow_all_kernels": _KERNELS,
-    "kernel_config": _KERNELS,
-    "auto_map": _KERNELS,
-    "dtype": "it is an argument of PretrainedModel beside options",
-    "torch_dtype": "dtype is an argument of PretrainedModel beside options",
-    "quantization_config": "load_in_4bit of PretrainedModel, or storage of the layers, says it",
-}
-"""What is said of the options that a user may think of."""
+_FINDING_OPTIONS = ("cache_dir", "revision", "subfolder", "token")
+"""Options that are needed to find the configuration of a model."""
 
 
 class ModelBuilder(ABC):
-    """Builds a network late, on the device and in the precision that the strategy has set up."""
+    """Builds a network when it is called, on the device and in the precision that the strategy has set up."""
 
     @abstractmethod
     def __call__(self) -> nn.Module:
@@ -60,11 +45,17 @@ class CausalLM(ModelBuilder):
 
     Args:
         config: Keys of the model type's Hugging Face configuration: ``hidden_size``, ``num_hidden_layers``, ...
-        model_type: Any causal language model of transformers, by its ``model_type``.
-        gradient_checkpointing: Whether decoder layers are computed again in backward: their activations are not kept.
+        model_type: The ``model_type`` of any causal language model of transformers.
+        gradient_checkpointing: Whether activations of decoder layers are computed again in backward instead of kept.
 
     Raises:
-        ConfigurationError: If the model type or a key of ``config`` is unknown, naming the nearest known ones.
+        ConfigurationError: The model type or a key of ``config`` is unknown; the message suggests similar known ones.
+
+    Example:
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1}
+        >>> network = CausalLM({**sizes, "vocab_size": 256})()
+        >>> network.num_parameters()
+        73920
     """
 
     def __init__(
@@ -86,20 +77,20 @@ class CausalLM(ModelBuilder):
         self.gradient_checkpointing = gradient_checkpointing
 
     def __call__(self) -> nn.Module:
-        """Return the model in training mode, weights drawn from torch's global generator."""
+        """Return the model in training mode, with weights drawn from torch's global generator."""
         return self.build()
 
     def build(self, without: Callable[[nn.Module], Collection[str]] | None = None) -> nn.Module:
-        """Return the model in training mode, weights drawn from torch's global generator.
+        """Return the model in training mode, with weights drawn from torch's global generator.
 
         Args:
-            without: Returns the names of the linear layers, of a network that it is given, whose weights will be given
-                later: they have no storage yet (:func:`~orthotrain.models.deferred_weights.build_without_weights`).
+            without: Takes the network without storage, and returns the names of linear layers whose weights get no
+                storage yet (see :func:`~orthotrain.models.deferred_weights.build_without_weights`).
         """
         from transformers import AutoModelForCausalLM
 
         values = count_described(self.model_type, self.config)
-        # what is given later may take fewer bytes
+        # a weight that is given later may be stored in a byte for each value, or less
         bytes_each = torch.get_default_dtype() if without is None else torch.uint8
         check_memory(values, bytes_each, f"the {self.model_type} configuration")
 
@@ -112,41 +103,41 @@ class CausalLM(ModelBuilder):
 
     @property
     def vocab_size(self) -> int | None:
-        """Rows of the embedding, where the model type has one of that name."""
+        """Number of rows of the embedding; None if the configuration of the model type has no ``vocab_size``."""
         return getattr(self._configuration(), "vocab_size", None)
 
     def check_size(self, tensors: int, values: int) -> None:
-        """Refuse a network much larger than what is to be loaded into it, before anything is allocated.
+        """Refuse a network that is much larger than its checkpoint, before anything is allocated.
 
         Args:
-            tensors: How many tensors there are.
-            values: How many values they have, those of quantised weights packed.
+            tensors: Number of tensors in the checkpoint.
+            values: Number of their elements. Quantized weights are packed, so that they have fewer elements.
 
         Raises:
-            ConfigurationError: Naming both sizes.
+            ConfigurationError: The message gives both sizes.
         """
         from transformers import CONFIG_MAPPING
 
         name = CONFIG_MAPPING[self.model_type].attribute_map.get("num_hidden_layers", "num_hidden_layers")
         layers = self.config.get(name, self.config.get("num_hidden_layers", 0))
         if isinstance(layers, int) and layers > tensors:
-            raise ConfigurationError(f"a network of {layers} layers is described, there are {tensors} tensors")
+            raise ConfigurationError(f"the description is of {layers} layers, but there are {tensors} tensors")
         described = count_described(self.model_type, self.config)
         if described is not None and described > 8 * values:
-            raise ConfigurationError(f"a network of {described:,} values is described, there are {values:,}")
+            raise ConfigurationError(f"the description is of {described:,} values, but there are {values:,}")
 
     def _configuration(self) -> Any:
         from transformers import CONFIG_MAPPING
 
-        count_described(self.model_type, self.config)  # a number in it may ask for a list of any length
+        count_described(self.model_type, self.config)  # a number in the configuration may create a list of any length
         return CONFIG_MAPPING[self.model_type](**self.config)
 
 
 def check_vocabulary(tokens: Any, rows: Any) -> None:
-    """Refuse a vocabulary that an embedding has no rows for; either may be unknown.
+    """Refuse a vocabulary that is larger than the embedding. A size that is not an integer is unknown, and passes.
 
     Raises:
-        ConfigurationError: Naming both sizes.
+        ConfigurationError: The message gives both sizes.
     """
     if isinstance(tokens, int) and isinstance(rows, int) and tokens > rows:
         raise ConfigurationError(
@@ -161,16 +152,16 @@ class PretrainedModel(ModelBuilder):
     Args:
         name: Folder or hub name.
         task: ``causal_lm``, ``seq2seq_lm`` or ``sequence_classification``.
-        dtype: ``auto`` for the stored one, or a torch dtype's name such as ``bfloat16``.
-        load_in_4bit: Whether transformers quantises the weights to NF4 with double quantisation while loading.
+        dtype: ``auto`` for the dtype in the files, or the name of a torch dtype such as ``bfloat16``.
+        load_in_4bit: Whether transformers quantizes the weights to NF4 with double quantization while loading.
         options: More arguments of ``from_pretrained``, such as ``num_labels`` and ``revision``, and keys of the model's
-            configuration; none that would run what a file says.
-        gradient_checkpointing: Whether layers are computed again in backward: their activations are not kept.
-        trust_remote_code: Whether Python code that comes with the model is run. It can do whatever you can.
+            configuration. Options that would run what a file says are refused.
+        gradient_checkpointing: Whether activations of layers are computed again in backward instead of kept.
+        trust_remote_code: Whether Python code that comes with the model is run. The code has all rights of the user.
 
     Raises:
-        ConfigurationError: An unknown task or dtype, or an option that is not safe; when it is built, a model that
-            cannot be loaded or has no such option.
+        ConfigurationError: The task, the dtype or an option is refused. The call of the builder also raises it if the
+            model cannot be loaded or does not have an option.
     """
 
     def __init__(
@@ -198,8 +189,8 @@ class PretrainedModel(ModelBuilder):
     def __call__(self) -> nn.Module:
         """Load and return the model in training mode.
 
-        Parameters that the checkpoint does not hold have random values (the head of a new task): their names are kept
-        in the model's ``fresh_parameters``, for whoever freezes the rest.
+        Parameters that are missing from the files get random values, for example the head of a new task. Their names
+        are in ``fresh_parameters`` of the model, so that they can be trained while the others are frozen.
         """
         import transformers
 
@@ -218,99 +209,48 @@ class PretrainedModel(ModelBuilder):
         if Path(self.name).is_dir() and not self.trust_remote_code:
             self._check_size()
         try:
-            self._check_configuration(transformers.AutoConfig)
+            found = {key: value for key, value in self.options.items() if key in _FINDING_OPTIONS}
+            config = transformers.AutoConfig.from_pretrained(
+                self.name, trust_remote_code=self.trust_remote_code, **found
+            )
+            check_configuration(config, self.options, self.name)
             load = getattr(transformers, AUTO_CLASSES[self.task]).from_pretrained
             with transformers_bars(lambda weights: shown(weights, "loading the model", "tensors")):
                 model, report = load(self.name, **options, output_loading_info=True)
         except ConfigurationError:
             raise
-        except Exception as error:  # damaged files raise whatever their bytes lead to
+        except Exception as error:  # damaged files can raise any exception
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             if "trust_remote_code" in str(error) and not self.trust_remote_code:
-                first = "it comes with code of its own; read that, and set trust_remote_code: true if you trust it"
+                first = "it comes with its own code; read the code, and set trust_remote_code: true if you trust it"
             raise ConfigurationError(f"model {self.name!r} cannot be loaded: {first}") from error
         resized = {name for name, *_ in report["mismatched_keys"]}
         model.fresh_parameters = sorted({*report["missing_keys"], *resized})
         return enable_checkpointing(model, self.gradient_checkpointing).train()
 
     def _check_size(self) -> None:
-        """Refuse a config.json and options that describe a network that no machine, or not this one, can hold."""
+        """Refuse a config.json, with the options, that describes a network too large for this or for any machine."""
         import transformers
 
-        passed_by = LOADING_OPTIONS - _DESCRIBING
-        given = {name: value for name, value in self.options.items() if name not in passed_by}
+        loading = LOADING_OPTIONS - CONFIGURATION_OPTIONS
+        given = {name: value for name, value in self.options.items() if name not in loading}
 
         def build() -> nn.Module:
             config = transformers.AutoConfig.from_pretrained(self.name, trust_remote_code=False, **given)
             config.quantization_config = None
             return getattr(transformers, AUTO_CLASSES[self.task]).from_config(config)
 
-        what = f"model {self.name!r}: its config.json{' with the options' if given else ''}"
+        origin = f"model {self.name!r}: its config.json{' with the options' if given else ''}"
         try:
-            values = count_values(build, what)
+            values = count_values(build, origin)
         except NotBuildable:
-            return  # loading it says why
+            return  # loading raises a clear error
         stored = torch.uint8 if self.load_in_4bit else torch.bfloat16 if self.dtype == "auto" else None
-        check_memory(values, stored or getattr(torch, self.dtype), what)
-
-    def _check_configuration(self, auto_config: Any) -> None:
-        """Refuse options that neither load safely nor are keys of the configuration, and one that would fetch code."""
-        loading = {name: value for name, value in self.options.items() if name in LOADING_OPTIONS}
-        asked = {name: value for name, value in self.options.items() if name not in LOADING_OPTIONS}
-        where = {
-            name: value for name, value in loading.items() if name in ("cache_dir", "revision", "subfolder", "token")
-        }
-        config = auto_config.from_pretrained(self.name, trust_remote_code=self.trust_remote_code, **where)
-        check_attention_of(config, f"the configuration of {self.name!r}")
-        known = {*config.to_dict(), *config.attribute_map}
-        for name in asked:
-            if name not in known:
-                near = difflib.get_close_matches(name, [*known, *LOADING_OPTIONS]) or sorted(LOADING_OPTIONS)
-                raise ConfigurationError(
-                    f"options: {name!r} is no key of the configuration of {self.name!r}, and no option of loading that "
-                    f"is safe with any file; try {', '.join(near)}"
-                )
-
-
-def check_options(options: dict[str, Any]) -> None:
-    """Refuse options that would run what a file says.
-
-    Raises:
-        ConfigurationError: Naming the option and what to do instead.
-    """
-    for name, advice in REFUSED_OPTIONS.items():
-        if name in options:
-            raise ConfigurationError(f"options: {name}={options[name]!r} is not taken: {advice}")
-    attention = options.get("attn_implementation")
-    if isinstance(attention, dict) or "/" in str(attention):
-        raise ConfigurationError(
-            f"options: attn_implementation={attention!r} would fetch code and run it: take eager, sdpa or "
-            "flash_attention_2"
-        )
-
-
-def check_attention_of(config: Any, origin: str) -> None:
-    """Refuse a configuration, or a part of one, whose attention is a repository of code.
-
-    transformers would fetch that repository and run its code when it builds the model.
-
-    Args:
-        config: A configuration of transformers.
-        origin: Whose it is, for messages.
-
-    Raises:
-        ConfigurationError: Naming the attention.
-    """
-    attention = getattr(config, "_attn_implementation", None)  # that of the parts of a configuration follows from it
-    if isinstance(attention, dict) or "/" in str(attention):
-        raise ConfigurationError(
-            f"{origin} has attn_implementation={attention!r}, which would fetch code and run it: take that key out of "
-            "its config.json"
-        )
+        check_memory(values, stored or getattr(torch, self.dtype), origin)
 
 
 def enable_checkpointing(model: Any, wanted: bool) -> Any:
-    """Return ``model``, if wanted with transformers' gradient checkpointing and without a cache for generation."""
+    """Switch gradient checkpointing on and the cache for generation off, if ``wanted``; return ``model``."""
     if wanted:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.config.use_cache = False

@@ -1,4 +1,4 @@
-"""Folders with a model: what their index may name, files beside it and nothing elsewhere, and how they are written."""
+"""Model folders: checks of paths and of the files in a folder before it is read, and writing of new folders."""
 
 import contextlib
 import json
@@ -16,40 +16,40 @@ MADE_BY = {
     "models/smollm2-135m-instruct": "`make smollm2` makes it",
     "runs/quickstart/checkpoints/last.ckpt": "`make fit` makes it",
 }
-"""What the shipped configs start from, and the command that makes it."""
+"""Paths that the shipped configs start from -> the command that creates them."""
 
 
 def check_there(name: str | Path) -> None:
-    """Refuse a path that is not there before a hub is asked for it, again and again.
+    """Refuse a missing path, before a library takes it for a hub name and asks the hub for it.
 
     Args:
         name: A path, or a hub name (``org/name``), which passes.
 
     Raises:
-        ConfigurationError: Naming what is not there and, where it is known, the command that makes it.
+        ConfigurationError: The message gives the path and, if known, the command that creates it.
     """
     path = local_path(name, "path")
     first, *rest = path.parts or ("",)
-    ours = first in ("models", "runs") or Path(first).is_dir()  # of the many names that may be either
+    ours = first in ("models", "runs") or Path(first).is_dir()  # "a/b" may be a path or a hub name
     named = path.is_absolute() or str(name).startswith(".") or path.suffix == ".ckpt"
     local = named or len(rest) > 1 or (bool(rest) and ours)
     if local and not path.exists():
-        hint = MADE_BY.get(str(name), "name one that is there, or a model of the hub in the form org/name")
+        hint = MADE_BY.get(str(name), "give an existing path, or a model of the hub in the form org/name")
         raise ConfigurationError(f"no file or folder {str(name)!r}: {hint}")
 
 
 def check_model_folder(folder: str | Path) -> None:
-    """Refuse a model folder whose index of weight files leads out of it.
+    """Refuse a model folder with an index of weight files that names a file outside of the folder.
 
-    A sharded model has ``model.safetensors.index.json``, which maps every tensor to a file; loaders join that name to
-    the folder. Anything else than a folder (a hub name) passes.
+    A sharded model has ``model.safetensors.index.json``, which maps every tensor to a file name. Loaders join the name
+    to the folder. A hub name passes.
 
     Args:
-        folder: The folder, or the hub name, of a pretrained model.
+        folder: Folder or hub name of a pretrained model.
 
     Raises:
-        ConfigurationError: If an index is not JSON, has no such map, or names a file outside the folder; or if
-            it is a path that is not there.
+        ConfigurationError: The path is missing; or an index is not JSON, has no such map, or names a file outside of
+            the folder.
     """
     check_there(folder)
     folder = Path(folder)
@@ -60,21 +60,21 @@ def check_model_folder(folder: str | Path) -> None:
         try:
             names = set(read_json(index, "index of weight files")["weight_map"].values())
         except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigurationError(f"{str(index)!r} is no index of weight files: {error!r}") from error
+            raise ConfigurationError(f"{str(index)!r} is not an index of weight files: {error!r}") from error
         for name in names:
             _check_name(name, index)
             target = folder / name
             if target.is_symlink() and not target.exists():
-                raise ConfigurationError(f"{str(index)!r} names {name!r}, a link that leads nowhere")
+                raise ConfigurationError(f"{str(index)!r} names {name!r}, a link to a missing file")
     for weights in sorted(folder.glob("*.safetensors")):
         _check_tensor_names(weights)
 
 
 def check_new_folder(folder: str | Path) -> None:
-    """Refuse to write over what is there.
+    """Refuse a folder that is not new: writing must not overwrite anything.
 
     Raises:
-        ConfigurationError: If the folder exists and is not empty, or its name is too long.
+        ConfigurationError: The folder exists and is not empty, is a link, or has a name that is too long.
     """
     folder = Path(folder)
     local_path(folder, "--out")
@@ -87,35 +87,35 @@ def check_new_folder(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield the path of a new, empty folder, which takes the place of ``folder`` when all of it is written.
+    """Yield a temporary folder, which is renamed to ``folder`` at the end of the block.
 
-    Its files are then readable for whom the umask lets read what is made there. If anything fails, nothing is left.
+    The files get the permissions of the umask. If anything fails, the temporary folder is deleted.
 
     Raises:
         ConfigurationError: See :func:`check_new_folder`.
-        OSError: If it cannot be written (a full disk), naming ``folder``.
+        OSError: The folder cannot be written, for example on a full disk; the message names ``folder``.
     """
     check_new_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = make_temporary_folder(folder)
+    temporary = make_temporary_folder(folder)
     try:
         with naming(folder):
-            yield partial
-            for path in partial.iterdir():
-                if path.is_file():  # safetensors makes files that their owner alone can read
-                    path.chmod(0o666 & partial.stat().st_mode)
+            yield temporary
+            for path in temporary.iterdir():
+                if path.is_file():  # safetensors creates files that only their owner can read
+                    path.chmod(0o666 & temporary.stat().st_mode)
             check_new_folder(folder)
             if folder.exists():
                 folder.rmdir()
-            partial.rename(folder)
+            temporary.rename(folder)
     finally:
-        discard(partial)
+        discard(temporary)
 
 
 def _check_tensor_names(file: Path) -> None:
-    """Refuse names that a terminal would obey: transformers prints those of tensors that a network does not have.
+    """Refuse tensor names with control characters: transformers prints the names of tensors that a network lacks.
 
-    What is no safetensors file passes: whoever loads the file says why.
+    A file that is not a safetensors file passes, because loading it raises a clear error.
     """
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -1,4 +1,4 @@
-"""What the data asks of a network of transformers: positions, attention masks, and how it reads its labels."""
+"""Checks that a network of transformers fits the data: positions, attention masks, labels and generated tokens."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -13,14 +13,14 @@ _MASKED = ("sdpa", "eager")
 
 
 def check_positions(limits: Iterable[Any], network: nn.Module) -> None:
-    """Refuse rows that may be longer than a network has positions for.
+    """Refuse data whose rows may be longer than the positions of a network.
 
     Args:
-        limits: What the data limits, each with ``argument`` and ``tokens``.
-        network: Any network; one whose config has no ``max_position_embeddings`` takes any length.
+        limits: Limits of the data module, each with ``argument`` (its name) and ``tokens`` (its value).
+        network: Any network. If its config has no ``max_position_embeddings``, any length passes.
 
     Raises:
-        ConfigurationError: Naming the argument, its value and the largest that works.
+        ConfigurationError: The message gives the argument, its value and the largest value that works.
     """
     positions = getattr(getattr(network, "config", None), "max_position_embeddings", None)
     for limit in limits if isinstance(positions, int) else ():
@@ -32,10 +32,10 @@ def check_positions(limits: Iterable[Any], network: nn.Module) -> None:
 
 
 def check_attention(network: nn.Module) -> None:
-    """Refuse packing for an attention that would not keep the rows of a sequence apart.
+    """Refuse packing for an implementation of attention that does not separate the rows of a sequence.
 
     Raises:
-        ConfigurationError: Naming the implementation and those that work.
+        ConfigurationError: The message gives the implementation, and those that work.
     """
     attention = getattr(getattr(network, "config", None), "_attn_implementation", None)
     if attention not in (None, *_MASKED):
@@ -46,14 +46,14 @@ def check_attention(network: nn.Module) -> None:
 
 
 def with_usable_mask(batch: dict[str, Any], network: nn.Module | None) -> dict[str, Any]:
-    """Return a batch whose mask of queries by keys means to a network's attention what it says.
+    """Return a batch whose attention mask works with the implementation of attention of a network.
 
-    Eager attention adds its mask to the scores, where a bool one would add 1: the mask becomes 0 where attention is
-    allowed and the smallest number of the network's dtype elsewhere, whose exponential is exactly 0.
+    Eager attention adds the mask to the scores, so that a bool mask would add 1. The returned mask is 0 where attention
+    is allowed, and the smallest number of the network's dtype elsewhere, whose exponential is exactly 0.
 
     Args:
-        batch: A batch, with or without an ``attention_mask``; that of packed rows is bool ``(B, 1, T, T)``.
-        network: The network that reads it.
+        batch: A batch, with or without an ``attention_mask``. The mask of packed rows is bool, ``(B, 1, T, T)``.
+        network: The network that gets the batch.
     """
     mask = batch.get("attention_mask")
     config = getattr(network, "config", None)
@@ -65,7 +65,7 @@ def with_usable_mask(batch: dict[str, Any], network: nn.Module | None) -> dict[s
 
 
 def shifts_labels(network: nn.Module | None) -> bool:
-    """Tell whether a network's own loss compares logits at t with the label at t + 1: causal LMs of transformers."""
+    """Tell whether a network's loss compares logits at t with the label at t + 1, as causal LMs of transformers do."""
     if not hasattr(network, "config") or is_encoder_decoder(network):
         return False
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -75,27 +75,28 @@ def shifts_labels(network: nn.Module | None) -> bool:
 
 
 def is_encoder_decoder(network: nn.Module | None) -> bool:
-    """Whether a network of transformers reads its inputs with an encoder; False for any other network."""
+    """Tell whether a network is an encoder-decoder of transformers."""
     return bool(getattr(getattr(network, "config", None), "is_encoder_decoder", False))
 
 
 def generated_tokens(network: nn.Module | None, output: Tensor, prompt_length: int) -> Tensor:
-    """Return the tokens that were generated.
+    """Return the generated tokens without the prompt.
 
     Args:
-        network: Whose output it is.
-        output: What ``generate`` returned, ``(..., T)``.
-        prompt_length: Tokens of the prompt, padding included.
+        network: The network that generated them.
+        output: Result of ``generate``, ``(..., T)``.
+        prompt_length: Number of tokens of the prompt, including padding.
 
     Returns:
-        ``(..., new)``; of an encoder-decoder all of the output, which begins with the decoder's start token.
+        ``(..., new)``. For an encoder-decoder this is the whole output, which begins with the start token of the
+        decoder.
     """
     return output if is_encoder_decoder(network) else output[..., prompt_length:]
 
 
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Put a network and all modules in it into evaluation mode, and each back into the mode that it had."""
+    """Put a network into evaluation mode inside the block, and each of its modules back into its mode afterwards."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:

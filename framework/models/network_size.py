@@ -1,4 +1,4 @@
-"""How large a described network is, found out before it is built: a number in a configuration may ask for anything."""
+"""Size of a network, counted from its description before the network is built: a file may describe any size."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ from orthotrain.devices.memory import total_bytes
 from orthotrain.errors import ConfigurationError
 
 MOST_VALUES = 10**13
-"""Most values of a network: ten times those of the largest that anybody has trained."""
+"""Most values of a network: ten times as many as the largest network that has been trained."""
 _MEMORY_BYTES, _SECONDS = 512 << 20, 20.0
 
 
@@ -23,19 +23,19 @@ class NotBuildable(ConfigurationError):
     """A description from which no network can be built."""
 
 
-def count_values(build: Callable[[], nn.Module], what: str) -> int | None:
-    """Build a network without storage, in a process of bounded memory and time, and count its values.
+def count_values(build: Callable[[], nn.Module], origin: str) -> int | None:
+    """Build a network without storage, in a process with limits on memory and time, and count its values.
 
     Args:
         build: Returns the network.
-        what: What describes it, for messages.
+        origin: Where the description comes from, for messages.
 
     Returns:
-        The number of values of parameters and buffers; None where the network cannot be built without storage.
+        Number of values of parameters and buffers; None if the network cannot be built without storage.
 
     Raises:
-        NotBuildable: Building the network raises an error.
-        ConfigurationError: The network has more layers than can be counted.
+        NotBuildable: ``build`` raises an error.
+        ConfigurationError: The process has reached a limit.
     """
 
     def count() -> int:
@@ -47,42 +47,42 @@ def count_values(build: Callable[[], nn.Module], what: str) -> int | None:
         values = call_limited(count, _MEMORY_BYTES, _SECONDS)
     except LimitExceeded as error:
         raise ConfigurationError(
-            f"{what} describes a network that is too large to be counted: {error}; lower its sizes"
+            f"{origin} describes a network that is too large to be counted: {error}; lower its sizes"
         ) from error
     except RuntimeError as error:
         if "meta tensor" in str(error):
             return None
-        raise NotBuildable(f"{what} describes no network that can be built: {error}; change its sizes") from error
+        raise NotBuildable(f"{origin} describes no network that can be built: {error}; change its sizes") from error
     return values
 
 
-def check_memory(values: int | None, dtype: torch.dtype, what: str) -> None:
-    """Refuse a network beyond `MOST_VALUES`, or that the memory of the default device cannot hold.
+def check_memory(values: int | None, dtype: torch.dtype, origin: str) -> None:
+    """Refuse a network of more than :data:`MOST_VALUES` values, or one larger than the memory of the default device.
 
     Args:
-        values: How many values it has; None if that is not known.
-        dtype: Of the values.
-        what: What describes it, for messages.
+        values: Number of values; None if it is unknown.
+        dtype: Dtype of the values.
+        origin: Where the description comes from, for messages.
 
     Raises:
-        ConfigurationError: Naming the sizes of both.
+        ConfigurationError: The message gives both sizes.
     """
     if values is not None and values > MOST_VALUES:
         raise ConfigurationError(
-            f"{what} describes a network of {values:,} values, more than {MOST_VALUES:,}; lower its sizes"
+            f"{origin} describes a network of {values:,} values, more than {MOST_VALUES:,}; lower its sizes"
         )
     available = _memory()
     if values is not None and available is not None and values * dtype.itemsize > available:
+        needed = f"{values * dtype.itemsize / 2**30:,.1f} GiB in {dtype}"
         raise ConfigurationError(
-            f"{what} describes a network of {values:,} values, {values * dtype.itemsize / 2**30:,.1f} GiB in {dtype}; "
-            f"this machine has {available / 2**30:,.1f} GiB: take a smaller one"
+            f"{origin} describes a network of {values:,} values, {needed}; this machine has {available / 2**30:,.1f} "
+            "GiB: take a smaller network"
         )
 
 
 def _memory() -> int | None:
-    """Bytes of the default device; None where tensors have no storage."""
-    device = torch.get_default_device()
-    return None if detect_fake_mode() is not None else total_bytes(device)
+    """Return the memory of the default device in bytes; None if tensors have no storage."""
+    return None if detect_fake_mode() is not None else total_bytes(torch.get_default_device())
 
 
 @functools.cache
@@ -96,10 +96,10 @@ def _count_described(model_type: str, config: str) -> int | None:
 
 
 def count_described(model_type: str, config: dict[str, Any]) -> int | None:
-    """Return the values of a causal language model by its configuration; counted once in a process.
+    """Return the number of values of a causal language model. A process counts each configuration once.
 
     Raises:
-        ConfigurationError: See :func:`count_values`; or a value of the configuration that is not plain.
+        ConfigurationError: As :func:`count_values`; or the configuration holds a value that is not plain.
     """
     try:
         text = json.dumps(config, sort_keys=True)

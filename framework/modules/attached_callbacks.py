@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch.optim import Optimizer
 
-from orthotrain.callbacks.merge_rotations import MergeRotations
+from orthotrain.callbacks.merge_rotations import MergeRotations, merging_of
 from orthotrain.errors import ConfigurationError
 from orthotrain.modules.optimization import ClipRamp
 
@@ -71,7 +71,7 @@ def clip_after_merges(
     Raises:
         ConfigurationError: If there is no bound that the ramp could scale, or no callback that merges.
     """
-    merging = next((c for c in trainer.callbacks if isinstance(c, MergeRotations)), None)  # type: ignore[attr-defined]
+    merging = merging_of(trainer)
     if merging is None:
         raise ConfigurationError("clip_ramp follows merges, and nothing merges in this run: leave the ramp out")
     if value is None:

@@ -31,7 +31,7 @@ Objective = Literal["next_token", "model"]
 
 
 class OftModule(BaseModule):
-    """Finetune any network with OFT: rotations of the inputs of its frozen, possibly quantised linear layers.
+    """Finetune any network with OFT: rotations of the inputs of its frozen, possibly quantized linear layers.
 
     Beside the metrics of :class:`BaseModule` it logs the accuracy of the predicted response tokens (or classes), and,
     where the data module offers ``generation_batches``, exact match and ROUGE-L of answers generated without sampling;

@@ -36,15 +36,15 @@ class PoetModule(BaseModule):
         model: The network, or a callable that builds it.
         layers: Which linear layers are rotated, and how.
         merge_every: Optimizer steps between merges, T_m; None for 400, or 1 with ``stepwise``.
-        stepwise: Step-wise POET, whose rotations are folded at every step. It sets ``layers.stepwise`` and changes the
-            defaults of settings that are not given: ``merge_every`` is 1, ``resample_every`` is 200,
-            ``layers.parameterization`` is Cayley-Neumann of order 2, and ``optimization.rotation_optimizer`` is
-            :class:`LieOptimizer` with a ``rotation_lr`` of 0.015 radians a step.
         max_generator_norm: Fold a layer early, keeping permutations and optimizer state, when ``||Q||_2`` of a block
             may be larger than this; None for never. 0.3 for Cayley-Neumann; exact parameterizations need none. See
             :class:`MergeRotations`.
         resample_every: Steps between new permutations in layers that are folded at every step; None for 200 with
             ``stepwise``, and for ``merge_every`` otherwise.
+        stepwise: Step-wise POET, whose rotations are folded at every step. It sets ``layers.stepwise`` and changes the
+            defaults of settings that are not given: ``merge_every`` is 1, ``resample_every`` is 200,
+            ``layers.parameterization`` is Cayley-Neumann of order 2, and ``optimization.rotation_optimizer`` is
+            :class:`LieOptimizer` with a ``rotation_lr`` of 0.015 radians a step.
         optimization: Learning rates, weight decay, optimizers, schedule and clipping.
         seed: Seed of frozen values and permutations.
         chunked_loss: See :class:`BaseModule`.
@@ -66,9 +66,9 @@ class PoetModule(BaseModule):
         model: ModelBuilder | nn.Module | Callable[[], nn.Module],
         layers: PoetLayers = PoetLayers(),
         merge_every: int | None = None,
-        stepwise: bool = False,
         max_generator_norm: float | None = None,
         resample_every: int | None = None,
+        stepwise: bool = False,
         optimization: Optimization = Optimization(),
         seed: int = 0,
         chunked_loss: bool | None = None,
@@ -89,7 +89,7 @@ class PoetModule(BaseModule):
             if settings.stepwise and merge_every != 1:
                 which = f"overrides {pattern!r} that" if pattern else "layers that"
                 raise ConfigurationError(
-                    f"merge_every={merge_every}: {which} are stepwise fold every step; set it to 1"
+                    f"merge_every={merge_every}: {which} are stepwise fold every step, set it to 1"
                 )
         # built here, so that a bad value is refused now and not when the trainer starts
         self.merging = MergeRotations(merge_every, max_generator_norm, resample_every)

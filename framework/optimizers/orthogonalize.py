@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.skew.reference import skew_backward, skew_forward
+from orthotrain.kernels.skew.cpu import skew_backward, skew_forward
 
 # Quintic of Muon (Jordan et al., 2024): it takes singular values of (0, 1] to about [0.7, 1.2] in five steps.
 QUINTIC = (3.4445, -4.7750, 2.0315)

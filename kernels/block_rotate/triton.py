@@ -144,7 +144,7 @@ def rotate(
 
 
 def block_rotate_forward(x: Tensor, displacement: Tensor, gather: Tensor | None, scatter: Tensor | None) -> Tensor:
-    """Rotate blocks of the last axis; see the reference for shapes."""
+    """Rotate blocks of the last axis; ``cpu.py`` has the shapes."""
     source, gather = gathered(x.reshape(-1, x.shape[-1]), gather)
     return rotate_scattered(source, displacement.contiguous(), gather, scatter).view(x.shape)
 

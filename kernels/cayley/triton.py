@@ -88,7 +88,7 @@ def cayley_forward(skew: Tensor) -> Tensor:
     return out
 
 
-def cayley_backward(displacement: Tensor, grad: Tensor) -> Tensor:
+def cayley_backward(grad: Tensor, displacement: Tensor) -> Tensor:
     """Return dL/dQ = 2 S^T (dL/dD) S^T with S = (I - Q)^-1 = I + D/2, from D and dL/dD of shape ``(n, b, b)``."""
     return run_chain(backward_chain(), displacement, grad, transposed=True)
 

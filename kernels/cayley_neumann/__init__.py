@@ -1,6 +1,5 @@
 """The Cayley transform with its inverse replaced by a truncated Neumann series."""
 
-from orthotrain.kernels.cayley_neumann.generators import cayley_neumann_generators
 from orthotrain.kernels.cayley_neumann.op import cayley_neumann
 
-__all__ = ["cayley_neumann", "cayley_neumann_generators"]
+__all__ = ["cayley_neumann"]

@@ -1,74 +1,40 @@
-"""The public ``cayley_neumann`` and its custom operator ``orthotrain::cayley_neumann``."""
+"""The public ``cayley_neumann``: skew blocks and series in one operation, which saves only the generators."""
 
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.checks import check_square
-from orthotrain.kernels.dispatch import implementation
-from orthotrain.kernels.guard import guarded
+from orthotrain.kernels.checks import check_generators
+from orthotrain.kernels.operation import operation
 
 
-@torch.library.custom_op("orthotrain::cayley_neumann", mutates_args=())
-def _cayley_neumann(skew: Tensor, order: int) -> Tensor:
-    with guarded(skew):
-        return implementation(skew, "cayley_neumann").cayley_neumann_forward(skew, order)
+def _fake(generators: Tensor, block_size: int, order: int, dtype: torch.dtype) -> Tensor:
+    return generators.new_empty(generators.shape[0], block_size, block_size, dtype=dtype)
 
 
-@torch.library.custom_op("orthotrain::cayley_neumann_backward", mutates_args=())
-def _cayley_neumann_backward(skew: Tensor, grad: Tensor, order: int) -> Tensor:
-    with guarded(skew):
-        return implementation(skew, "cayley_neumann").cayley_neumann_backward(skew, grad, order)
+_cayley_neumann = operation("cayley_neumann", _fake, ["generators"], saved=["generators", "order"])
 
 
-@_cayley_neumann.register_fake
-def _(skew: Tensor, order: int) -> Tensor:
-    return skew.new_empty(skew.shape)
+def cayley_neumann(generators: Tensor, block_size: int, order: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the displacement of the Cayley-Neumann rotation, D = 2Q + 2Q^2 + ... + 2Q^order + Q^(order+1).
 
-
-@_cayley_neumann_backward.register_fake
-def _(skew: Tensor, grad: Tensor, order: int) -> Tensor:
-    return skew.new_empty(skew.shape)
-
-
-def _save(ctx, inputs: tuple[Tensor, int], output: Tensor) -> None:
-    skew, ctx.order = inputs
-    ctx.save_for_backward(skew)
-
-
-def _gradient(ctx, grad: Tensor) -> tuple[Tensor, None]:
-    (skew,) = ctx.saved_tensors
-    return _cayley_neumann_backward(skew, grad, ctx.order), None
-
-
-_cayley_neumann.register_autograd(_gradient, setup_context=_save)
-
-
-def cayley_neumann(skew: Tensor, order: int) -> Tensor:
-    """Displacement of the Cayley-Neumann rotation, D = 2Q + 2Q^2 + ... + 2Q^order + Q^(order+1).
-
-    This is (I + Q)(I + Q + ... + Q^order) - I (POET's CNP, arXiv:2506.08001). Autocast does not reach inside:
-    half-precision inputs are computed in fp32 and rounded once. Only Q is saved for backward.
+    This is (I + Q)(I + Q + ... + Q^order) - I (POET's CNP, arXiv:2506.08001) with ``Q = skew(generators, block_size)``.
+    Autocast does not act inside: half-precision inputs are computed in fp32 and rounded once. Q is a transient of both
+    passes: only the generators, which a layer holds anyway, are saved for backward.
 
     Args:
-        skew: Q of shape ``(n, b, b)``, skew-symmetric blocks; n may be 0.
+        generators: Shape ``(n, block_size * (block_size - 1) // 2)``, as ``skew`` takes them; n may be 0.
+        block_size: Rows and columns of one block.
         order: Highest power of the Neumann series, at least 1.
+        dtype: Of the result, None for that of the generators. In a narrower one the products of large blocks are
+            rounded too (README.md, "Rounded results"): D is off by little more than its own rounding.
 
     Returns:
-        D of shape ``(n, b, b)`` in the dtype of ``skew``.
+        D of shape ``(n, block_size, block_size)`` in ``dtype``.
 
     Raises:
-        ValueError: Q is not a batch of square blocks, or not of a floating dtype, or the order is below 1.
+        ValueError: The generators do not fit the block size, or the order is below 1.
     """
-    check_square("cayley_neumann", "skew", skew)
-    check_order(order)
-    return _cayley_neumann(skew, order)
-
-
-def check_order(order: int) -> None:
-    """Refuse an order below 1.
-
-    Raises:
-        ValueError: Naming the order.
-    """
+    check_generators("cayley_neumann", generators, block_size)
     if order < 1:
         raise ValueError(f"order must be at least 1, got {order}")
+    return _cayley_neumann(generators, block_size, order, dtype or generators.dtype)

@@ -57,17 +57,7 @@ def backward_chain(order: int) -> Chain:
     return chain.build()
 
 
-def cayley_neumann_forward(skew: Tensor, order: int) -> Tensor:
-    """Return D = 2Q + ... + 2Q^order + Q^(order+1), shape ``(n, b, b)``, from Q of the same shape and dtype."""
-    return run_chain(forward_chain(order), skew)
-
-
-def cayley_neumann_backward(skew: Tensor, grad: Tensor, order: int) -> Tensor:
-    """Return dL/dQ from Q and dL/dD, all of shape ``(n, b, b)``."""
-    return run_chain(backward_chain(order), skew, grad, transposed=True)
-
-
-def cayley_neumann_generators_forward(generators: Tensor, block_size: int, order: int, dtype: torch.dtype) -> Tensor:
+def cayley_neumann_forward(generators: Tensor, block_size: int, order: int, dtype: torch.dtype) -> Tensor:
     """Return D, shape ``(n, b, b)`` in ``dtype``, from generators of shape ``(n, b(b-1)/2)``."""
     chain, precision = forward_chain(order), precision_for(generators.dtype, dtype)
     if block_size <= FUSED:
@@ -75,8 +65,8 @@ def cayley_neumann_generators_forward(generators: Tensor, block_size: int, order
     return run_chain(chain, skew.skew_forward(generators, block_size), precision=precision).to(dtype)
 
 
-def cayley_neumann_generators_backward(generators: Tensor, grad: Tensor, order: int) -> Tensor:
-    """Return dL/dgenerators, shape ``(n, b(b-1)/2)``, from the generators and dL/dD, shape ``(n, b, b)``."""
+def cayley_neumann_backward(grad: Tensor, generators: Tensor, order: int) -> Tensor:
+    """Return dL/dgenerators, shape ``(n, b(b-1)/2)``, from dL/dD, shape ``(n, b, b)``, and the generators."""
     block_size = grad.shape[-1]
     chain, precision = backward_chain(order), precision_for(generators.dtype, grad.dtype)
     grad = grad.to(generators.dtype)

@@ -8,7 +8,7 @@ to stay in the L2 cache.
 import triton
 from triton import language as tl
 
-from orthotrain.kernels.triangle import upper_index
+from orthotrain.kernels.skew.triton import upper_index
 
 ROW = tl.constexpr(16)
 """Words of one step in the table that ``fused_chain_kernel`` reads."""

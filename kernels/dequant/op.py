@@ -1,43 +1,18 @@
-"""The public ``dequant_int8`` and ``dequant_nf4`` and their custom operators; quantised weights have no gradient."""
+"""The public ``dequant_int8`` and ``dequant_nf4``; quantized weights have no gradient."""
 
 import torch
 from torch import Tensor
 
 from orthotrain.kernels.checks import check_dtype, check_tensor
-from orthotrain.kernels.dequant.reference import NESTED_GROUP
-from orthotrain.kernels.dispatch import implementation
-from orthotrain.kernels.guard import guarded
+from orthotrain.kernels.dequant.cpu import NESTED_GROUP
+from orthotrain.kernels.operation import operation
 
 
-@torch.library.custom_op("orthotrain::dequant_int8", mutates_args=())
-def _dequant_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    chosen = implementation(codes.new_empty(0, dtype=dtype), "dequant")
-    with guarded(codes):
-        return chosen.dequant_int8_forward(codes, scales, dtype)
-
-
-@_dequant_int8.register_fake
-def _(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def _fake_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
-@torch.library.custom_op("orthotrain::dequant_nf4", mutates_args=())
-def _dequant_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Tensor | None,
-    offset: Tensor | None,
-    code: Tensor | None,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    chosen = implementation(packed.new_empty(0, dtype=dtype), "dequant")
-    with guarded(packed):
-        return chosen.dequant_nf4_forward(packed, absmax, nested, offset, code, group_size, dtype)
-
-
-@_dequant_nf4.register_fake
-def _(
+def _fake_nf4(
     packed: Tensor,
     absmax: Tensor,
     nested: Tensor | None,
@@ -47,6 +22,10 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=dtype)
+
+
+_dequant_int8 = operation("dequant_int8", _fake_int8, folder="dequant", computes_in="dtype")
+_dequant_nf4 = operation("dequant_nf4", _fake_nf4, folder="dequant", computes_in="dtype")
 
 
 def dequant_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orthotrain.kernels.ahead_of_time import Variant
-from orthotrain.kernels.dequant.reference import NF4_LEVELS
+from orthotrain.kernels.dequant.cpu import NF4_LEVELS
 
 SIZE = 2048
 """Values that a program unpacks."""
@@ -44,7 +44,7 @@ def _nf4_kernel(packed, absmax, nested, offset, code, levels, out, size, GROUP: 
 
 
 def dequant_int8_forward(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``codes * scales``; see the reference for shapes."""
+    """Return ``codes * scales``; ``cpu.py`` has the shapes."""
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     if out.numel():
         group_size = codes.shape[1] // scales.shape[1]
@@ -62,7 +62,7 @@ def dequant_nf4_forward(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return ``W (out, in)`` from NF4 bytes; see the reference for shapes."""
+    """Return ``W (out, in)`` from NF4 bytes; ``cpu.py`` has the shapes."""
     out = torch.empty((packed.shape[0], 2 * packed.shape[1]), dtype=dtype, device=packed.device)
     if out.numel():
         _nf4_kernel[(triton.cdiv(out.numel(), SIZE),)](

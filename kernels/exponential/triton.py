@@ -13,7 +13,7 @@ from torch import Tensor
 from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.chain.launch import run_chain, step_variant
 from orthotrain.kernels.chain.program import FIRST, SECOND, Chain, ChainBuilder
-from orthotrain.kernels.exponential.reference import squarings
+from orthotrain.kernels.exponential.cpu import squarings
 
 COUNT = squarings(torch.float32)
 
@@ -61,7 +61,7 @@ def exponential_forward(skew: Tensor) -> Tensor:
     return run_chain(forward_chain(), skew)
 
 
-def exponential_backward(skew: Tensor, grad: Tensor) -> Tensor:
+def exponential_backward(grad: Tensor, skew: Tensor) -> Tensor:
     """Return dL/dQ from Q and dL/dD, all of shape ``(n, b, b)``."""
     return run_chain(backward_chain(), skew, grad, transposed=True)
 

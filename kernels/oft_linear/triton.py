@@ -1,4 +1,4 @@
-"""The OFT layer on the GPU: the rotation by its own kernels, the products by cuBLAS; see the reference for shapes.
+"""The OFT layer on the GPU: the rotation by its own kernels, the products by cuBLAS; ``cpu.py`` has the shapes.
 
 Tokens are rotated in both directions: the gradient through rotated rows of W would read a norm back to the host first.
 """
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.block_rotate.contraction import contract_blocks
 from orthotrain.kernels.block_rotate.triton import block_rotate_forward, rotate_scattered, rotation_variant
+from orthotrain.kernels.oft_linear.cpu import bias_gradient
 
 
 def oft_linear_forward(x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | None) -> Tensor:
@@ -19,9 +20,16 @@ def oft_linear_forward(x: Tensor, weight: Tensor, displacement: Tensor, bias: Te
 
 
 def oft_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, displacement: Tensor, need_x: bool, need_displacement: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients for ``x`` and ``displacement``, None if not needed."""
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    displacement: Tensor,
+    bias: Tensor | None,
+    need_x: bool,
+    need_displacement: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients for ``x``, ``displacement`` and ``bias``, None where not needed."""
     rows, grad_y = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     grad_rotated = torch.mm(grad_y, weight.to(grad.dtype))
     grad_x = grad_displacement = None
@@ -29,7 +37,7 @@ def oft_linear_backward(
         grad_displacement = contract_blocks(rows, grad_rotated, None, None, *displacement.shape[:2])
     if need_x:
         grad_x = rotate_scattered(grad_rotated, displacement.contiguous(), None, None, transposed=True).view(x.shape)
-    return grad_x, grad_displacement
+    return grad_x, grad_displacement, bias_gradient(grad_y, bias, need_bias)
 
 
 def aot_variants() -> list[Variant]:

@@ -12,11 +12,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from orthotrain.kernels.block_batches import gram_deviation, inverts_by_transposing, largest
-from orthotrain.kernels.checks import check_blocks, check_permutation, traced
-from orthotrain.kernels.dispatch import chosen
+from orthotrain.kernels.checks import check_sides
+from orthotrain.kernels.dispatch import plain_cpu, traced
 from orthotrain.kernels.fold import fold
-from orthotrain.kernels.guard import without_autocast
-from orthotrain.kernels.poet_linear import reference
+from orthotrain.kernels.operation import without_autocast
+from orthotrain.kernels.poet_linear import cpu
 
 
 class PoetLinearFunction(torch.autograd.Function):
@@ -27,8 +27,8 @@ class PoetLinearFunction(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         folded: Tensor,
-        d_out: Tensor,
-        d_in: Tensor,
+        d_out: Tensor | None,
+        d_in: Tensor | None,
         deviations: tuple[Tensor | None, Tensor | None],
         permutations: tuple[Tensor | None, Tensor | None],
     ) -> Tensor:
@@ -51,10 +51,10 @@ class PoetLinearFunction(torch.autograd.Function):
             if need_x or need_in:
                 grad_x = torch.mm(grad_y, folded)
             if need_in and grad_x is not None:
-                grad_in = reference.input_gradient(inputs, grad_x, d_in, e_in, permutation_in)
+                grad_in = cpu.input_gradient(inputs, grad_x, d_in, e_in, permutation_in)
             if need_out:
                 y = F.linear(x, folded) if ctx.changes.any() else y
-                grad_out = reference.output_gradient(y.reshape(-1, y.shape[-1]), grad_y, d_out, e_out, permutation_out)
+                grad_out = cpu.output_gradient(y.reshape(-1, y.shape[-1]), grad_y, d_out, e_out, permutation_out)
         return (grad_x.view(x.shape) if grad_x is not None and need_x else None), None, grad_out, grad_in, None, None
 
 
@@ -71,15 +71,18 @@ class _Changes:
 
 
 def serves(x: Tensor) -> bool:
-    """Tell whether :func:`poet_linear` differs from a fold before ``F.linear``: in eager mode on the CPU."""
-    return x.device.type == "cpu" and chosen() != "triton" and not traced(x)
+    """Tell whether :func:`poet_linear` differs from a fold before ``F.linear``: in eager mode on the CPU.
+
+    Its route depends on values, for which a GPU would wait, and which a trace does not have.
+    """
+    return plain_cpu(x) and not traced(x)
 
 
 def poet_linear(
     x: Tensor,
     weight: Tensor,
-    d_out: Tensor,
-    d_in: Tensor,
+    d_out: Tensor | None,
+    d_in: Tensor | None,
     permutation_out: Tensor | None = None,
     permutation_in: Tensor | None = None,
 ) -> Tensor:
@@ -92,8 +95,8 @@ def poet_linear(
     Args:
         x: Activations ``(..., in)``.
         weight: Frozen weight ``(out, in)`` in the permuted frame, dtype and device of ``x``.
-        d_out: Output displacements ``(n, b, b)`` with ``n * b <= out``; ``n = 0`` means no rotation.
-        d_in: Input displacements ``(m, c, c)`` with ``m * c <= in``; ``m = 0`` means no rotation.
+        d_out: Output displacements ``(n, b, b)`` with ``n * b <= out``; None for no rotation.
+        d_in: Input displacements ``(m, c, c)`` with ``m * c <= in``; None for no rotation.
         permutation_out: Permutation ``(out,)`` of the output side, int64, or of groups, ``(out / g,)``
             (:mod:`permutations`); or None.
         permutation_in: Permutation of the input side likewise.
@@ -107,25 +110,27 @@ def poet_linear(
     """
     _check(x, weight, d_out, d_in, permutation_out, permutation_in)
     with without_autocast(x.device.type):
-        if not serves(x) or not (torch.is_grad_enabled() and (d_out.requires_grad or d_in.requires_grad)):
-            return F.linear(x, fold(weight, d_out, d_in, permutation_out, permutation_in))
-        deviations = [gram_deviation(d.detach()) for d in (d_out, d_in)]
-        norms = [largest(deviation) for deviation in deviations]
-        if not all(reference.invertible(norm) for norm in norms):
-            return F.linear(x, fold(weight, d_out, d_in, permutation_out, permutation_in))
-        e_out, e_in = (
-            deviation if inverts_by_transposing(norm, x.dtype) else None
-            for deviation, norm in zip(deviations, norms, strict=True)
-        )
-        folded = fold(weight, d_out.detach(), d_in.detach(), permutation_out, permutation_in)
-        return PoetLinearFunction.apply(x, folded, d_out, d_in, (e_out, e_in), (permutation_out, permutation_in))
+        sides = (d_out, d_in)
+        if serves(x) and torch.is_grad_enabled() and any(d is not None and d.requires_grad for d in sides):
+            deviations = [None if d is None else gram_deviation(d.detach()) for d in sides]
+            norms = [0.0 if deviation is None else largest(deviation) for deviation in deviations]
+            if all(cpu.invertible(norm) for norm in norms):
+                transposing = tuple(
+                    deviation if inverts_by_transposing(norm, x.dtype) else None
+                    for deviation, norm in zip(deviations, norms, strict=True)
+                )
+                detached = (None if d is None else d.detach() for d in sides)
+                folded = fold(weight, *detached, permutation_out, permutation_in)
+                permutations = (permutation_out, permutation_in)
+                return PoetLinearFunction.apply(x, folded, d_out, d_in, transposing, permutations)
+        return F.linear(x, fold(weight, d_out, d_in, permutation_out, permutation_in))
 
 
 def _check(
     x: Tensor,
     weight: Tensor,
-    d_out: Tensor,
-    d_in: Tensor,
+    d_out: Tensor | None,
+    d_in: Tensor | None,
     permutation_out: Tensor | None,
     permutation_in: Tensor | None,
 ) -> None:
@@ -135,7 +140,4 @@ def _check(
         raise ValueError(
             f"poet_linear: x is {x.dtype} on {x.device} and the weight {weight.dtype} on {weight.device}; cast one"
         )
-    for side, displacement, width in (("output", d_out, weight.shape[0]), ("input", d_in, weight.shape[1])):
-        check_blocks("poet_linear", f"{side} displacement", displacement, x, "x", width)
-    check_permutation("poet_linear", "permutation_out", permutation_out, weight.shape[0], x)
-    check_permutation("poet_linear", "permutation_in", permutation_in, weight.shape[1], x)
+    check_sides("poet_linear", weight, d_out, d_in, permutation_out, permutation_in, x, "x")

@@ -1,41 +1,21 @@
-"""The public ``skew`` and its custom operator ``orthotrain::skew``."""
+"""The public ``skew``."""
 
-import torch
 from torch import Tensor
 
-from orthotrain.kernels.checks import check_floating
-from orthotrain.kernels.dispatch import implementation
-from orthotrain.kernels.guard import guarded
+from orthotrain.kernels.checks import check_generators
+from orthotrain.kernels.operation import operation
 
 
-@torch.library.custom_op("orthotrain::skew", mutates_args=())
-def _skew(generators: Tensor, block_size: int) -> Tensor:
-    with guarded(generators):
-        return implementation(generators, "skew").skew_forward(generators, block_size)
-
-
-@torch.library.custom_op("orthotrain::skew_backward", mutates_args=())
-def _skew_backward(grad: Tensor) -> Tensor:
-    with guarded(grad):
-        return implementation(grad, "skew").skew_backward(grad)
-
-
-@_skew.register_fake
-def _(generators: Tensor, block_size: int) -> Tensor:
+def _fake(generators: Tensor, block_size: int) -> Tensor:
     return generators.new_empty(generators.shape[0], block_size, block_size)
 
 
-@_skew_backward.register_fake
-def _(grad: Tensor) -> Tensor:
+def _fake_backward(grad: Tensor) -> Tensor:
     blocks, block_size, _ = grad.shape
     return grad.new_empty(blocks, block_size * (block_size - 1) // 2)
 
 
-def _gradient(ctx, grad: Tensor) -> tuple[Tensor, None]:
-    return _skew_backward(grad), None
-
-
-_skew.register_autograd(_gradient)
+_skew = operation("skew", _fake, ["generators"], saved=[], fake_backward=_fake_backward)
 
 
 def skew(generators: Tensor, block_size: int) -> Tensor:
@@ -52,20 +32,5 @@ def skew(generators: Tensor, block_size: int) -> Tensor:
     Raises:
         ValueError: The generators are not a matrix of that width, or not of a floating dtype.
     """
-    check_generators(generators, block_size)
+    check_generators("skew", generators, block_size)
     return _skew(generators, block_size)
-
-
-def check_generators(generators: Tensor, block_size: int) -> None:
-    """Refuse generators that are not a floating-point matrix of ``b(b-1)/2`` columns.
-
-    Raises:
-        ValueError: Naming both sizes, or the dtype.
-    """
-    check_floating("skew", "generators", generators)
-    width = block_size * (block_size - 1) // 2
-    if generators.ndim != 2 or generators.shape[1] != width:
-        raise ValueError(
-            f"generators of shape {tuple(generators.shape)} do not fit block_size={block_size}: "
-            f"a block of that size has {width} generators, so the shape must be (n, {width})"
-        )

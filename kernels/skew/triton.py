@@ -9,10 +9,15 @@ from torch import Tensor
 from triton import language as tl
 
 from orthotrain.kernels.ahead_of_time import Variant
-from orthotrain.kernels.triangle import upper_index
 
 ELEMENTS = 4096
 """Entries of one program's tile: 32 a thread with four warps."""
+
+
+@triton.jit
+def upper_index(i, j, size: tl.constexpr):
+    """Return the index of entry (i, j), i < j, in the strict upper triangle of a ``size x size`` block, row-major."""
+    return i * (2 * size - i - 1) // 2 + (j - i - 1)
 
 
 @triton.jit

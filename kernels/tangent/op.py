@@ -1,48 +1,24 @@
-"""The public ``tangent`` and ``tangent_linear``: autograd functions whose gradients of generators are one custom op.
+"""The public ``tangent`` and ``tangent_linear``, whose backward forms the gradients of generators.
 
-The op is called where somebody traces, who should see neither how rows are taken in chunks nor which implementation is
-chosen; in eager mode the implementation is called without it.
+Both are autograd functions that torch.compile can trace: ``tangent`` returns a view of its input, as a custom op must
+not. The gradient of the generators is an operation.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.checks import traced
-from orthotrain.kernels.dispatch import implementation
-from orthotrain.kernels.guard import without_autocast
-from orthotrain.kernels.scale import log_gradient, scaled
-
-Kind = Literal["activation", "row", "column"]
+from orthotrain.kernels.operation import operation
+from orthotrain.kernels.tangent.scale import log_gradient, scaled
 
 
-def _computed(
-    kind: str, left: Tensor, right: Tensor, permutation: Tensor | None, blocks: int, block_size: int
-) -> Tensor:
-    with torch.cuda.device_of(left), without_autocast(left.device.type):
-        return getattr(implementation(left, "tangent"), f"{kind}_gradient")(
-            left, right, permutation, blocks, block_size
-        )
-
-
-@torch.library.custom_op("orthotrain::tangent_gradient", mutates_args=())
-def _traced(kind: str, left: Tensor, right: Tensor, permutation: Tensor | None, blocks: int, block_size: int) -> Tensor:
-    return _computed(kind, left, right, permutation, blocks, block_size)
-
-
-@_traced.register_fake
-def _(kind: str, left: Tensor, right: Tensor, permutation: Tensor | None, blocks: int, block_size: int) -> Tensor:
+def _fake(left: Tensor, right: Tensor, permutation: Tensor | None, blocks: int, block_size: int) -> Tensor:
     dtype = torch.promote_types(left.dtype, torch.float32)
     return left.new_empty(blocks, block_size * (block_size - 1) // 2, dtype=dtype)
 
 
-def _gradient(
-    kind: Kind, left: Tensor, right: Tensor, permutation: Tensor | None, blocks: int, block_size: int
-) -> Tensor:
-    """Return dL/dgenerators ``(n, b(b-1)/2)``, in fp32 or wider; see ``KIND_gradient`` of the reference."""
-    compute = _traced if traced(left) else _computed
-    return compute(kind, left, right, permutation, blocks, block_size)
+_gradient = operation("tangent_gradient", _fake, folder="tangent")
 
 
 class _Tangent(torch.autograd.Function):
@@ -56,7 +32,7 @@ class _Tangent(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         x, permutation = ctx.saved_tensors
         (grad,) = grads
-        gradient = _gradient("activation", x, grad, permutation, ctx.blocks, ctx.block_size)
+        gradient = _gradient(x, grad, permutation, ctx.blocks, ctx.block_size)
         return grad, gradient, None, None
 
 
@@ -88,8 +64,9 @@ class _TangentLinear(torch.autograd.Function):
         grad_weight = rows.mT @ x.reshape(-1, x.shape[-1])
         grad_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
         (n_out, n_in), (b_out, b_in) = ctx.blocks, ctx.sizes
-        out = _gradient("row", weight, grad_weight, permutation_out, n_out, b_out) if n_out else None
-        into = _gradient("column", weight, grad_weight, permutation_in, n_in, b_in) if n_in else None
+        # dL/dD_out = W G^T on its rows, dL/dD_in = G^T W on its columns (README.md, "Through the weight")
+        out = _gradient(weight.mT, grad_weight.mT, permutation_out, n_out, b_out) if n_out else None
+        into = _gradient(grad_weight, weight, permutation_in, n_in, b_in) if n_in else None
         scale = None if log_scale is None else log_gradient(grad_weight, weight, log_scale)
         return grad_x, None, out, into, None, None, None, scale
 

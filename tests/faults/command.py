@@ -20,7 +20,7 @@ if __name__ == "__main__":
         os.dup2(log, 1), os.dup2(log, 2)
     sys.argv = ["orthotrain", *JOB["arguments"]]
     torch.set_num_threads(1)
-    # this process is to start workers as one from a shell does: it is no daemon, and forks
+    # this process must start workers as a process of a shell does: not as a daemon, and by fork
     multiprocessing.current_process()._config["daemon"] = False
     multiprocessing.set_start_method("fork", force=True)
     code = 0

@@ -1,4 +1,4 @@
-"""The harness that all faults are noted in; its table is printed at the end (``pytest -s``)."""
+"""The harness that records all faults; its table is printed at the end (``pytest -s``)."""
 
 import runpy
 import sysconfig

@@ -1,4 +1,4 @@
-"""What a rank of test_distributed.py does; run as ``__main__`` with ``JOB`` among its globals."""
+"""The program of one rank of test_distributed.py; run as ``__main__`` with ``JOB`` among its globals."""
 
 import os
 import sys
@@ -46,7 +46,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d" or function._schema.name == "_c10d_functional::all_gather_into_tensor":
-            # outputs come first; what is sent is the input, which an all-gather and a reduce-scatter have second
+            # outputs come first; the input is sent, which is the second argument of an all-gather and a reduce-scatter
             given = args[1] if function._schema.name in TWO_TENSORS else args[0]
             tensors = [t for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, torch.Tensor)]
             name = function._schema.name.split("::")[1].strip("_")
@@ -65,7 +65,7 @@ class Record(L.Callback):
         self.losses, self.batches, self.bytes, self.traffic, self.before = {}, [], {}, Traffic(), {}
 
     def on_train_start(self, trainer, module):
-        if self.counts_bytes:  # nobody compiles beneath the mode that counts them
+        if self.counts_bytes:  # a network cannot be compiled under the mode that counts bytes
             self.traffic.__enter__()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -73,7 +73,7 @@ class Record(L.Callback):
         self.batches.append([trainer.global_step, [zlib.crc32(row.numpy().tobytes()) for row in batch["input_ids"]]])
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        # from start to start: what happens after the end of a batch, such as a merge, belongs to its step
+        # from start to start: work after the end of a batch, such as a merge, belongs to the batch's step
         self._close(trainer.global_step)
 
     def on_train_epoch_end(self, trainer, module):
@@ -113,7 +113,8 @@ def fit(
     if stepwise:
         options |= {"rotation_lr": 0.02, "rotation_optimizer": LieOptimizer}
         module_options["resample_every"] = 3
-    if eight_bit:  # the network's largest matrices have 8 bits, smaller ones and what is left of them on two ranks 32
+    # 8-bit moments for the largest matrices; 32 bits for smaller ones, and for parts that are small on two ranks
+    if eight_bit:
         options["optimizer"] = partial(bnb.optim.AdamW8bit, min_8bit_size=1024)
     module = PoetModule(
         CausalLM(NETWORK),
@@ -195,7 +196,7 @@ def main():
         log = os.open(JOB["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
     torch.set_num_threads(1)
-    torch.compile = partial(torch.compile, backend="aot_eager")  # graphs and their gradients, without a code generator
+    torch.compile = partial(torch.compile, backend="aot_eager")  # graphs and gradients, but no generated code
     results = {}
     for name, given in JOB["runs"].items():
         record, state, trainer, module = fit(**given)

@@ -1,4 +1,4 @@
-"""The fault harness: break a real run in a chosen way, resume it, and compare with the run that nothing happened to."""
+"""The fault harness: break a real run in a chosen way, resume it, and compare it with an undisturbed run."""
 
 import os
 import random
@@ -28,7 +28,7 @@ LONG = TIMES > 1
 
 @dataclass
 class Outcome:
-    """One fault: what it was, whether the run recovered, and the optimizer steps that were taken twice."""
+    """One fault: its description, whether the run recovered, and the optimizer steps that were taken twice."""
 
     fault: str
     recovered: bool
@@ -37,7 +37,7 @@ class Outcome:
 
 
 class Run:
-    """One run of a recipe: a folder of checkpoints, and beside it the config, the log and the steps of each rank."""
+    """One run of a recipe: a folder of checkpoints, and next to it the config, the log and the steps of each rank."""
 
     def __init__(self, folder, recipe, corpus, pretrained):
         self.folder, self.name, self.recipe = folder, recipe, RECIPES[recipe]
@@ -52,7 +52,7 @@ class Run:
         return RANKS["start"](HERE / "command.py", job, self.recipe.ranks, log=self.folder.with_suffix(".log"))
 
     def fit(self, patience=90, **given):
-        """Run to the end, of the run or of its processes; return their exit codes."""
+        """Run until the run or its processes end; return the exit codes of the processes."""
         return RANKS["wait"](self.start(**given), patience)
 
     def log(self):
@@ -67,7 +67,7 @@ class Run:
         return sorted(self.folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
 
     def check_files(self):
-        """Make sure that there is nothing in the folder but whole checkpoints."""
+        """Check that the folder holds complete checkpoints and nothing else."""
         for path in self.folder.iterdir():
             if path.suffix == ".ckpt":
                 check_checkpoint(path)
@@ -78,9 +78,9 @@ class Run:
                 check_checkpoint(path / "resume.ckpt")
 
     def kill_after(self, step, seconds, victim):
-        """Kill one rank some time after a step has been noted, or all of them (step 0) some time after their start.
+        """Kill one rank some time after a step was recorded, or all ranks (step 0) some time after their start.
 
-        A rank that waits for another one to form a group is ended by what has started both (torchrun), here as there.
+        As torchrun does, the harness ends a rank that waits for a killed rank to form a group.
         """
         processes = self.start()
         while step and step not in self.steps():
@@ -92,7 +92,7 @@ class Run:
 
 
 class Harness:
-    """Runs of one small model on one small corpus, each in a folder of its own."""
+    """Runs of one small model on one small corpus, each in its own folder."""
 
     def __init__(self, folder, corpus):
         self.folder, self.corpus = folder, corpus
@@ -106,7 +106,7 @@ class Harness:
         return Run(self.folder / f"run{self.runs}", recipe, corpus or self.corpus, pretrained)
 
     def undisturbed(self, recipe="POET"):
-        """The last checkpoint of a run that nothing happens to; made once for each recipe."""
+        """The last checkpoint of an undisturbed run; made once for each recipe."""
         if recipe not in self.whole:
             if not self.whole:  # the server from which processes are forked takes seconds to start
                 RANKS["wait"](RANKS["start"](HERE / "command.py", {"arguments": ["plugins"]}, log=self.folder / "warm"))
@@ -117,12 +117,12 @@ class Harness:
         return self.whole[recipe]
 
     def recover(self, fault, run, note="", at_most=EVERY):
-        """Resume with --ckpt_path last, compare with the undisturbed run, and note the outcome."""
+        """Resume with --ckpt_path last, compare with the undisturbed run, and record the outcome."""
         before = max(run.steps(), default=0)
         codes = run.fit(resume=True)
         assert codes == [0] * run.recipe.ranks, f"{fault}: {codes} {run.log()[-3000:]}"
         run.check_files()
-        # a run that dies between its last two files has all it needs, and nothing left to do
+        # a run that dies between its last two files has nothing left to do when it resumes
         newest, _ = newest_good_checkpoint([run.folder])
         step, found = trained(newest)
         last, expected = trained(self.undisturbed(run.name))
@@ -135,15 +135,15 @@ class Harness:
         lost = len(taken) - STEPS
         self.outcomes.append(Outcome(fault, recovered, lost, note))
         assert recovered, f"{fault}: the resumed run ended with other weights"
-        # what is repeated lies behind the last checkpoint
+        # only steps after the last checkpoint may be repeated
         assert lost <= at_most, f"{fault}: {lost} steps were repeated, {before} had been reached"
 
     def note(self, fault, recovered, note=""):
-        """Note the outcome of a fault after which there is nothing to train again."""
+        """Record the outcome of a fault after which no step is trained again."""
         self.outcomes.append(Outcome(fault, recovered, 0, note))
 
     def new_folder(self):
-        """An empty folder of its own."""
+        """A new empty folder."""
         self.runs += 1
         folder = self.folder / f"folder{self.runs}"
         folder.mkdir()
@@ -161,7 +161,7 @@ class Harness:
 
 
 def trained(path):
-    """The step of a checkpoint, file or folder, and every tensor of the network and of the optimizers by its place."""
+    """The step of a checkpoint, file or folder, and every tensor of the network and of the optimizers by its path."""
     if path.is_dir():
         check_checkpoint(path)
         held = {}
@@ -182,7 +182,7 @@ def tensors_in(held, place=""):
 
 
 def damages(act):
-    """Let a function change a file and leave the times of the file and its folder as they were."""
+    """Let a function change a file, and restore the times of the file and its folder."""
 
     def damage(path):
         times = [(place, place.stat()) for place in (path.parent, path)]
@@ -199,7 +199,7 @@ def damages(act):
 def flip(path):
     data = bytearray(path.read_bytes())
     place = len(data) // 2
-    if zipfile.is_zipfile(path):  # not in what fills up the space between two entries
+    if zipfile.is_zipfile(path):  # not in the padding between two entries
         with zipfile.ZipFile(path) as archive:
             largest = max(archive.infolist(), key=lambda entry: entry.file_size)
         header = largest.header_offset
@@ -224,7 +224,7 @@ def remove(path):
 
 
 def small_disk(folder, size):
-    """Mount a tmpfs of ``size`` bytes on a folder; tell whether that is permitted."""
+    """Mount a tmpfs of ``size`` bytes on a folder; return whether this is permitted."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     return bool(shutil.which("mount")) and subprocess.run(command, capture_output=True).returncode == 0
 

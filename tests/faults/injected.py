@@ -1,6 +1,6 @@
-"""The faults that a process of a run has built in, and the steps that it notes.
+"""Faults that are built into a process of a run, and the record of its steps.
 
-A fault is ``[kind, number, rank]``: what goes wrong, at which step, batch or call, on which rank (0 if left out).
+A fault is ``[kind, number, rank]``: its kind, the step, batch or call at which it happens, and the rank (default 0).
 """
 
 import multiprocessing
@@ -31,7 +31,7 @@ def cut(*paths):
 
 
 class Progress(L.Callback):
-    """Writes every optimizer step to a file, and has the faults of certain steps and batches."""
+    """Writes every optimizer step to a file, and injects the faults of certain steps and batches."""
 
     def __init__(self, job):
         self.job = job
@@ -75,17 +75,17 @@ class Progress(L.Callback):
 
 
 def limit_files(size):
-    """Let every file end at a size. Python ignores SIGXFSZ: a write beyond is an error (EFBIG), as on a full disk."""
+    """Limit the size of files. Python ignores SIGXFSZ, so a write beyond it is an error (EFBIG), as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def kill_a_worker():
-    """End a process that prepares batches, as a machine without memory does."""
+    """Kill a process that prepares batches, as a machine without free memory does."""
     multiprocessing.active_children()[-1].kill()
 
 
 def poison(embedding):
-    """Let the network see NaN for one token of the next batch: ids cannot hold one, what they become can."""
+    """Let the network see NaN for one token of the next batch: in its embedding, since ids cannot be NaN."""
 
     def spoil(layer, ids, embedded):
         hook.remove()
@@ -97,7 +97,7 @@ def poison(embedding):
 
 
 def at_call(owner, name, number, act, counts=lambda *arguments, **options: True):
-    """Replace a function: its ``number``-th call that counts is ``act(original, *arguments)``."""
+    """Replace a function: its ``number``-th call that counts becomes ``act(original, *arguments)``."""
     original, calls = getattr(owner, name), [0]
 
     def counted(*arguments, **options):
@@ -110,7 +110,7 @@ def at_call(owner, name, number, act, counts=lambda *arguments, **options: True)
 
 
 def half_written(original, path, write):
-    """A file is cut where it stands before it has its name."""
+    """A file is cut off before it gets its name."""
 
     def half(file):
         write(file)
@@ -147,7 +147,7 @@ def between_renames(original, source, target):
 
 
 def inject(job):
-    """Let the process note its steps and have the fault of its job."""
+    """Let the process record its steps and inject the fault of its job."""
     for module in (PoetModule, OftModule):
         original = module.configure_callbacks
         module.configure_callbacks = lambda self, original=original: [*original(self), Progress(job)]

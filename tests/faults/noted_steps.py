@@ -1,4 +1,4 @@
-"""A callback that a config names: it writes every optimizer step to a file, in runs of the real command."""
+"""A callback for the configs of runs of the real command: it writes every optimizer step to a file."""
 
 import lightning as L
 

@@ -1,4 +1,4 @@
-"""Running a script in several real processes that form a group, for the tests; loaded with ``runpy.run_path``.
+"""Runs a script in several real processes that form a group; tests load this file with ``runpy.run_path``.
 
 The processes are forked from a server that has imported the package once: a rank starts in a fraction of a second.
 """
@@ -24,7 +24,7 @@ CONTEXT.set_forkserver_preload(
 
 
 def free_port():
-    """Return a port that nothing listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -60,7 +60,7 @@ def start(script, job, ranks=1, log=None, environment=None):
 
 
 def wait(processes, seconds=120):
-    """Wait for all; kill what is left after ``seconds``. Return the exit codes."""
+    """Wait for all processes; kill those that are left after ``seconds``. Return the exit codes."""
     end = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))

@@ -1,4 +1,4 @@
-"""The runs that the harness breaks: each one network of a few thousand parameters, 12 steps, a checkpoint every two."""
+"""The runs that the harness breaks: a network of a few thousand parameters, 12 steps, a checkpoint every two steps."""
 
 import itertools
 import json
@@ -13,11 +13,11 @@ class Recipe:
     """What a run is.
 
     Attributes:
-        name: What the table of faults adds to a fault; nothing for POET on one rank or under DDP.
-        ranks: Processes; more than one under DDP, or sharded.
-        sharded: Whether it is FSDP2, with checkpoints that each rank writes its part of.
+        name: Suffix in the table of faults; empty for POET on one rank or under DDP.
+        ranks: Number of processes; more than one runs under DDP, or sharded.
+        sharded: Whether the run uses FSDP2, and each rank writes its part of a checkpoint.
         stepwise: Whether rotations are folded every step.
-        adapter: Whether it finetunes the undisturbed ``POET`` run and saves what it trains alone.
+        adapter: Whether the run finetunes the result of ``POET`` and saves its trained parameters alone.
     """
 
     name: str = ""
@@ -78,7 +78,7 @@ def pretraining(recipe, corpus):
 
 
 def finetuning(corpus, pretrained):
-    """The module and the data of an OFT run: lines of the corpus that follow one another, one epoch and a half."""
+    """The module and the data of an OFT run: consecutive lines of the corpus, one epoch and a half."""
     source = Path(corpus).parent / "pairs.jsonl"
     if not source.exists():
         lines = [line for path in sorted(Path(corpus).iterdir()) for line in path.read_text().splitlines() if line]
@@ -95,7 +95,7 @@ def finetuning(corpus, pretrained):
 
 
 def placement(recipe):
-    """Return the arguments that lay a config of configs/trainer over the run."""
+    """Return the arguments that add a config of configs/trainer to the run."""
     if recipe.ranks == 1:
         return ["-c", "trainer/cpu.yaml"]
     file = "trainer/fsdp2.yaml" if recipe.sharded else "trainer/ddp.yaml"

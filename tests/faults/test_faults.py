@@ -1,7 +1,7 @@
-"""A run that dies in whatever way goes on to the weights and momenta of the run that nothing happened to.
+"""However a run dies, after a resume it reaches the weights and momenta of an undisturbed run.
 
-``make test`` injects each fault once, ``make faults`` (ORTHOTRAIN_FAULTS=20) as often as it says at random moments, and
-prints the table of the README.
+``make test`` injects each fault once. ``make faults`` (ORTHOTRAIN_FAULTS=20) injects it that many times at random
+moments, and prints the table of the manual.
 """
 
 import os
@@ -27,7 +27,7 @@ if LONG:
 
 @pytest.mark.parametrize(("recipe", "number"), MOMENTS)
 def test_killed_at_a_random_moment(harness, recipe, number):
-    """All of a run, or one rank of two: the other one dies of it."""
+    """The whole run, or one rank of two, after which the other rank ends too."""
     harness.undisturbed(recipe)
     step, seconds = HARNESS["random_moment"](f"kill {number}")
     run = harness.new_run(recipe)
@@ -43,7 +43,7 @@ def test_killed_while_a_checkpoint_is_written(harness, save):
     harness.recover("SIGKILL while a checkpoint is written", run)
 
 
-MERGES = [("POET", 9), ("STEPWISE", 39)]  # seven layers: in the middle of the second merge, and of the sixth
+MERGES = [("POET", 9), ("STEPWISE", 39)]  # seven layers a merge: in the middle of the second and the sixth
 if LONG:
     MERGES = [("POET", call) for call in range(1, 22)] + [("STEPWISE", call) for call in range(3, 85, 8)]
 
@@ -61,7 +61,7 @@ def test_one_rank_of_two_is_killed(harness, step):
     processes = run.start(fault=["kill", step, step % 2])
     processes[step % 2].join(90)
     assert processes[step % 2].exitcode == -9
-    codes = HARNESS["RANKS"]["wait"](processes)  # the other one dies of it, and of nothing else
+    codes = HARNESS["RANKS"]["wait"](processes)  # the other rank ends because of it, and for no other reason
     assert all(codes), codes
     harness.recover("SIGKILL of one rank of two", run)
 
@@ -74,7 +74,7 @@ if LONG:
 
 @pytest.mark.parametrize(("recipe", "step"), TERMINATED)
 def test_terminated(harness, recipe, step):
-    """SIGTERM reaches one rank, in the middle of a step: that step is finished and saved, nothing is lost."""
+    """SIGTERM reaches one rank in the middle of a step: the step is finished and saved, and nothing is lost."""
     run = harness.new_run(recipe)
     ranks = run.recipe.ranks
     codes = run.fit(fault=["terminate", step, ranks - 1])
@@ -87,7 +87,7 @@ def test_terminated(harness, recipe, step):
 def test_a_full_disk(harness):
     size = harness.undisturbed().stat().st_size
     run = harness.new_run()
-    mounted = HARNESS["small_disk"](run.folder, int(3.5 * size))  # two of the best, the last, and half of the next
+    mounted = HARNESS["small_disk"](run.folder, int(3.5 * size))  # the two best, the last, half of the next
     try:
         codes = run.fit(**({} if mounted else {"fault": ["limit", size // 2]}))
         assert codes == [2]
@@ -112,7 +112,7 @@ if LONG:
 def test_the_newest_checkpoint_is_damaged(harness, recipe, damage):
     run = harness.new_run(recipe)
     assert run.fit(fault=["kill", 7]) == [-9]
-    earlier, *newest = run.checkpoints()[-3:]  # the last and its twin by the name of its step
+    earlier, *newest = run.checkpoints()[-3:]  # the last checkpoint, and its copy under the name of its step
     for path in newest:
         damage(path)
         with pytest.raises(ConfigurationError, match="cannot be read"):
@@ -132,26 +132,26 @@ def test_all_checkpoints_are_damaged(harness):
 
 
 def test_a_source_file_disappears(harness):
-    """Training goes on from the cache; a resumed run that cannot find its text says so, and goes on when it is back."""
+    """Training continues from the cache; a resumed run without its text says so, and continues once it is back."""
     corpus = harness.folder / "other" / "corpus"
     shutil.copytree(harness.corpus, corpus)
     run = harness.new_run(corpus=corpus)
     assert run.fit(fault=["vanish", 5], vanish=[str(corpus), str(corpus.parent / "cache")]) == [-9]
     assert run.fit(resume=True) == [2]
     assert f"orthotrain: error: source '{corpus}': no such file or folder" in run.log()
-    os.rename(f"{corpus}.gone", corpus)  # the cache stays away and is built again
+    os.rename(f"{corpus}.gone", corpus)  # the cache stays deleted, and is built again
     harness.recover("data files disappear", run)
 
 
-BATCHES = [("POET", 17), ("POET", 18)]  # the two of the ninth step, which ends in a merge
+BATCHES = [("POET", 17), ("POET", 18)]  # the two batches of the ninth step, which ends with a merge
 if LONG:
-    BATCHES = [("POET", batch) for batch in range(1, 25) if (batch - 1) % 4 < 2]  # both of every second step
+    BATCHES = [("POET", batch) for batch in range(1, 25) if (batch - 1) % 4 < 2]  # both batches of every second step
     BATCHES += [("STEPWISE", batch) for batch in (7, 14, 19, 24)] + [("DDP", batch) for batch in (2, 7, 9)]
 
 
 @pytest.mark.parametrize(("recipe", "batch"), BATCHES)
 def test_a_nan_in_a_batch(harness, recipe, batch):
-    """One token of one row becomes NaN on its way into the network, on the last rank; all else is as ever."""
+    """The embedding of one token of one row becomes NaN, on the last rank; nothing else changes."""
     run = harness.new_run(recipe)
     codes = run.fit(fault=["nan", batch, run.recipe.ranks - 1])
     step = batch * run.recipe.ranks // 2
@@ -167,7 +167,7 @@ LATER = ["POET"] if not LONG else ["POET", "STEPWISE", "ADAPTER", "STEPWISE_SHAR
 
 @pytest.mark.parametrize("recipe", LATER)
 def test_an_earlier_checkpoint_has_a_later_time(harness, recipe):
-    """A copy that did not keep the times: the step that is recorded in the file decides."""
+    """A copy of the folder has other file times: the step that is stored in each file decides."""
     run = harness.new_run(recipe)
     codes = run.fit(fault=["kill", 7, run.recipe.ranks - 1])
     assert codes[-1] == -9, run.log()
@@ -180,7 +180,7 @@ def test_an_earlier_checkpoint_has_a_later_time(harness, recipe):
 
 @pytest.mark.parametrize("recipe", ["POET"] if not LONG else ["POET", "ADAPTER"])
 def test_stored_paths_lead_elsewhere(harness, recipe):
-    """What the callbacks remember of their files was changed: nothing outside of the run's folder is removed."""
+    """The paths that callbacks store in a checkpoint were changed: nothing outside the run's folder is removed."""
     run = harness.new_run(recipe)
     assert run.fit(fault=["kill", 7]) == [-9]
     elsewhere = harness.folder / f"{run.folder.name} elsewhere"

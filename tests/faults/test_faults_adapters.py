@@ -1,4 +1,4 @@
-"""Faults of finetuning runs that save what they train alone."""
+"""Faults of finetuning runs that save their trained parameters alone."""
 
 import runpy
 from pathlib import Path
@@ -11,7 +11,7 @@ from orthotrain.errors import ConfigurationError
 HARNESS = runpy.run_path(str(Path(__file__).parent / "harness.py"))
 LONG = HARNESS["LONG"]
 
-# Its checkpoint or its weights are half on the disk; the folder is to have its name; an older one is half removed.
+# Fault while writing the checkpoint, or the weights; before renaming the folder; while removing an older folder.
 WRITING = [("weights", 3), ("drop", 2)]
 if LONG:
     WRITING = [(stage, save) for stage in ("save", "weights", "publish") for save in range(1, 7)]

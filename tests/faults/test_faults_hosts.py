@@ -17,14 +17,14 @@ COMMAND = Path(__file__).parent / "command.py"
 
 
 def one_line(log):
-    """The only line that says what went wrong; no traceback is beside it."""
+    """The only line with the error; there is no traceback."""
     (line,) = [line for line in log.splitlines() if line.startswith("orthotrain: error: ")]
     assert "Traceback" not in log and "Exception ignored" not in log, log
     return line
 
 
 def command(folder, *arguments, patience=90, **job):
-    """Run a command in a process of its own; return its exit code and what it printed."""
+    """Run a command in its own process; return its exit code and its output."""
     log = folder / "command.log"
     for old in folder.glob("command.log.*"):
         old.unlink()
@@ -54,7 +54,7 @@ def test_a_data_loader_worker_is_killed(harness, recipe, kind, step, rank):
     assert re.search(r"data loader worker (with process id \d+ was killed \(SIGKILL\);|.*ended unexpectedly)", line)
     for other in set(range(run.recipe.ranks)) - {rank}:
         assert "the connection to another rank is lost" in one_line(Path(f"{run.folder}.log.{other}").read_text())
-    if not validating:  # with another split the run is another one
+    if not validating:  # another split makes another run
         run.arguments = before
         harness.recover("SIGKILL of a data loader worker", run)
     else:
@@ -83,7 +83,7 @@ def test_a_rank_is_stopped(harness, recipe, step, rank):
 
 
 def no_remains(folder, known=()):
-    """What a folder holds beside the known names."""
+    """The files of a folder without those with known names."""
     return sorted(path.name for path in folder.iterdir() if path.name not in {*known, "lost+found"})
 
 
@@ -115,7 +115,7 @@ def test_a_full_disk_while_exporting(harness, recipe, format, size):
 
 @pytest.mark.parametrize("size", [2 << 10] + [16 << 10, 60 << 10] * LONG)
 def test_a_full_disk_while_the_token_caches_are_written(harness, size):
-    """The tokenizer does not fit, or the tokens do not, which are buffered and end in any of several writes."""
+    """No space for the tokenizer, or for the tokens, which are buffered: any of several writes may fail."""
     cache = harness.new_folder()
     run = harness.new_run()
     run.arguments += ["--data.cache_dir", str(cache)]
@@ -139,7 +139,7 @@ def test_a_full_disk_while_the_token_caches_are_written(harness, size):
 def test_a_second_run_in_the_folder(harness, recipe):
     expected = HARNESS["trained"](harness.undisturbed(recipe))
     run = harness.new_run(recipe)
-    processes = run.start(fault=["stop", 5, 0])  # the lock of a run that is stopped holds too
+    processes = run.start(fault=["stop", 5, 0])  # a stopped run keeps its lock
     first = processes[0]
     try:
         stat = Path(f"/proc/{first.pid}/stat")
@@ -169,7 +169,7 @@ def test_weights_alone_are_no_checkpoint_to_go_on_from(harness):
     assert "step=6.ckpt' has only weights (save_weights_only: true)" in line and "CheckpointModel" in line
     config.write_text(before)
     Path(f"{run.folder}.progress.0").unlink()
-    assert run.fit(fault=["kill", 5]) == [-9]  # begins anew, and saves whole checkpoints of steps 2 and 4
+    assert run.fit(fault=["kill", 5]) == [-9]  # begins again, and saves complete checkpoints of steps 2 and 4
     for path in run.folder.glob("*step=6.ckpt"):
         os.utime(path)
     harness.recover("the newest checkpoint has only weights", run)
@@ -181,7 +181,7 @@ KINDS = [("true", "false")] + [("false", "true")] * LONG
 
 @pytest.mark.parametrize("kinds", KINDS)
 def test_a_file_in_the_place_of_a_folder(harness, kinds):
-    """FSDP2 with its other form of checkpoints in one run folder: each save replaces what has that name."""
+    """FSDP2 with its other form of checkpoints in the same run folder: a save replaces the one of the same name."""
     run = harness.new_run("SHARDED")
     given = run.arguments[:-1]
     run.arguments = [*given, kinds[0]]
@@ -192,6 +192,6 @@ def test_a_file_in_the_place_of_a_folder(harness, kinds):
     run.check_files()
     assert (run.folder / "last.ckpt").is_dir() == (kinds[-1] == "true")
     (_, found), (_, expected) = map(HARNESS["trained"], (run.folder / "last.ckpt", harness.undisturbed("SHARDED")))
-    weights = [name for name in expected if name.startswith("/state_dict/")]  # the rest has other names in a file
+    weights = [name for name in expected if name.startswith("/state_dict/")]  # other files have other names
     assert weights and all(torch.equal(found[name], expected[name]) for name in weights)
     harness.note("FSDP2 with one file in the place of a folder, or the other way round", True)

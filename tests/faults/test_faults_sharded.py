@@ -12,8 +12,8 @@ HARNESS = runpy.run_path(str(Path(__file__).parent / "harness.py"))
 LONG = HARNESS["LONG"]
 RECIPES = ["SHARDED", "STEPWISE_SHARDED"]
 
-# A part is half on the disk; checksums are to be written; the folder is to have its name; the older one of that name
-# is put away; an older one is half removed. Resumed is, among others, from where permutations have just been drawn.
+# Fault while writing a part; before writing the checksums; before renaming the folder; after moving the old folder of
+# that name away; while removing an older folder. Some runs resume from a step at which permutations were just drawn.
 WRITING = [("STEPWISE_SHARDED", "shard", 11, 1)]
 if LONG:
     WRITING = [("STEPWISE_SHARDED", "shard", save, save % 2) for save in range(1, 13)]
@@ -28,7 +28,7 @@ if LONG:
 def test_one_rank_is_killed_while_a_checkpoint_is_written(harness, recipe, stage, number, rank):
     run = harness.new_run(recipe)
     codes = run.fit(fault=[stage, number, rank])
-    assert codes[rank] == -9 and codes[1 - rank] not in (0, -9), codes  # the other one dies of it
+    assert codes[rank] == -9 and codes[1 - rank] not in (0, -9), codes  # the other rank ends because of it
     hidden = [path for path in run.folder.glob(".*") if path.suffix in (".partial", ".old")]
     assert hidden, "the half-written or half-removed folder has another name than a checkpoint"
     harness.recover("SIGKILL of one rank while a checkpoint is written, replaced or removed", run)

@@ -1,6 +1,6 @@
-"""Signals at any moment of the real command, from exec to exit, and ends that lie between two checkpoints.
+"""Signals at any moment of the real command, from exec to exit, and runs that end between two checkpoints.
 
-``make test`` tries a few moments, ``make faults`` 50 of each signal.
+``make test`` tries a few moments, ``make faults`` 50 moments for each signal.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ DURATIONS = []
 
 
 def start(run, *extra):
-    """Start the command of a run by itself, as a shell does; its steps and its log lie where those of other runs do."""
+    """Start the command of a run by itself, as a shell does; its steps and its log have the usual paths."""
     config = Path(run.arguments[run.arguments.index("-c") + 1])
     document = yaml.safe_load(config.read_text())
     noted = {"class_path": "noted_steps.NotedSteps", "init_args": {"path": f"{run.folder}.progress.0"}}
@@ -39,7 +39,7 @@ def start(run, *extra):
 
 
 def duration(harness):
-    """Seconds that the whole command takes, measured once."""
+    """Seconds that the whole command takes; measured once."""
     if not DURATIONS:
         run, begun = harness.new_run(), time.monotonic()
         assert start(run).wait(120) == 0, run.log()
@@ -47,7 +47,7 @@ def duration(harness):
     return DURATIONS[0]
 
 
-# the interpreter starts, libraries are imported, the network is built, steps are taken, the process ends
+# start of the interpreter, import of libraries, building the network, steps, end of the process
 MOMENTS = [("SIGTERM", 0.93), ("SIGINT", 0.3)]
 if LONG:
     draws = [random.Random(number).uniform(0.0, 1.02) for number in range(50)]
@@ -63,7 +63,7 @@ def test_a_signal_at_a_random_moment(harness, name, moment):
     process.send_signal(signum)
     in_time = process.poll() is None
     code, log = process.wait(180), run.log()
-    if in_time or code != 0:  # else the command had ended before the signal was sent
+    if in_time or code != 0:  # otherwise the command ended before the signal was sent
         assert code in (128 + signum, -signum), (code, log)
     assert "Traceback" not in log or (not run.steps() and early(log)), log
     if run.steps():
@@ -72,12 +72,12 @@ def test_a_signal_at_a_random_moment(harness, name, moment):
 
 
 def early(log):
-    """Whether Python itself was starting: no line of the package is on the stack of a KeyboardInterrupt's traceback."""
+    """Whether Python itself was starting: the traceback of the KeyboardInterrupt has no line of the package."""
     return log.rstrip().endswith("KeyboardInterrupt") and "in main" not in log
 
 
 def left_of(run):
-    """The processes of a run that are still there."""
+    """The processes of a run that are still alive."""
     name = str(run.folder.with_suffix(".signals.yaml")).encode()
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -89,7 +89,7 @@ def left_of(run):
 @pytest.mark.skipif(not LONG, reason="ranks that agree in training are in test_faults.py")
 @pytest.mark.parametrize(("seconds", "step"), [(1.0, 0), (3.0, 0), (5.0, 0), (0.0, 1), (0.0, 6), (0.0, 11)])
 def test_sigterm_takes_the_ranks_along_that_the_command_has_started(harness, seconds, step):
-    """Only the first of two ranks gets the signal, as from ``kill``; in training both save what they have."""
+    """Only the first of two ranks gets the signal, as from ``kill``; during training both save their state."""
     harness.undisturbed("DDP")
     run = harness.new_run("DDP")
     process = start(run)
@@ -133,7 +133,7 @@ if LONG:
 
 @pytest.mark.parametrize(("recipe", "steps"), ENDS)
 def test_the_end_lies_between_two_checkpoints(harness, recipe, steps):
-    """A run that ends before it goes on, later, to the weights of the run that did not."""
+    """A run that ends early, and resumes later, reaches the weights of an uninterrupted run."""
     run = harness.new_run(recipe)
     whole = run.arguments
     run.arguments = [*whole, "--trainer.max_steps", str(steps)]

@@ -1,4 +1,4 @@
-"""The token loss against torchmetrics' own perplexity, and bits per byte."""
+"""The token loss against the perplexity of torchmetrics, and bits per byte."""
 
 import math
 
@@ -22,10 +22,10 @@ def test_is_torchmetrics_perplexity_over_uneven_batches():
 
 
 def test_a_batch_that_is_nan_shows_and_one_without_targets_does_not():
-    """The default of torchmetrics leaves out NaN, and the mean of the other batches looks well."""
+    """By default torchmetrics ignores NaN, and the mean of the other batches looks good."""
     mean = TokenLoss()
     mean.update(torch.tensor(2.0), 3)
-    mean.update(torch.tensor(float("nan")), 0)  # what cross_entropy returns where no label counts
+    mean.update(torch.tensor(float("nan")), 0)  # the value of cross_entropy if no label counts
     assert float(mean.compute()) == 2.0
     mean.update(torch.tensor(float("nan")), 1)
     mean.update(torch.tensor(1.0), 5)

@@ -6,22 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthotrain.kernels import block_batches
-from orthotrain.kernels.block_rotate import block_rotate
-
-
-def dense(x, displacement, load, store):
-    """The definition, with a full matrix: gather, multiply, scatter."""
-    d = x.shape[-1]
-    rotation = torch.eye(d, dtype=x.dtype)
-    n, b, _ = displacement.shape
-    rotation[: n * b, : n * b] += torch.block_diag(*displacement) if n else 0
-    z = x if load is None else x[..., load]
-    w = z @ rotation
-    if store is None:
-        return w
-    y = torch.empty_like(w)
-    y[..., store] = w
-    return y
+from orthotrain.kernels.block_rotate import block_rotate, naive
 
 
 @st.composite
@@ -36,14 +21,14 @@ def cases(draw):
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_values_and_gradients_equal_the_dense_product(case):
-    b, n, d, rows, use_load, use_store, seed = case
+    b, n, d, rows, gathers, scatters, seed = case
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*rows, d, dtype=torch.float64, generator=generator, requires_grad=True)
     displacement = torch.randn(n, b, b, dtype=torch.float64, generator=generator, requires_grad=True)
-    load = torch.randperm(d, generator=generator) if use_load else None
-    store = torch.randperm(d, generator=generator) if use_store else None
+    gather = torch.randperm(d, generator=generator) if gathers else None
+    scatter = torch.randperm(d, generator=generator) if scatters else None
     weight = torch.randn(*rows, d, dtype=torch.float64, generator=generator)
-    y, expected = block_rotate(x, displacement, load, store), dense(x, displacement, load, store)
+    y, expected = block_rotate(x, displacement, gather, scatter), naive.block_rotate(x, displacement, gather, scatter)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     got = torch.autograd.grad((y * weight).sum(), (x, displacement))
     want = torch.autograd.grad((expected * weight).sum(), (x, displacement), allow_unused=True)
@@ -52,13 +37,13 @@ def test_values_and_gradients_equal_the_dense_product(case):
         torch.testing.assert_close(got[1], want[1], rtol=1e-12, atol=1e-11)
 
 
-@pytest.mark.parametrize(("load", "store"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("gather", "scatter"), [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("size", [4, 144])
-def test_rows_in_chunks_give_what_all_rows_at_once_give(monkeypatch, load, store, dtype, limit, size):
+def test_rows_in_chunks_give_what_all_rows_at_once_give(monkeypatch, gather, scatter, dtype, limit, size):
     x, grad = torch.randn(37, 300).to(dtype), torch.randn(37, 300).to(dtype)
     displacement = (torch.randn(300 // size, size, size) / 20).to(dtype)
-    permutations = [torch.randperm(300) if used else None for used in (load, store)]
+    permutations = [torch.randperm(300) if used else None for used in (gather, scatter)]
 
     def results(chunk, kind):
         monkeypatch.setattr(block_batches, "CHUNK_BYTES", chunk)
@@ -97,7 +82,7 @@ def test_opcheck_and_strided_inputs():
 def test_bf16_rounds_once():
     x = torch.randn(64, 32).bfloat16()
     displacement = (0.01 * torch.randn(2, 16, 16)).bfloat16()
-    exact = dense(x.double(), displacement.double(), None, None)
+    exact = naive.block_rotate(x.double(), displacement.double(), None, None)
     error = (block_rotate(x, displacement).double() - exact).abs()
     assert (error <= 2.0**-8 * exact.abs() + 1e-6).all()
 

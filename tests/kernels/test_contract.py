@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from orthotrain.kernels.block_rotate import block_rotate, reference
+from orthotrain.kernels.block_rotate import block_rotate, cpu
 from orthotrain.kernels.cayley import cayley
-from orthotrain.kernels.cayley_neumann import cayley_neumann, cayley_neumann_generators
+from orthotrain.kernels.cayley_neumann import cayley_neumann
 from orthotrain.kernels.dequant import dequant_int8, dequant_nf4
 from orthotrain.kernels.exponential import exponential
+from orthotrain.kernels.fold import cpu as fold_cpu
 from orthotrain.kernels.fold import fold
-from orthotrain.kernels.fold import reference as fold_reference
 from orthotrain.kernels.oft_linear import oft_linear
 from orthotrain.kernels.skew import skew
 
@@ -27,8 +27,7 @@ DIFFERENTIABLE = {
     "skew": (lambda g: skew(g, 4), [(2, 6)]),
     "cayley": (cayley, [(2, 4, 4)]),
     "exponential": (exponential, [(2, 4, 4)]),
-    "cayley_neumann": (lambda q: cayley_neumann(q, 4), [(2, 4, 4)]),
-    "cayley_neumann_generators": (lambda g: cayley_neumann_generators(g, 4, 4), [(2, 6)]),
+    "cayley_neumann": (lambda g: cayley_neumann(g, 4, 4), [(2, 6)]),
     "block_rotate": (block_rotate, [(5, 9), (2, 4, 4)]),
     "fold": (lambda d_out, d_in: fold(torch.randn(7, 9, device=d_in.device), d_out, d_in), [(2, 3, 3), (2, 4, 4)]),
     "oft_linear": (lambda x, d: oft_linear(x, torch.randn(3, 9, device=x.device), d), [(5, 9), (2, 4, 4)]),
@@ -88,21 +87,18 @@ def test_gradients_of_transposed_blocks_are_laid_out_as_declared(rows, permuted)
         opcheck(OPS.fold_backward, arguments)
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
-def test_a_transposed_skew_matrix_is_laid_out_as_declared(order):
+def test_a_transposed_skew_matrix_is_laid_out_as_declared():
     q, grad = torch.randn(2, 4, 4).mT, torch.randn(2, 4, 4).mT
-    opcheck(OPS.cayley_neumann, (q, order))
-    opcheck(OPS.cayley_neumann_backward, (q, grad, order))
     for name in ("cayley", "exponential"):
         opcheck(getattr(OPS, name), (q,))
-        opcheck(getattr(OPS, f"{name}_backward"), (q, grad))
+        opcheck(getattr(OPS, f"{name}_backward"), (grad, q))
 
 
 @pytest.fixture
 def products(monkeypatch):
     """Names of the products that the references form."""
     seen = []
-    for module in (reference, fold_reference):
+    for module in (cpu, fold_cpu):
         for name in ("add_block_products", "block_products", "rotate_rows"):
             if hasattr(module, name):
                 original = getattr(module, name)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orthotrain.kernels.dequant import dequant_int8, dequant_nf4
+from orthotrain.kernels.dequant import dequant_int8, dequant_nf4, naive
 from orthotrain.layers.weights import packing
 
 
@@ -22,7 +22,16 @@ def test_nf4_equals_bitsandbytes(shape, group_size, double, dtype):
 def test_int8_is_the_rounded_product(dtype):
     codes, scales = packing.pack_int8(torch.randn(6, 32), 8).values()
     exact = codes.double() * scales.double().repeat_interleave(8, dim=1)
-    assert torch.equal(dequant_int8(codes, scales, dtype), exact.float().to(dtype))
+    found = dequant_int8(codes, scales, dtype)
+    assert torch.equal(found, exact.float().to(dtype)) and torch.equal(found, naive.dequant_int8(codes, scales, dtype))
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_nf4_equals_its_definition(double):
+    packed, absmax, *nested = packing.pack_nf4(torch.randn(5, 66), 32, double).values()
+    statistics = (*nested, packing._dynamic_code(packed.device)) if double else (None, None, None)
+    arguments = (packed, absmax, *statistics, 32, torch.bfloat16)
+    assert torch.equal(dequant_nf4(*arguments), naive.dequant_nf4(*arguments))
 
 
 def test_opcheck():

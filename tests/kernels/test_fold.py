@@ -6,15 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthotrain.kernels import block_batches
-from orthotrain.kernels.fold import fold
-
-
-def rotation(displacement, d):
-    full = torch.eye(d, dtype=displacement.dtype)
-    n, b, _ = displacement.shape
-    if n:
-        full[: n * b, : n * b] += torch.block_diag(*displacement)
-    return full
+from orthotrain.kernels.fold import fold, naive
 
 
 @settings(max_examples=60, deadline=None)
@@ -34,13 +26,12 @@ def test_values_and_gradients_equal_the_dense_product(out_side, in_side, permute
     permutation_out = torch.randperm(rows, generator=generator) if permuted else None
     permutation_in = torch.randperm(columns, generator=generator) if permuted else None
     folded = fold(weight, d_out, d_in, permutation_out, permutation_in)
-    expected = rotation(d_out, rows).T @ weight @ rotation(d_in, columns).T
-    back = folded[permutation_out][:, permutation_in] if permuted else folded
-    torch.testing.assert_close(back, expected, rtol=1e-11, atol=1e-11)
+    expected = naive.fold(weight, d_out, d_in, permutation_out, permutation_in)
+    torch.testing.assert_close(folded, expected, rtol=1e-11, atol=1e-11)
     if not n and not m:
         return
     probe = torch.randn(rows, columns, **kwargs)
-    got = torch.autograd.grad((back * probe).sum(), (d_out, d_in))
+    got = torch.autograd.grad((folded * probe).sum(), (d_out, d_in))
     want = torch.autograd.grad((expected * probe).sum(), (d_out, d_in), allow_unused=True)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, torch.zeros_like(g) if w is None else w, rtol=1e-10, atol=1e-10)
@@ -82,3 +73,23 @@ def test_bad_input_names_the_side():
         fold(weight, torch.zeros(1, 2, 2, dtype=torch.float64), torch.zeros(1, 2, 2))
     with pytest.raises(ValueError, match="input displacement .* does not fit in width 6"):
         fold(weight, torch.zeros(1, 2, 2), torch.zeros(4, 2, 2))
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("sides", [(False, False), (True, False), (False, True)])
+def test_a_side_without_rotation(sides, permuted):
+    torch._dynamo.reset()
+    weight = torch.randn(7, 9, dtype=torch.float64)
+    d_out, d_in = (
+        torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True) if rotated else None for rotated in sides
+    )
+    permutations = (torch.randperm(7), torch.randperm(9)) if permuted else (None, None)
+    found, expected = (f(weight, d_out, d_in, *permutations) for f in (fold, naive.fold))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert found.data_ptr() != weight.data_ptr()
+    for leaf in (d for d in (d_out, d_in) if d is not None):
+        got, want = (torch.autograd.grad(y.square().sum(), leaf)[0] for y in (found, expected))
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+        compiled = torch.compile(fold, fullgraph=True, backend="aot_eager")(weight, d_out, d_in, *permutations)
+        assert torch.equal(torch.autograd.grad(compiled.square().sum(), leaf)[0], got)
+    torch.library.opcheck(torch.ops.orthotrain.fold.default, (weight, d_out, d_in, *permutations))

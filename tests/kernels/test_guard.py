@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orthotrain.kernels.guard import without_autocast
+from orthotrain.kernels.operation import without_autocast
 
 
 @pytest.mark.parametrize("compiled", [False, True])

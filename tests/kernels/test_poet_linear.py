@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from orthotrain.kernels.cayley import cayley
 from orthotrain.kernels.fold import fold
+from orthotrain.kernels.poet_linear import cpu, naive, poet_linear, serves
 from orthotrain.kernels.poet_linear import op as function
-from orthotrain.kernels.poet_linear import poet_linear, reference, serves
 
 
 def seeded(seed):
@@ -23,30 +23,6 @@ def orthogonal(blocks, block_size, dtype=torch.float64, std=0.2, seed=0):
     """Displacements of exact rotations."""
     raw = std * torch.randn(blocks, block_size, block_size, dtype=torch.float64, generator=seeded(seed))
     return cayley(raw - raw.mT).to(dtype)
-
-
-def rotation(displacement, width, permutation):
-    """Dense ``R`` of ``x @ R`` in the natural order."""
-    covered = displacement.shape[0] * displacement.shape[-1]
-    permutation = torch.arange(width) if permutation is None else permutation
-    blocks = torch.block_diag(*displacement) if covered else displacement.new_zeros(0, 0)
-    places = permutation[:covered]
-    return torch.eye(width, dtype=displacement.dtype).index_put((places[:, None], places), blocks, accumulate=True)
-
-
-def dense(x, weight, d_out, d_in, permutation_out, permutation_in):
-    natural = torch.empty_like(weight)
-    rows, columns = (
-        torch.arange(n) if p is None else p
-        for n, p in zip(weight.shape, (permutation_out, permutation_in), strict=True)
-    )
-    natural[rows[:, None], columns] = weight
-    return (
-        x
-        @ rotation(d_in, weight.shape[1], permutation_in)
-        @ natural.T
-        @ rotation(d_out, weight.shape[0], permutation_out)
-    )
 
 
 @pytest.fixture
@@ -76,7 +52,7 @@ def test_values_and_gradients_equal_the_dense_product(out, into, rows, is_orthog
         d = orthogonal(n, b, seed=seed) if is_orthogonal else torch.randn(n, b, b, **options)
         drawn.append(d.requires_grad_())
     permutations = [torch.randperm(side[0], generator=seeded(seed)) if side[3] else None for side in (out, into)]
-    y, expected = poet_linear(x, weight, *drawn, *permutations), dense(x, weight, *drawn, *permutations)
+    y, expected = poet_linear(x, weight, *drawn, *permutations), naive.poet_linear(x, weight, *drawn, *permutations)
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
     leaves = [x] + [d for d in drawn if d.numel()]
     probe = torch.randn(y.shape, **options)
@@ -93,8 +69,8 @@ def test_rotations_that_are_not_orthogonal_lose_no_digits(stretch, routes, monke
         ((1 + stretch) * orthogonal(2, 16, seed=seed) + stretch * torch.eye(16)).float().requires_grad_()
         for seed in (0, 1)
     ]
-    solved, solve = [], reference.solve_blocks
-    monkeypatch.setattr(reference, "solve_blocks", lambda *a, **k: (solved.append(1), solve(*a, **k))[1])
+    solved, solve = [], cpu.solve_blocks
+    monkeypatch.setattr(cpu, "solve_blocks", lambda *a, **k: (solved.append(1), solve(*a, **k))[1])
     x, weight, grad = (torch.randn(n, m, generator=seeded(n)) for n, m in ((90, 32), (48, 32), (90, 48)))
     permutations = torch.randperm(48), torch.randperm(32)
     x.requires_grad_()
@@ -103,7 +79,7 @@ def test_rotations_that_are_not_orthogonal_lose_no_digits(stretch, routes, monke
     assert len(routes) == (stretch < 0.06)
     assert len(solved) == (2 if 4e-5 < stretch < 0.06 else 0)
     exact = [t.detach().double().requires_grad_() for t in leaves]
-    y = dense(exact[0], weight.double(), *exact[1:], *permutations)
+    y = naive.poet_linear(exact[0], weight.double(), *exact[1:], *permutations)
     for actual, want in zip(got, torch.autograd.grad(y, exact, grad.double()), strict=True):
         assert float((actual - want).norm() / want.norm()) < 1e-6
 
@@ -120,7 +96,7 @@ def test_sixteen_bits_stay_within_their_rounding(dtype, routes):
         got = torch.autograd.grad(y, leaves, grad)
     assert len(routes) == 1 and y.dtype == dtype and [g.dtype for g in got] == [dtype] * 3
     exact = [t.detach().double().requires_grad_() for t in leaves]
-    expected = dense(exact[0], weight.double(), *exact[1:], None, None)
+    expected = naive.poet_linear(exact[0], weight.double(), *exact[1:], None, None)
     for actual, want in zip(got, torch.autograd.grad(expected, exact, grad.double()), strict=True):
         assert float((actual - want).norm() / want.norm()) < 3 * torch.finfo(dtype).eps
 
@@ -131,12 +107,12 @@ def test_gradients_that_are_not_needed_are_not_formed(needs, monkeypatch):
     leaves = [t.requires_grad_(need) for t, need in zip((x, d_out, d_in), needs, strict=True)]
     weight, formed = torch.randn(7, 8), []
     for index, name in ((1, "output_gradient"), (2, "input_gradient")):
-        original = getattr(reference, name)
+        original = getattr(cpu, name)
         spy = lambda *a, original=original, index=index: (formed.append(index), original(*a))[1]  # noqa: E731
-        monkeypatch.setattr(reference, name, spy)
+        monkeypatch.setattr(cpu, name, spy)
     poet_linear(x, weight, d_out, d_in).sum().backward()
     expected = [t.detach().requires_grad_(t.requires_grad) for t in leaves]
-    dense(expected[0], weight, *expected[1:], None, None).sum().backward()
+    naive.poet_linear(expected[0], weight, *expected[1:], None, None).sum().backward()
     for got, want in zip(leaves, expected, strict=True):
         assert (got.grad is None) == (want.grad is None)
         if want.grad is not None:

@@ -44,10 +44,10 @@ def hold(op, leaves, grad):
 @pytest.mark.parametrize("permuted", [False, True])
 def test_block_rotate(block_size, dtype, rows, permuted):
     width = 2 * block_size + 7
-    load, store = (torch.randperm(width, device="cuda") if permuted else None for _ in range(2))
+    gather, scatter = (torch.randperm(width, device="cuda") if permuted else None for _ in range(2))
     displacement = draw(2, block_size, block_size, dtype=dtype, scale=block_size**-0.5)
     grad = draw(rows, width, dtype=dtype)
-    hold(lambda x, d: block_rotate(x, d, load, store), [draw(rows, width, dtype=dtype), displacement], grad)
+    hold(lambda x, d: block_rotate(x, d, gather, scatter), [draw(rows, width, dtype=dtype), displacement], grad)
 
 
 @blocks_of

@@ -13,7 +13,7 @@ from hostile.rows import Call, Place, use
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = settings(max_examples=35, derandomize=True, deadline=None, database=None, phases=(Phase.generate,),
+EXAMPLES = settings(max_examples=20, derandomize=True, deadline=None, database=None, phases=(Phase.generate,),
                     suppress_health_check=list(HealthCheck))  # fmt: skip
 KNOWN = {
     "accelerate", "bitsandbytes", "encodings", "galore_torch", "huggingface_hub", "jsonargparse", "lightning",
@@ -74,7 +74,7 @@ def test_descriptions(judge, good, command, data):
 
 
 @pytest.mark.parametrize("command", ["export", "validate", "fit"])
-@settings(EXAMPLES, max_examples=10)
+@settings(EXAMPLES, max_examples=6)
 @given(data=st.data())
 def test_plain_values_of_checkpoints(judge, good, command, data):
     contents = good.contents()
@@ -115,7 +115,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-@settings(EXAMPLES, max_examples=16)
+@settings(EXAMPLES, max_examples=10)
 @given(data=st.data())
 def test_json_files(judge, good, name, data):
     copied, entry = FILES[name]
@@ -123,7 +123,7 @@ def test_json_files(judge, good, name, data):
     judge(lambda place: in_folder(copied, name, entry)(place, mutant), mutant)
 
 
-@settings(EXAMPLES, max_examples=15)
+@settings(EXAMPLES, max_examples=8)
 @given(data=st.data())
 def test_configs(judge, good, data):
     """A config is the user's own and names classes: only what is no code is changed."""

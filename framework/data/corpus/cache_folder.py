@@ -1,4 +1,4 @@
-"""The folder of one prepared corpus: a tokenizer and three token caches, built once however many processes ask."""
+"""The folder of a prepared corpus: a tokenizer and three token caches, built by one of several processes."""
 
 import contextlib
 import hashlib
@@ -14,22 +14,24 @@ from transformers import PreTrainedTokenizerFast
 
 from orthotrain.console.progress import waiting
 from orthotrain.console.termination import check
-from orthotrain.data.corpus.sources import CACHE_MARK, Corpus, location
+from orthotrain.data.corpus.sources import Corpus, source_location
 from orthotrain.data.corpus.token_cache import VERSION, CorruptCacheError, TokenCache
-from orthotrain.data.corpus.tokenizing import SPLITS, Splitter, build_caches, learn_tokenizer
+from orthotrain.data.corpus.tokenizing import build_caches, learn_tokenizer
+from orthotrain.data.sources import CACHE_MARK
+from orthotrain.data.splits import SPLITS, Splitter
 from orthotrain.data.tokenizers import fingerprint, load_tokenizer, load_trained_tokenizer
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.atomic_writes import remove_leftovers, write_text
 
 
 def folder_name(sources: list[str], settings: dict[str, Any]) -> str:
-    """A name for the prepared corpus: readable, and another one for each combination of what decides its content.
+    """Return the name of a prepared corpus: readable, and different for each combination of sources and settings.
 
     Args:
         sources: The sources as the user gave them.
         settings: Plain values.
     """
-    key = json.dumps([[location(name) for name in sources], settings, VERSION], sort_keys=True)
+    key = json.dumps([[source_location(name) for name in sources], settings, VERSION], sort_keys=True)
     label = re.sub(r"[^\w.-]+", "-", " ".join(sources))[:40].strip("-.")
     return f"{label}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
@@ -37,20 +39,20 @@ def folder_name(sources: list[str], settings: dict[str, Any]) -> str:
 def prepare_folder(
     folder: Path, corpus: Corpus, splitter: Splitter, tokenizer_name: str | None, vocab_size: int
 ) -> PreTrainedTokenizerFast:
-    """Make sure that a folder holds the caches of a corpus, building them if they are missing or of other inputs.
+    """Build the caches of a corpus in a folder, unless the folder holds caches of the same inputs.
 
-    Safe when several processes start at once: one builds, the others wait for it and find everything done. Finished
-    caches are only read: their folder may belong to another user, or lie on a disk that cannot be written.
+    Several processes may start at once: one process builds the caches, and the others wait for it. Finished caches are
+    only read: their folder may belong to another user, or lie on a disk that cannot be written.
 
     Args:
-        folder: Where the files are or go.
+        folder: The folder of the files.
         corpus: The documents.
         splitter: Decides each document's split.
-        tokenizer_name: A tokenizer to load; ``None`` trains one.
+        tokenizer_name: A tokenizer to load; ``None`` trains a tokenizer.
         vocab_size: Rows of the model's embedding.
 
     Returns:
-        The tokenizer that the caches were made with.
+        The tokenizer of the caches.
 
     Raises:
         CorruptCacheError: A file in the folder is truncated or altered.
@@ -62,14 +64,14 @@ def prepare_folder(
         return finished
     with _locked(folder):
         if (finished := _finished_tokenizer(folder, source, tokenizer_name, vocab_size)) is not None:
-            return finished  # another process has built them meanwhile
+            return finished  # another process has built the caches in the meantime
         rank_zero_info(f"building the token caches in {folder}")
-        remove_leftovers(folder)  # of a build that was killed: holding the lock, none is running
+        remove_leftovers(folder)  # of a build that was killed: this process holds the lock, so no build is running
         if next(corpus.documents(), None) is None:
-            raise ConfigurationError(f"source {corpus.description}: no text in it; give files or rows that hold some")
+            raise ConfigurationError(f"source {corpus.description}: no text in it; give files or rows that hold text")
         if tokenizer_name is None:
             tokenizer = learn_tokenizer(corpus, splitter, vocab_size)
-            _save(tokenizer, folder / "tokenizer.json")
+            write_text(folder / "tokenizer.json", tokenizer.backend_tokenizer.to_str(pretty=True))
         else:
             tokenizer = load_tokenizer(tokenizer_name, vocab_size)
         build_caches(corpus, splitter, tokenizer, vocab_size, folder, source)
@@ -105,7 +107,7 @@ def _unusable(problem: str, error: OSError) -> ConfigurationError:
 
 
 def _finished_tokenizer(folder: Path, source: str, name: str | None, vocab_size: int) -> PreTrainedTokenizerFast | None:
-    """Return the tokenizer of a folder whose caches are whole and of this source; None if they have to be built."""
+    """Return the tokenizer of a folder with whole caches of this source; None if the caches have to be built."""
     try:
         tokenizer = _present_tokenizer(folder, name, vocab_size)
         if tokenizer is None or not _is_fresh(folder, fingerprint(tokenizer), source):
@@ -133,8 +135,3 @@ def _is_fresh(folder: Path, tokenizer: str, source: str) -> bool:
         return False
     headers = [TokenCache.read_metadata(path) for path in paths]
     return all((header.tokenizer_fingerprint, header.source_fingerprint) == (tokenizer, source) for header in headers)
-
-
-def _save(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    text = tokenizer.backend_tokenizer.to_str(pretty=True)
-    write_text(path, text)

@@ -1,4 +1,4 @@
-"""The token cache: one file of packed tokens per split, memory-mapped, checked before use, written atomically.
+"""The token cache: one file of tokens for each split, memory-mapped, checked before use, written atomically.
 
 Layout: a header of exactly 4096 bytes, then the tokens as raw little-endian unsigned integers of 2 or 4 bytes::
 
@@ -38,17 +38,17 @@ class CorruptCacheError(ConfigurationError):
 
 @dataclass(frozen=True)
 class Metadata:
-    """What the header says.
+    """The values in the header.
 
     Attributes:
         dtype: ``uint16`` or ``uint32``.
         tokens: Number of tokens.
-        text_bytes: UTF-8 bytes of the text behind the tokens.
+        text_bytes: UTF-8 bytes of the text of the tokens.
         documents: Number of documents.
         tokenizer_fingerprint: Sha256 of the tokenizer that made the tokens.
         source_fingerprint: Fingerprint of the source and the settings that chose the text.
         checksum: Checksum of the tokens, see `checksum`.
-        content: Blake2b of all tokens, which tells one corpus from another.
+        content: Blake2b of all tokens, by which two corpora are told apart.
     """
 
     dtype: str
@@ -62,11 +62,11 @@ class Metadata:
 
 
 def checksum(data: Any) -> str:
-    """Blake2b of the token bytes.
+    """Return the blake2b of the token bytes.
 
-    Up to 1 GiB every byte counts (about a second per GiB). Beyond, 64 blocks of 1 MiB spread evenly from the first
-    byte to the last do: together with the size in the header that shows a truncated, swapped or overwritten file at a
-    constant cost, but not every flipped bit.
+    Up to 1 GiB, every byte counts (about a second per GiB). Of a larger file, 64 blocks of 1 MiB count, spread evenly
+    from the first byte to the last. Together with the size in the header they show a truncated, swapped or overwritten
+    file at a constant cost, but not every flipped bit.
 
     Args:
         data: A bytes-like object.
@@ -87,7 +87,7 @@ def _corrupt(path: Path | str, problem: str) -> CorruptCacheError:
 
 
 def encode_header(metadata: Metadata) -> bytes:
-    """The 4096 bytes that stand before the tokens."""
+    """Return the 4096 bytes before the tokens."""
     body = json.dumps(asdict(metadata)).encode("ascii")
     room = HEADER_BYTES - _PREFIX.size - _DIGEST_BYTES
     if len(body) > room:
@@ -104,7 +104,7 @@ def decode_header(raw: bytes, path: Path | str) -> Metadata:
         path: The file's name, for messages.
 
     Raises:
-        CorruptCacheError: Anything that is not exactly what `encode_header` writes.
+        CorruptCacheError: The bytes are not exactly as `encode_header` writes them.
     """
     if len(raw) < HEADER_BYTES:
         raise _corrupt(path, f"expected a header of {HEADER_BYTES} bytes, found {len(raw)} bytes (truncated)")
@@ -174,10 +174,10 @@ class TokenCache:
 
         Args:
             path: The file.
-            verify: Compare the tokens with the checksum (all of them up to 1 GiB, 64 blocks beyond, see `checksum`).
+            verify: Compare the tokens with the checksum, see `checksum`.
 
         Raises:
-            CorruptCacheError: One line naming the file, what was expected and what was found.
+            CorruptCacheError: The file is truncated, altered or no token cache.
         """
         path = Path(path)
         metadata = cls.read_metadata(path)
@@ -191,18 +191,18 @@ class TokenCache:
         return cls(path, metadata, tokens)
 
     def __reduce__(self) -> tuple:
-        """Travel to a worker process as a path: the tokens stay in the page cache that both share."""
+        """Pickle the path: a worker process maps the file again, and both share the tokens in the page cache."""
         return TokenCache.open, (self.path, False)
 
 
 class TokenCacheWriter:
-    """Writes a cache beside its final place and moves it there when it is whole.
+    """Writes a cache to a temporary file and renames the file when it is whole.
 
-    Use as a context manager; leaving it with an exception removes what was written and leaves any older file alone.
+    Use it as a context manager: an exception removes the temporary file and leaves an older cache alone.
 
     Args:
-        path: The final place.
-        vocab_size: Largest token plus one; decides between 2 and 4 bytes a token.
+        path: The cache.
+        vocab_size: Largest token plus one; decides between 2 and 4 bytes for a token.
     """
 
     def __init__(self, path: Path, vocab_size: int) -> None:
@@ -215,7 +215,7 @@ class TokenCacheWriter:
         self._file.seek(HEADER_BYTES)
 
     def append(self, tokens: list[int], text_bytes: int, documents: int = 1) -> None:
-        """Add tokens that stand for ``text_bytes`` bytes of text."""
+        """Add the tokens of ``text_bytes`` bytes of text."""
         packed = np.asarray(tokens, _DTYPES[self.dtype]).tobytes()
         with naming(self.path):
             self._file.write(packed)
@@ -227,21 +227,16 @@ class TokenCacheWriter:
     def commit(self, tokenizer_fingerprint: str, source_fingerprint: str) -> None:
         """Write the header, flush to disk and move the file into place."""
         with naming(self.path):
-            self._finish(tokenizer_fingerprint, source_fingerprint)
-
-    def _finish(self, tokenizer_fingerprint: str, source_fingerprint: str) -> None:
-        self._file.flush()
-        mapped = np.memmap(self._temporary, np.uint8, mode="r", offset=HEADER_BYTES) if self.tokens else b""
-        counts = (self.dtype, self.tokens, self.text_bytes, self.documents)
-        metadata = Metadata(
-            *counts, tokenizer_fingerprint, source_fingerprint, checksum(mapped), self._content.hexdigest()
-        )
-        self._file.seek(0)
-        self._file.write(encode_header(metadata))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        publish(self._temporary, self.path)
+            self._file.flush()
+            mapped = np.memmap(self._temporary, np.uint8, mode="r", offset=HEADER_BYTES) if self.tokens else b""
+            counts = (self.dtype, self.tokens, self.text_bytes, self.documents)
+            digests = (tokenizer_fingerprint, source_fingerprint, checksum(mapped), self._content.hexdigest())
+            self._file.seek(0)
+            self._file.write(encode_header(Metadata(*counts, *digests)))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            publish(self._temporary, self.path)
 
     def __enter__(self) -> "TokenCacheWriter":
         return self

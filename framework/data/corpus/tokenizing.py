@@ -1,58 +1,33 @@
-"""From documents to token caches: the split, the tokenizer's training sample, the one pass that packs every split."""
+"""From documents to token caches: train a tokenizer on a sample, and tokenize all splits in one pass."""
 
 import contextlib
-import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.console.progress import Progress
-from orthotrain.data.corpus.readers import Document
+from orthotrain.data.corpus.documents import Document
 from orthotrain.data.corpus.sources import Corpus
 from orthotrain.data.corpus.token_cache import TokenCacheWriter
-from orthotrain.data.tokenizer_use import encoding_with
+from orthotrain.data.splits import SPLITS, Splitter
+from orthotrain.data.tokenizer_checks import encoding_with
 from orthotrain.data.tokenizers import fingerprint, train_tokenizer
 from orthotrain.errors import ConfigurationError
 
-SPLITS = ("train", "val", "test")
 TOKENIZER_SAMPLE_BYTES = 32 << 20
 _CHUNK_CHARACTERS = 2 << 20
 
 
-@dataclass(frozen=True)
-class Splitter:
-    """Assigns whole documents to splits.
-
-    Attributes:
-        seed: Another seed, another split.
-        val_fraction: Share of documents for validation.
-        test_fraction: Share of documents for the test.
-    """
-
-    seed: int
-    val_fraction: float
-    test_fraction: float
-
-    def __call__(self, document: Document) -> str:
-        """``train``, ``val`` or ``test``, from the document's key and the seed alone."""
-        digest = hashlib.sha256(f"split\0{self.seed}\0{document.key}".encode()).digest()
-        place = int.from_bytes(digest[:8], "little") / 2**64
-        if place < self.val_fraction:
-            return "val"
-        return "test" if place < self.val_fraction + self.test_fraction else "train"
-
-
 def learn_tokenizer(corpus: Corpus, splitter: Splitter, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a tokenizer on the train split, on at most 32 MiB of it spread over the corpus where its size is known."""
+    """Train a tokenizer on at most 32 MiB of the train split, spread over the corpus if the size of it is known."""
     size = corpus.size()
     share = 1.0 if size is None else TOKENIZER_SAMPLE_BYTES / max(size, 1)
 
     def sample() -> Iterator[str]:
         taken = seen = 0
         for document in corpus.documents():
-            if splitter(document) == "train":
+            if splitter(document.key) == "train":
                 if taken <= share * seen:
                     yield document.text
                     taken += len(document.text)
@@ -67,7 +42,7 @@ def learn_tokenizer(corpus: Corpus, splitter: Splitter, vocab_size: int) -> PreT
             "give more documents"
         )
     read = 0
-    # watched, since learning goes on inside the one call when the text is read
+    # a thread watches `read`, because learning continues inside one call after the text was read
     with Progress("reading text", total, watch=lambda: read) as bar:
 
         def counted() -> Iterator[str]:
@@ -91,29 +66,29 @@ def build_caches(
         corpus: The documents.
         splitter: Decides each document's split.
         tokenizer: Turns text into tokens; its end-of-text token closes each document.
-        vocab_size: Decides the width of a token on disk.
+        vocab_size: Decides the bytes of a token on disk.
         folder: Where the files go.
         source: The source fingerprint for the headers.
     """
-    size, identity = corpus.size(), fingerprint(tokenizer)
+    size = corpus.size()
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(Progress("tokenizing", size))
         paths = {split: folder / f"{split}.tokens" for split in SPLITS}
         writers = {name: stack.enter_context(TokenCacheWriter(path, vocab_size)) for name, path in paths.items()}
-        for document, tokens, text_bytes in encode(corpus.documents(), tokenizer):
-            writers[splitter(document)].append(tokens, text_bytes, int(document.complete))
+        for document, tokens, text_bytes in encode_documents(corpus.documents(), tokenizer):
+            writers[splitter(document.key)].append(tokens, text_bytes, int(document.complete))
             bar.advance(text_bytes, tokens=len(tokens))
         for writer in writers.values():
-            writer.commit(identity, source)
+            writer.commit(fingerprint(tokenizer), source)
 
 
-def encode(
+def encode_documents(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast, chunk_characters: int = _CHUNK_CHARACTERS
 ) -> Iterator[tuple[Document, list[int], int]]:
-    """Tokenize documents chunk by chunk, all cores working on a chunk.
+    """Tokenize documents in chunks; all cores work on a chunk.
 
     Yields:
-        The document, its tokens (with the end-of-text token where the document is complete), its UTF-8 bytes.
+        The document, its tokens (with the end-of-text token if the document is complete), its UTF-8 bytes.
     """
     chunk: list[Document] = []
     characters = 0
@@ -132,7 +107,7 @@ def _encode_chunk(
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True  # "<|endoftext|>" written in a document is text, not the end of it
+    backend.encode_special_tokens = True  # "<|endoftext|>" inside a document is text
     try:
         with encoding_with(tokenizer):
             encodings = backend.encode_batch_fast([document.text for document in chunk], add_special_tokens=False)

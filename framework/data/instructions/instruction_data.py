@@ -2,38 +2,26 @@
 
 from typing import Any
 
-from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data.corpus.readers import Document
-from orthotrain.data.corpus.tokenizing import Splitter
-from orthotrain.data.identity import DataIdentity, check_data_state, check_sizes
-from orthotrain.data.instructions.chat import load_instruction_tokenizer
-from orthotrain.data.instructions.docstrings import STDLIB_DOCSTRINGS
-from orthotrain.data.instructions.encoding import OnTooLong, encode_rows
+from orthotrain.data.base import BaseData
+from orthotrain.data.data_fingerprint import DataFingerprint
+from orthotrain.data.instructions.examples import Columns, Example
+from orthotrain.data.instructions.generation_batches import choose_rows, generation_batch
 from orthotrain.data.instructions.layouts import LayoutName, Limit, make_layout
-from orthotrain.data.instructions.loaders import Loading, eval_loader, train_loader
 from orthotrain.data.instructions.packing import PackedRows
 from orthotrain.data.instructions.padding import PaddedRows
-from orthotrain.data.instructions.prompts import choose_rows, generation_batch
-from orthotrain.data.instructions.rows import Columns, Example
 from orthotrain.data.instructions.sources import count_rows, read_examples
+from orthotrain.data.instructions.stdlib_docstrings import STDLIB_DOCSTRINGS
 from orthotrain.data.instructions.token_rows import TokenRows
-from orthotrain.data.module import BuiltFromArguments
-from orthotrain.data.sampling import EpochProgress, ResumableLoader
-from orthotrain.data.tokenizers import fingerprint, tokenizer_difference, tokenizer_state, tokens_in
+from orthotrain.data.instructions.tokenizing import OnTooLong, tokenize_rows
+from orthotrain.data.splits import Splitter
+from orthotrain.data.tokenizer_state import load_model_tokenizer
+from orthotrain.data.tokenizers import number_of_tokens
 from orthotrain.devices.host_reads import is_ones, mark_ones, read_waits
-from orthotrain.errors import ConfigurationError
-
-_STAGE_SPLITS = {
-    "fit": ("train", "val"),
-    "validate": ("val",),
-    "test": ("test",),
-    "predict": (),
-    None: ("train", "val"),
-}
+from orthotrain.errors import ConfigurationError, check_choice
 
 _DECIDES_CONTENT = (
     *("source", "val_source", "prompt_column", "response_column", "messages_column", "prompt_template", "layout"),
@@ -41,7 +29,7 @@ _DECIDES_CONTENT = (
 )
 
 
-class InstructionData(BuiltFromArguments, LightningDataModule):
+class InstructionData(BaseData):
     r"""Instructions and their responses for finetuning: the loss counts on responses only.
 
     A batch is ``input_ids``, ``labels`` and ``attention_mask``; ``labels[t]`` is the token after ``input_ids[t]``, or
@@ -83,9 +71,9 @@ class InstructionData(BuiltFromArguments, LightningDataModule):
     """
 
     rows_used: int = 0
-    """Rows of all splits set up so far."""
+    """Rows of all splits that were set up."""
     rows_dropped: int = 0
-    """Rows that were too long or spell a special token."""
+    """Rows that were too long or contained a special token."""
 
     def __init__(
         self,
@@ -115,167 +103,83 @@ class InstructionData(BuiltFromArguments, LightningDataModule):
         self.packing = packing
         self.max_length = max_length
         self.batch_size = batch_size
-        self._check_arguments()
+        if not tokenizer:
+            raise ConfigurationError(
+                f"tokenizer {tokenizer!r}: instruction data needs the tokenizer of the model; give its folder, its "
+                "Hugging Face name or the .ckpt of its run"
+            )
+        self._check_arguments("max_length", max_length=2, generation_samples=1)
+        check_choice("on_too_long", on_too_long, OnTooLong)
         self._layout = make_layout(layout, max_length, max_response_length, packing)
-        self._tokenizer: PreTrainedTokenizerFast | None = None
         self._rows: dict[str, TokenRows] = {}
-        self._restored: dict[str, Any] = {}
 
     @property
     def limits(self) -> tuple[Limit, ...]:
-        """The most tokens of what a network reads and writes, and the arguments that set them."""
+        """The most tokens that a network has to read and to write, with the arguments that set the limits."""
         return self._layout.limits
-
-    @property
-    def _given(self) -> Any:
-        """The constructor's arguments."""
-        return self.hparams
-
-    def _check_arguments(self) -> None:
-        given = self._given
-        if not given.tokenizer:
-            load_instruction_tokenizer(given.tokenizer)
-        for name, least in (("max_length", 2), ("batch_size", 1), ("num_workers", 0), ("generation_samples", 1)):
-            if given[name] < least:
-                raise ConfigurationError(f"{name} {given[name]}: must be at least {least}")
-        check_sizes(self.batch_size, self.max_length, given.num_workers)
-        if not 0 <= given.val_fraction < 1:
-            raise ConfigurationError(f"val_fraction {given.val_fraction}: must be at least 0 and below 1")
-        if given.on_too_long not in ("drop", "truncate", "error"):
-            raise ConfigurationError(f"on_too_long {given.on_too_long!r}: must be drop, truncate or error")
-
-    def setup(self, stage: str | None = None) -> None:
-        """Load the tokenizer and tokenize the rows that a stage needs.
-
-        Args:
-            stage: ``fit``, ``validate``, ``test``, ``predict``, or ``None`` for train and validation.
-
-        Raises:
-            ConfigurationError: A row or a tokenizer that cannot be used, or a split with too few rows.
-        """
-        if self._tokenizer is None:
-            self._tokenizer = load_instruction_tokenizer(self._given.tokenizer)
-        self._compare_tokenizers()
-        splits = ("test" if self._has("test") else "val",) if stage == "predict" else _STAGE_SPLITS[stage]
-        for split in splits:
-            if self._has(split):
-                self._check_size(split)
-            elif stage is not None and stage != "fit":
-                remedy = "test_source" if split == "test" else "val_source, or val_fraction above 0"
-                raise ConfigurationError(f"{stage}: there is no {split} split; set {remedy}")
-
-    def _has(self, split: str) -> bool:
-        if split == "val":
-            return self._given.val_source is not None or self._given.val_fraction > 0
-        return split == "train" or self._given.test_source is not None
-
-    def _check_size(self, split: str) -> None:
-        dataset = self._dataset(split)
-        needed = self.batch_size * self._world_size if split == "train" else self._world_size
-        if len(dataset) < needed:
-            what = f"sequences packed to max_length {self.max_length}" if self._given.packing else "rows"
-            remedy = "lower batch_size" if split == "train" else f"raise {split}_fraction or give {split}_source"
-            raise ConfigurationError(
-                f"the {split} split has {len(dataset)} {what} but needs {needed}: give more rows or {remedy}"
-            )
-
-    def _split_rows(self, split: str) -> TokenRows:
-        """The rows of a split; read and tokenized, with the splits of the same source, when first asked for."""
-        if split not in self._rows:
-            given = self._given
-            if split == "test" or (split == "val" and given.val_source is not None):
-                self._read(given[f"{split}_source"], (split,))
-            else:
-                self._read(given.source, ("train", "val") if given.val_source is None else ("train",))
-        return self._rows[split]
-
-    def _read(self, source: str | list[str], splits: tuple[str, ...]) -> None:
-        given = self._given
-        splitter = Splitter(given.seed, given.val_fraction, 0.0)
-
-        def split_of(example: Example) -> str:
-            return splits[0] if len(splits) == 1 else splitter(Document(None, example.key))
-
-        columns = Columns(given.prompt_column, given.response_column, given.messages_column)
-        encoder = self._layout.encoder(self.tokenizer, given.prompt_template)
-        rank_zero_info(f"tokenizing the rows of {source!r}")
-        examples, total = read_examples(source, columns), count_rows(source)
-        rows, account = encode_rows(examples, encoder, split_of, self._layout, given.on_too_long, total)
-        rank_zero_info(f"{source!r}: {account.line()}")
-        self._rows |= {split: rows.get(split, self._layout.rows()) for split in splits}
-        self.rows_used += account.used
-        self.rows_dropped += account.dropped
-
-    def _dataset(self, split: str) -> PackedRows | PaddedRows:
-        rows, padding = self._split_rows(split), self.tokenizer.pad_token_id
-        if self._given.packing:
-            return PackedRows(rows, self.max_length, padding)
-        return PaddedRows(rows, padding, None if split == "train" else rows.lengths.argsort(kind="stable"))
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer is not None else 0
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer, once set up."""
-        if self._tokenizer is None:
-            raise RuntimeError("InstructionData has no tokenizer yet: call setup() first")
-        return self._tokenizer
 
     @property
     def vocab_size(self) -> int | None:
         """Rows that the model's embedding must have at least; ``None`` before the tokenizer is loaded."""
-        return None if self._tokenizer is None else tokens_in(self._tokenizer)
+        return None if self._tokenizer is None else number_of_tokens(self._tokenizer)
 
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        """Sha256 of the tokenizer's canonical JSON."""
-        return fingerprint(self.tokenizer)
+    def _load_tokenizer(self) -> PreTrainedTokenizerFast:
+        return load_model_tokenizer(self.hparams["tokenizer"])
 
-    @property
-    def _loading(self) -> Loading:
-        given, trainer = self._given, self.trainer
-        overfits = trainer is not None and bool(trainer.overfit_batches)  # type: ignore[attr-defined]
-        return Loading(self.batch_size, self._rank, self._world_size, given.num_workers, given.seed, overfits)
+    def _predict_splits(self) -> tuple[str, ...]:
+        return ("test" if self._has("test") else "val",)
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Batches in the order of (seed, epoch), resuming mid-epoch; see `LengthGroupedSampler`, `TrainSampler`."""
-        loader = train_loader(self._dataset("train"), self._loading)
-        loader.identity = self._identity
-        if self.trainer is not None:
-            loader.progress = EpochProgress(self.trainer)
-        return loader
+    def _split_rows(self, split: str) -> TokenRows:
+        """Return the rows of a split. The first call reads and tokenizes all splits of the same source."""
+        if split not in self._rows:
+            given = self.hparams
+            if split == "test" or (split == "val" and given["val_source"] is not None):
+                self._read(given[f"{split}_source"], (split,))
+            else:
+                self._read(given["source"], ("train", "val") if given["val_source"] is None else ("train",))
+        return self._rows[split]
 
-    @property
-    def _identity(self) -> DataIdentity:
-        """What training reads."""
-        given, rows = self._given, self._split_rows("train")
+    def _read(self, source: str | list[str], splits: tuple[str, ...]) -> None:
+        given = self.hparams
+        splitter = Splitter(given["seed"], given["val_fraction"])
+
+        def split_of(example: Example) -> str:
+            return splits[0] if len(splits) == 1 else splitter(example.key)
+
+        columns = Columns(given["prompt_column"], given["response_column"], given["messages_column"])
+        encoder = self._layout.encoder(self.tokenizer, given["prompt_template"])
+        rank_zero_info(f"tokenizing the rows of {source!r}")
+        examples, total = read_examples(source, columns), count_rows(source)
+        rows, counts = tokenize_rows(examples, encoder, split_of, self._layout, given["on_too_long"], total)
+        rank_zero_info(f"{source!r}: {counts.summary()}")
+        self._rows |= {split: rows.get(split, self._layout.rows()) for split in splits}
+        self.rows_used += counts.used
+        self.rows_dropped += counts.dropped
+
+    def _dataset(self, split: str) -> PackedRows | PaddedRows:
+        rows, padding = self._split_rows(split), self.tokenizer.pad_token_id
+        if self.packing:
+            return PackedRows(rows, self.max_length, padding)
+        return PaddedRows(rows, padding, None if split == "train" else rows.lengths.argsort(kind="stable"))
+
+    def _amount(self, split: str) -> str:
+        unit = f"sequences packed to max_length {self.max_length}" if self.packing else "rows"
+        return f"{len(self._dataset(split))} {unit}"
+
+    def _fingerprint(self) -> DataFingerprint:
+        given, rows = self.hparams, self._split_rows("train")
         settings = {name: given[name] for name in _DECIDES_CONTENT} | {"tokenizer": self.tokenizer_fingerprint[:12]}
-        packed = f", packed to {self.max_length}" if given.packing else ""
-        return DataIdentity(rows.digest() + packed, f"{len(rows):,} rows{packed}", settings, given.allow_changed)
-
-    def val_dataloader(self) -> DataLoader | list:
-        """Every validation row once, rows of similar length together; nothing where there is no such split."""
-        return eval_loader(self._dataset("val"), self._loading) if self._has("val") else []
-
-    def test_dataloader(self) -> DataLoader | list:
-        """Every test row once, rows of similar length together; nothing where there is no ``test_source``."""
-        return eval_loader(self._dataset("test"), self._loading) if self._has("test") else []
+        packed = f", packed to {self.max_length}" if self.packing else ""
+        return DataFingerprint(rows.digest() + packed, f"{len(rows):,} rows{packed}", settings, given["allow_changed"])
 
     def predict_dataloader(self) -> DataLoader:
-        """The prompts of `generation_batches` one by one, of the test split where there is one, else of validation."""
-        rows, pad_token = self._split_rows("test" if self._has("test") else "val"), self.tokenizer.pad_token_id
-        chosen = choose_rows(rows, self._given.generation_samples)
-        batches = [generation_batch(rows, [row], pad_token) for row in chosen]
-        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        """Return the loader of the prompts of `generation_batches` one by one, of the test or the validation split."""
+        (split,) = self._predict_splits()
+        chosen = choose_rows(self._split_rows(split), self.hparams["generation_samples"])
+        return DataLoader([self._generation_batch(split, [row]) for row in chosen], batch_size=None)  # type: ignore[arg-type]
 
     def generation_batches(self, split: str = "val") -> list[dict[str, Any]]:
-        """Prompts to answer and the answers to compare with, this rank's share of ``generation_samples`` rows.
+        """Return prompts, and the responses to compare answers with: this rank's share of ``generation_samples`` rows.
 
         Args:
             split: ``val``, ``test`` or ``train``.
@@ -289,14 +193,17 @@ class InstructionData(BuiltFromArguments, LightningDataModule):
         """
         if not self._has(split):
             raise ConfigurationError(f"generation: there is no {split} split; set {split}_source")
-        rows, ranks = self._split_rows(split), self._world_size
-        chosen = choose_rows(rows, self._given.generation_samples)
+        ranks = self._world_size
+        chosen = choose_rows(self._split_rows(split), self.hparams["generation_samples"])
         mine = chosen[: len(chosen) // ranks * ranks][self._rank :: ranks]
-        starts, pad_token = range(0, len(mine), self.batch_size), self.tokenizer.pad_token_id
-        return [generation_batch(rows, mine[start : start + self.batch_size], pad_token) for start in starts]
+        starts = range(0, len(mine), self.batch_size)
+        return [self._generation_batch(split, mine[start : start + self.batch_size]) for start in starts]
+
+    def _generation_batch(self, split: str, rows: list[int]) -> dict[str, Any]:
+        return generation_batch(self._split_rows(split), rows, self.tokenizer.pad_token_id)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Look at the padding mask while it is on the host, if a later look would wait for the device."""
+        """Read the padding mask while it is on the host, if a later read would wait for the device."""
         assert self.trainer is not None
         self._without_padding = read_waits(self.trainer.strategy.root_device) and is_ones(batch.get("attention_mask"))
         return batch
@@ -307,29 +214,13 @@ class InstructionData(BuiltFromArguments, LightningDataModule):
             mark_ones(batch["attention_mask"])
         return batch
 
-    def state_dict(self) -> dict[str, Any]:
-        """The tokenizer and the settings as plain values; `tokenizer_from_state` reads the tokenizer back."""
-        sizes = {"vocab_size": tokens_in(self.tokenizer)}
-        return {**tokenizer_state(self.tokenizer), **sizes, "settings": {**self.hparams, **sizes}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare the checkpoint's tokenizer with this run's.
-
-        Raises:
-            ConfigurationError: The two differ, or their chat templates do.
-        """
-        self._restored = check_data_state(state_dict)
-        if self._tokenizer is not None:
-            self._compare_tokenizers()
-
-    def _compare_tokenizers(self) -> None:
-        if not self._restored:
-            return
-        difference = tokenizer_difference(self._restored, self.tokenizer, tokens_in(self.tokenizer))
-        if not difference and self._restored.get("chat_template") != tokenizer_state(self.tokenizer)["chat_template"]:
-            difference = (
-                f"tokenizer {self._given.tokenizer!r}: its chat template differs from the checkpoint's; use the "
-                "tokenizer that the run began with"
-            )
-        if difference:
-            DataIdentity("", "", allow_changed=self._given.allow_changed).refuse(difference)
+    def _tokenizer_difference(self, state: dict[str, Any]) -> str | None:
+        if difference := super()._tokenizer_difference(state):
+            return difference
+        template = self.tokenizer.chat_template
+        if state.get("chat_template") == (template if isinstance(template, str) else None):
+            return None
+        return (
+            f"tokenizer {self.hparams['tokenizer']!r}: its chat template differs from the checkpoint's; use the "
+            "tokenizer with which the run began"
+        )

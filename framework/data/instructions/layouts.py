@@ -1,27 +1,17 @@
-"""Layouts of a row: what of it the network reads, what it predicts, and how long both may be."""
+"""Layouts of a row: what the network reads, what it predicts, and how long both may be."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
-from transformers import PreTrainedTokenizerFast
-
-from orthotrain.data.instructions.chat import EncodedExample, ExampleEncoder
-from orthotrain.data.instructions.rows import Example
+from orthotrain.data.instructions.causal import CausalEncoder
+from orthotrain.data.instructions.examples import EncodedExample
 from orthotrain.data.instructions.seq2seq import Seq2SeqEncoder, Seq2SeqRows
 from orthotrain.data.instructions.token_rows import TokenRows
 from orthotrain.errors import ConfigurationError, check_choice
 
 LayoutName = Literal["causal", "seq2seq"]
-
-
-class Encoder(Protocol):
-    """Turns an example into tokens."""
-
-    tokenizer: PreTrainedTokenizerFast
-
-    def __call__(self, example: Example) -> EncodedExample:
-        """Tokenize an example."""
+Encoder = CausalEncoder | Seq2SeqEncoder
 
 
 @dataclass(frozen=True)
@@ -29,8 +19,8 @@ class Limit:
     """Most tokens of a part of a row.
 
     Attributes:
-        argument: What sets it.
-        tokens: The number.
+        argument: The argument that sets the limit.
+        tokens: The limit.
         unit: What is counted.
     """
 
@@ -43,20 +33,18 @@ class Layout(ABC):
     """How a conversation becomes a row of tokens, and how a row that is too long is cut.
 
     Attributes:
-        limits: What is limited.
-        rows: The storage of rows in this layout.
+        limits: The limits of a row.
+        encoder: The class that tokenizes examples, built from a tokenizer and a prompt template.
+        rows: The class that stores rows in this layout.
     """
 
     limits: tuple[Limit, ...]
+    encoder: ClassVar[type[CausalEncoder] | type[Seq2SeqEncoder]]
     rows: ClassVar[type[TokenRows]]
 
     @abstractmethod
-    def encoder(self, tokenizer: PreTrainedTokenizerFast, prompt_template: str | None) -> Encoder:
-        """Return what tokenizes an example."""
-
-    @abstractmethod
     def lengths(self, row: EncodedExample) -> tuple[int, ...]:
-        """Return the length of a row to compare with each of ``limits``."""
+        """Return the lengths of a row to compare with ``limits``."""
 
     @abstractmethod
     def truncated(self, row: EncodedExample) -> EncodedExample:
@@ -64,27 +52,24 @@ class Layout(ABC):
 
 
 class CausalLayout(Layout):
-    """Prompt and response in one sequence, each token predicted from those before it.
+    """Prompt and response in one sequence, each token predicted from the tokens before it.
 
     Args:
         max_length: Most inputs of a row.
     """
 
+    encoder = CausalEncoder
     rows = TokenRows
 
     def __init__(self, max_length: int) -> None:
         self.limits = (Limit("max_length", max_length, "tokens"),)
 
-    def encoder(self, tokenizer: PreTrainedTokenizerFast, prompt_template: str | None) -> Encoder:
-        """Return an `ExampleEncoder`."""
-        return ExampleEncoder(tokenizer, prompt_template)
-
     def lengths(self, row: EncodedExample) -> tuple[int, ...]:
-        """Return the number of inputs, one fewer than the tokens."""
+        """Return the number of inputs: the last token is a label only."""
         return (len(row.tokens) - 1,)
 
     def truncated(self, row: EncodedExample) -> EncodedExample:
-        """Return a row without its end; its prompt length is 0 where that was cut into."""
+        """Return a row without its end; its prompt length is 0 if the prompt was cut."""
         max_length = self.limits[0].tokens
         kept = slice(max_length + 1)
         whole_prompt = row.prompt_length <= max_length
@@ -95,10 +80,11 @@ class Seq2SeqLayout(Layout):
     """The prompt for an encoder and the response for a decoder, tokenized, limited and padded apart.
 
     Args:
-        max_length: Most tokens of a prompt, special ones included.
-        max_response_length: Most tokens of a response, special ones included.
+        max_length: Most tokens of a prompt, with its special tokens.
+        max_response_length: Most tokens of a response, with its special tokens.
     """
 
+    encoder = Seq2SeqEncoder
     rows = Seq2SeqRows
 
     def __init__(self, max_length: int, max_response_length: int) -> None:
@@ -107,34 +93,30 @@ class Seq2SeqLayout(Layout):
             Limit("max_response_length", max_response_length, "response tokens"),
         )
 
-    def encoder(self, tokenizer: PreTrainedTokenizerFast, prompt_template: str | None) -> Encoder:
-        """Return a `Seq2SeqEncoder`."""
-        return Seq2SeqEncoder(tokenizer, prompt_template)
-
     def lengths(self, row: EncodedExample) -> tuple[int, ...]:
-        """Return the tokens of the prompt and of the response."""
+        """Return the numbers of tokens of the prompt and of the response."""
         return row.prompt_length, len(row.tokens) - row.prompt_length
 
     def truncated(self, row: EncodedExample) -> EncodedExample:
-        """Return a row whose prompt still ends with its last token; a response that is cut has no end to learn."""
-        of_prompt, of_response = (limit.tokens for limit in self.limits)
-        source, target = row.tokens[: row.prompt_length], row.tokens[row.prompt_length :][:of_response]
-        if len(source) > of_prompt:
-            source = [*source[: of_prompt - 1], source[-1]]
+        """Return a row whose prompt keeps its last token; a response that is cut has no end-of-text token to learn."""
+        max_length, max_response_length = (limit.tokens for limit in self.limits)
+        source, target = row.tokens[: row.prompt_length], row.tokens[row.prompt_length :][:max_response_length]
+        if len(source) > max_length:
+            source = [*source[: max_length - 1], source[-1]]
         return EncodedExample(source + target, [False] * len(source) + [True] * len(target), len(source))
 
 
 def make_layout(name: LayoutName, max_length: int, max_response_length: int | None, packing: bool) -> Layout:
-    """Return a layout by its name.
+    """Return the layout with a name.
 
     Args:
         name: ``causal`` or ``seq2seq``.
         max_length: Most tokens of a row, or of a prompt.
-        max_response_length: Most tokens of a response, None for ``max_length``; ``causal`` has no such limit.
-        packing: Whether rows are to share a sequence, which ``seq2seq`` refuses.
+        max_response_length: Most tokens of a response; None means ``max_length``. ``causal`` has no such limit.
+        packing: Whether several rows will share a sequence, which ``seq2seq`` refuses.
 
     Raises:
-        ConfigurationError: An unknown name, or what the layout does not have.
+        ConfigurationError: An unknown name, or an argument that the layout does not have.
     """
     check_choice("layout", name, LayoutName)
     if name == "causal":
@@ -146,8 +128,8 @@ def make_layout(name: LayoutName, max_length: int, max_response_length: int | No
         return CausalLayout(max_length)
     if packing:
         raise ConfigurationError(
-            "packing True: layout 'seq2seq' has no packing, since attention from decoder to encoder would cross rows; "
-            "set packing to false"
+            "packing True: layout 'seq2seq' has no packing, because attention from the decoder to the encoder would "
+            "cross rows; set packing to false"
         )
     if max_response_length is not None and max_response_length < 2:
         raise ConfigurationError(f"max_response_length {max_response_length}: must be at least 2")

@@ -4,13 +4,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 from orthotrain.data.instructions.token_rows import IGNORED, TokenRows
+from orthotrain.data.loaders import BatchDataset
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Distribute rows over sequences by best-fit decreasing: each row, longest first, where it leaves least room.
+    """Distribute rows over sequences by best-fit decreasing.
+
+    The rows are taken from the longest to the shortest; each goes to the sequence in which it leaves the least room.
 
     Args:
         lengths: Length of each row, at most ``capacity``.
@@ -21,7 +24,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     """
     packs: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit r is set where by_room[r] is not empty
+    rooms = 0  # bit r is set if by_room[r] is not empty
     for row in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = int(lengths[row])
         if fitting := rooms >> length:
@@ -40,29 +43,29 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def block_causal_mask(segments: torch.Tensor) -> torch.Tensor:
-    """Let a token see itself and the tokens before it in its own segment.
+    """Return a mask that lets a token see itself and the tokens before it in its own segment.
 
     Args:
         segments: Number of the segment of each token, shape ``(..., T)``.
 
     Returns:
-        Bool, shape ``(..., T, T)``: query by key, True where attention is allowed.
+        Bool, shape ``(..., T, T)``: query by key, True if attention is allowed.
     """
     same = segments[..., :, None] == segments[..., None, :]
     return same & torch.ones_like(same).tril()
 
 
-class PackedRows(Dataset):
-    """Sequences of static length made of whole rows; packed once, so that an epoch has the same length every time.
+class PackedRows(BatchDataset):
+    """Sequences of static length made of whole rows; packed once, so that all epochs have the same length.
 
     A sequence is ``input_ids``, ``labels`` and ``position_ids`` of shape ``(T,)``, positions beginning at 0 in each
-    row, and ``attention_mask``, bool of shape ``(1, T, T)``; batched, the form that transformers hands to
-    scaled-dot-product attention as it is. Padding is a segment of its own, so no query is left without a key.
+    row, and ``attention_mask``, bool of shape ``(1, T, T)``. transformers gives the batched mask to scaled-dot-product
+    attention unchanged. Padding is a segment of its own, so that each query has a key.
 
     Args:
         rows: The rows.
         sequence_length: T; no row is longer.
-        pad_token: What fills the end of a sequence.
+        pad_token: The token that fills the end of a sequence.
     """
 
     def __init__(self, rows: TokenRows, sequence_length: int, pad_token: int) -> None:
@@ -73,7 +76,7 @@ class PackedRows(Dataset):
         return len(self.packs)
 
     def __getitem__(self, index: int | list[int]) -> dict[str, torch.Tensor]:
-        """One sequence, or a batch of them for a list."""
+        """Return one sequence, or a batch of sequences for a list."""
         return self._sequence(index) if isinstance(index, int) else default_collate([*map(self._sequence, index)])
 
     def _sequence(self, index: int) -> dict[str, torch.Tensor]:

@@ -3,25 +3,24 @@
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data.instructions.chat import EncodedExample, check_template
-from orthotrain.data.instructions.rows import Example
+from orthotrain.data.instructions.examples import EncodedExample, Example, check_template
 from orthotrain.data.instructions.token_rows import TokenRows
-from orthotrain.data.tokenizer_use import encoding_with
+from orthotrain.data.tokenizer_checks import encoding_with
 from orthotrain.errors import ConfigurationError
 
 
 class Seq2SeqEncoder:
     """Tokenizes a prompt and its response apart, each with the special tokens that the tokenizer puts around a text.
 
-    Both end with the end-of-text token; it is added where the tokenizer does not write it. All tokens of the response
-    are to be predicted, also one that begins it (``<s>`` of BART, which its generation forces).
+    Both end with the end-of-text token; the encoder adds it if the tokenizer does not write it. All tokens of the
+    response are to be predicted, also a special token at its beginning (``<s>`` of BART, which its generation forces).
 
     Args:
         tokenizer: Turns text into tokens.
-        prompt_template: Text around a prompt, ``{prompt}`` standing for it; by default nothing.
+        prompt_template: Text around a prompt, which replaces ``{prompt}``; by default the prompt alone.
 
     Raises:
-        ConfigurationError: ``prompt_template`` has no place for the prompt.
+        ConfigurationError: ``prompt_template`` does not contain ``{prompt}``.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt_template: str | None = None) -> None:
@@ -32,12 +31,12 @@ class Seq2SeqEncoder:
         """Tokenize an example.
 
         Raises:
-            ConfigurationError: It is chat messages.
+            ConfigurationError: The example holds chat messages.
         """
         if example.is_chat:
             raise ConfigurationError(
                 f"{example.where}: has chat messages, but layout 'seq2seq' takes one prompt and one response; give "
-                "rows of these, or set layout to 'causal'"
+                "rows of prompt and response, or set layout to 'causal'"
             )
         (_, prompt), (_, response) = example.messages
         source = self._closed(text=self.prompt_template.replace("{prompt}", prompt))
@@ -46,7 +45,7 @@ class Seq2SeqEncoder:
         return EncodedExample(source + target, targets, prompt_length=len(source))
 
     def _closed(self, **text: str) -> list[int]:
-        # not verbose: a text longer than the model's positions is ours to truncate
+        # without verbose=False, transformers warns of texts that are truncated later
         with encoding_with(self.tokenizer):
             tokens = list(self.tokenizer(**text, verbose=False)["input_ids"])
         end = self.tokenizer.eos_token_id
@@ -54,7 +53,7 @@ class Seq2SeqEncoder:
 
 
 class Seq2SeqRows(TokenRows):
-    """Rows of which the encoder reads the prompt and the decoder predicts the response."""
+    """Rows whose prompt the encoder reads and whose response the decoder predicts."""
 
     prompt_padding = "right"
 
@@ -64,9 +63,9 @@ class Seq2SeqRows(TokenRows):
         return super().lengths + 1
 
     def inputs_and_labels(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """A row's prompt ``(S,)`` and response ``(T,)``, int64.
+        """Return a row's prompt ``(S,)`` and response ``(T,)``, int64.
 
-        The labels are not shifted: the network turns them into the decoder's inputs itself.
+        The labels are not shifted: the network makes the decoder's inputs from them.
         """
         tokens, prompt_length = self.tokens(row), self._prompt_lengths[row]
         return tokens[:prompt_length], tokens[prompt_length:]

@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from orthotrain.data.instructions.chat import EncodedExample
+from orthotrain.data.instructions.examples import EncodedExample
 
 IGNORED = -100
-"""The label of a token that does not count."""
+"""The label of a token that does not count in the loss."""
 
 
 class TokenRows:
@@ -19,7 +19,7 @@ class TokenRows:
         prompt_padding: The side on which prompts are padded before they are answered.
     """
 
-    # generation goes on at the end of the prompt
+    # generation continues at the end of the prompt
     prompt_padding: ClassVar[Literal["left", "right"]] = "left"
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class TokenRows:
         self.references.append(reference)
 
     def digest(self) -> str:
-        """Blake2b of the tokens, and of which are to be predicted, in their order."""
+        """Return the blake2b of the tokens and of the flags of predicted tokens, in the order of the rows."""
         content = hashlib.blake2b(digest_size=32)
         for part in (self._starts, self._tokens, self._targets):
             content.update(memoryview(part).cast("B"))
@@ -53,17 +53,17 @@ class TokenRows:
 
     @property
     def prompt_lengths(self) -> np.ndarray:
-        """Tokens before the last response of each row; 0 where truncation cut into them."""
+        """Tokens before the last response of each row; 0 if truncation cut the prompt."""
         return np.array(self._prompt_lengths)
 
     def tokens(self, row: int) -> np.ndarray:
-        """All tokens of a row, int64."""
+        """Return all tokens of a row, int64."""
         return np.array(self._tokens[self._starts[row] : self._starts[row + 1]], np.int64)
 
     def inputs_and_labels(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """A row's inputs and labels, int64 of shape ``(length,)``.
+        """Return a row's inputs and labels, int64 of shape ``(length,)``.
 
-        ``labels[t]`` is the token after ``inputs[t]``, or -100 where that does not belong to a response.
+        ``labels[t]`` is the token after ``inputs[t]``, or -100 if this token does not belong to a response.
         """
         tokens = self.tokens(row)
         targets = np.array(self._targets[self._starts[row] : self._starts[row + 1]], bool)
@@ -71,6 +71,6 @@ class TokenRows:
         return tokens[:-1], labels[1:]
 
     def prompt(self, row: int) -> list[int]:
-        """The tokens before the last response; none where truncation cut into them."""
+        """Return the tokens before the last response; no tokens if truncation cut the prompt."""
         start = self._starts[row]
         return self._tokens[start : start + self._prompt_lengths[row]].tolist()

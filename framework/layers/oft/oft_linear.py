@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.kernels.dispatch import chosen
-from orthotrain.kernels.oft_linear import OftLinearInFront, oft_linear, rotates_weight
+from orthotrain.kernels.dispatch import plain_cpu
+from orthotrain.kernels.oft_linear import oft_linear
 from orthotrain.layers.oft.oft_layer import OftLayer, OftSettings
 from orthotrain.layers.oft.oft_rotation import OftRotation, RotationDtype
 from orthotrain.layers.weights.bitsandbytes_linear import adopt_bitsandbytes
@@ -74,10 +74,7 @@ class OftLinear(OftLayer):
         if autocast and rotation.rotation_dtype == "input":
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if isinstance(weight, DenseWeight) and _fuses(x, weight, rotation, autocast):
-            tokens = x.numel() // self.in_features
-            front = rotates_weight(tokens, self.out_features) and rotation.has_gradient_in_front
-            product = OftLinearInFront.apply if front else oft_linear
-            return product(x, weight.values, rotation.training_displacement(x.dtype, front), self.bias)
+            return oft_linear(x, weight.values, rotation.training_displacement(x.dtype), self.bias)
         # the bias inside the product, as nn.Linear has it: the same bits, and no second pass over y
         return weight.matmul(rotation(x), self.bias)
 
@@ -113,7 +110,7 @@ def _fuses(x: Tensor, weight: DenseWeight, rotation: OftRotation, autocast: bool
     On other devices the rotation has a kernel of its own. A rotation in fp32 before a product in 16 bits needs two
     operations, and so does a dtype of ``x`` that nn.Linear would refuse.
     """
-    if not rotation.enabled or x.device.type != "cpu" or chosen() == "triton":
+    if not rotation.enabled or not plain_cpu(x):
         return False
     if rotation.rotation_dtype == "float32" and (autocast or x.dtype.itemsize < 4):
         return False

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.kernels.block_rotate import block_rotate
-from orthotrain.kernels.guard import without_autocast
+from orthotrain.kernels.operation import without_autocast
 from orthotrain.layers.checks import check_block_size, check_divides
 from orthotrain.layers.rotation.block_rotation import BlockRotation
 from orthotrain.plugins import Parameterization
@@ -65,15 +65,10 @@ class OftRotation(BlockRotation):
             dtype = torch.promote_types(x.dtype, torch.float32) if self.rotation_dtype == "float32" else x.dtype
             return block_rotate(x.to(dtype), self.training_displacement(dtype)).to(x.dtype)
 
-    def training_displacement(self, dtype: torch.dtype, front: bool = False) -> Tensor:
-        """Return ``D (n, b, b)`` as one forward pass uses it: with blocks dropped while training.
-
-        Args:
-            dtype: Of the result.
-            front: See :meth:`displacement`.
-        """
+    def training_displacement(self, dtype: torch.dtype) -> Tensor:
+        """Return ``D (n, b, b)`` as one forward pass uses it: with blocks dropped while training."""
         with without_autocast(self.generators.device.type):
-            displacement = self.displacement(dtype, front)
+            displacement = self.displacement(dtype)
             if not (self.training and self.block_dropout):
                 return displacement
             dropped = torch.rand(self.blocks, device=displacement.device) < self.block_dropout

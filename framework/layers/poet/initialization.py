@@ -13,7 +13,7 @@ Initialization = Literal["normalized", "uniform", "xavier", "standard", "keep"]
 
 @torch.no_grad()
 def initialize_(weight: Tensor, scheme: Initialization, generator: torch.Generator, gain: float = 1.0) -> None:
-    """Fill ``weight (out, in)`` in place (arXiv:2506.08001, section 4: the normalised Gaussian is the best).
+    """Fill ``weight (out, in)`` in place (arXiv:2506.08001, section 4: the normalized Gaussian is the best).
 
     Args:
         weight: Filled in its own dtype; drawn in fp32 where the generator is.

@@ -99,8 +99,7 @@ class PoetLinear(TwoSided):
 
     def _by_contraction(self, x: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
         weight = self.weight.dequantize(x.dtype)
-        out, into = (weight.new_empty(0, 1, 1) if d is None else d for d in (d_out, d_in))
-        return self._scaled(poet_linear(x, weight, out, into, *self.rotations.permutations))
+        return self._scaled(poet_linear(x, weight, d_out, d_in, *self.rotations.permutations))
 
     def _route(self, x: Tensor) -> Route:
         """Return the route for ``x``: the cheapest one that the setting ``route`` allows."""

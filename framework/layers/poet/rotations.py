@@ -58,14 +58,12 @@ class Rotations(NamedTuple):
         """Return ``weight (out, in)`` with its rows and columns permuted into blocks."""
         permutation_out, permutation_in = self.permutations
         if permutation_out is not None:
-            weight = RowPermutation(permutation_out, weight.shape[0]).gather(
-                weight.contiguous(), slice(0, weight.shape[0])
-            )
+            rows = slice(0, weight.shape[0])
+            weight = RowPermutation(permutation_out, weight.shape[0]).gather(weight.contiguous(), rows)
         if permutation_in is not None:
             weight = ColumnPermutation(permutation_in, weight).gather_into(torch.empty_like(weight), weight)
         return weight
 
     def fold(self, framed: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
         """Return ``R_out^T W R_in^T (out, in)`` in the natural order, from the result of :meth:`framed`."""
-        none = framed.new_empty(0, 1, 1)
-        return fold(framed, none if d_out is None else d_out, none if d_in is None else d_in, *self.permutations)
+        return fold(framed, d_out, d_in, *self.permutations)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.kernels.guard import without_autocast
+from orthotrain.kernels.operation import without_autocast
 from orthotrain.kernels.tangent import tangent, tangent_linear
 from orthotrain.layers.poet.cost_tables import costs_for
 from orthotrain.layers.poet.poet_settings import TOO_COARSE

@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from orthotrain.kernels.scale import log_gradient, scaled
+from orthotrain.kernels.tangent.scale import log_gradient, scaled
 
 
 class _Scaled(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from orthotrain.devices.host_reads import HostCount
 from orthotrain.errors import check_choice
-from orthotrain.kernels.guard import without_autocast
+from orthotrain.kernels.operation import without_autocast
 from orthotrain.layers.finite import finite_or_zero
 from orthotrain.layers.mergeable import check_stored_counts
 from orthotrain.layers.poet.poet_settings import Aligned, PoetSettings, Side, Sides

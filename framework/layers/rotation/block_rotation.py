@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from orthotrain.devices.host_reads import read_waits
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.block_rotate import block_rotate
-from orthotrain.kernels.checks import traced
+from orthotrain.kernels.dispatch import traced
 from orthotrain.layers.checks import check_block_size, check_kernels, check_order
 from orthotrain.layers.rotation.generators import known_zero, mark_generators, mark_zero
 from orthotrain.plugins import Parameterization, create
@@ -21,11 +21,7 @@ class Pooled(Protocol):
 
     traced: bool
 
-    @property
-    def has_gradient_in_front(self) -> bool:
-        """Whether parts may be asked for ``front``."""
-
-    def part(self, place: int, dtype: torch.dtype | None, front: bool = False) -> Tensor:
+    def part(self, place: int, dtype: torch.dtype | None) -> Tensor:
         """Return those of the rotation at ``place``."""
 
 
@@ -87,25 +83,16 @@ class BlockRotation(nn.Module):
         self.pooled: tuple[Pooled, int] | None = None
         self.known_identity = False
 
-    @property
-    def has_gradient_in_front(self) -> bool:
-        """Whether the displacement may be asked for ``front``: only a pool undoes such a gradient.
-
-        Not while tracing: there are no values to tell by, and what is traced should see a custom op.
-        """
-        return self.pooled is not None and not traced(self.generators) and self.pooled[0].has_gradient_in_front
-
-    def displacement(self, dtype: torch.dtype | None = None, front: bool = False) -> Tensor:
+    def displacement(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``D = R - I``, ``(n, b, b)``.
 
         Args:
             dtype: None for that of the generators; in a narrower one see
                 :meth:`~orthotrain.plugins.Parameterization.rounded_displacement`.
-            front: Whether the gradient will be that of a perturbation in front of the rotation (kernels/oft_linear).
         """
         # a layer that is compiled alone does not take what is new in every pass of an eager network
         if self.pooled is not None and self.pooled[0].traced == torch.compiler.is_compiling():
-            displacement = self.pooled[0].part(self.pooled[1], dtype, front)
+            displacement = self.pooled[0].part(self.pooled[1], dtype)
         else:
             displacement = self._displacement(dtype or self.generators.dtype)
         if displacement.shape[0] == self.blocks:

@@ -1,6 +1,5 @@
 """All displacements of a network in one call: rotations of one block size together, once per forward pass."""
 
-import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from orthotrain.kernels.oft_linear import has_gradient_in_front, in_front
 from orthotrain.layers.rotation.block_rotation import BlockRotation
 
 
@@ -100,37 +98,24 @@ class PooledDisplacements:
         # the first to ask may do so without gradients (activation checkpointing), and others after it with them
         self._grad_enabled = torch.is_grad_enabled()
         self._whole: Tensor | None = None
-        self._parts: dict[tuple[torch.dtype, bool], tuple[Tensor, ...]] = {}
+        self._parts: dict[torch.dtype, tuple[Tensor, ...]] = {}
 
-    @functools.cached_property
-    def has_gradient_in_front(self) -> bool:
-        """Whether parts may be asked for ``front``; see :mod:`kernels.oft_linear.front`."""
-        return has_gradient_in_front(self._exact)
-
-    def part(self, place: int, dtype: torch.dtype | None, front: bool = False) -> Tensor:
+    def part(self, place: int, dtype: torch.dtype | None) -> Tensor:
         """Return the displacements of rotation ``place`` in ``dtype``, computed for all of them at the first request.
 
         Args:
             place: Which rotation.
             dtype: None for that of the generators.
-            front: Whether their gradient will be that of a perturbation in front of the rotation.
         """
-        key = (dtype or self._generators.dtype, front)
-        if key not in self._parts:
+        dtype = dtype or self._generators.dtype
+        if dtype not in self._parts:
             with torch.set_grad_enabled(self._grad_enabled):
-                self._parts[key] = self._computed(*key).split(self._sizes)
-        return self._parts[key][place]
+                self._parts[dtype] = self._computed(dtype).split(self._sizes)
+        return self._parts[dtype][place]
 
-    @property
-    def _exact(self) -> Tensor:
+    def _computed(self, dtype: torch.dtype) -> Tensor:
+        if dtype.itemsize < self._generators.dtype.itemsize:
+            return self._parameterization.rounded_displacement(self._generators, self._block_size, dtype)
         if self._whole is None:  # no cached_property: its lock cannot be traced
-            with torch.set_grad_enabled(self._grad_enabled):
-                self._whole = self._parameterization.displacement(self._generators, self._block_size)
-        return self._whole
-
-    def _computed(self, dtype: torch.dtype, front: bool) -> Tensor:
-        if front:
-            return in_front(self._exact).to(dtype)
-        if dtype.itemsize >= self._generators.dtype.itemsize:
-            return self._exact.to(dtype)
-        return self._parameterization.rounded_displacement(self._generators, self._block_size, dtype)
+            self._whole = self._parameterization.displacement(self._generators, self._block_size)
+        return self._whole.to(dtype)

@@ -1,4 +1,4 @@
-"""Taking over linear layers that bitsandbytes has quantised, as transformers' ``load_in_4bit`` leaves them."""
+"""Taking over linear layers that bitsandbytes has quantized, as transformers' ``load_in_4bit`` leaves them."""
 
 import sys
 from typing import Any
@@ -11,10 +11,10 @@ from orthotrain.layers.weights.quantized_weight import Int8Weight, Nf4Weight, Qu
 
 
 def adopt_bitsandbytes(linear: nn.Linear, compute_dtype: torch.dtype | None = None) -> QuantizedWeight | None:
-    """Copy the quantised weight of a bitsandbytes layer without requantising it.
+    """Copy the quantized weight of a bitsandbytes layer without requantizing it.
 
     A ``Linear4bit`` keeps every value bit for bit. A ``Linear8bitLt`` becomes int8 with one group a row, equal to the
-    last bit but one of fp32; its own product also quantises the activations, ours does not.
+    last bit but one of fp32; its own product also quantizes the activations, ours does not.
 
     Args:
         linear: Any ``nn.Linear``.
@@ -25,7 +25,7 @@ def adopt_bitsandbytes(linear: nn.Linear, compute_dtype: torch.dtype | None = No
         The weight, with the compute dtype of the layer; None if the layer is not one of bitsandbytes.
 
     Raises:
-        ConfigurationError: If the layer holds no quantised weight yet, or one in a format that cannot be taken over.
+        ConfigurationError: If the layer holds no quantized weight yet, or one in a format that cannot be taken over.
     """
     if not is_bitsandbytes(linear):
         return None
@@ -50,7 +50,7 @@ def _adopt_4bit(linear: Any) -> Nf4Weight:
     # a weight that transformers found in no checkpoint is a plain parameter
     state = getattr(linear.weight, "quant_state", None) or linear.quant_state
     if state is None:
-        raise ConfigurationError("this Linear4bit is not quantised yet: move it to its device first")
+        raise ConfigurationError("this Linear4bit is not quantized yet: move it to its device first")
     weight = Nf4Weight.from_quant_state(linear.weight.data, state)
     weight.compute_dtype = linear.compute_dtype or state.dtype
     return weight
@@ -63,6 +63,6 @@ def _adopt_8bit(linear: Any, compute_dtype: torch.dtype | None) -> Int8Weight:
     if row_maxima is None:
         row_maxima = linear.state.SCB
     if codes.dtype != torch.int8 or row_maxima is None:
-        raise ConfigurationError("this Linear8bitLt is not quantised yet: move it to its device first")
+        raise ConfigurationError("this Linear8bitLt is not quantized yet: move it to its device first")
     own = compute_dtype or torch.get_default_dtype() if linear.bias is None else linear.bias.dtype
     return Int8Weight.from_codes(codes, row_maxima.float().unsqueeze(1) / 127, own)

@@ -1,4 +1,4 @@
-"""Linear layers that bitsandbytes has quantised and that nothing wraps: frozen here too, with a state that reloads.
+"""Linear layers that bitsandbytes has quantized and that nothing wraps: frozen here too, with a state that reloads.
 
 A ``Linear4bit`` repacks its weight in the first evaluation on a CPU with AVX512-BF16. From then on it gives its input
 no gradient, and its state dict has other keys.
@@ -31,7 +31,7 @@ class FrozenLinear(nn.Module):
 
     @classmethod
     def from_bitsandbytes(cls, linear: nn.Linear, compute_dtype: torch.dtype | None = None) -> Self | None:
-        """Take over a quantised layer of bitsandbytes, None for any other.
+        """Take over a quantized layer of bitsandbytes, None for any other.
 
         Args:
             linear: Any ``nn.Linear``.
@@ -54,7 +54,7 @@ class FrozenLinear(nn.Module):
 
 
 def frozen_linears(model: nn.Module, without: Container[nn.Module] = ()) -> dict[nn.Module, FrozenLinear]:
-    """Return the replacement of every quantised linear layer of bitsandbytes in a model; the model is not changed.
+    """Return the replacement of every quantized linear layer of bitsandbytes in a model; the model is not changed.
 
     Args:
         model: Any module.

@@ -1,4 +1,4 @@
-"""Packing and unpacking of the quantised formats: NF4 by bitsandbytes, int8 in plain torch.
+"""Packing and unpacking of the quantized formats: NF4 by bitsandbytes, int8 in plain torch.
 
 bitsandbytes takes seconds to import, so that only who packs or unpacks NF4 pays for it.
 """
@@ -24,10 +24,10 @@ NESTED_GROUP = 256
 def pack_nf4(
     weight: Tensor, group_size: int, double_quantization: bool, noise: Noise | None = None
 ) -> dict[str, Tensor]:
-    """Quantise ``weight (out, in)`` to NF4, to nearest; with noise rounded stochastically.
+    """Quantize ``weight (out, in)`` to NF4, to nearest; with noise rounded stochastically.
 
     Returns:
-        ``packed (out, in / 2)`` uint8 and ``absmax (groups,)``: fp32, or with double quantisation uint8 beside
+        ``packed (out, in / 2)`` uint8 and ``absmax (groups,)``: fp32, or with double quantization uint8 beside
         ``nested_absmax (groups / 256,)`` and ``nested_offset (1,)``, both fp32.
 
     Raises:
@@ -124,7 +124,7 @@ def quant_state_tensors(packed: Tensor, state: Any) -> dict[str, Tensor]:
 
 
 def pack_int8(weight: Tensor, group_size: int, noise: Noise | None = None) -> dict[str, Tensor]:
-    """Quantise ``weight (out, in)`` to int8, group by group along a row; with noise rounded stochastically.
+    """Quantize ``weight (out, in)`` to int8, group by group along a row; with noise rounded stochastically.
 
     Returns:
         ``codes (out, in)`` int8 from -127 to 127 and ``scales (out, in / group_size)`` fp32.
@@ -133,7 +133,7 @@ def pack_int8(weight: Tensor, group_size: int, noise: Noise | None = None) -> di
         ConfigurationError: If the weight is not floating point.
     """
     if not weight.is_floating_point():
-        raise ConfigurationError(f"int8 quantises a floating-point weight, not {_name(weight.dtype)}")
+        raise ConfigurationError(f"int8 quantizes a floating-point weight, not {_name(weight.dtype)}")
     return in_parts(lambda rows, rest: _pack_int8_rows(weight.detach()[rows], group_size, rest), weight, noise)
 
 

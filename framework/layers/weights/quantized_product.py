@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orthotrain.kernels.guard import without_autocast
+from orthotrain.kernels.operation import without_autocast
 
 Unpack = Callable[[list[Tensor], int, torch.dtype], Tensor]
 

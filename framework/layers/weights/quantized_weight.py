@@ -73,7 +73,7 @@ class QuantizedWeight(FrozenWeight):
 
     @torch.no_grad()
     def assign_(self, weight: Tensor, noise: Noise | None = None) -> None:
-        """Quantise and store ``weight (out, in)``; noise makes formats that can do so round stochastically."""
+        """Quantize and store ``weight (out, in)``; noise makes formats that can do so round stochastically."""
         for name, tensor in self.quantize(weight, noise).items():
             getattr(self, name).copy_(tensor)
 
@@ -105,14 +105,14 @@ class QuantizedWeight(FrozenWeight):
 class Nf4Weight(QuantizedWeight):
     """4-bit NormalFloat with a scale for every ``group_size`` values in memory order (arXiv:2305.14314, section 3).
 
-    Double quantisation stores the scales in 8 bits, in groups of 256 around their mean: 4.13 bits a value in place of
+    Double quantization stores the scales in 8 bits, in groups of 256 around their mean: 4.13 bits a value in place of
     4.5. bitsandbytes packs and unpacks, on the CPU and CUDA; the state is ours, since that of its ``Linear4bit`` does
     not reload.
 
     Args:
         weight: ``(out, in)`` in fp32, bf16 or fp16; ``in`` even.
         group_size: A power of two from 32 to 4096; None for 64, the paper's.
-        double_quantization: Whether the scales are quantised too.
+        double_quantization: Whether the scales are quantized too.
         compute_dtype: See :class:`QuantizedWeight`; None for the dtype of ``weight``.
 
     Raises:
@@ -138,7 +138,7 @@ class Nf4Weight(QuantizedWeight):
 
     @classmethod
     def from_quant_state(cls, packed: Tensor, state: Any) -> Self:
-        """Copy a weight that bitsandbytes has quantised, without requantising: every value stays the same.
+        """Copy a weight that bitsandbytes has quantized, without requantizing: every value stays the same.
 
         Args:
             packed: Data of a ``bitsandbytes.nn.Params4bit``, any storage dtype.

@@ -26,8 +26,8 @@ def cases(machine: Gpu) -> Iterator[Case]:
 
 
 def arguments(machine: Gpu, folder: Path, steps: int) -> list[str]:
-    """Return the command line of a run: a shipped config, and the text of Python's standard library."""
-    text = Path(__file__).parents[3] / "framework" / "data"
+    """Return the command line of a run: a shipped config, and the source files of this package as its text."""
+    text = Path(__file__).parents[3] / "framework" / "*" / "*.py"
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     small = {f"model.model.init_args.config.{name}": value for name, value in sizes.items()}
     small |= {"model.layers.block_size": 8, "data.source": text, "data.batch_size": 1, "data.sequence_length": 32}

@@ -56,7 +56,7 @@ def ceilings(machine: Gpu) -> dict[str, float]:
 def operations(machine: Gpu) -> Iterator[tuple[str, Callable[[], Passes]]]:
     """Yield name and passes of every operation but rotations; its operands are made when it is asked for."""
     for size in (256, 32, 64):
-        for name in ("cayley_neumann_generators", "cayley_neumann", "exponential", "cayley", "skew"):
+        for name in ("cayley_neumann", "exponential", "cayley", "skew"):
             if name != "cayley" or size <= 64:
                 yield f"{name} b={size}", partial(parameterization, name, size, machine)
     for width, size in ((4096, 256), (4096, 32), (1024, 64)):
@@ -78,22 +78,20 @@ def parameterization(name: str, size: int, machine: Gpu) -> Passes:
     q, grad, product = skew(generators, size), torch.randn(blocks, size, size, device=device), 2 * size * block
     chains = neumann.forward_chain(4).products(), neumann.backward_chain(4).products()
     series = exponential.forward_chain().products(), exponential.backward_chain().products()
-    generated = partial(neumann.cayley_neumann_generators_forward, generators, size, 4, generators.dtype)
+    generated = partial(neumann.cayley_neumann_forward, generators, size, 4, generators.dtype)
     # at this norm the iteration of cayley takes about 3 pairs of products, beside Q^2 and D
     forward: dict[str, tuple[Run, int, int]] = {
         "skew": (lambda: skewing.skew_forward(generators, size), half + block, 0),
         "cayley": (lambda: exact.cayley_forward(q), 2 * block, 8),
-        "cayley_neumann": (lambda: neumann.cayley_neumann_forward(q, 4), 2 * block, chains[0]),
-        "cayley_neumann_generators": (generated, half + block, chains[0]),
+        "cayley_neumann": (generated, half + block, chains[0]),
         "exponential": (lambda: exponential.exponential_forward(q), 2 * block, series[0]),
     }
-    returned = partial(neumann.cayley_neumann_generators_backward, generators, grad, 4)
+    returned = partial(neumann.cayley_neumann_backward, grad, generators, 4)
     backward: dict[str, tuple[Run, int, int]] = {
         "skew": (lambda: skewing.skew_backward(grad), half + block, 0),
-        "cayley": (lambda: exact.cayley_backward(q, grad), 3 * block, 2),
-        "cayley_neumann": (lambda: neumann.cayley_neumann_backward(q, grad, 4), 3 * block, chains[1]),
-        "cayley_neumann_generators": (returned, 2 * half + block, chains[1]),
-        "exponential": (lambda: exponential.exponential_backward(q, grad), 3 * block, series[1]),
+        "cayley": (lambda: exact.cayley_backward(grad, q), 3 * block, 2),
+        "cayley_neumann": (returned, 2 * half + block, chains[1]),
+        "exponential": (lambda: exponential.exponential_backward(grad, q), 3 * block, series[1]),
     }
     passes = {"forward": forward[name], "backward": backward[name]}
     return {key: Pass(run, 4 * moved, count * product, "tf32x3") for key, (run, moved, count) in passes.items()}

@@ -12,7 +12,7 @@ from gpu.device import Gpu
 from gpu.record import Case
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.cayley import cayley
-from orthotrain.kernels.cayley_neumann import cayley_neumann, cayley_neumann_generators
+from orthotrain.kernels.cayley_neumann import cayley_neumann
 from orthotrain.kernels.dequant import dequant_int8, dequant_nf4
 from orthotrain.kernels.dispatch import use_backend
 from orthotrain.kernels.exponential import exponential
@@ -46,9 +46,8 @@ BLOCKS = {(2000, 16): (4, 16), (300, 64): (2, 32), (20, 200): (2, 20), (10, 256)
 PARAMETERIZATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "skew": skew,
     "cayley": lambda g, b: cayley(skew(g, b)),
-    "cayley_neumann": lambda g, b: cayley_neumann(skew(g, b), 4),
-    "cayley_neumann order 3": lambda g, b: cayley_neumann(skew(g, b), 3),
-    "cayley_neumann_generators": lambda g, b: cayley_neumann_generators(g, b, 4),
+    "cayley_neumann": lambda g, b: cayley_neumann(g, b, 4),
+    "cayley_neumann order 3": lambda g, b: cayley_neumann(g, b, 3),
     "exponential": lambda g, b: exponential(skew(g, b)),
 }
 WIDEST_CAYLEY = 64

@@ -1,4 +1,4 @@
-"""The played device; the files here are run by ../test_played_device.py in processes of their own."""
+"""The played device; the files of this folder are run by ../test_played_device.py, each in its own process."""
 
 import importlib.util
 import os
@@ -32,7 +32,7 @@ def network():
 
 @pytest.fixture(scope="session")
 def played():
-    """The module ``played.py``, which registers the device; that cannot be done twice."""
+    """The module ``played.py``, which registers the device; a device cannot be registered twice."""
     spec = importlib.util.spec_from_file_location("played_device", Path(__file__).with_name("played.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -26,7 +26,7 @@ from orthotrain.optimizers import LieOptimizer
 from orthotrain.optimizers.galore import GaLore
 
 PLAIN = Optimization(lr=0.01, optimizer=partial(torch.optim.AdamW, foreach=False))
-# with auto another table of costs would choose another route, which rounds otherwise
+# with auto, the table of costs would choose another route, which rounds differently
 BLOCKS = PoetLayers(block_size=8, route="input")
 STEPWISE = {"layers": PoetLayers(block_size=8, route="input", stepwise=True), "merge_every": 1, "resample_every": 2}
 
@@ -49,7 +49,7 @@ MODULES = {
 def fit(module, network, folder, steps, ckpt_path=None, callbacks=(), save_every=2, **where):
     torch.manual_seed(0)
     module = module(network)
-    # every batch is the same: where a run goes on, a plain DataLoader begins anew
+    # every batch is the same: on a resume, a plain DataLoader begins again
     ids = torch.randint(0, 96, (4, 13), generator=torch.Generator().manual_seed(1)).repeat(16, 1)
     rows = DataLoader([{"input_ids": row[:-1], "labels": row[1:]} for row in ids], batch_size=4)
     saver = [ModelCheckpoint(folder, every_n_train_steps=save_every, save_last=True)] if save_every else []
@@ -81,7 +81,7 @@ def test_a_run_there_is_the_run_on_the_cpu(played, network, tmp_path, name):
     expected = runs(tmp_path / "here", accelerator="cpu")
     with played.Mode():
         found = runs(tmp_path / "there", strategy=played.strategy())
-    # a decomposition on the CPU reads another layout
+    # the decomposition on the CPU reads another memory layout
     assert [exact(part) for part in found] == [exact(part) for part in expected]
     assert found == [pytest.approx(part, rel=1e-5, abs=2e-6) for part in expected]
     expected, found = (torch.load(tmp_path / folder / "last.ckpt", weights_only=True) for folder in ("here", "there"))
@@ -136,7 +136,7 @@ def test_no_step_waits_but_those_that_log(played, network, tmp_path, name):
             log_every_n_steps=4, limit_val_batches=0, gradient_clip_val=1.0,
         )  # fmt: skip
     assert len(waits.batches) == 16
-    # what a step of two batches waits for is logged in its second one; the last batch ends with the run
+    # a step of two batches logs, and waits, in its second batch; the last batch includes the end of the run
     assert {place for place, found in enumerate(waits.batches) if found} == {7, 15}
 
 
@@ -237,7 +237,7 @@ def test_ranks_agree_one_step_later_and_wait_for_nothing(played, tmp_path):
                     torch.zeros((), device=played.DEVICE)
             trainer = L.Trainer(strategy=played.strategy(), logger=False)
             FinalCheckpoint().setup(trainer, None, "fit")
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()  # Lightning does so before each batch
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()  # Lightning calls this before each batch
         assert answers == [False, False, True] and not played.WAITS
         assert LateAgreement().on_any_rank(True, torch.device("cpu"))
     finally:

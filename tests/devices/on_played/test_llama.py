@@ -134,8 +134,8 @@ def test_from_the_sanity_check_to_the_exported_folder(played, small, tmp_path):
         network = module.to(played.DEVICE).eval().model
         logits = played.raw(network(played.batch(IDS)).logits.detach())
         make_plain_(network)
-        export_huggingface(network.cpu(), tmp_path / "folder")  # what writes the files asks for addresses
-    # attention has another kernel there, and another table of costs other routes
+        export_huggingface(network.cpu(), tmp_path / "folder")  # writing the files needs memory addresses
+    # attention has another kernel there, and the table of costs gives other routes
     for part in ("before", "after"):
         assert found[part] == pytest.approx(expected[part], rel=1e-4)
     assert found["curves"]["train_loss"][-1] == pytest.approx(expected["curves"]["train_loss"][-1], rel=1e-4)

@@ -1,9 +1,11 @@
-"""Every kind of module on a played device: built there, trained, merged and loaded, with the bits of the CPU."""
+"""Every kind of module on a played device: built, trained, merged and loaded there, with the bits of the CPU."""
 
 import pytest
 import torch
 from torch import nn
 
+from orthotrain.errors import TrainingDiverged
+from orthotrain.layers.folding import fold_rotations, merge_rotations
 from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.oft.oft_conv2d import OftConv2d
 from orthotrain.layers.oft.oft_embedding import OftEmbedding
@@ -50,7 +52,7 @@ ROUNDED = ("POET, by weight", "POET, int8", "POET, nf4")
 
 
 def train(module, batches, wrap, raw):
-    """Three steps of gradient descent, with what is merged merged after each; return losses and the state."""
+    """Take three steps of gradient descent with a merge after each; return losses and the state."""
     losses = []
     for batch in batches:
         loss = module.loss({name: wrap(value) for name, value in batch.items()})
@@ -140,23 +142,20 @@ def test_the_side_that_rests_is_known_without_a_look(played, network):
     with played.Mode():
         moved = []
         optimizer = LieOptimizer(groups, lr=0.01)
-        for layer in (layer for _, layer in mergeable_layers(module)):
-            layer.fold_()
+        fold_rotations(dict(mergeable_layers(module)))
         for _ in range(3):
             optimizer.step()
             played.WAITS.clear()
             moved.append([rotation.moved() for rotation in rotations])
             if len(moved) < 3:
-                for _, layer in mergeable_layers(module):
-                    layer.fold_()
+                fold_rotations(dict(mergeable_layers(module)))
         # of each layer first the input side and then the output side; output sides begin
         assert moved == [[False, True] * 2, [True, False] * 2, [False, True] * 2]
         with torch.no_grad():
             rotations[0].generators.add_(1)
-        assert rotations[0].moved()  # somebody else has changed what the optimizer left at rest
-        for _, layer in mergeable_layers(module):
-            layer.fold_()
-        assert all(rotation.moved() for rotation in rotations)  # no optimizer has said anything since
+        assert rotations[0].moved()  # other code has changed generators that the optimizer had left unchanged
+        fold_rotations(dict(mergeable_layers(module)))
+        assert all(rotation.moved() for rotation in rotations)  # no optimizer has marked the generators since
         assert not played.WAITS
 
 
@@ -181,7 +180,7 @@ def test_a_count_is_read_again_after_somebody_else_has_changed_it(played, networ
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e30])
-def test_what_is_not_finite_is_left_out_of_a_stepwise_fold(played, network, value):
+def test_rotations_that_are_not_finite_are_left_out_and_found_later(played, network, value):
     module = PoetModule(network, PoetLayers(block_size=8, stepwise=True), merge_every=1)
     with played.Mode(), torch.device("played"):
         module.configure_model()
@@ -189,9 +188,11 @@ def test_what_is_not_finite_is_left_out_of_a_stepwise_fold(played, network, valu
     before = played.raw(layer.weight.values).clone()
     with played.Mode(), torch.no_grad():
         layer.rotation_in.generators[0, 0] = value
+        layer.read_counts()
         played.WAITS.clear()
-        (layer.merge_ if value > 0 else layer.fold_)()
-        assert set(played.WAITS) <= {"aten::_local_scalar_dense"}  # the counts, which nobody has read yet
+        layers = {"down": layer}
+        checks = merge_rotations(layers, []) if value > 0 else fold_rotations(layers)
+        assert not played.WAITS
         assert torch.equal(played.raw(layer.weight.values), before)
-    assert played.raw(layer.rotation_in.generators).isnan().all()
-    assert not played.raw(layer.rotation_out.generators).any()
+        with pytest.raises(TrainingDiverged, match="^down: the rotations of a weight .* were not folded"):
+            checks.raise_errors()

@@ -212,7 +212,7 @@ def test_embeddings_and_1x1_convolutions_go_both_ways(tmp_path, parameterization
     back = copy.deepcopy(plain)
     assert import_peft(back, tmp_path / "in") == ["embed", "conv", "proj"]
     same(network, back)
-    with pytest.raises(ConfigurationError, match=r"embed.base_layer.weight is the base's: .*save_embedding_layers"):
+    with pytest.raises(ConfigurationError, match=r"base_layer.weight belongs to the base: .*save_embedding_layers"):
         tensors = load_file(folder / "adapter_model.safetensors")
         rewrite(folder, {**tensors, "base_model.model.embed.base_layer.weight": torch.ones(96, 16)})
         import_peft(copy.deepcopy(plain), folder)
@@ -375,13 +375,13 @@ REFUSED_CONFIG = {
     "unknown": ({"use_householder": True}, "unknown setting use_householder=True"),
     "terms": ({"num_cayley_neumann_terms": 2}, "num_cayley_neumann_terms=2: 3 to 100 can be loaded"),
     "many terms": ({"num_cayley_neumann_terms": 10**9}, "num_cayley_neumann_terms=1000000000: 3 to 100"),
-    "kind": ({"use_cayley_neumann": 1}, "use_cayley_neumann=1 is no bool"),
+    "kind": ({"use_cayley_neumann": 1}, "use_cayley_neumann=1 is not a bool"),
     "eps": ({"coft": True, "eps": 0}, "eps=0: COFT needs a positive bound"),
     "dropout": ({"module_dropout": 1.0}, "q_proj: block_dropout=1.0"),
     "old": ({"peft_version": "0.17.1"}, "peft_version='0.17.1': PEFT 0.18 changed"),
     "no version": ({"peft_version": None}, "peft_version=None: PEFT 0.18 changed"),
     "base": ({"base_model_name_or_path": "other/base"}, "trained on 'other/base', the network is ''.*check_base=False"),
-    "saved": ({"modules_to_save": "norm"}, "modules_to_save='norm' is no list"),
+    "saved": ({"modules_to_save": "norm"}, "modules_to_save='norm' is not a list"),
     "shared": ({"block_share": True}, r"q_proj: 4 rows of generators with block_share=True"),
 }  # fmt: skip
 
@@ -397,7 +397,7 @@ def test_a_configuration_that_cannot_be_loaded_is_refused(base, saved, tmp_path,
 
 
 REFUSED_TENSORS = {
-    "nothing": ({}, "holds no tensor called"),
+    "nothing": ({}, "has no tensor base_model"),
     "unknown": ({NAME: torch.zeros(4, 28), "model.norm.weight": torch.zeros(32)}, "unknown tensor model.norm.weight"),
     "not saved": ({NAME: torch.zeros(4, 28), "base_model.model.model.norm.weight": torch.zeros(32)}, "unknown tensor"),
     "columns": ({NAME: torch.zeros(4, 27)}, r"q_proj: generators of shape \(4, 27\).* width of 32"),
@@ -424,7 +424,7 @@ def test_a_saved_module_of_another_shape_is_refused(base, saved, tmp_path):
     shutil.copytree(saved, tmp_path / "in")
     rewrite(tmp_path / "in", {NAME: torch.zeros(4, 28), "base_model.model.model.norm.weight": torch.zeros(31)},
             modules_to_save=["norm"])  # fmt: skip
-    check_refused(base, tmp_path / "in", r"norm.weight is \(31,\) torch.float32, the network's \(32,\)")
+    check_refused(base, tmp_path / "in", r"norm.weight is \(31,\) torch.float32, in the network \(32,\)")
 
 
 def check_refused(base, folder, message):
@@ -446,9 +446,9 @@ def test_missing_files_and_pickles_are_refused(base, saved, tmp_path):
     check_refused(base, folder, "has no adapter_model.safetensors")
     shutil.copytree(saved, folder, dirs_exist_ok=True)
     (folder / "adapter_config.json").write_text("[1, 2")
-    check_refused(base, folder, "is no JSON file")
+    check_refused(base, folder, "is not valid JSON")
     (folder / "adapter_config.json").write_text("[1, 2]")
-    check_refused(base, folder, "no settings by name")
+    check_refused(base, folder, "not a dictionary of settings")
 
 
 @pytest.mark.parametrize("length", [2**63, 2**40, 10, 0])
@@ -456,7 +456,7 @@ def test_a_header_that_lies_about_its_size_is_refused(base, saved, tmp_path, len
     shutil.copytree(saved, tmp_path / "in")
     path = tmp_path / "in" / "adapter_model.safetensors"
     path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
-    check_refused(base, tmp_path / "in", "no complete safetensors file")
+    check_refused(base, tmp_path / "in", "not a complete safetensors file")
 
 
 def test_a_tied_layer_and_a_wide_convolution_are_refused(base, saved, tmp_path):

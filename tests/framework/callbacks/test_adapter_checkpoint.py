@@ -21,7 +21,7 @@ from orthotrain.schedules import CosineWithWarmup
 
 
 class Finetune(BaseModule):
-    """Rotations of all projections and the final norm are trained, the rest is frozen."""
+    """Rotations of all projections and the final norm are trained; everything else is frozen."""
 
     def __init__(self, config, seed=5, **options):
         def build():
@@ -42,7 +42,7 @@ class Finetune(BaseModule):
 
 @pytest.fixture
 def data(corpus):
-    """Batches that resume in the middle of an epoch."""
+    """Data that can resume in the middle of an epoch."""
     return lambda: TextData(
         str(corpus),
         vocab_size=300,
@@ -103,7 +103,7 @@ def test_folders_appear_complete_and_the_last_ones_are_kept(config, data, tmp_pa
 
 @pytest.mark.parametrize("stop", [3, 5, 6, "full"])
 def test_resume_continues_to_the_same_bits(config, data, tmp_path, stop):
-    """In the middle of an accumulation's epoch and at its end; from a full checkpoint too."""
+    """In the middle of an epoch with accumulation, and at its end; from a full checkpoint too."""
 
     def run(name, ckpt_path=None):
         adapters = AdapterCheckpoint(every_n_steps=1, keep=9, dirpath=tmp_path / name)
@@ -176,7 +176,7 @@ def test_refusals(config, data, tmp_path):
 
 
 def test_an_adapter_is_compared_with_its_checksum(config, data, tmp_path):
-    """The one that is written beside it; a file without a description is read as ever."""
+    """The checksum that is written beside the file; a file without a description is read without a check."""
     fit(Finetune(config), data, tmp_path, 1, [AdapterCheckpoint(1, dirpath=tmp_path / "a")])
     folder, network = tmp_path / "a" / "step-000001", Finetune(config)
     network.configure_model()
@@ -191,7 +191,7 @@ def test_an_adapter_is_compared_with_its_checksum(config, data, tmp_path):
     load_adapter(network.model, folder)
     for text in ("[1]", '{"crc32": 3}', "{", "\xff", "[" * 10**5):
         (folder / "adapter.json").write_text(text, encoding="latin1")
-        with pytest.raises(ConfigurationError, match="adapter.json' is no description of an adapter"):
+        with pytest.raises(ConfigurationError, match="adapter.json' is not a description of an adapter"):
             load_adapter(network.model, folder)
     with pytest.raises(ConfigurationError, match="NUL"):
         load_adapter(network.model, "a\0b")

@@ -1,4 +1,4 @@
-"""However a run ends, its last step is saved, and going on from it gives the uninterrupted run."""
+"""However a run ends, its last step is saved, and a resume from it gives the uninterrupted run."""
 
 import lightning as L
 import pytest
@@ -11,11 +11,11 @@ from orthotrain.data import TextData
 from orthotrain.models import CausalLM
 from orthotrain.modules import OftLayers, OftModule, PoetLayers, PoetModule
 
-BATCHES, STEPS = 10, 10  # batches of an epoch, two for a step; steps of the uninterrupted run: two epochs
+BATCHES, STEPS = 10, 10  # batches of an epoch, two a step; steps of the uninterrupted run, which are two epochs
 
 
 class Losses(L.Callback):
-    """The loss of every batch by its epoch and place, the step of every validation, and every save."""
+    """Records the loss of every batch by epoch and position, the step of every validation, and every save."""
 
     def __init__(self, stop_at=None):
         self.losses, self.validated, self.saves, self.stop_at = {}, [], [], stop_at
@@ -33,7 +33,7 @@ class Losses(L.Callback):
 
 
 class Stops(PoetModule):
-    """Stops in a hook that runs after those of all callbacks."""
+    """Stops in a hook that runs after the hooks of all callbacks."""
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self.trainer.should_stop = self.global_step == 3
@@ -60,7 +60,7 @@ def fit(network, corpus, folder, saving=(), module=PoetModule, record=None, resu
 
 @pytest.fixture(scope="module")
 def uninterrupted(corpus, tmp_path_factory):
-    """The run that goes on to its end, by the options that decide when it validates."""
+    """The uninterrupted run, by the options that decide when it validates."""
     runs = {}
 
     def get(network, **options):
@@ -77,7 +77,7 @@ def never(**options):
 
 
 EPOCHS = {"val_check_interval": None, "max_epochs": 2, "max_steps": -1}
-# end -> the step it comes after, what makes it, what decides when the run validates
+# end -> the step after which it comes, its cause, the options that decide when the run validates
 ENDS = {
     "steps, no validation there": (3, {"max_steps": 3}, {}),
     "steps, a validation there": (4, {"max_steps": 4}, {}),
@@ -177,7 +177,7 @@ def test_an_adapter_run_saves_its_end_once_and_goes_on(tiny_llama, corpus, tmp_p
 
 
 def test_a_run_in_parts_is_the_uninterrupted_one(tiny_llama, corpus, tmp_path, uninterrupted):
-    """Each part ends where an epoch ends, or where a limit that the next one has not made it end."""
+    """Each part ends with an epoch, or at a limit that the next part does not have."""
     _, expected, _ = uninterrupted(tiny_llama)
     part, last = Losses(), None
     for steps, batches in ((3, 6), (4, 10), (5, 10), (10, 10)):

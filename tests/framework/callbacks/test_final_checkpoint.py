@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: what is saved, when the run ends, and that it goes on to the same weights."""
+"""SIGTERM and Ctrl-C: what is saved, when the run ends, and that a resume reaches the same weights."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ QUICK = ["fit", "-c", "pretrain/quickstart.yaml"]
 
 
 def signalled(monkeypatch, step_method, when, signum):
-    """Have the process receive a signal when a step method is called for the ``when``-th time."""
+    """Send the process a signal when a step method is called for the ``when``-th time."""
     original, calls = getattr(BaseModule, step_method), []
 
     def step(self, batch, batch_idx):
@@ -41,7 +41,7 @@ def ended_with(command):
     ("step_method", "when", "saved", "extra"),
     [
         ("training_step", 2, 2, []),
-        ("validation_step", 2, 3, []),  # the first is the check before training
+        ("validation_step", 2, 3, []),  # the first validation is the check before training
         ("validation_step", 2, 5, ["--trainer.val_check_interval", "5", "--trainer.limit_train_batches", "5"]),
     ],
     ids=["training", "validation", "validation at the end of an epoch"],
@@ -72,7 +72,7 @@ def test_the_run_saves_and_goes_on_to_the_same_weights(
 
 @pytest.mark.parametrize("name", SIGNALS)
 def test_after_training_the_signals_are_what_they_were(small_config, name):
-    """A handler that outlived the run would note the signal and let the program go on for ever."""
+    """A handler that stayed after the run would note the signal, and the program would never end."""
     before = signal.getsignal(SIGNALS[name])
     main([*QUICK, "-c", str(small_config), "--trainer.max_steps", "1"])
     assert signal.getsignal(SIGNALS[name]) is before
@@ -99,7 +99,7 @@ def test_between_micro_batches_the_validation_is_run_to_its_end(small_config, tm
 
 
 def test_lightning_sets_no_handler_that_communicates(small_config, monkeypatch):
-    """Its own one broadcasts from inside the signal; ours is in its place when the training data is loaded."""
+    """Lightning's handler broadcasts from inside the signal; it is replaced before the training data is loaded."""
     seen, original = [], TextData.train_dataloader
 
     def look(self):

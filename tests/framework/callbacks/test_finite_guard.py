@@ -52,7 +52,7 @@ def tensors(value):
             yield from tensors(part)
 
 
-# of sides that take turns one rests in the step: its generators stay finite, its momentum would not
+# if sides take turns, one side rests in the step: its generators stay finite, its momentum would not
 @pytest.mark.parametrize("side", ["rotation_in", "rotation_out"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_poisoned_generator_reaches_no_checkpoint(stepwise, options, side, val
     last = read_checkpoint(tmp_path / "step=3.ckpt")
     found = [t for t in tensors([last["state_dict"], last["optimizer_states"]]) if t.is_floating_point()]
     assert len(found) > 8 and all(bool(torch.isfinite(t).all()) for t in found)
-    # nor the frozen weights of the network that is still there
+    # nor does it reach the frozen weights of the network in memory
     assert all(bool(torch.isfinite(p).all()) for p in run.parameters() if not p.requires_grad)
 
 
@@ -105,7 +105,7 @@ def test_large_values_in_16_bits_are_finite():
 
 
 def notes(*batches):
-    """What batches with these tensors leave to look at."""
+    """The notes that batches with these tensors leave."""
     values = [norms(batch) for batch in batches]
     return [Note(step + 1, step, list(own), stacked(own)) for step, own in enumerate(values)]
 

@@ -157,7 +157,7 @@ def test_a_bound_that_is_never_reached_changes_no_bit():
 
 
 class Student(PoetModule):
-    """Fits a teacher and notes its losses."""
+    """Fits a teacher and records its losses."""
 
     def loss(self, batch):
         loss = (self(batch[0]) - batch[1]).square().mean()
@@ -224,7 +224,7 @@ def test_a_bound_that_is_not_positive_is_refused(value):
         PoetModule(network(), max_generator_norm=value)
 
 
-def test_a_rhythm_with_a_state_is_asked_once_a_step():
+def test_periods_with_a_state_are_asked_for_once_a_step():
     class EverySecond(MergeRotations):
         asked = 0
 
@@ -233,5 +233,5 @@ def test_a_rhythm_with_a_state_is_asked_once_a_step():
             return self.asked % 2 == 0
 
     merging = EverySecond()
-    answers = [(merging._merges_at(step), merging._merges_at(step)) for step in range(1, 5)]
+    answers = [(merging._ends_period(step), merging._ends_period(step)) for step in range(1, 5)]
     assert answers == [(False, False), (True, True)] * 2 and merging.asked == 4

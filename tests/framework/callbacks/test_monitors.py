@@ -98,7 +98,7 @@ def test_the_report_goes_on_after_a_resume():
 def test_early_folds_are_reported_also_where_no_period_has_ended(tmp_path):
     base = {"steps": 5, "after": {}, "tokens_per_second": None, "kernels": "reference", "trainable_parameters": 1,
             "memory": None, "next_token_loss": None, "total_parameters": 2, "spectrum_drift": None,
-            "checkpoint": None}  # fmt: skip
+            "checkpoint": None, "compared_with": None}  # fmt: skip
     for merges, early, line in (
         (None, 7, "0, and 7 early"),
         (2, 7, "2, and 7 early"),
@@ -111,7 +111,7 @@ def test_early_folds_are_reported_also_where_no_period_has_ended(tmp_path):
 
 
 class Slow(L.LightningModule):
-    """Lets a clock go on where that of the throughput runs, and where it stands."""
+    """Advances a clock where the clock of the throughput runs, and where it stands still."""
 
     def __init__(self):
         super().__init__()

@@ -21,7 +21,7 @@ def contents(folder):
 
 @pytest.fixture
 def earlier(small_config, tmp_path):
-    """The config of a run that has been made, with every callback that writes files, and what is in its folder."""
+    """The config of a finished run with every callback that writes files, and the contents of its folder."""
     config = yaml.safe_load(small_config.read_text())
     spectrum = {"class_path": "SpectrumMonitor", "init_args": {"every_n_steps": 2, "values": True}}
     config["trainer"]["callbacks"] += [spectrum, "OrthogonalityMonitor"]

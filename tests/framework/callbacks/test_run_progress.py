@@ -26,7 +26,7 @@ def test_a_run_counts_its_steps_over_epochs_and_after_a_resume(small_config, sai
     assert steps[0] == "training: 4 steps"
     assert [line.split(",")[0] for line in steps[1:]] == [f"training: {n} of 4 steps" for n in (1, 2, 3, 4)]
     assert all(" left, " in line and "loss " in line for line in steps[2:])
-    # a line has what was logged before, and the throughput counts from the end of the first step on
+    # a line shows the values that were logged before it; the throughput counts from the end of the first step
     assert all(line.endswith(" tokens/s") for line in steps[3:])
     assert any(line.startswith("validation: 2 of 2 batches") for line in said)
     assert "step 3: val_loss" in caplog.text

@@ -1,4 +1,4 @@
-"""The report of a run leaves the module as it found it."""
+"""The report of a run does not change the module."""
 
 import json
 

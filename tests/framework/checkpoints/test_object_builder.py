@@ -83,13 +83,13 @@ def test_plain_values_become_what_the_annotation_says(value, kind, expected):
         ([1], tuple[int, int], "here: expected 2 values"),
         ({"wide": 8}, Settings, "here: Settings has no argument 'wide'; known: width, rates"),
         ({"rates": {"x": 1}}, Settings, "here.rates: expected list"),
-        ('{"width": 8}', Settings, "names .*, which is no network"),
+        ('{"width": 8}', Settings, "names .*, which is not a known class"),
         ({"mode": "FAST"}, Settings, "here.mode: expected Literal"),
         (torch.zeros(2), Any, "here: expected a plain value"),
         (b"x", Any, "here: expected a plain value"),
         ({"class_path": "orthotrain.models.CausalLM", "args": 1}, ModelBuilder, "unexpected 'args' beside"),
-        ({"class_path": "torch.optim.AdamW"}, ModelBuilder, "torch.optim.AdamW, which is no ModelBuilder"),
-        ({"class_path": ["os.system"]}, ModelBuilder, "names .*os.system.*, which is no network"),
+        ({"class_path": "torch.optim.AdamW"}, ModelBuilder, "torch.optim.AdamW, which is not a ModelBuilder"),
+        ({"class_path": ["os.system"]}, ModelBuilder, "names .*os.system.*, which is not a known class"),
         ({"class_path": "torch.optim.AdamW", "init_args": [1]}, Callable[[Iterable], Optimizer], "a dictionary of arg"),
         ({"a": {"class_path": "antigravity.geohash"}}, dict[str, Any], "names antigravity.geohash"),
         ({"a": {"b": [{"parameterization": "this.d"}]}}, Any, "names this.d"),
@@ -139,7 +139,7 @@ def test_names_are_whole_and_exact():
     trusted = TrustedClasses("file.ckpt", [f"{__name__}.Takes", CausalLM])
     assert trusted.find("orthotrain.models.CausalLM") is CausalLM
     for name in STRANGE_NAMES:
-        with pytest.raises(ConfigurationError, match="which is no network"):
+        with pytest.raises(ConfigurationError, match="which is not a known class"):
             trusted.find(name)
 
 
@@ -195,4 +195,4 @@ def test_settings_of_overrides_are_checked_where_nobody_else_does():
 
 def test_every_argument_of_our_modules_has_an_annotation_that_is_read():
     for cls in (PoetModule, PoetLayers, CausalLM):
-        assert Any not in [taken.kind for taken in parameters_of(cls).values()]
+        assert Any not in [parameter.kind for parameter in parameters_of(cls).values()]

@@ -152,5 +152,5 @@ def test_a_checkpoint_that_starts_from_itself_is_refused(tiny_llama, tmp_path):
         "init_args": {"path": str(tmp_path / "other.ckpt")},
     }
     file = saved(described(tiny_llama, model=model), tmp_path / "bad.ckpt")
-    with pytest.raises(ConfigurationError, match="bad.ckpt: .*says that its network is that of the file itself"):
+    with pytest.raises(ConfigurationError, match="bad.ckpt: .*describes its network by the file itself"):
         CheckpointModel(file)()

@@ -103,11 +103,11 @@ def checkpoint(tmp_path):
     return path
 
 
-def test_two_thousand_damaged_checkpoints(checkpoint, tmp_path):
+def test_hundreds_of_damaged_checkpoints(checkpoint, tmp_path):
     original, target = checkpoint.read_bytes(), tmp_path / "mutant.ckpt"
-    assert refused_or_read(read_checkpoint, target, 1000, original, "read") > 500
+    assert refused_or_read(read_checkpoint, target, 300, original, "read") > 150
     # with its checksums almost nothing passes, only changes of bytes that mean nothing (times, padding)
-    assert refused_or_read(check_checkpoint, target, 1000, original, "check") > 800
+    assert refused_or_read(check_checkpoint, target, 300, original, "check") > 240
 
 
 def repack(path, target, change):
@@ -117,15 +117,15 @@ def repack(path, target, change):
             out.writestr(entry.filename, change(entry.filename, source.read(entry.filename)))
 
 
-def test_a_thousand_damaged_pickles_in_valid_archives(checkpoint, tmp_path):
+def test_hundreds_of_damaged_pickles_in_valid_archives(checkpoint, tmp_path):
     generator, target, refused = random.Random("pickles"), tmp_path / "mutant.ckpt", 0
-    for _ in range(1000):
+    for _ in range(300):
         repack(checkpoint, target, lambda name, data: mutated(data, generator) if name.endswith(".pkl") else data)
         try:
             check_checkpoint(target)
         except ConfigurationError:
             refused += 1
-    assert refused > 700
+    assert refused > 210
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.ckpt", "mutant.ckpt"], "nothing was made"
 
 
@@ -179,7 +179,7 @@ def test_a_description_of_a_huge_network_allocates_nothing(tiny_llama, size):
     contents = described({**tiny_llama})
     contents["hyper_parameters"]["init_args"]["model"]["init_args"]["config"][size] = 2**24
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ConfigurationError, match=r"huge.ckpt: a network of [\d,]+ (values|layers) is described, there"):
+    with pytest.raises(ConfigurationError, match=r"huge.ckpt: the description is of [\d,]+ (values|layers), but there"):
         load_network(contents, "huge.ckpt")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # in KiB
 
@@ -188,7 +188,7 @@ def test_damaged_checkpoints_that_can_be_read_load_or_are_refused(tiny_llama, tm
     original, target, generator = tmp_path / "good.ckpt", tmp_path / "mutant.ckpt", random.Random("networks")
     torch.save(described(tiny_llama), original)
     read = 0
-    for _ in range(300):
+    for _ in range(100):
         repack(original, target, lambda name, data: mutated(data, generator) if name.endswith("data.pkl") else data)
         try:
             contents = read_checkpoint(target)
@@ -196,7 +196,7 @@ def test_damaged_checkpoints_that_can_be_read_load_or_are_refused(tiny_llama, tm
             load_network(contents, str(target))
         except ConfigurationError as error:
             assert "mutant.ckpt" in str(error)
-    assert read > 20
+    assert read > 7
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_damaged_checkpoints_that_can_be_read_load_or_are_refused(tiny_llama, tm
 def test_a_checkpoint_does_not_choose_what_code_runs(tiny_llama, network):
     contents = described(tiny_llama)
     contents["hyper_parameters"]["init_args"]["model"] = network
-    with pytest.raises(ConfigurationError, match=r"bad.ckpt (names \S+, which is no network|asks to run code)"):
+    with pytest.raises(ConfigurationError, match=r"bad.ckpt (names \S+, which is not a known class|asks to run code)"):
         load_network(contents, "bad.ckpt")
     assert "this" not in sys.modules
 
@@ -233,7 +233,7 @@ def test_a_checkpoint_does_not_choose_another_file_as_its_description(tiny_llama
     contents = described(tiny_llama)
     (tmp_path / "evil.yaml").write_text("class_path: this.d")
     contents["hyper_parameters"]["init_args"]["model"] = str(tmp_path / "evil.yaml")
-    with pytest.raises(ConfigurationError, match=r"bad.ckpt names .*evil.yaml, which is no network"):
+    with pytest.raises(ConfigurationError, match=r"bad.ckpt names .*evil.yaml, which is not a known class"):
         load_network(contents, "bad.ckpt")
 
 
@@ -394,9 +394,9 @@ def cache(tmp_path):
     return path
 
 
-def test_a_thousand_damaged_token_caches(cache):
+def test_hundreds_of_damaged_token_caches(cache):
     original = cache.read_bytes()
-    assert refused_or_read(TokenCache.open, cache, 1000, original, "cache") == 1000, "every byte counts"
+    assert refused_or_read(TokenCache.open, cache, 300, original, "cache") == 300, "every byte counts"
 
 
 @pytest.mark.parametrize("field", ["tokens", "text_bytes", "documents"])
@@ -425,12 +425,12 @@ def adapter_folder(folder):
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_thousand_damaged_adapters(tmp_path, name):
+def test_hundreds_of_damaged_adapters(tmp_path, name):
     folder = adapter_folder(tmp_path / "adapter")
     read_folder(folder)
     original = (folder / name).read_bytes()
     # a changed value of a tensor without a checksum is another adapter: that is read
-    assert refused_or_read(lambda path: read_folder(folder), folder / name, 500, original, name) > 50
+    assert refused_or_read(lambda path: read_folder(folder), folder / name, 200, original, name) > 20
 
 
 @pytest.mark.parametrize(
@@ -446,7 +446,7 @@ def test_a_thousand_damaged_adapters(tmp_path, name):
 def test_oversized_and_missing_headers(tmp_path, header):
     folder = adapter_folder(tmp_path / "adapter")
     (folder / "adapter_model.safetensors").write_bytes(header)
-    with pytest.raises(ConfigurationError, match="no complete safetensors file"):
+    with pytest.raises(ConfigurationError, match="not a complete safetensors file"):
         read_folder(folder)
 
 
@@ -496,12 +496,12 @@ def test_an_index_that_leads_out_of_its_folder(tmp_path, name):
         PretrainedModel(str(tmp_path))()
 
 
-def test_a_thousand_damaged_indexes(tmp_path):
+def test_hundreds_of_damaged_indexes(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     original = json.dumps({"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
     index.write_text(original)
     check_model_folder(tmp_path)
-    assert refused_or_read(lambda _: check_model_folder(tmp_path), index, 1000, original.encode(), "index") > 300
+    assert refused_or_read(lambda _: check_model_folder(tmp_path), index, 300, original.encode(), "index") > 90
 
 
 def folder_with_code(folder, trap):
@@ -523,7 +523,7 @@ def test_code_in_a_model_folder_runs_only_if_the_user_says_so(tmp_path, monkeypa
     trap = tmp_path / "sprung"
     name = folder_with_code(tmp_path / "model", trap)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    with pytest.raises(ConfigurationError, match=r"comes with code of its own; .* trust_remote_code: true"):
+    with pytest.raises(ConfigurationError, match=r"comes with its own code; .* trust_remote_code: true"):
         PretrainedModel(name)()
     assert not trap.exists()
     assert type(PretrainedModel(name, trust_remote_code=True)()).__name__ == "Own"
@@ -549,9 +549,9 @@ def test_options_are_those_of_loading_and_of_the_configuration(tmp_path, tiny_ll
     name = str(tmp_path / "model")
     LlamaForCausalLM(LlamaConfig(**tiny_llama)).save_pretrained(name)
     assert PretrainedModel(name, options={"attention_dropout": 0.25})().config.attention_dropout == 0.25
-    with pytest.raises(ConfigurationError, match="'fusion_config' is no key of the configuration"):
+    with pytest.raises(ConfigurationError, match="'fusion_config' is neither a key of the configuration"):
         PretrainedModel(name, options={"fusion_config": {}})()
-    with pytest.raises(ConfigurationError, match="'attention_drop' is no key .*; try attention_dropout"):
+    with pytest.raises(ConfigurationError, match="'attention_drop' is neither a key .*; try attention_dropout"):
         PretrainedModel(name, options={"attention_drop": 0.1})()
 
 
@@ -567,7 +567,7 @@ def test_damaged_pretrained_weights_are_one_clear_error(tmp_path, tiny_llama):
     LlamaForCausalLM(LlamaConfig(**tiny_llama)).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     original, generator = weights.read_bytes(), random.Random("weights")
-    for _ in range(15):
+    for _ in range(8):
         weights.write_bytes(mutated(original, generator))
         try:
             PretrainedModel(str(tmp_path))()

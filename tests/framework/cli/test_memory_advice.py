@@ -47,7 +47,7 @@ def test_a_run_whose_weights_do_not_fit_is_refused_with_what_would(tiny_llama, g
     with pytest.raises(ConfigurationError) as caught:
         check_fits(module, DATA, gpu(plan.certain_bytes - 1))
     message = str(caught.value)
-    assert "this run is planned to hold 0.0 GiB, 0.0 without activations, and NVIDIA L4 has 0.0: " in message
+    assert "this run is planned to take 0.0 GiB, 0.0 without activations, and NVIDIA L4 has 0.0: " in message
     options = ("gradient_checkpointing true", "activation_mode mem", "storage int8", "storage nf4", "batch_size 1")
     for option in options:
         assert f"{option} plans " in message
@@ -98,8 +98,8 @@ def test_memory_that_runs_out_in_the_middle_of_a_run(small_config, tmp_path, cap
     assert stop.value.code == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("orthotrain: error: ")]
     said = "the memory of the cpu has run out after step 4 (CUDA out of memory. Tried to allocate 2.00 GiB): the run is"
-    assert said in line and " GiB; the checkpoints are whole, to go on from them with --ckpt_path last add: " in line
-    anew = line.partition("; to begin anew: ")[2]
+    assert said in line and " GiB; the checkpoints are intact. To resume with --ckpt_path last add: " in line
+    anew = line.partition("; to start anew: ")[2]
     assert "activation_mode mem plans" in line and "activation_mode" not in anew and "--data.batch_size 1 plans" in anew
     check_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     main([*command, "--ckpt_path", "last", "--model.layers.activation_mode", "mem"])

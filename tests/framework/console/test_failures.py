@@ -67,7 +67,7 @@ def test_a_worker_that_ends_while_it_hands_over_a_batch(kind, monkeypatch):
     loader = iter(DataLoader([1, 2, 3], num_workers=1))
     monkeypatch.setattr(type(loader._data_queue), "get", get)
     line, code = explain(caught(lambda: next(loader)))
-    assert code == 1 and "a data loader worker ended unexpectedly, while it handed over a batch" in line
+    assert code == 1 and "a data loader worker ended unexpectedly while it sent a batch" in line
     own = kind(errno.ENOENT, "No such file or directory")  # raised by a worker, or elsewhere
     assert "data loader worker" not in str(explain(own))
 

@@ -109,7 +109,7 @@ def test_writing_is_watched_while_it_goes_on(ended, base, tmp_path, monkeypatch)
 
     def save(folder):
         (folder / "weights").write_bytes(bytes(1000))
-        seen.append(orthotrain.console.progress._UNDER_WAY[-1].watch())
+        seen.append(orthotrain.console.progress._RUNNING[-1].watch())
 
     monkeypatch.setattr(network, "save_pretrained", save)
     export_huggingface(network, tmp_path / "merged")

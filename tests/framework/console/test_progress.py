@@ -167,7 +167,7 @@ def test_an_error_ends_the_step(clock, lines):
         for _ in items:
             raise ValueError
     assert kept.value.__traceback__ is not None  # the traceback keeps the loop's frame
-    assert orthotrain.console.progress._UNDER_WAY == []
+    assert orthotrain.console.progress._RUNNING == []
 
 
 def test_a_step_that_is_one_call_is_watched_from_outside(lines, tmp_path):

@@ -178,7 +178,7 @@ def test_a_wait_for_the_lock_of_a_cache_ends(tmp_path):
     from filelock import FileLock
 
     from orthotrain.data.corpus.cache_folder import _locked
-    from orthotrain.data.corpus.sources import CACHE_MARK
+    from orthotrain.data.sources import CACHE_MARK
 
     def wait():
         signal.signal(signal.SIGALRM, lambda *given: os.kill(os.getpid(), signal.SIGTERM))

@@ -5,9 +5,12 @@ import resource
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from orthotrain.data import TextData
+from orthotrain.data.instructions.examples import EncodedExample
+from orthotrain.data.instructions.token_rows import TokenRows
 
 MEMORY_BYTES = 1_900 << 20
 """With the 1.1 GiB that importing the package maps, 3 GiB of address space."""
@@ -81,5 +84,23 @@ def make_data(corpus, session_cache):
             "cache_dir": str(session_cache),
         }
         return TextData(**settings | changes)
+
+    return make
+
+
+@pytest.fixture
+def make_rows():
+    """Makes rows of random tokens whose last third is the response; each row begins with its own number."""
+
+    def make(lengths, vocabulary=64):
+        generator, rows = np.random.default_rng(0), TokenRows()
+        for number, length in enumerate(lengths):
+            tokens = generator.integers(2, vocabulary, length + 1).tolist()
+            tokens[0] = 2 + number % (vocabulary - 2)
+            prompt = max(1, 2 * length // 3)
+            rows.append(
+                EncodedExample(tokens, [False] * prompt + [True] * (length + 1 - prompt), prompt), f"answer {number}"
+            )
+        return rows
 
     return make

@@ -1,74 +1,79 @@
 """What needs more than one real process: building at the same time, and several ranks."""
 
 import json
-import subprocess
-import sys
+import os
 
-BUILD = """
-import sys, orthotrain.data.corpus.cache_folder as store
-from orthotrain.data import TextData
-build, builds = store.build_caches, []
-store.build_caches = lambda *given: builds.append(1) or build(*given)
-data = TextData(source=sys.argv[1], cache_dir=sys.argv[2], vocab_size=300, sequence_length=64, batch_size=4,
-                val_fraction=0.15, test_fraction=0.15)
-data.setup()
-print(len(builds), data.train_tokens, data.tokenizer_fingerprint)
-"""
+import lightning as L
+import torch
 
-TRAIN = """
-import json, sys, lightning as L, torch, torch.distributed as dist
-from orthotrain.data import TextData
-
-class Recorder(L.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.seen, self.val = [], []
-    def training_step(self, batch, index):
-        self.seen.append([self.global_step, [hash(tuple(row)) for row in batch["input_ids"].tolist()]])
-        return self.weight.sum()
-    def validation_step(self, batch, index):
-        self.val += [hash(tuple(row)) for row in batch["input_ids"].tolist()]
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-if __name__ == "__main__":
-    devices, accumulate, streaming = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "stream"
-    data = TextData(source=sys.argv[1], cache_dir=sys.argv[2], vocab_size=300, sequence_length=64, batch_size=4,
-                    val_fraction=0.15, test_fraction=0.15, streaming=streaming)
-    module = Recorder()
-    trainer = L.Trainer(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=5,
-                        accumulate_grad_batches=accumulate, logger=False, enable_checkpointing=False,
-                        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-                        val_check_interval=4, check_val_every_n_epoch=None)
-    trainer.fit(module, data)
-    result = {"seen": module.seen, "val": module.val}
-    if devices > 1:
-        results = [None] * devices
-        dist.all_gather_object(results, result)
-    else:
-        results = [result]
-    if trainer.is_global_zero:
-        print("RESULT" + json.dumps(results))
-"""
+from orthotrain.data.corpus import cache_folder
 
 
-def test_two_processes_that_start_at_once_build_one_cache(corpus, tmp_path):
-    command = [sys.executable, "-c", BUILD, str(corpus), str(tmp_path)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert all(process.returncode == 0 for process in processes), outputs
-    lines = [stdout.split() for stdout, _ in outputs]
-    assert sorted(line[0] for line in lines) == ["0", "1"], "one builds, the other finds it done"
-    assert lines[0][1:] == lines[1][1:]
+def in_processes(function, count):
+    """Return what the function returns in each of some forked processes that run at once."""
+    children = []
+    for _ in range(count):
+        reading, writing = os.pipe()
+        if not (child := os.fork()):
+            try:
+                os.write(writing, json.dumps(function()).encode())
+            finally:
+                os._exit(0)
+        os.close(writing)
+        children.append((child, reading))
+    results = []
+    for child, reading in children:
+        with os.fdopen(reading) as pipe:
+            results.append(json.loads(pipe.read()))
+        os.waitpid(child, 0)
+    return results
+
+
+def test_two_processes_that_start_at_once_build_one_cache(make_data, tmp_path, monkeypatch):
+    build, builds = cache_folder.build_caches, []
+    monkeypatch.setattr(cache_folder, "build_caches", lambda *given: builds.append(1) or build(*given))
+
+    def set_up():
+        data = make_data(cache_dir=str(tmp_path))
+        data.setup()
+        return len(builds), data._cache("train").metadata.tokens, data.tokenizer_fingerprint
+
+    results = in_processes(set_up, 2)
+    assert sorted(result[0] for result in results) == [0, 1], "one builds, the other finds it done"
+    assert results[0][1:] == results[1][1:]
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def train(script, corpus, cache, devices, accumulate, kind):
-    command = [sys.executable, str(script), str(corpus), str(cache), str(devices), str(accumulate), kind]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.split("RESULT")[1])
+class Recorder(L.LightningModule):
+    """Learns nothing and writes down the windows that its rank sees."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.folder, self.seen, self.val = folder, [], []
+
+    def training_step(self, batch, index):
+        self.seen.append([self.global_step, [hash(tuple(row)) for row in batch["input_ids"].tolist()]])
+        return self.weight.sum()
+
+    def validation_step(self, batch, index):
+        self.val += [hash(tuple(row)) for row in batch["input_ids"].tolist()]
+
+    def on_fit_end(self):
+        (self.folder / f"{self.global_rank}.json").write_text(json.dumps({"seen": self.seen, "val": self.val}))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def train(data, folder, **options):
+    """Return what each rank saw."""
+    folder.mkdir()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
+    intervals = {"max_steps": 5, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    trainer = L.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **intervals, **options)
+    trainer.fit(Recorder(folder), data)
+    return [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
 
 
 def steps(results):
@@ -80,12 +85,10 @@ def steps(results):
     return {step: sorted(rows) for step, rows in windows.items()}
 
 
-def test_two_ranks_see_what_one_rank_accumulates(corpus, session_cache, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(TRAIN)
-    one = train(script, corpus, session_cache, 1, 2, "cache")
-    two = train(script, corpus, session_cache, 2, 1, "cache")
-    assert steps(one) == steps(two) and len(steps(one)) == 5
+def test_two_ranks_see_what_one_rank_accumulates(make_data, tmp_path):
+    one = train(make_data(), tmp_path / "one", devices=1, accumulate_grad_batches=2)
+    two = train(make_data(), tmp_path / "two", devices=2, strategy="ddp_fork")
+    assert steps(one) == steps(two) and len(steps(one)) == 5 and len(two) == 2
     whole = set(one[0]["val"])
     shared = [window for result in two for window in result["val"]]
     assert len(shared) == len(whole) and set(shared) == whole, "every window once"

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import signal
 import socket
 import zlib
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from orthotrain.data import json_rows as scanner
 from orthotrain.data import row_files
 from orthotrain.data.corpus.sources import open_corpus
-from orthotrain.data.instructions.rows import Columns
+from orthotrain.data.instructions.examples import Columns
 from orthotrain.data.instructions.sources import read_examples
 from orthotrain.data.json_rows import json_rows
 from orthotrain.data.row_files import file_rows
@@ -142,67 +143,80 @@ BOMBS = {
 @pytest.fixture(scope="module")
 def bombs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bombs")
-    return {name: bomb(folder / name, size=40 << 20, **how) for name, how in BOMBS.items()}
+    return {name: bomb(folder / name, size=12 << 20, **how) for name, how in BOMBS.items()}
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_gzip_bombs_are_refused_in_bounded_memory(bombs, bounded, monkeypatch, name):
-    monkeypatch.setattr(row_files, "FREE_EXPANSION_BYTES", 4 << 20)
+    monkeypatch.setattr(row_files, "FREE_EXPANSION_BYTES", 1 << 20)
     path, memory = bombs[name], MEMORY_BYTES if name == "w.json.gz" else 300 << 20
     said = bounded(lambda: sum(len(document.text) for document in open_corpus(str(path)).documents()), memory)
     assert str(said).startswith("ConfigurationError") and "expands to more than 100 times its size" in said
-    if ".json" in name:
+    if name in ("x.jsonl.gz", "x.json.gz"):
         said = bounded(lambda: sum(1 for _ in read_examples(str(path), Columns())), memory)
-        assert "expands to more than" in said or "neither 'prompt'" in said
+        assert "expands to more than" in said
 
 
 def test_a_long_array_is_read_in_bounded_memory(tmp_path, bounded):
     path, row = tmp_path / "x.json", ROW + b" " * 1000
     with path.open("wb") as file:
         file.write(b"[" + row)
-        for _ in range(200):
+        for _ in range(120):
             file.write((b"," + row) * 1000)
         file.write(b"]")
-    assert path.stat().st_size > 199 << 20
-    assert bounded(lambda: sum(1 for _ in file_rows(path)), 150 << 20) == 200_001
-    assert bounded(lambda: sum(1 for _ in read_examples(str(path), Columns())), 150 << 20) == 200_001
+    assert path.stat().st_size > 119 << 20
+    assert bounded(lambda: sum(1 for _ in read_examples(str(path), Columns())), 80 << 20) == 120_001
 
 
-@pytest.mark.parametrize("content", [b'{"text": "' + b"a" * (6 << 20) + b'"}', b'{"text": [' + b"[]," * (2 << 20)])
+@pytest.mark.parametrize("content", [b'{"text": "' + b"a" * (3 << 19) + b'"}', b'{"text": [' + b"[]," * (1 << 19)])
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
 def test_a_row_that_is_too_long_is_refused_in_bounded_memory(tmp_path, bounded, monkeypatch, name, content):
-    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 4 << 20)
-    monkeypatch.setattr(scanner, "MAX_ROW_BYTES", 4 << 20)
+    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr(scanner, "MAX_ROW_BYTES", 1 << 20)
     path = tmp_path / name
     path.write_bytes(content)
-    said = bounded(lambda: list(file_rows(path)), MEMORY_BYTES // 8)  # the limit, and what it limits, an eighth
-    assert said == f"ConfigurationError: {path}, row 1: longer than 4,194,304 bytes; give shorter rows"
+    said = bounded(lambda: list(file_rows(path)), MEMORY_BYTES // 16)  # with a limit of a 32nd
+    assert said == f"ConfigurationError: {path}, row 1: longer than 1,048,576 bytes; give shorter rows"
 
 
 def test_parquet_bombs_are_refused_by_name(tmp_path, bounded):
     path = tmp_path / "x.parquet"
-    table = pyarrow.table({"text": ["a" * (100 << 20)], "other": [1]})
-    pyarrow.parquet.write_table(table, path, compression="gzip", use_dictionary=False)
-    said = bounded(lambda: list(open_corpus(str(path)).documents()), 100 << 20)
+    table = pyarrow.table({"text": ["a" * (64 << 20)], "other": [1]})
+    pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False)
+    said = bounded(lambda: list(open_corpus(str(path)).documents()), 60 << 20)
     assert f"{path}, row group 1: column 'text' expands to more than 100 times its size" in said
-    assert "column 'text'" in bounded(lambda: list(read_examples(str(path), Columns())), 100 << 20)
+    assert "column 'text'" in bounded(lambda: list(read_examples(str(path), Columns())), 60 << 20)
 
 
 def test_a_long_value_that_a_dictionary_repeats_is_refused(tmp_path, bounded):
     path = tmp_path / "x.parquet"
-    text = os.urandom(1 << 18).hex()
+    text = os.urandom(1 << 15).hex()
     pyarrow.parquet.write_table(pyarrow.table({"text": [text] * 1000}), path)
-    assert path.stat().st_size < 5 << 20
+    assert path.stat().st_size < 1 << 20
     assert "expands to more than 100 times its size" in bounded(lambda: sum(1 for _ in file_rows(path, "text")))
 
 
 def test_a_row_group_of_any_size_is_read_page_by_page(tmp_path, bounded):
     path = tmp_path / "x.parquet"
     texts = [os.urandom(500).hex() for _ in range(300)]
-    table = pyarrow.table({"text": texts * 1000})
+    table = pyarrow.table({"text": texts * 600})
     pyarrow.parquet.write_table(table, path, use_dictionary=False, compression=None)
-    assert path.stat().st_size > 250 << 20
-    assert bounded(lambda: sum(1 for _ in file_rows(path, "text")), 200 << 20) == 300_000
+    assert path.stat().st_size > 150 << 20
+    assert bounded(lambda: sum(1 for _ in file_rows(path, "text")), 120 << 20) == 180_000
+
+
+@pytest.fixture
+def ends():
+    """Ends the test after 20 seconds: reading a device, and opening a fifo, does not end."""
+
+    def end(*_):
+        raise TimeoutError
+
+    usual = signal.signal(signal.SIGALRM, end)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, usual)
 
 
 NO_FILES = {
@@ -215,14 +229,18 @@ NO_FILES = {
 @pytest.mark.parametrize("kind", NO_FILES)
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.json.gz", "x.parquet"])
 @pytest.mark.parametrize("way", ["file", "folder", "glob"])
-def test_what_is_no_regular_file_is_never_opened(tmp_path, bounded, kind, name, way):
+def test_what_is_no_regular_file_is_never_opened(tmp_path, ends, kind, name, way):
     path = tmp_path / name
     NO_FILES[kind](path)
     source = {"file": str(path), "folder": str(tmp_path), "glob": str(tmp_path / "x.*")}[way]
-    said = f"ConfigurationError: source {str(path)!r} is a {kind}, not a regular file: name a file"
-    assert bounded(lambda: list(open_corpus(source).documents()), seconds=20) == said
+    said = f"source {str(path)!r} is a {kind}, not a regular file: name a file"
+    with pytest.raises(ConfigurationError) as caught:
+        list(open_corpus(source).documents())
+    assert str(caught.value) == said
     if not name.endswith("txt"):
-        assert bounded(lambda: list(read_examples(source, Columns())), seconds=20) == said
+        with pytest.raises(ConfigurationError) as caught:
+            list(read_examples(source, Columns()))
+        assert str(caught.value) == said
 
 
 def test_a_folder_with_the_name_of_a_file_is_a_folder(tmp_path):
@@ -258,5 +276,5 @@ def test_names_that_are_not_utf8_are_read_and_cached(tmp_path, make_data):
 @pytest.mark.parametrize("source", ["a\0b", "x\0.jsonl", "a\ud800.txt", "~nobody-of-this-name/x.jsonl", "**/a\0"])
 def test_names_that_no_file_can_have_are_one_line(source):
     for read in (lambda: open_corpus(source), lambda: list(read_examples(source, Columns()))):
-        with pytest.raises(ConfigurationError, match=r"^source .*(no path can hold|no such user)"):
+        with pytest.raises(ConfigurationError, match=r"^source .*(no path can have|no such user)"):
             read()

@@ -1,4 +1,4 @@
-"""Several real processes: the same samples and losses, equal bits on every rank, what is sent, and resuming across."""
+"""Several real processes: same samples and losses, equal bits on every rank, bytes sent, resuming on other numbers."""
 
 import os
 import runpy
@@ -47,7 +47,7 @@ class Groups:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, corpus):
     """All runs of this file: one rank that accumulates, two ranks, and each resumed as the other."""
-    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # several workers share what one of them has run
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # several workers share the runs of one of them
     base = tmp_path_factory.getbasetemp()
     folder = base.parent / f"groups-{session}" if session else base / "groups"
     folder.mkdir(exist_ok=True)
@@ -75,7 +75,7 @@ def all_runs(folder, start):
     two["distributed"] = at("distributed", strategy="fsdp2", distributed=True)
     two["stepwise"] = {"steps": 4, "strategy": "ddp", "stepwise": True}
     two["stepwise fsdp2"] = at("stepwise", steps=4, strategy="fsdp2", stepwise=True)
-    # saved where the permutations have just been drawn anew, and the generators have no state
+    # saved when permutations were just drawn, and the generators have no state
     two["stepwise distributed"] = at("shards", steps=4, strategy="fsdp2", stepwise=True, distributed=True)
     two["stepwise shards resumed"] = {"steps": 4, "strategy": "fsdp2", "stepwise": True, "distributed": True}
     two["stepwise shards resumed"]["resume"] = saved("shards")
@@ -107,7 +107,7 @@ def losses(results, name):
 
 
 def step_losses(results, name):
-    """The same for one rank that accumulates two batches, whose losses Lightning has halved and noted as they come."""
+    """The same for one rank that accumulates two batches, whose losses Lightning has halved."""
     (result,) = [result for result in results if name in result]
     values = [loss for step in sorted(result[name]["losses"]) for loss in result[name]["losses"][step]]
     first = min(step for step, _ in result[name]["batches"]) + 1
@@ -140,7 +140,7 @@ def test_two_ranks_and_one_that_accumulates_reach_the_same_loss(runs, strategy, 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_the_loss_by_chunks_is_that_of_whole_logits(runs, strategy):
-    """The head returns the loss inside of the network's forward, where FSDP2 has gathered its weight."""
+    """The head returns the loss inside the network's forward pass, where FSDP2 has gathered its weight."""
     whole = losses(runs["two"], strategy)
     found = losses(runs["two"], f"{strategy} chunked")
     close(found, {step: whole[step] for step in found}, 1e-5)
@@ -189,7 +189,7 @@ def test_sharded_merges_are_those_of_one_process_bit_for_bit(runs, ranks):
 
 
 def test_distributed_checkpoints_resume(runs):
-    """Also at a step where the generators have no optimizer state: the moments of the others are theirs."""
+    """Also at a step where the generators have no optimizer state: the other parameters keep their moments."""
     for name, resumed in (
         ("fsdp2", "distributed resumed"),
         ("stepwise fsdp2", "stepwise distributed"),
@@ -202,7 +202,7 @@ def test_distributed_checkpoints_resume(runs):
 
 
 def test_eight_bit_moments_are_sharded(runs):
-    """Blocks of 256 values begin elsewhere in a shard: moments are rounded otherwise, and once more when resumed."""
+    """Blocks of 256 values begin at other values in a shard: moments round differently, and once more on a resume."""
     expected = losses(runs["two"], "8 bit ddp")
     close(losses(runs["two"], "8 bit"), expected, EIGHT_BIT_TOLERANCE)
     resumed = losses(runs["two"], "8 bit resumed"), step_losses(runs["one"], "8 bit to one")
@@ -228,9 +228,9 @@ def test_ddp_sends_gradients_and_nothing_else(runs, ranks):
         assert frozen > 20_000
         for step in (1, 2, 4, 5) if ranks == "two" else (1, 2, 3):  # others end with a checkpoint or a validation
             sent = steps[step]
-            # four bytes are the question for a signal after a batch (Lightning's own before it is left out), four the
-            # question whether all ranks are finite; in the second step DDP tells the order of its buckets once. Steps 2
-            # and 4 end with a merge.
+            # four bytes ask for a signal after a batch (Lightning's own question before a batch is left out), and four
+            # whether all ranks are finite; in the second step DDP sends the order of its buckets once. Steps 2 and 4
+            # end with a merge.
             assert sent.pop("broadcast", 0) <= (148 if step == 2 else 0), (step, sent)
             assert sent == {"allreduce": trained + 4 + 4}
 

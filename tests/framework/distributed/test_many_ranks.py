@@ -81,7 +81,7 @@ def launch(arguments, trainer, log, ranks=2, command="fit", environment=None):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_pretraining_on_two_ranks(name, small, tmp_path):
-    """Replicated and sharded reach the same weights, but for the order of sums and the rounding that a run is about."""
+    """Replicated and sharded runs reach the same weights, up to the order of sums and the rounding of the storage."""
     found = []
     for trainer in ("ddp", "fsdp2") if name in COMPARED else ("fsdp2",):
         codes, log = launch([*RUNS[name][:2], *small(), *RUNS[name][2:]], trainer, tmp_path / trainer)
@@ -158,7 +158,7 @@ def test_a_sharded_network_predicts_an_uneven_number_of_prompts(small, tmp_path)
 
 
 def test_ranks_that_see_different_checkpoints_are_stopped(small, tmp_path):
-    """As on hosts that share no folder: one finds a checkpoint to go on from, the other none."""
+    """As on hosts without a shared folder: one finds a checkpoint to resume from, the other none."""
     run = ["-c", "pretrain/quickstart.yaml", *small(), *POET]
     codes, log = launch([*run, "--trainer.max_steps", "2"], "cpu", tmp_path / "first", ranks=1)
     assert codes == [0], log[-3000:]

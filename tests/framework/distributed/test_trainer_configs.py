@@ -1,4 +1,4 @@
-"""Every config of configs/trainer, laid over a run's own, with real processes as far as a CPU goes."""
+"""Every config of configs/trainer, added to the config of a run, with real processes as far as a CPU allows."""
 
 import json
 import os
@@ -28,7 +28,7 @@ TRAINERS = [name for name in shipped_configs() if name.startswith("trainer/")]
 
 
 def finished(run, ranks=1):
-    """The run made its six steps, and says for how many ranks."""
+    """Return the optimizer step of the last checkpoint of a run, and the number of ranks that it was written by."""
     checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
     (place,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     return checkpoint["global_step"], place["num_replicas"]
@@ -57,7 +57,7 @@ def test_it_combines_with_any_run(run):
 
 @pytest.mark.parametrize("kind", ["PoetModule", "LoraModule", "LoraModule without merges", "OftModule"])
 def test_deepspeed_is_refused_where_a_merge_would_be_lost(kind):
-    """Its optimizer steps copies of its own; DeepSpeed is not installed here, so this is the check and not a run."""
+    """DeepSpeed's optimizer steps its own copies. DeepSpeed is not installed here: this tests the check, not a run."""
     network = torch.nn.Sequential(torch.nn.Linear(8, 8))
     if kind == "OftModule":
         module = OftModule(network, OftLayers(block_size=4))
@@ -87,7 +87,7 @@ def test_cpu(small_config, tmp_path):
 
 
 def test_ddp_as_the_command_line_starts_it(small_config, tmp_path):
-    """The one that starts its other process itself: through the installed command."""
+    """The config that starts its other process itself, through the installed command."""
     command = [
         shutil.which("orthotrain", path=str(Path(sys.executable).parent)),
         "fit",
@@ -112,7 +112,7 @@ def test_fsdp2(small_config, tmp_path):
 
 
 def test_slurm(small_config, tmp_path):
-    """What ``srun`` sets for two tasks on one node; there is no SLURM here."""
+    """The variables that ``srun`` sets for two tasks on one node; there is no SLURM here."""
     port = str(RANKS["free_port"]())
     variables = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "4321", "SLURM_JOB_NAME": "train", "SLURM_NODEID": "0"}
     variables |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": port}
@@ -169,7 +169,7 @@ class Hosts:
 
 
 def test_multinode_on_two_hosts(small_config, tmp_path):
-    """torchrun on two hosts with a network of their own between them, as the README writes it."""
+    """torchrun on two hosts with a network between them, with the command of the manual."""
     binaries = Path(sys.executable).parent
     run = ["--no-python", str(binaries / "orthotrain"), "fit", *QUICK, "-c", str(small_config)]
     run += ["-c", "trainer/multinode.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "1"]
@@ -180,7 +180,7 @@ def test_multinode_on_two_hosts(small_config, tmp_path):
         launch = [str(binaries / "torchrun"), *rendezvous]
         processes = []
         for host, log in enumerate(logs):
-            # both share a host name here, by which torchrun tells who serves the rendezvous
+            # both hosts have the same name here, by which torchrun decides who serves the rendezvous
             own = ["--local-addr", hosts.addresses[host], "--rdzv-conf", f"is_host={1 - host}"]
             processes.append(hosts.start(host, [*launch, *own, *run], log))
         try:

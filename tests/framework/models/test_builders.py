@@ -69,6 +69,13 @@ def test_gradient_checkpointing_changes_memory_and_not_the_gradients(tiny_llama)
     assert sizes[1] < 0.8 * sizes[0]
 
 
+@pytest.fixture
+def low_limits(monkeypatch):
+    """Limits on the process that counts a network which are reached in a second, and not in many."""
+    monkeypatch.setattr(network_size, "_SECONDS", 2.0)
+    monkeypatch.setattr(network_size, "_MEMORY_BYTES", 128 << 20)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
@@ -82,8 +89,7 @@ def test_gradient_checkpointing_changes_memory_and_not_the_gradients(tiny_llama)
         ("hidden_size", "wide", "no network that can be built"),
     ],
 )
-def test_descriptions_that_no_machine_can_build_are_one_line(tiny_llama, monkeypatch, key, value, said):
-    monkeypatch.setattr(network_size, "_SECONDS", 2.0)
+def test_descriptions_that_no_machine_can_build_are_one_line(tiny_llama, low_limits, key, value, said):
     with pytest.raises(ConfigurationError, match=said) as caught:
         CausalLM({**tiny_llama, key: value})()
     assert "\n" not in str(caught.value) and "the llama configuration describes" in str(caught.value)
@@ -100,8 +106,7 @@ def test_a_plan_refuses_them_too(tiny_llama):
     ("key", "value", "said"),
     [("num_hidden_layers", 10**8, "too large"), ("vocab_size", 2**40, "more than"), ("vocab_size", 10**11, "GiB")],
 )
-def test_a_folder_that_describes_such_a_network(tiny_llama, tmp_path, monkeypatch, key, value, said):
-    monkeypatch.setattr(network_size, "_SECONDS", 2.0)
+def test_a_folder_that_describes_such_a_network(tiny_llama, low_limits, tmp_path, key, value, said):
     CausalLM(tiny_llama)().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value, "layer_types": None}))
@@ -110,7 +115,7 @@ def test_a_folder_that_describes_such_a_network(tiny_llama, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "sequence_classification"])
-def test_options_that_describe_such_a_network(tiny_llama, tmp_path, task):
+def test_options_that_describe_such_a_network(tiny_llama, low_limits, tmp_path, task):
     CausalLM(tiny_llama)().save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match=r"its config.json with the options describes .* too large"):
         PretrainedModel(str(tmp_path), task=task, options={"num_labels": 10**9})()

@@ -130,31 +130,33 @@ torch.set_num_threads(1)
 torch.set_default_dtype(torch.bfloat16)
 
 def build(layers):
-    config = dict(vocab_size=256, hidden_size=1024, intermediate_size=4096, num_hidden_layers=layers,
+    config = dict(vocab_size=256, hidden_size=512, intermediate_size=2048, num_hidden_layers=layers,
                   num_attention_heads=8, max_position_embeddings=64)
-    module = PoetModule(CausalLM(config), PoetLayers(block_size=16, storage=sys.argv[1]))
+    module = PoetModule(CausalLM(config), PoetLayers(block_size=16, storage=storage))
     module.configure_model()
     return module
 
-build(1)
-before = resident("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")
-module = build(8)
-held = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())) / 2**20
-print(resident("VmHWM") - before - held)
+for storage in ("dense", "nf4"):
+    build(1)
+    before = resident("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")
+    module = build(8)
+    held = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers())) / 2**20
+    print(storage, resident("VmHWM") - before - held)
+    del module
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("storage", ["dense", "nf4"])
-def test_the_peak_is_the_weights_and_one_layer(storage):
-    command = [sys.executable, "-P", "-W", "ignore", "-c", PEAK, storage]
+def test_the_peak_is_the_weights_and_one_layer():
+    command = [sys.executable, "-P", "-W", "ignore", "-c", PEAK]
     # the allocator shall give back what is freed, at once
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    # 8 layers of 32 MiB in bf16; the largest matrix takes 16 MiB in fp32, in which it is drawn, and some copies
-    assert float(done.stdout.split()[-1]) < 64
+    # 8 layers of 8 MiB in bf16: a second copy of the weights would take 64 MiB; allocator and libraries take up to 40
+    found = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("dense", "nf4")))
+    assert float(found["dense"]) < 48 and float(found["nf4"]) < 48, found
 
 
 class Halved(CausalLM):

@@ -1,4 +1,4 @@
-"""CUDA graphs on a machine without a GPU: recorded operation by operation, and done again on the same memory."""
+"""CUDA graphs on a machine without a GPU: operations are recorded, and repeated on the same memory."""
 
 import ctypes
 
@@ -13,7 +13,7 @@ WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten
 
 
 class PlayedRecorder:
-    """Refuses a wait, as a capture does; leaves nothing computed behind; a replay runs no Python of a layer."""
+    """Refuses a wait and restores all memory, as a capture does; a replay runs no Python code of a layer."""
 
     def __init__(self):
         self.recordings = []
@@ -31,7 +31,7 @@ class PlayedRecorder:
         self.recordings.append(recording)
 
         def replay():
-            if not self.replays:  # not before: the backward pass is recorded with the values of the forward pass
+            if not self.replays:  # not earlier: the backward pass is recorded with the values of the forward pass
                 for every in self.recordings:
                     every.spoil()
             self.replays += 1
@@ -63,7 +63,7 @@ class Recording(TorchDispatchMode):
         return result
 
     def take_back(self):
-        """A capture executes nothing: what was written to before it has its values again."""
+        """A capture executes nothing: restore the values of all memory that was written to."""
         for tensor, old in self.before.values():
             assert tensor.is_contiguous()
             ctypes.memmove(tensor.data_ptr(), old.contiguous().data_ptr(), old.numel() * old.element_size())
@@ -92,7 +92,7 @@ def tensors(values):
 
 @pytest.fixture
 def played_graphs(monkeypatch):
-    """Let the CPU have graphs, and layers take the paths of a GPU; gives the recorders that are made."""
+    """Let the CPU have graphs, and layers take the paths of a GPU; gives the recorders."""
     recorders = []
 
     def recorder():
@@ -100,7 +100,7 @@ def played_graphs(monkeypatch):
         return recorders[-1]
 
     monkeypatch.setitem(graph_replay.RECORDERS, "cpu", recorder)
-    # transformers asks this before it looks at positions, and the eager run shall have the same attention mask
+    # transformers asks this before it reads positions; the eager run must have the same attention mask
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr("orthotrain.layers.poet.poet_linear.serves", lambda x: False)
     monkeypatch.setattr("orthotrain.layers.oft.oft_linear._fuses", lambda *_: False)

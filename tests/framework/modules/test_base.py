@@ -1,4 +1,4 @@
-"""What a module logs depends on its objective: perplexity and bits per byte only where the loss is nats per token."""
+"""A module logs perplexity and bits per byte only if its loss is in nats per token."""
 
 import lightning as L
 import pytest
@@ -19,7 +19,7 @@ class Regression(PoetModule):
 
 
 class Bytes(Regression):
-    """Says that its own loss is a cross-entropy in nats per token."""
+    """Declares its own loss a cross-entropy in nats per token."""
 
     logs_perplexity = True
 

@@ -1,4 +1,4 @@
-"""The cross-entropy by chunks of rows against that of whole logits."""
+"""The cross-entropy by chunks of rows against the cross-entropy of whole logits."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(dtype, rows, frozen):
 
 
 def test_labels_that_do_not_count():
-    """Where none counts there is no mean, and nothing to learn."""
+    """If no label counts, the mean is NaN and the gradients are zero."""
     *tensors, labels = operands(masked=2.0)
     loss, *gradients = result(chunked_cross_entropy(*tensors, labels, 8), 1.0, *tensors)
     assert loss.isnan() and all(not gradient.any() for gradient in gradients)
@@ -77,7 +77,7 @@ def test_a_second_backward_is_right_or_refused(dtype):
     loss = chunked_cross_entropy(hidden, weight, bias, labels, 8)
     loss.backward(retain_graph=True)
     first = weight.grad.clone()
-    if dtype == torch.float16:  # computed anew in each backward
+    if dtype == torch.float16:  # computed again in each backward
         loss.backward()
         torch.testing.assert_close(weight.grad, 2 * first)
     else:
@@ -98,7 +98,7 @@ def test_the_operation_of_torch_computes_the_same_in_fp32():
 
 
 class Largest(TorchDispatchMode):
-    """Notes the numbers of the largest tensor that an operation returns."""
+    """Records the size of the largest tensor that an operation returns."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""One step replayed: shapes that come and go, memory that moves, gradients that are cleared, and what is refused."""
+"""Replayed steps: changing shapes, memory that moves, cleared gradients, and errors."""
 
 from collections import UserDict
 
@@ -28,7 +28,7 @@ def batch(rows=5, factor=1.0):
 
 
 class Pair:
-    """The same network twice, eager and replayed, given the same batches."""
+    """The same network twice, eager and replayed, with the same batches."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -129,7 +129,7 @@ def test_a_backward_that_comes_too_late_is_refused(pair):
 
 def test_a_batch_that_is_no_nesting_of_tensors_is_refused(pair):
     class Batch(UserDict):
-        """As the tokenizers of transformers return it."""
+        """A batch as the tokenizers of transformers return it."""
 
     with pytest.raises(ConfigurationError, match="a batch holds a Batch, whose tensors a replay would not see"):
         pair.step(Batch(batch()))

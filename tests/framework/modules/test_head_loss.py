@@ -1,4 +1,4 @@
-"""The loss that a head computes in the place of logits: for which networks, with what result, and what the run says."""
+"""The loss that a head computes instead of logits: for which networks, its values, and the line in the summary."""
 
 import random
 
@@ -44,7 +44,7 @@ def step(module, given, precision=None):
 
 
 def compare(build, given, said, precision=None, tolerance=1e-5):
-    """Compare a module's loss and gradients with those that it has with whole logits."""
+    """Compare a module's loss and gradients with those from whole logits."""
     results = []
     for chunked in (None, False):
         torch.manual_seed(0)
@@ -100,7 +100,7 @@ def test_networks_that_change_their_logits_keep_whole_ones(tiny_llama, kind, mor
 
 
 class Network(nn.Module):
-    """A language model of one's own, which does something to the output of its head."""
+    """A custom language model that changes the output of its head."""
 
     def __init__(self, change):
         super().__init__()
@@ -200,7 +200,7 @@ def test_a_network_that_changes_a_later_batch_is_refused(in_place):
     def forward(net, x):
         seen.append(1)
         logits = net.head(x)
-        if len(seen) <= 2:  # the look and the first batch
+        if len(seen) <= 2:  # the check and the first batch
             return logits
         return logits.mul_(2.0) if in_place else logits * 2.0
 
@@ -215,7 +215,7 @@ def test_a_network_that_changes_a_later_batch_is_refused(in_place):
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_looking_at_the_first_batch_draws_nothing(inference):
-    """Dropout is what it would be, and the generator stands where it would."""
+    """Dropout and the generator's state are the same as without the check."""
     network = Network(lambda net, x: net.head(x))
     found = []
     for chunked in (None, False):

@@ -1,4 +1,4 @@
-"""The micro-step in every mode: the losses of the eager one, across merges, accumulation and changing shapes."""
+"""The micro-step in every mode has the losses of the eager mode, across merges, accumulation and changing shapes."""
 
 import copy
 import functools
@@ -66,7 +66,7 @@ class Losses(L.Callback):
 
 
 def batches(count=14):
-    """Batches of two rows, the last of an epoch of one."""
+    """Batches of two rows; the last batch of an epoch has one row."""
     generator = torch.Generator().manual_seed(3)
     tokens = (torch.randint(0, 96, (2 * count - 1, 1), generator=generator) + 7 * torch.arange(17)) % 96
     return DataLoader([{"input_ids": row[:-1], "labels": row[1:]} for row in tokens], batch_size=2)
@@ -108,7 +108,7 @@ def test_a_replayed_run_has_the_bits_of_the_eager_one(name, played_graphs):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Compile without a code generator; gives the operations of every graph that is compiled."""
+    """Compile without a code generator; gives the operations of every compiled graph."""
     torch._dynamo.reset()
     counters.clear()
     compiled = []
@@ -127,7 +127,7 @@ def test_a_compiled_run_has_one_graph_and_the_losses_of_the_eager_one(name, grap
     rows = batches(12).dataset[:22]
     expected, expected_state = fit(build("none", **settings), data=DataLoader(rows, batch_size=2))
     losses, state = fit(build("default", **settings), data=DataLoader(rows, batch_size=2))
-    # merges, folds, new permutations and another learning rate at each step: nothing of it is compiled anew
+    # merges, folds, new permutations and another learning rate at each step compile nothing again
     assert len(graphs) == 1 and not counters["graph_break"]
     displacements = [target for target in graphs[0] if "cayley_neumann_generators" in target]
     assert len(displacements) == {"poet": 1, "oft": 1}.get(name, len(displacements))
@@ -138,7 +138,7 @@ def test_a_compiled_run_has_one_graph_and_the_losses_of_the_eager_one(name, grap
 def test_batches_of_another_length_are_compiled_for_every_length_once(graphs):
     expected, _ = fit(small("none"), steps=12)
     losses, _ = fit(small("default"), steps=12)
-    assert len(graphs) == 2  # that of the first batch, and one for any number of rows
+    assert len(graphs) == 2  # the graph of the first batch, and one for any number of rows
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
 
 

@@ -1,4 +1,4 @@
-"""The micro-step in every mode on a GPU: the losses of the eager one, and no more waits or memory than it has."""
+"""The micro-step in every mode on a GPU has the losses of the eager mode, and no more waits or memory."""
 
 import lightning as L
 import pytest

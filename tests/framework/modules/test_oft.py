@@ -166,7 +166,7 @@ def test_coft_keeps_its_bound_through_training(tiny_llama, tmp_path, instruction
         assert 0 < generators.norm() * 2**0.5 <= 0.01 * 1.0001
 
 
-def test_a_model_that_transformers_has_quantised(tiny_llama, tmp_path, instructions):
+def test_a_model_that_transformers_has_quantized(tiny_llama, tmp_path, instructions):
     sizes = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": 320}
     CausalLM({**tiny_llama, **sizes})().save_pretrained(tmp_path / "base")
     build = PretrainedModel(str(tmp_path / "base"), dtype="float32", load_in_4bit=True)

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import OftLinear, mergeable_layers
+from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, mergeable_layers
 from orthotrain.models import CausalLM, PretrainedModel
 from orthotrain.modules import OftLayers
 
@@ -96,7 +96,7 @@ def test_tied_heads_are_not_new(tmp_path):
 def test_a_new_head_that_was_quantised_is_refused(tmp_path):
     BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path / "base")
     network = PretrainedModel(str(tmp_path / "base"), "sequence_classification", load_in_4bit=True)()
-    with pytest.raises(ConfigurationError, match=r"bert.pooler.dense.weight is not in .* its layer is quantised"):
+    with pytest.raises(ConfigurationError, match=r"bert.pooler.dense.weight is not in .* its layer is quantized"):
         OftLayers(block_size=8).apply_(network)
 
 
@@ -113,3 +113,38 @@ def test_convolutions_and_embeddings_of_three_dimensions_are_no_experts(recwarn)
     network.position = nn.Parameter(torch.zeros(1, 4, 8))
     OftLayers(block_size=4).apply_(network)
     assert isinstance(network[1], OftLinear) and not [w for w in recwarn if "experts" in str(w.message)]
+
+
+class Vision(nn.Module):
+    """A convolution, an embedding and linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 6, 3)
+        self.positions = nn.Embedding(10, 16)
+        self.mlp = nn.Sequential(nn.Linear(16, 16), nn.Embedding(4, 16))
+
+
+def test_the_class_of_a_matched_module_decides_its_layer():
+    network = Vision()
+    layers = OftLayers(
+        block_size=4, include=["conv", "pos*", "mlp*"], exclude=[], overrides={"conv": {"block_size": 8}}
+    )
+    assert layers.apply_(network) == ["conv", "positions", "mlp.0"]
+    kinds = (type(network.conv), type(network.positions), type(network.mlp[0]), type(network.mlp[1]))
+    # a pattern that matches a linear layer chooses linear layers alone
+    assert kinds == (OftConv2d, OftEmbedding, OftLinear, nn.Embedding)
+    assert (network.conv.rotation.block_size, network.positions.rotation.block_size) == (8, 4)
+    assert OftLayers(block_size=4).apply_(Vision()) == ["mlp.0"]
+
+
+def test_what_oft_has_no_use_for_is_refused_by_name():
+    for storage in ("bf16", "residual"):
+        with pytest.raises(ConfigurationError, match=f"storage='{storage}': the weight of an OFT layer does not"):
+            OftLayers(storage=storage)
+    with pytest.raises(ConfigurationError, match="layer conv: storage='nf4': only linear layers are quantized"):
+        OftLayers(block_size=4, storage="nf4", include=["conv"], exclude=[]).apply_(Vision())
+    with pytest.raises(ConfigurationError, match="overrides '.': train cannot differ by layer"):
+        OftLayers(overrides={"*": {"train": ["*"]}})
+    with pytest.raises(ConfigurationError, match="overrides: 'blocksize' is no setting"):
+        OftLayers(overrides={"*": {"blocksize": 8}})

@@ -102,6 +102,13 @@ def test_a_ramp_without_a_bound_is_refused(tmp_path):
         trainer_for(tmp_path, 2).fit(module, datamodule=Regression())
 
 
+def test_a_ramp_where_nothing_merges_is_refused(tmp_path):
+    module = LoraModule(net(), LoraLayers(rank=2), optimization=Optimization(clip_ramp=ClipRamp()))
+    module.loss = lambda batch: module(batch[0]).square().mean()
+    with pytest.raises(ConfigurationError, match="clip_ramp follows merges, and nothing merges in this run"):
+        trainer_for(tmp_path, 2, gradient_clip_val=1.0).fit(module, datamodule=Regression())
+
+
 def save_llama(folder, config):
     model = LlamaForCausalLM(LlamaConfig(**config))
     model.save_pretrained(folder)
@@ -131,7 +138,7 @@ def test_new_values_over_pretrained_ones_are_refused(overrides):
 
 def test_a_model_that_is_quantised_already_is_refused_by_layer(tmp_path, tiny_llama):
     build = PretrainedModel(save_llama(tmp_path / "base", tiny_llama), load_in_4bit=True)
-    with pytest.raises(ConfigurationError, match=r"layer model.layers.0.*q_proj \(32 x 32\): its weight is quantised"):
+    with pytest.raises(ConfigurationError, match=r"layer model.layers.0.*q_proj \(32 x 32\): its weight is quantized"):
         PoetModule(build, PoetLayers(block_size=8, init="keep")).configure_model()
 
 
@@ -168,7 +175,7 @@ def test_overrides_by_pattern():
     ("overrides", "message"),
     [
         ({"0": {"blocks": 3}}, "overrides: 'blocks' is no setting"),
-        ({"0": {"include": ["*"]}}, "cannot be nested"),
+        ({"0": {"include": ["*"]}}, "include cannot differ by layer"),
         ({"0": {"sides": "up"}}, "sides='up': choose one of both, in, out"),
         ({"9": {"block_size": 8}}, "overrides pattern '9' matches none of the rotated layers: 0, 2"),
     ],
@@ -273,6 +280,6 @@ def test_a_thousand_merges_of_a_quantised_weight_leave_the_loss_where_it_was(tmp
     assert losses["dense"] < 0.85 * (start := float(untrained.loss(batch)))
     # over seeds and draws of the noise, a residual gives 0.9999 to 1.0013 of the loss
     assert losses["residual"] < 1.003 * losses["dense"] and losses["int8"] < 1.05 * losses["dense"], losses
-    # 16 values and a fold of one step: the walk of requantising outruns such steps, but not the training; over seeds
+    # 16 values and a fold of one step: the walk of requantizing outruns such steps, but not the training; over seeds
     # and draws of the noise the loss is 0.87 to 0.97 of that of the start
     assert losses["nf4"] < start, (losses, start)

@@ -1,5 +1,6 @@
 """Step-wise POET in a real Trainer: it trains, resumes, keeps its momenta as long as they mean something, refuses."""
 
+import copy
 from functools import partial
 
 import lightning as L
@@ -14,6 +15,7 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.layers import PoetSettings, StepwiseLinear, mergeable_layers
 from orthotrain.modules import Optimization, PoetLayers, PoetModule
 from orthotrain.optimizers import LieOptimizer
+from orthotrain.plugins import Cayley
 from orthotrain.schedules import CosineWithWarmup
 
 
@@ -157,6 +159,24 @@ def test_accumulated_micro_batches_are_one_step(tmp_path):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_one_switch_brings_the_period_the_optimizer_and_the_order_of_the_series():
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    module = PoetModule(copy.deepcopy(net), PoetLayers(block_size=4, exclude=[]), stepwise=True)
+    module.configure_model()
+    assert all(isinstance(layer, StepwiseLinear) for _, layer in mergeable_layers(module))
+    assert all(rotation.parameterization.order == 2 for _, rotation in module.model[0].sides())
+    assert (module.merging.every_n_steps, module.merging.resample_every) == (1, 200)
+    optimizer = module.optimization.configure(module.model, 10)["optimizer"]
+    angles = {part["lr"] for part in optimizer.parts[0].param_groups}
+    assert isinstance(optimizer.parts[0], LieOptimizer) and angles == {0.015}
+    given = Optimization(rotation_lr=0.02, rotation_optimizer=torch.optim.SGD)
+    layers = PoetLayers(block_size=4, exclude=[], parameterization="cayley")
+    module = PoetModule(net, layers, merge_every=1, resample_every=7, stepwise=True, optimization=given)
+    module.configure_model()
+    assert module.optimization is given and module.merging.resample_every == 7
+    assert isinstance(module.model[0].rotation_in.parameterization, Cayley)
+
+
 def test_what_stepwise_poet_refuses(tmp_path):
     with pytest.raises(
         ConfigurationError, match="merge_every=4: layers that are stepwise fold every step, set it to 1"
@@ -180,9 +200,7 @@ def test_what_stepwise_poet_refuses(tmp_path):
         pass
 
     for given in (Another(3), MergeRotations(3)):
-        message = (
-            rf"has {type(given).__name__}\(every_n_steps=3\) beside .*, two callbacks that both fold: leave it out"
-        )
+        message = rf"has {type(given).__name__}\(every_n_steps=3\) beside .*, and both would fold: leave it out"
         with pytest.raises(ConfigurationError, match=message):
             trainer_for(tmp_path, 2, callbacks=[given]).fit(stepwise(), datamodule=Regression())
     with pytest.raises(ConfigurationError, match="stepwise with storage='int8'"):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthotrain.kernels.block_rotate import block_rotate, contraction, permutation, reference, tiling
+from orthotrain.kernels.block_rotate import block_rotate, contraction, cpu, permutation, tiling
 
 EPSILON = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
 DTYPES = st.sampled_from([torch.float32, torch.float16])
@@ -20,20 +20,20 @@ def assert_rounded(found, exact, magnitude, terms):
     assert ((found.double() - exact).abs() <= bound).all()
 
 
-def check(rows, d, n, b, dtype, load=True, store=True, seed=0):
+def check(rows, d, n, b, dtype, gather=True, scatter=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, d, generator=generator).to(dtype).requires_grad_()
     displacement = (torch.randn(n, b, b, generator=generator) / max(b, 1) ** 0.5).to(dtype).requires_grad_()
     grad = torch.randn(rows, d, generator=generator).to(dtype)
-    permutation_in = torch.randperm(d, generator=generator) if load else None
-    permutation_out = torch.randperm(d, generator=generator) if store else None
-    y = block_rotate(x, displacement, permutation_in, permutation_out)
+    gather = torch.randperm(d, generator=generator) if gather else None
+    scatter = torch.randperm(d, generator=generator) if scatter else None
+    y = block_rotate(x, displacement, gather, scatter)
     found = (y, *torch.autograd.grad(y, (x, displacement), grad))
     wide = (x.detach().double(), displacement.detach().double(), grad.double())
     exact, magnitude = (
         (
-            reference.block_rotate_forward(x_, d_, permutation_in, permutation_out),
-            *reference.block_rotate_backward(g_, x_, d_, permutation_in, permutation_out),
+            cpu.block_rotate_forward(x_, d_, gather, scatter),
+            *cpu.block_rotate_backward(g_, x_, d_, gather, scatter),
         )
         for x_, d_, g_ in (wide, tuple(t.abs() for t in wide))
     )
@@ -90,14 +90,12 @@ def test_strided_and_expanded_operands():
     x = base[:, 1, ::2]
     displacement = torch.randn(5, 4, 4).mT
     permutation = torch.randperm(20)
-    expected = reference.block_rotate_forward(x.contiguous(), displacement.contiguous(), permutation, None)
+    expected = cpu.block_rotate_forward(x.contiguous(), displacement.contiguous(), permutation, None)
     torch.testing.assert_close(block_rotate(x, displacement, permutation), expected)
     x = x.detach().requires_grad_()
     (found,) = torch.autograd.grad(block_rotate(x, displacement, permutation).sum(), x)
     ones = torch.ones(30, 20)
-    torch.testing.assert_close(
-        found, reference.block_rotate_backward(ones, x.detach(), displacement, permutation, None)[0]
-    )
+    torch.testing.assert_close(found, cpu.block_rotate_backward(ones, x.detach(), displacement, permutation, None)[0])
     shaped = block_rotate(torch.randn(2, 3, 20), displacement)
     assert shaped.shape == (2, 3, 20)
 
@@ -108,7 +106,7 @@ def test_under_autocast_the_dtype_stays():
         y = block_rotate(x, displacement)
         y.sum().backward()
     assert y.dtype == displacement.grad.dtype == torch.float32
-    torch.testing.assert_close(y, reference.block_rotate_forward(x.detach(), displacement.detach(), None, None))
+    torch.testing.assert_close(y, cpu.block_rotate_forward(x.detach(), displacement.detach(), None, None))
 
 
 def test_opcheck_and_full_graph():

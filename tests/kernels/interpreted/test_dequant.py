@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthotrain.kernels.dequant import dequant_int8, dequant_nf4, reference, triton
+from orthotrain.kernels.dequant import cpu, dequant_int8, dequant_nf4, triton
 
 DTYPES = st.sampled_from([torch.float32, torch.float16])
 
@@ -15,7 +15,7 @@ DTYPES = st.sampled_from([torch.float32, torch.float16])
 def test_int8(rows, groups, group_size, dtype):
     codes = torch.randint(-127, 128, (rows, groups * group_size), dtype=torch.int8)
     scales = torch.rand(rows, groups)
-    assert torch.equal(dequant_int8(codes, scales, dtype), reference.dequant_int8_forward(codes, scales, dtype))
+    assert torch.equal(dequant_int8(codes, scales, dtype), cpu.dequant_int8_forward(codes, scales, dtype))
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -31,17 +31,17 @@ def test_nf4(shape, group_size, dtype, double):
         statistics = (absmax, torch.rand(-(-groups // 256)), torch.rand(1), torch.randn(256).sort().values)
     found = dequant_nf4(packed, *statistics, group_size=group_size, dtype=dtype)
     assert found.shape == shape
-    assert torch.equal(found, reference.dequant_nf4_forward(packed, *statistics, group_size, dtype))
+    assert torch.equal(found, cpu.dequant_nf4_forward(packed, *statistics, group_size, dtype))
 
 
 def test_the_places_of_a_large_weight():
     """The size is given in bytes, and twice it does not fit in 32 bits: one program of such a launch."""
     packed = torch.randint(0, 256, (1, triton.SIZE // 2), dtype=torch.uint8)
     scales, out = torch.rand(triton.SIZE // 64), torch.full((1, triton.SIZE), torch.nan)
-    levels = torch.tensor(reference.NF4_LEVELS)
+    levels = torch.tensor(cpu.NF4_LEVELS)
     arguments = (packed, scales, None, None, None, levels, out, 2**30)
     triton._nf4_kernel[(1,)](*arguments, GROUP=64, SIZE=triton.SIZE)
-    assert torch.equal(out, reference.dequant_nf4_forward(packed, scales, None, None, None, 64, torch.float32))
+    assert torch.equal(out, cpu.dequant_nf4_forward(packed, scales, None, None, None, 64, torch.float32))
 
 
 def test_several_programs():
@@ -49,5 +49,5 @@ def test_several_programs():
     assert codes.numel() > triton.SIZE
     scales = torch.rand(5, 4)
     assert torch.equal(
-        dequant_int8(codes, scales, torch.float32), reference.dequant_int8_forward(codes, scales, torch.float32)
+        dequant_int8(codes, scales, torch.float32), cpu.dequant_int8_forward(codes, scales, torch.float32)
     )

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthotrain.kernels.block_rotate import permutation
-from orthotrain.kernels.fold import fold, reference
+from orthotrain.kernels.fold import cpu, fold
 
 SIDE = st.tuples(st.integers(0, 3), st.integers(1, 12), st.integers(1, 20))
 EPSILON = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
@@ -41,8 +41,8 @@ def check(out_side, in_side, dtype, permuted, seed=0):
     wide = [t.detach().double() for t in (grad, weight, d_out, d_in)]
     exact, magnitude = (
         (
-            reference.fold_forward(*operands, permutation_out, permutation_in),
-            *reference.fold_backward(grad_, *operands, permutation_out, permutation_in),
+            cpu.fold_forward(*operands, permutation_out, permutation_in),
+            *cpu.fold_backward(grad_, *operands, permutation_out, permutation_in),
         )
         for grad_, *operands in (wide, [t.abs() for t in wide])
     )

@@ -38,8 +38,8 @@ def test_the_same_bits(passes, group, monkeypatch):
             yield from rotating.block_rotate_backward(grad, x, d, permutation, permutation)
             yield folding.fold_forward(weight, d, d, permutation, permutation)
             yield from folding.fold_backward(weight.mT, weight, d, d, permutation, permutation)
-            yield tangents.activation_gradient(x, grad, permutation, n, b)
-            yield tangents.row_gradient(weight, weight.mT, permutation, n, b)
+            yield tangents.tangent_gradient_forward(x, grad, permutation, n, b)
+            yield tangents.tangent_gradient_forward(weight.mT, weight, permutation, n, b)
 
         for found, expected in zip(results(permutation), results(by_feature(permutation, width)), strict=True):
             assert torch.equal(found, expected)

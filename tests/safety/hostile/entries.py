@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from orthotrain.cli.main import fail
+from orthotrain.cli.main import exit_with_error
 from orthotrain.errors import ConfigurationError
 
 
@@ -21,7 +21,7 @@ def entry(function: Callable) -> Callable:
         try:
             function(*arguments)
         except ConfigurationError as error:
-            fail(str(error))
+            exit_with_error(str(error))
 
     return called
 
@@ -96,6 +96,6 @@ def pretrained(name: str, options: dict) -> None:
 @entry
 def tokenizer(name: str) -> None:
     """Load the tokenizer of a model folder."""
-    from orthotrain.data.instructions.chat import load_instruction_tokenizer
+    from orthotrain.data.tokenizer_state import load_model_tokenizer
 
-    load_instruction_tokenizer(name)
+    load_model_tokenizer(name)

@@ -49,11 +49,11 @@ ALWAYS = (
 
 
 def chosen() -> Iterator[Row]:
-    """Five of nine rows of each kind and quick command, every 25th of each slow one, and those that always run."""
+    """Three of five rows of each kind and quick command, every 40th of each slow one, and those that always run."""
     seen: Counter[tuple[str, str]] = Counter()
     for row in ALL:
         group = (row.kind, row.command)
-        every = seen[group] % 25 == 0 if row.command in SLOW else seen[group] % 9 in (0, 2, 4, 6, 8)
+        every = seen[group] % 40 == 0 if row.command in SLOW else seen[group] % 5 in (0, 2, 4)
         if every or row.name.startswith(ALWAYS):
             yield row
         seen[group] += 1

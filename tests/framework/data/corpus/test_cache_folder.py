@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 from orthotrain.data import TextData
-from orthotrain.data.corpus.sources import CACHE_MARK
+from orthotrain.data.sources import CACHE_MARK
 from orthotrain.errors import ConfigurationError
 
 NOBODY = 65534
@@ -62,7 +62,11 @@ def set_up(corpus, cache, **given):
     def act():
         data = data_of(corpus, cache, **given)
         data.setup("fit")
-        return data.tokenizer_fingerprint, data.train_tokens, len(next(iter(data.train_dataloader()))["labels"])
+        return (
+            data.tokenizer_fingerprint,
+            data._cache("train").metadata.tokens,
+            len(next(iter(data.train_dataloader()))["labels"]),
+        )
 
     return act
 

@@ -4,7 +4,6 @@ import os
 import jsonargparse
 import pytest
 import torch
-from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast
 
 import orthotrain.data.corpus.cache_folder
@@ -30,7 +29,6 @@ def test_validation_and_test_see_every_window_once_in_order(make_data):
     data = make_data()
     data.setup()
     for split, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
-        assert isinstance(loader.sampler, SequentialSampler)
         labels = torch.cat([batch["labels"].flatten() for batch in loader])
         tokens = data._cache(split).tokens
         assert labels.tolist() == tokens[1 : 1 + len(labels)].tolist() and len(tokens) - len(labels) <= 64
@@ -54,7 +52,7 @@ def test_bytes_per_token_counts_utf8(make_data, corpus):
     metadata = [data._cache(split).metadata for split in ("train", "val", "test")]
     assert sum(header.text_bytes for header in metadata) == sum(path.stat().st_size for path in corpus.rglob("*.txt"))
     assert data.bytes_per_token("val") == metadata[1].text_bytes / metadata[1].tokens
-    assert data.train_tokens == metadata[0].tokens
+    assert data._cache("train").metadata.tokens == metadata[0].tokens
     with pytest.raises(ValueError, match="'dev': must be one of train, val, test"):
         data.bytes_per_token("dev")
 
@@ -135,7 +133,7 @@ def test_a_cache_inside_its_own_source_is_not_read(make_data, tmp_path, corpus):
     first.setup("fit")
     again = make_data(source=str(tmp_path), **settings)
     again.setup("fit")
-    assert again.train_tokens == first.train_tokens
+    assert again._cache("train").metadata.tokens == first._cache("train").metadata.tokens
     with pytest.raises(ConfigurationError, match="the glob matches no file"):
         make_data(source=str(tmp_path / "**" / "*.json"), **settings).setup("fit")
 
@@ -199,13 +197,13 @@ def test_altered_tokens_are_found(make_data, tmp_path):
         ({"val_fraction": 1.0}, "val_fraction 1.0: must be at least 0 and below 1"),
         ({"test_fraction": -0.1}, "test_fraction -0.1"),
         ({"val_fraction": float("nan")}, "val_fraction nan"),
-        ({"val_fraction": 0.5, "test_fraction": 0.5}, "together they must stay below 1"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "their sum must be below 1"),
         ({"vocab_size": 100}, "vocab_size 100: a byte-level BPE needs at least 259"),
         ({"sequence_length": 0}, "sequence_length 0: must be at least 1"),
         ({"batch_size": 0}, "batch_size 0: must be at least 1"),
         ({"num_workers": -1}, "num_workers -1"),
         ({"limit_bytes": 0}, "limit_bytes 0"),
-        ({"streaming": True, "num_workers": 2}, "num_workers 2: a streamed source is read by one"),
+        ({"streaming": True, "num_workers": 2}, "num_workers 2: one process reads a streamed source"),
     ],
 )
 def test_arguments_that_cannot_work(make_data, changes, expected):
@@ -215,12 +213,12 @@ def test_arguments_that_cannot_work(make_data, changes, expected):
 
 def test_splits_that_are_too_short_or_missing(make_data):
     with pytest.raises(
-        ConfigurationError, match=r"train split has \d+ tokens, enough for \d+ sequences .*but needs 900"
+        ConfigurationError, match=r"train split has \d+ tokens, enough for \d+ sequences .*but 900 are needed"
     ):
         make_data(batch_size=900).setup("fit")
     with pytest.raises(ConfigurationError, match=r"the val split has \d+ tokens, enough for 0 .*sequence_length 9000"):
         make_data(sequence_length=9000).setup("validate")
-    with pytest.raises(ConfigurationError, match="val_fraction 0: there is no val split"):
+    with pytest.raises(ConfigurationError, match="validate: there is no val split; set val_fraction above 0"):
         make_data(val_fraction=0.0).setup("validate")
     data = make_data(val_fraction=0.0)
     data.setup("fit")
@@ -260,6 +258,11 @@ def test_arguments_and_their_help_reach_the_command_line(corpus):
 def test_the_standard_library_itself(tmp_path):
     data = TextData(cache_dir=str(tmp_path), limit_bytes=400_000, vocab_size=1024, batch_size=2, val_fraction=0.2)
     data.setup("fit")
-    assert 2 < data.bytes_per_token("train") < 5 and data.train_tokens > 30_000
+    assert 2 < data.bytes_per_token("train") < 5 and data._cache("train").metadata.tokens > 30_000
     batch = next(iter(data.train_dataloader()))
     assert batch["input_ids"].shape == (2, 256) and int(batch["labels"].max()) < 1024
+
+
+def test_a_cache_folder_that_no_path_can_name(make_data):
+    with pytest.raises(ConfigurationError, match=r"^cache_dir 'a\\x00b': has a NUL character"):
+        make_data(cache_dir="a\0b").prepare_data()

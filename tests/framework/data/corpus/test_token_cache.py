@@ -90,7 +90,7 @@ def test_header_round_trip():
     assert decode_header(encode_header(METADATA), "x") == METADATA
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_a_mutated_header_is_refused_and_nothing_else_happens(data):
     header = bytearray(encode_header(METADATA))
@@ -112,7 +112,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from([*Metadata.__dataclass_fields__, "other"]), JSON), st.binary(max_size=200))
 def test_metadata_with_a_right_checksum_but_wrong_content_is_refused(changes, raw):
     """A header that someone else wrote: the outer checks pass, the values must still be looked at."""

@@ -47,8 +47,11 @@ def refusal(tmp_path):
 
 
 BAD_ROWS = {
-    "keys": ({"question": "a", "answer": "b"}, ["row 2: neither 'prompt' with 'response'", "['answer', 'question']"]),
-    "one key": ({"prompt": "a"}, ["row 2: neither", "['prompt']", "set prompt_column"]),
+    "keys": (
+        {"question": "a", "answer": "b"},
+        ["row 2: has neither 'prompt' with 'response'", "['answer', 'question']"],
+    ),
+    "one key": ({"prompt": "a"}, ["row 2: has neither", "['prompt']", "set prompt_column"]),
     "empty response": ({"prompt": "a", "response": " \n"}, ["row 2, 'response': is empty", "remove the row"]),
     "empty prompt": ({"prompt": "", "response": "b"}, ["row 2, 'prompt': is empty"]),
     "number": ({"prompt": "a", "response": 3}, ["row 2, 'response': must be a string, found int"]),
@@ -110,7 +113,7 @@ BAD_ARGUMENTS = {
     "num_workers": (-1, "num_workers -1: must be at least 0"),
     "generation_samples": (0, "generation_samples 0: must be at least 1"),
     "val_fraction": (1.0, "val_fraction 1.0: must be at least 0 and below 1"),
-    "on_too_long": ("cut", "on_too_long 'cut': must be drop, truncate or error"),
+    "on_too_long": ("cut", "on_too_long='cut': choose one of drop, truncate, error"),
     "prompt_template": ("Q:", "prompt_template 'Q:': has no place for the prompt"),
     "source": ([], "source is an empty list; give 'python-stdlib-docstrings'"),
 }
@@ -125,7 +128,9 @@ def test_bad_arguments(name, tokenizer_folder, refusal):
 
 @pytest.mark.parametrize("name", [None, ""])
 def test_no_tokenizer(name):
-    with pytest.raises(ConfigurationError, match=r"^tokenizer .*: instruction data needs the model's own; give its"):
+    with pytest.raises(
+        ConfigurationError, match=r"^tokenizer .*: instruction data needs the tokenizer of the model; give its"
+    ):
         InstructionData(name)
 
 
@@ -133,7 +138,7 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path, refusal):
     assert "cannot be loaded" in refusal(str(tmp_path), [GOOD])
     assert "no file or folder" in refusal(str(tmp_path / "gone.ckpt"), [GOOD])
     torch.save({"state_dict": {}}, tmp_path / "model.ckpt")
-    assert "the checkpoint holds none" in refusal(str(tmp_path / "model.ckpt"), [GOOD])
+    assert "the checkpoint holds no tokenizer" in refusal(str(tmp_path / "model.ckpt"), [GOOD])
 
 
 def test_bad_sources(tmp_path, tokenizer_folder, refusal):
@@ -164,7 +169,7 @@ def test_bad_sources(tmp_path, tokenizer_folder, refusal):
 def test_an_unreachable_dataset(tokenizer_folder, refusal, monkeypatch):
     import datasets
 
-    def load_dataset(path, config, split):
+    def load_dataset(path, config, split, streaming):
         raise ConnectionError(f"no way to {path} {config} {split}\nsecond line")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -173,17 +178,21 @@ def test_an_unreachable_dataset(tokenizer_folder, refusal, monkeypatch):
 
 
 def test_splits_that_are_too_small(tokenizer_folder, refusal):
-    assert "the train split has 1 rows but needs 4: give more rows or lower batch_size" in refusal(
+    assert "the train split has 1 rows, but 4 are needed: give more rows or lower batch_size" in refusal(
         tokenizer_folder, [GOOD], batch_size=4
     )
-    assert "the val split has 0 rows but needs 1: give more rows or raise val_fraction" in refusal(
-        tokenizer_folder, [GOOD], val_fraction=0.01
+    assert (
+        "the val split has 0 rows, but 1 are needed: give more rows or set another val_fraction or val_source"
+        in refusal(tokenizer_folder, [GOOD], val_fraction=0.01)
     )
 
 
 @pytest.mark.parametrize(
     ("stage", "part"),
-    [("test", "there is no test split; set test_source"), ("validate", "no val split; set val_source")],
+    [
+        ("test", "there is no test split; set test_source"),
+        ("validate", "no val split; set val_source or val_fraction above 0"),
+    ],
 )
 def test_splits_that_are_not_there(stage, part, tokenizer_folder):
     with pytest.raises(ConfigurationError, match=part):

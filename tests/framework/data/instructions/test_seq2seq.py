@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import BartConfig, BartForConditionalGeneration, DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 from orthotrain.data import InstructionData
-from orthotrain.data.instructions.encoding import encode_rows
+from orthotrain.data.instructions.examples import Columns, parse_row
+from orthotrain.data.instructions.generation_batches import generation_batch
 from orthotrain.data.instructions.layouts import Seq2SeqLayout
 from orthotrain.data.instructions.padding import PaddedRows
-from orthotrain.data.instructions.prompts import generation_batch
-from orthotrain.data.instructions.rows import Columns, parse_row
+from orthotrain.data.instructions.tokenizing import tokenize_rows
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
 
@@ -54,7 +54,7 @@ TOKENIZERS = {"bart": bart_tokenizer(), "bare": train_tokenizer(TEXTS, 300)}
 def encoded(pairs, tokenizer, layout=None, on_too_long="error"):
     examples = [parse_row({"prompt": p, "response": r}, f"row {n}", Columns()) for n, (p, r) in enumerate(pairs)]
     layout = layout or Seq2SeqLayout(10_000, 10_000)
-    return encode_rows(examples, layout.encoder(tokenizer, None), lambda _: "train", layout, on_too_long)
+    return tokenize_rows(examples, layout.encoder(tokenizer, None), lambda _: "train", layout, on_too_long)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -62,8 +62,8 @@ def encoded(pairs, tokenizer, layout=None, on_too_long="error"):
 @given(pairs=PAIRS)
 def test_the_encoder_reads_the_prompt_and_the_labels_are_the_response(kind, pairs):
     tokenizer = TOKENIZERS[kind]
-    rows, account = encoded(pairs, tokenizer)
-    assert account.used == len(pairs)
+    rows, counts = encoded(pairs, tokenizer)
+    assert counts.used == len(pairs)
     batch = PaddedRows(rows["train"], tokenizer.pad_token_id)[list(range(len(pairs)))]
     for (prompt, response), tokens, mask, labels in zip(
         pairs, batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
@@ -130,10 +130,10 @@ LONG = [("a", "b"), ("q" * 20, "b"), ("a", "z" * 20), ("q" * 20, "z" * 20)]
 
 def test_prompts_and_responses_are_truncated_and_counted_apart():
     tokenizer = TOKENIZERS["bart"]
-    rows, account = encoded(LONG, tokenizer, Seq2SeqLayout(10, 6), "truncate")
-    assert (account.used, account.dropped, account.longest) == (4, 0, (22, 22))
-    assert account.truncated == {"max_length": 2, "max_response_length": 2}
-    assert account.line() == (
+    rows, counts = encoded(LONG, tokenizer, Seq2SeqLayout(10, 6), "truncate")
+    assert (counts.used, counts.dropped, counts.longest) == (4, 0, (22, 22))
+    assert counts.truncated == {"max_length": 2, "max_response_length": 2}
+    assert counts.summary() == (
         "4 rows used, 0 dropped; the longest has 22 prompt tokens and 22 response tokens; 2 truncated to max_length "
         "10; 2 truncated to max_response_length 6"
     )
@@ -147,9 +147,9 @@ def test_prompts_and_responses_are_truncated_and_counted_apart():
 
 def test_rows_that_exceed_either_limit_are_dropped_or_an_error():
     tokenizer = TOKENIZERS["bart"]
-    rows, account = encoded(LONG, tokenizer, Seq2SeqLayout(10, 6), "drop")
-    assert (account.used, account.dropped, len(rows["train"])) == (1, 3, 1)
-    assert "3 dropped as too long for max_length 10 or max_response_length 6" in account.line()
+    rows, counts = encoded(LONG, tokenizer, Seq2SeqLayout(10, 6), "drop")
+    assert (counts.used, counts.dropped, len(rows["train"])) == (1, 3, 1)
+    assert "3 dropped as too long for max_length 10 or max_response_length 6" in counts.summary()
     with pytest.raises(ConfigurationError, match=r"^row 1: 22 prompt tokens, longer than max_length 10; raise max_len"):
         encoded(LONG, tokenizer, Seq2SeqLayout(10, 6), "error")
     message = r"^row 1: 22 response tokens, longer than max_response_length 6; raise max_response_length"
@@ -203,7 +203,7 @@ REFUSED = {
     "length": ({"max_response_length": 1}, "max_response_length 1: must be at least 2"),
     "template": ({"prompt_template": "Q:"}, "prompt_template 'Q:': has no place for the prompt"),
     "empty": ({"rows": [{"prompt": "a", "response": " "}]}, "row 1, 'response': is empty"),
-    "keys": ({"rows": [{"prompt": "a"}]}, "row 1: neither 'prompt' with 'response' nor 'messages'"),
+    "keys": ({"rows": [{"prompt": "a"}]}, "row 1: has neither 'prompt' with 'response' nor 'messages'"),
     "chat": (
         {"rows": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]},
         "row 1: has chat messages, but layout 'seq2seq' takes one prompt and one response",

@@ -116,7 +116,7 @@ def test_merge_into_a_quantised_weight_loses_what_it_reports(storage, limit, dty
     assert not layer.rotation_in.generators.any()
 
 
-def test_unwrap_of_a_quantised_layer_does_not_requantise():
+def test_unwrap_of_a_quantised_layer_does_not_requantize():
     layer = turn_(wrap(nn.Linear(64, 48), storage="nf4"))
     x = torch.randn(8, 64)
     assert relative(layer.unwrap()(x), layer(x)) < 1e-5
@@ -381,7 +381,7 @@ def test_errors_name_what_would_work(options, message):
         OftLinear.from_linear(nn.Linear(688, 8), **options)
 
 
-def test_refuses_to_requantise_what_is_quantised():
+def test_refuses_to_requantise_what_is_quantized():
     linear = bnb.nn.Linear4bit(64, 48, quant_type="nf4").to("cpu")
     with pytest.raises(ConfigurationError, match="already quantized to nf4 in groups of 64"):
         OftLinear.from_linear(linear, 8, storage="int8")

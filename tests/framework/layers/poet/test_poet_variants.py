@@ -1,6 +1,8 @@
 """Variants of the POET layer: block shapes a side, one side only, storages, anchored spectrum."""
 
 import copy
+import dataclasses
+import inspect
 import itertools
 
 import pytest
@@ -278,13 +280,13 @@ def test_bad_settings_are_refused_by_name(options, message):
     ("width", "block_size", "group"),
     [(256, 64, 8), (256, 32, 4), (256, 16, 2), (256, 8, 1), (636, 64, 4), (637, 64, 1), (256, 60, 1), (256, 128, 8)],
 )
-def test_blocks_hold_eight_groups_of_neighbours_or_more(width, block_size, group):
+def test_blocks_hold_eight_groups_of_neighbors_or_more(width, block_size, group):
     assert PoetSettings().permuted_together(width, block_size) == group
 
 
 @pytest.mark.parametrize("stepwise", [False, True])
 @pytest.mark.parametrize("group", [1, 2, 4])
-def test_neighbours_move_together_in_every_period(group, stepwise, randomize):
+def test_neighbors_move_together_in_every_period(group, stepwise, randomize):
     linear = nn.Linear(48, 32)
     layer = (StepwiseLinear if stepwise else PoetLinear).from_settings(
         copy.deepcopy(linear), PoetSettings(block_size=8, permutation_group=group, stepwise=stepwise), seed=5
@@ -318,3 +320,13 @@ def test_an_override_by_block_size_takes_the_place_of_a_fraction():
     assert base.override({"fraction": 0.25}).blocks("in", 16) == (4, 1)
     with pytest.raises(ConfigurationError, match="'blocksize' is no setting"):
         base.override({"blocksize": 4})
+
+
+@pytest.mark.parametrize("kind", [PoetLinear, StepwiseLinear])
+def test_from_linear_shows_every_setting_of_a_layer_with_its_default(kind):
+    shown = {name: p.default for name, p in inspect.signature(kind.from_linear).parameters.items()}
+    settings = {field.name: field.default for field in dataclasses.fields(PoetSettings) if field.name != "stepwise"}
+    assert shown == {"linear": inspect.Parameter.empty, **settings, "seed": 0}
+    layer = kind.from_linear(nn.Linear(16, 8), 4, sides="in", route="weight", trained_scale=True)
+    assert (layer.rotation_out, layer.route, layer.rotation_in.block_size) == (None, "weight", 4)
+    assert layer.scale is not None

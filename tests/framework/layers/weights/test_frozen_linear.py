@@ -1,4 +1,4 @@
-"""What bitsandbytes has quantised and nothing wraps: gradients that outlive an evaluation, a state that reloads."""
+"""What bitsandbytes has quantized and nothing wraps: gradients that outlive an evaluation, a state that reloads."""
 
 import io
 
@@ -19,7 +19,7 @@ IDS = torch.arange(24).view(2, 12)
 
 @pytest.fixture
 def build(tiny_llama, tmp_path):
-    """Returns a function that builds a Llama of which transformers has quantised every linear, the head too."""
+    """Returns a function that builds a Llama of which transformers has quantized every linear, the head too."""
     sizes = {"hidden_size": 128, "intermediate_size": 128, "initializer_range": 0.2}
     CausalLM({**tiny_llama, **sizes})().save_pretrained(tmp_path / "base")
 
@@ -102,8 +102,8 @@ def test_a_format_that_cannot_be_taken_over_is_refused_by_name_and_nothing_is_ch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_eight_bits_without_bias_compute_in_the_networks_dtype(dtype):
     def built():
-        quantised = [bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False) for _ in range(2)]
-        return nn.Sequential(nn.Linear(64, 64).to(dtype), *(layer.to("cpu") for layer in quantised))
+        quantized = [bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False) for _ in range(2)]
+        return nn.Sequential(nn.Linear(64, 64).to(dtype), *(layer.to("cpu") for layer in quantized))
 
     network = built()
     OftLayers(block_size=8, include=["1"]).apply_(network)

@@ -232,9 +232,9 @@ def test_refuses_what_it_cannot_take_over():
     assert adopt_bitsandbytes(torch.nn.Linear(4, 4)) is None
     with pytest.raises(ConfigurationError, match="fp4"):
         adopt_bitsandbytes(bnb.nn.Linear4bit(64, 48).to("cpu"))
-    with pytest.raises(ConfigurationError, match="not quantised yet"):
+    with pytest.raises(ConfigurationError, match="not quantized yet"):
         adopt_bitsandbytes(bnb.nn.Linear4bit(64, 48, quant_type="nf4"))
-    with pytest.raises(ConfigurationError, match="not quantised yet"):
+    with pytest.raises(ConfigurationError, match="not quantized yet"):
         adopt_bitsandbytes(bnb.nn.Linear8bitLt(64, 48, has_fp16_weights=False))
     with pytest.raises(ConfigurationError, match="has_fp16_weights=False"):
         adopt_bitsandbytes(bnb.nn.Linear8bitLt(64, 48))

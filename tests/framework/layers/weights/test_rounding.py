@@ -16,7 +16,7 @@ from orthotrain.layers.weights.rounding import LEVELS, Noise, stochastic_round
     st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**100), max_value=2.0**100),
     st.integers(0, 99),
 )
-def test_rounds_to_a_neighbour_and_keeps_what_is_exact(value, seed):
+def test_rounds_to_a_neighbor_and_keeps_what_is_exact(value, seed):
     x = torch.tensor([value], dtype=torch.float32)
     rounded = stochastic_round(x, Noise(seed)).float()
     assert (rounded - x).abs() <= 2.0**-7 * x.abs() + 1e-38
@@ -60,7 +60,7 @@ def test_noise_is_the_hash_of_its_place():
     )
 
 
-def test_noise_is_uniform_and_independent_of_its_neighbours_and_of_other_counts():
+def test_noise_is_uniform_and_independent_of_its_neighbors_and_of_other_counts():
     shape, bound = (1024, 1024), 5.0
     noise = [(Noise("layer", count).draw(shape, "cpu").double() + 0.5) / LEVELS - 0.5 for count in (1, 2)]
     count = noise[0].numel()

@@ -1,0 +1,134 @@
+"""A tokenizer inside a checkpoint: plain values, the tokenizer rebuilt from them, and its difference to another."""
+
+import json
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from orthotrain.console.failures import is_panic
+from orthotrain.data.tokenizer_checks import check_encoding, check_tokenizer_json
+from orthotrain.data.tokenizers import canonical_json, fingerprint, load_tokenizer
+from orthotrain.errors import ConfigurationError
+from orthotrain.files.paths import check_regular_file, local_path
+from orthotrain.files.torch_files import describe_file
+from orthotrain.models.folder import check_there
+
+_SPECIAL_TOKENS = ("eos_token", "bos_token", "pad_token", "unk_token")
+_TYPES = {"tokenizer": str, "tokenizer_fingerprint": str, "special_tokens": dict, "settings": dict}
+
+
+def tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return a tokenizer as plain values, for a checkpoint. Inverse of `tokenizer_from_state`."""
+    template = tokenizer.chat_template
+    return {
+        "tokenizer": canonical_json(tokenizer),
+        "tokenizer_fingerprint": fingerprint(tokenizer),
+        "special_tokens": {
+            name: str(token) for name in _SPECIAL_TOKENS if (token := getattr(tokenizer, name)) is not None
+        },
+        "chat_template": template if isinstance(template, str) else None,
+    }
+
+
+def check_data_state(state: Any) -> dict[str, Any]:
+    """Return the state of a data module from a checkpoint after a check of its types.
+
+    Raises:
+        ConfigurationError: The state is no dictionary, or an entry has another type.
+    """
+    if not isinstance(state, dict):
+        raise ConfigurationError(
+            f"the checkpoint's data state is damaged: it is a {type(state).__name__}, no dictionary"
+        )
+    for name, kind in _TYPES.items():
+        if not isinstance(state.get(name, kind()), kind):
+            found = type(state[name]).__name__
+            raise ConfigurationError(f"the checkpoint's data state is damaged: {name} is a {found}, no {kind.__name__}")
+    if not isinstance(state.get("chat_template"), str | None):
+        raise ConfigurationError("the checkpoint's data state is damaged: chat_template is no text")
+    return state
+
+
+def tokenizer_from_state(state: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """Rebuild the tokenizer of a checkpoint.
+
+    Args:
+        state: ``state_dict()`` of a data module, which a checkpoint holds under the name of its class.
+
+    Raises:
+        ConfigurationError: The state holds no tokenizer, another one than its fingerprint says, or one that needs very
+            much memory, time or tokens for a short text.
+    """
+    try:
+        check_data_state(state)
+        check_tokenizer_json(json.loads(state["tokenizer"]), "of the checkpoint")
+        backend = Tokenizer.from_str(state["tokenizer"])
+        vocabulary = backend.get_vocab()
+        for name, token in state["special_tokens"].items():
+            if name not in _SPECIAL_TOKENS or token not in vocabulary:
+                raise ConfigurationError(f"special token {name!s:.40} {token!s:.40} is not in its vocabulary")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **state["special_tokens"])
+        expected = state["tokenizer_fingerprint"]
+    except BaseException as error:  # tokenizers raises bare Exception, and panics
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise ConfigurationError(f"the checkpoint's data state holds no readable tokenizer ({error!r:.200})") from error
+    if (found := fingerprint(tokenizer)) != expected:
+        raise ConfigurationError(
+            f"the checkpoint's tokenizer has sha {found[:12]}, its state says {str(expected)[:12]}"
+        )
+    check_encoding(tokenizer, "of the checkpoint")
+    tokenizer.chat_template = state.get("chat_template")
+    return tokenizer
+
+
+def load_model_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a model, as `load_tokenizer` does, or from a checkpoint.
+
+    Args:
+        name: A tokenizer.json, a folder with one, a Hugging Face name, or a checkpoint (.ckpt) of an orthotrain run.
+
+    Raises:
+        ConfigurationError: The tokenizer cannot be loaded, or it has no end-of-text token.
+    """
+    if not name.endswith(".ckpt"):
+        return load_tokenizer(name)
+    check_there(name)
+    check_regular_file(name, "tokenizer")
+    try:
+        checkpoint = describe_file(local_path(name, "tokenizer"))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"tokenizer {name!r}: {error}") from error
+    for state in checkpoint.values():
+        if isinstance(state, dict) and "tokenizer_fingerprint" in state:
+            tokenizer = tokenizer_from_state(state)
+            if tokenizer.pad_token_id is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            return tokenizer
+    raise ConfigurationError(f"tokenizer {name!r}: the checkpoint holds no tokenizer; give the folder of its tokenizer")
+
+
+def tokenizer_difference(
+    state: dict[str, Any], tokenizer: PreTrainedTokenizerFast, vocab_size: int | None
+) -> str | None:
+    """Describe how a checkpoint's tokenizer differs from this run's, with which its embedding would mean other tokens.
+
+    Args:
+        state: ``state_dict()`` of the data module in the checkpoint.
+        tokenizer: This run's tokenizer.
+        vocab_size: This run's vocabulary.
+
+    Returns:
+        The difference and what to do about it; ``None`` if there is no difference.
+    """
+    saved, found = str(state.get("tokenizer_fingerprint")), fingerprint(tokenizer)
+    if saved == found:
+        return None
+    settings = state.get("settings", {})
+    inputs = ", ".join(f"{name} {settings.get(name)!r:.200}" for name in ("source", "vocab_size", "seed"))
+    return (
+        f"the tokenizer of this run (vocab {vocab_size}, sha {found[:12]}) differs from the checkpoint's (vocab "
+        f"{state.get('vocab_size')!s:.20}, sha {saved[:12]}): set tokenizer to the one exported with the checkpoint, "
+        f"or train it from the same inputs: {inputs}"
+    )

@@ -1,0 +1,57 @@
+"""A tokenizer inside a checkpoint: rebuilt from plain values, compared, or refused."""
+
+import json
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from orthotrain.data import tokenizer_from_state
+from orthotrain.data.tokenizer_state import tokenizer_difference, tokenizer_state
+from orthotrain.data.tokenizers import fingerprint, train_tokenizer
+from orthotrain.errors import ConfigurationError
+
+TEXTS = ["the theme of the thesis is there\n" * 5, "def other(this):\n    return this.then\n" * 5]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, 280)
+
+
+def test_a_checkpoint_carries_the_tokenizer_as_plain_values(tokenizer):
+    tokenizer.chat_template = "{{ messages }}"
+    state = json.loads(json.dumps(tokenizer_state(tokenizer)))
+    again = tokenizer_from_state(state)
+    tokenizer.chat_template = None
+    assert isinstance(again, PreTrainedTokenizerFast) and again.chat_template == "{{ messages }}"
+    assert again("the thesis")["input_ids"] == tokenizer("the thesis")["input_ids"]
+    assert (again.eos_token_id, again.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    for broken in ({}, state | {"tokenizer": "{}"}, state | {"tokenizer_fingerprint": "0" * 64}):
+        with pytest.raises(ConfigurationError, match="tokenizer"):
+            tokenizer_from_state(broken)
+
+
+def test_another_tokenizer_names_both(tokenizer):
+    state = tokenizer_state(tokenizer) | {
+        "vocab_size": 280,
+        "settings": {"source": "here", "vocab_size": 280, "seed": 0},
+    }
+    assert tokenizer_difference(state, tokenizer, 280) is None
+    other = train_tokenizer(TEXTS, 270)
+    message = tokenizer_difference(state, other, 270)
+    assert all(
+        part in message for part in ("vocab 270", "vocab 280", fingerprint(other)[:12], fingerprint(tokenizer)[:12])
+    )
+    assert "source 'here'" in message
+
+
+@pytest.mark.parametrize("state", [5, None, [], {}, {"tokenizer": 5}, {"tokenizer": "{}", "special_tokens": {}}])
+def test_a_state_that_holds_no_tokenizer_is_one_line(state):
+    with pytest.raises(ConfigurationError, match="the checkpoint's data state holds no readable tokenizer"):
+        tokenizer_from_state(state)
+
+
+@pytest.mark.parametrize("special", [{"tokenizer_file": "/etc/passwd"}, {"eos_token": "new"}, {"eos_token": 5}])
+def test_a_state_names_only_special_tokens_of_its_own(tokenizer, special):
+    with pytest.raises(ConfigurationError, match="is not in its vocabulary"):
+        tokenizer_from_state({**tokenizer_state(tokenizer), "special_tokens": special})

@@ -63,7 +63,7 @@ BYTES = torch.zeros(2, dtype=torch.uint8)
     [
         ((torch.zeros(3), None, None, None), 64, r"absmax is torch.float32 \(3,\) .*; takes torch.float32 \(2,\)"),
         ((torch.zeros(2), None, None, None), 63, "group_size=63: .* take an even number"),
-        ((torch.zeros(2), None, torch.zeros(1), None), 64, "double quantisation takes .* or none of the three"),
+        ((torch.zeros(2), None, torch.zeros(1), None), 64, "double quantization takes .* or none of the three"),
         ((torch.zeros(2), torch.zeros(1), torch.zeros(1), CODE), 64, r"absmax .*; takes torch.uint8 \(2,\)"),
         ((BYTES, torch.zeros(2), torch.zeros(1), CODE), 64, r"nested is torch.float32 \(2,\) .*\(1,\)"),
         ((BYTES, torch.zeros(1), torch.zeros(()), CODE), 64, r"offset is torch.float32 \(\) .*\(1,\)"),

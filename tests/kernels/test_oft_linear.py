@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthotrain.kernels.block_batches import gram_deviation, inverts_by_transposing, largest
+from orthotrain.kernels.block_batches import gram_deviation, inverts_by_transposing, largest_norm
 from orthotrain.kernels.cayley import cayley
 from orthotrain.kernels.oft_linear import cpu, naive, oft_linear
 from orthotrain.kernels.oft_linear.cpu import rotates_weight
@@ -55,7 +55,7 @@ def test_the_route_through_the_folded_weight_loses_no_digits(stretch, tokens):
     displacement = orthogonal(2, 16, torch.float64)
     # R (1 + stretch): E = (2 stretch + stretch^2) I exactly
     displacement = ((1 + stretch) * displacement + stretch * torch.eye(16)).float()
-    norm = largest(gram_deviation(displacement))
+    norm = largest_norm(gram_deviation(displacement))
     assert inverts_by_transposing(norm, torch.float32) == (stretch < 3e-5)
     x, weight, grad = (torch.randn(n, m, generator=seeded(n)) for n, m in ((tokens, 32), (48, 32), (tokens, 48)))
     assert rotates_weight(tokens, 48) == (tokens == 400)

@@ -77,7 +77,7 @@ def test_what_is_no_generator_is_refused():
     with pytest.raises(ConfigurationError, match=r"not a parameter of shape \(3,\): use it as rotation_optimizer"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
     assert len(optimizer.param_groups) == 1
-    with pytest.raises(ConfigurationError, match="give it as rotation_optimizer"):
+    with pytest.raises(ConfigurationError, match="use it as rotation_optimizer"):
         LieOptimizer([{"params": rotation().parameters(), "name": "decay"}])
     with pytest.raises(ConfigurationError, match="no block has 7 generators"):
         checked_block_size(7)

@@ -58,7 +58,7 @@ TREE := build/typing/orthotrain
 typing-tree:
 	@mkdir -p $(TREE)
 	@for entry in framework/* plugins kernels configs; do \
-		link=$(TREE)/$${entry##*/}; [ -e $$link ] || ln -s ../../../$$entry $$link 2>/dev/null || [ -e $$link ] || exit 1; \
+		link=$(TREE)/$${entry##*/}; [ -e $$link ] || ln -sT ../../../$$entry $$link 2>/dev/null || [ -e $$link ] || exit 1; \
 	done
 	@find $(TREE) -xtype l -delete
 

@@ -1,1 +1,1 @@
-"""The operations: for each a reference in plain PyTorch, beside Triton kernels with the same signature."""
+"""The operations, one folder each: the definition (naive.py), PyTorch code (cpu.py) and Triton kernels (triton.py)."""

@@ -1,13 +1,13 @@
-"""A Triton kernel as it is shipped: with the dtypes, tile sizes and warps of one launch."""
+"""A launch of a Triton kernel, described for compilation ahead of time: dtypes, tile sizes and warps."""
 
 from typing import Any, NamedTuple
 
 
 class Variant(NamedTuple):
-    """What compiles one kernel ahead of time, without a GPU and without tensors.
+    """One launch of a kernel, which a test compiles without a GPU and without tensors.
 
-    The ``aot_variants()`` of an operation's ``triton.py`` returns the few that matter; a test compiles them for every
-    generation of GPU and holds their registers, spills and shared memory.
+    ``aot_variants()`` of an operation's ``triton.py`` returns the launches that matter. A test compiles them for every
+    generation of GPU and compares registers, spills and shared memory with a table.
 
     Attributes:
         name: Unique in its operation, such as ``forward-b64-fp32``.
@@ -16,11 +16,11 @@ class Variant(NamedTuple):
         constexprs: Value of every ``tl.constexpr`` argument by name.
         num_warps: Warps of a program.
         num_stages: Stages of software pipelining.
-        tensor_cores: Whether the kernel has a product that must run on the tensor cores.
-        vectors: Whether it must move 16 bytes at once where it moves 16-bit values: it has no 2-byte load or store.
-        aligned: Integer arguments that are divisible by 16 in a usual launch. Triton specialises on that.
-        views: Pointers that need not be divisible by 16, as those of fresh tensors are: they are of views.
-        options: What the launch sets beside warps and stages, such as ``enable_fp_fusion``.
+        tensor_cores: Whether the kernel has a product that must run on tensor cores.
+        vectors: Whether the kernel must move 16-bit values 16 bytes at once, without any load or store of 2 bytes.
+        aligned: Integer arguments that are divisible by 16 in a usual launch. Triton specializes on that.
+        views: Pointers to views, which need not be divisible by 16 as pointers to new tensors are.
+        options: Further options of the launch, such as ``enable_fp_fusion``.
     """
 
     name: str
@@ -36,5 +36,5 @@ class Variant(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()
 
     def unaligned(self, *views: str) -> "Variant":
-        """Return the variant of views that begin anywhere, and of matrices whose rows do."""
+        """Return the same launch for views that begin at any address and matrices whose rows do."""
         return self._replace(name=f"{self.name}-unaligned", vectors=False, aligned=(), views=views)

@@ -84,7 +84,7 @@ def gram_deviation(displacement: Tensor) -> Tensor:
     return torch.baddbmm(d, d.mT, d).add_(d.mT)
 
 
-def largest(deviation: Tensor) -> float:
+def largest_norm(deviation: Tensor) -> float:
     """Return the norm of the block of ``E (n, b, b)`` that deviates most, 0 without blocks."""
     return float(torch.linalg.vector_norm(deviation, dim=(1, 2)).amax()) if deviation.numel() else 0.0
 

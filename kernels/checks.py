@@ -1,4 +1,4 @@
-"""What the rotating operations ask of their operands: one clear error at the public function, before any kernel."""
+"""Checks of the arguments of operations: the public functions refuse wrong ones before any kernel runs."""
 
 import os
 
@@ -8,26 +8,17 @@ from torch import Tensor
 from orthotrain.kernels.permutations import GROUPS
 
 DEBUG = "ORTHOTRAIN_DEBUG"
-"""Environment variable; ``1`` also checks the values of permutations, which waits for the device."""
+"""Environment variable; ``1`` also checks the values of permutations, for which the host waits for the device."""
 
 COMPUTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""The dtypes that operations take: triton serves all but the last."""
-
-
-def check_floating(op: str, name: str, tensor: Tensor) -> None:
-    """Check that a tensor has a dtype that one can compute in.
-
-    Raises:
-        ValueError: Naming tensor and dtype.
-    """
-    check_dtype(op, name, tensor.dtype)
+"""The dtypes that operations take; the Triton kernels serve all but the last."""
 
 
 def check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
     """Check that a dtype is one that operations compute in.
 
     Raises:
-        ValueError: Naming what it is the dtype of.
+        ValueError: Naming the argument and the dtypes that operations take.
     """
     if dtype not in COMPUTABLE:
         known = ", ".join(str(known).removeprefix("torch.") for known in COMPUTABLE)
@@ -40,7 +31,7 @@ def check_generators(op: str, generators: Tensor, block_size: int) -> None:
     Raises:
         ValueError: Naming both sizes, or the dtype.
     """
-    check_floating(op, "generators", generators)
+    check_dtype(op, "generators", generators.dtype)
     width = block_size * (block_size - 1) // 2
     if generators.ndim != 2 or generators.shape[1] != width:
         raise ValueError(
@@ -55,7 +46,7 @@ def check_square(op: str, name: str, blocks: Tensor) -> None:
     Raises:
         ValueError: Naming dtype or shape.
     """
-    check_floating(op, name, blocks)
+    check_dtype(op, name, blocks.dtype)
     if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2]:
         raise ValueError(f"{op}: {name} {tuple(blocks.shape)} does not fit: it takes square blocks, (n, b, b)")
 
@@ -63,18 +54,18 @@ def check_square(op: str, name: str, blocks: Tensor) -> None:
 def check_tensor(
     op: str, name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Check shape, dtype and device of a tensor that has to be exactly so.
+    """Check shape, dtype and device of a tensor.
 
     Args:
         op: Operation, for the message.
-        name: What the tensor is called there.
+        name: Of the argument.
         tensor: To check.
-        shape: Expected, None where any size will do.
+        shape: Expected; None for a size that may be any.
         dtype: Expected.
         device: Expected.
 
     Raises:
-        ValueError: Naming what it is and what it should be.
+        ValueError: Naming found and expected shape, dtype and device.
     """
     sizes = tensor.ndim == len(shape) and all(e in (None, s) for e, s in zip(shape, tensor.shape, strict=True))
     if sizes and tensor.dtype == dtype and tensor.device == device:
@@ -89,11 +80,11 @@ def check_blocks(op: str, name: str, displacement: Tensor, like: Tensor, like_na
 
     Args:
         op: Operation, for the message.
-        name: What the displacement is called there.
+        name: Of the argument.
         displacement: To check: ``(n, b, b)``, ``n * b <= width``.
         like: Tensor whose dtype and device it must have.
-        like_name: What that is called.
-        width: Coordinates that it acts on.
+        like_name: Name of that tensor.
+        width: Number of coordinates that the blocks act on.
 
     Raises:
         ValueError: Naming what does not fit.

@@ -1,8 +1,9 @@
-"""The one place where an operation's implementation is chosen: its reference in PyTorch or its Triton kernels.
+"""The one place that decides whether an operation runs its PyTorch code (``cpu.py``) or its Triton kernels.
 
-The choice is ``auto``, ``reference`` or ``triton``. ``auto`` takes Triton where it serves the tensor and the reference
-elsewhere. An explicit ``triton`` never falls back: what Triton cannot serve is an error that says why. The choice is
-a value of the process, not of a thread, since autograd runs the backward of GPU tensors in threads of its own.
+The choice is ``auto``, ``reference`` or ``triton``. ``auto`` takes Triton where the kernels serve the tensor and the
+PyTorch code elsewhere. ``reference`` always takes the PyTorch code. ``triton`` never falls back: a tensor that the
+kernels do not serve is an error that says why. The choice belongs to the process, not to a thread, since autograd runs
+the backward of GPU tensors in threads of its own.
 """
 
 import functools
@@ -54,7 +55,7 @@ class use_backend:
 
 
 def chosen() -> Choice:
-    """Return the choice in force: that of ``use_backend``, else of the environment variable, else ``auto``.
+    """Return the current choice: from ``use_backend``, else from the environment variable, else ``auto``.
 
     Raises:
         ValueError: The environment variable holds another word.
@@ -68,20 +69,21 @@ def backend_for(tensor: Tensor, op: str, unsupported: str | None = None) -> Back
     Args:
         tensor: The operand whose device and dtype decide.
         op: Name of the operation, for the message.
-        unsupported: Why the Triton kernels do not serve these shapes, or None where they do.
+        unsupported: Why the Triton kernels do not serve these shapes; None if they do.
 
     Raises:
-        ValueError: ``triton`` was asked for and cannot serve this tensor: the message says why and what would work.
+        ValueError: The choice is ``triton``, and the kernels do not serve this tensor; the message says why and which
+            choices would run.
     """
-    choice, place = chosen(), tensor.device.type
-    if choice == "reference" or (choice == "auto" and place != "cuda"):
-        _ran.add(("reference", place, None, op))
+    choice, device = chosen(), tensor.device.type
+    if choice == "reference" or (choice == "auto" and device != "cuda"):
+        _ran.add(("reference", device, None, op))
         return "reference"
     obstacle = unsupported or _obstacle(tensor)
     if obstacle is not None and choice == "triton":
         raise ValueError(f"{op}: kernels=triton, but {obstacle}; kernels=auto or kernels=reference would run")
     backend: Backend = "triton" if obstacle is None else "reference"
-    _ran.add((backend, place, obstacle, op))
+    _ran.add((backend, device, obstacle, op))
     return backend
 
 
@@ -97,23 +99,23 @@ def _module(op: str, file: str) -> ModuleType:
 
 
 def plain_cpu(tensor: Tensor) -> bool:
-    """Tell whether a tensor is on the CPU and nobody has asked for Triton, that is, for its interpreter."""
+    """Tell whether a tensor is on the CPU and the choice is not ``triton``, which means the interpreter there."""
     return tensor.device.type == "cpu" and chosen() != "triton"
 
 
 def traced(tensor: Tensor) -> bool:
-    """Tell whether somebody traces, or asks for shapes alone: custom ops are for them, and nothing inside of these."""
+    """Tell whether somebody traces, or the tensor has no values (fake, meta): then an operation is its custom op."""
     return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
 def check_possible(device: torch.device | None = None) -> None:
-    """Refuse an explicit ``triton`` that cannot be met, before anything is computed.
+    """Refuse the choice ``triton`` where the kernels cannot run, before anything is computed.
 
     Args:
-        device: Where operations will run; None for what this machine could run them on.
+        device: Where operations will run; None for any device of this machine.
 
     Raises:
-        ValueError: It cannot: the message says why and what would run. Or the choice is no known word.
+        ValueError: The kernels cannot run; the message says why and which choices would run. Or the choice is unknown.
     """
     if chosen() != "triton":
         return
@@ -121,30 +123,30 @@ def check_possible(device: torch.device | None = None) -> None:
     if obstacle is None and device is None and not torch.cuda.is_available():
         obstacle = None if _interpreted() else "torch finds no GPU here"
     elif obstacle is None:
-        obstacle = _place_obstacle(device or torch.device("cuda", torch.cuda.current_device()))
+        obstacle = _type_obstacle(device or torch.device("cuda", torch.cuda.current_device()))
     if obstacle is not None:
         raise ValueError(f"kernels=triton, but {obstacle}; {VARIABLE}=auto or {VARIABLE}=reference would run")
 
 
 def forget_ran() -> None:
-    """Begin anew to note which implementations run."""
+    """Forget which implementations have run, for the next :func:`describe`."""
     _ran.clear()
 
 
 def describe() -> str:
-    """Return in one line which implementations have run since :func:`forget_ran`, where, and why no others."""
+    """Return one line: which implementations have run since :func:`forget_ran`, on which device, and why no others."""
     by_kind: dict[tuple[Backend, str, str | None], list[str]] = {}
-    for backend, place, obstacle, op in sorted(_ran, key=str):
-        by_kind.setdefault((backend, place, obstacle), []).append(op)
-    told = [_told(*kind, ops if len(by_kind) > 1 else []) for kind, ops in by_kind.items()]
-    return "; ".join(sorted(told, reverse=True)) or "none were needed"
+    for backend, device, obstacle, op in sorted(_ran, key=str):
+        by_kind.setdefault((backend, device, obstacle), []).append(op)
+    parts = [_described(*kind, ops if len(by_kind) > 1 else []) for kind, ops in by_kind.items()]
+    return "; ".join(sorted(parts, reverse=True)) or "none were needed"
 
 
-def _told(backend: Backend, place: str, obstacle: str | None, ops: list[str]) -> str:
+def _described(backend: Backend, device: str, obstacle: str | None, ops: list[str]) -> str:
     which = f" for {', '.join(ops)}" if ops else ""
     if backend == "reference":
-        return f"reference on {place}{which}" + (f" ({obstacle})" if obstacle else "")
-    where = f"on {torch.cuda.get_device_name()}" if place == "cuda" else "interpreted on the CPU"
+        return f"reference on {device}{which}" + (f" ({obstacle})" if obstacle else "")
+    where = f"on {torch.cuda.get_device_name()}" if device == "cuda" else "interpreted on the CPU"
     return f"triton {importlib.import_module('triton').__version__} {where}{which}"
 
 
@@ -158,10 +160,10 @@ def _obstacle(tensor: Tensor) -> str | None:
     """Return why no Triton kernel can take the tensor, or None."""
     if tensor.dtype not in DTYPES:
         return f"Triton kernels compute in fp16, bf16 and fp32, not in {tensor.dtype}"
-    return _missing() or _place_obstacle(tensor.device)
+    return _missing() or _type_obstacle(tensor.device)
 
 
-def _place_obstacle(device: torch.device) -> str | None:
+def _type_obstacle(device: torch.device) -> str | None:
     """Return why no Triton kernel can run on a device, or None."""
     if device.type == "cuda":
         return _device_obstacle(device)

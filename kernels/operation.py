@@ -6,6 +6,7 @@ tensors without values (fake, meta) see the custom op, and never what is inside 
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from orthotrain.kernels.checks import debug_permutation
 from orthotrain.kernels.dispatch import implementation, traced
+
+NAMESPACE = "orthotrain_v2"
+"""Namespace of the custom ops. torch keeps compiled backward graphs on disk and finds them by the forward graph alone.
+When the arguments of a backward change, this name must change: an old graph would give wrong gradients without an
+error."""
 
 
 def operation(
@@ -31,7 +37,7 @@ def operation(
     computes_in: str | None = None,
     unsupported: Callable[[Tensor], str | None] | None = None,
 ) -> Callable[..., Tensor]:
-    """Return the operation ``orthotrain::<name>``, computed by ``cpu.py`` or ``triton.py`` of its folder.
+    """Return the operation ``<NAMESPACE>::<name>``, computed by ``cpu.py`` or ``triton.py`` of its folder.
 
     Both files hold ``<name>_forward(*arguments)`` and, if there is a gradient, ``<name>_backward(grad, *saved,
     *needed)``. ``needed`` tells for every differentiable argument whether its gradient is needed; with only one such
@@ -52,31 +58,45 @@ def operation(
         computes_in: Name of the argument whose dtype decides whether Triton serves; None for the dtype of the first.
         unsupported: Takes the first argument; returns why the Triton forward does not serve it, or None.
     """
-    signature = inspect.signature(fake).parameters
-    position = {argument: index for index, argument in enumerate((*signature, "output"))}
+    names = tuple(inspect.signature(fake).parameters)
     folder = folder or name
-    checked = [(argument, position[argument]) for argument in permutations]
+    checked = [(argument, names.index(argument)) for argument in permutations]
+    dtype_position = None if computes_in is None else names.index(computes_in)
 
     def forward(*arguments: Any) -> Tensor:
         for argument, index in checked:
             debug_permutation(name, argument, arguments[index])
         first = arguments[0]
-        like = first if computes_in is None else first.new_empty(0, dtype=arguments[position[computes_in]])
+        like = first if dtype_position is None else first.new_empty(0, dtype=arguments[dtype_position])
         obstacle = None if unsupported is None else unsupported(first)
         # Triton launches on the current device
         with torch.cuda.device_of(first), without_autocast(first.device.type):
             return getattr(implementation(like, folder, obstacle), f"{name}_forward")(*arguments)
 
     schema = torch.library.infer_schema(fake, mutates_args=())
-    torch.library.custom_op(f"orthotrain::{name}", forward, mutates_args=(), schema=schema).register_fake(fake)
-    op = getattr(torch.ops.orthotrain, name).default
-    if not differentiable:
-        return lambda *arguments: (op if traced(arguments[0]) else forward)(*arguments)
+    op = _registered(name, forward, schema, fake)
+    eager = forward
+    if differentiable:
+        kept = names if saved is None else tuple(saved)
+        eager = _add_gradient(name, folder, forward, schema, tuple(differentiable), kept, fake_backward)
+    return lambda *arguments: (op if traced(arguments[0]) else eager)(*arguments)
 
-    kept = tuple(signature) if saved is None else tuple(saved)
-    tensors = [position[n] for n in kept if n == "output" or signature[n].annotation in (Tensor, Tensor | None)]
-    constants = [position[n] for n in kept if position[n] not in tensors]
-    wanted = [position[n] for n in differentiable]
+
+def _add_gradient(
+    name: str,
+    folder: str,
+    forward: Callable[..., Tensor],
+    schema: str,
+    differentiable: tuple[str, ...],
+    kept: tuple[str, ...],
+    fake_backward: Callable[..., Tensor] | None,
+) -> Callable[..., Tensor]:
+    """Register the gradient of a custom op and return the function that does the same in eager mode."""
+    types = {entry.split()[-1]: entry.split()[0] for entry in schema[1 : schema.index(")")].split(", ")}
+    position = {argument: index for index, argument in enumerate((*types, "output"))}
+    tensors = [position[argument] for argument in kept if types.get(argument, "Tensor") in ("Tensor", "Tensor?")]
+    constants = [position[argument] for argument in kept if position[argument] not in tensors]
+    wanted = [position[argument] for argument in differentiable]
     several = len(wanted) > 1
 
     def gradients(grad: Tensor, *values: Any) -> tuple[Tensor | None, ...]:
@@ -90,13 +110,11 @@ def operation(
         ctx.save_for_backward(*[available[index] for index in tensors])
         ctx.constants = [available[index] for index in constants]
 
-    def values_of(ctx: Any) -> list[Any]:
+    def backward(compute: Callable[..., tuple[Tensor | None, ...]], ctx: Any, grad: Tensor) -> tuple:
         needs = ctx.needs_input_grad
-        return [*ctx.saved_tensors, *ctx.constants, *([needs[index] for index in wanted] if several else [])]
-
-    def by_argument(ctx: Any, found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        placed: list[Tensor | None] = [None] * len(signature)
-        needs = ctx.needs_input_grad
+        needed = [needs[index] for index in wanted] if several else []
+        found = compute(grad, *ctx.saved_tensors, *ctx.constants, *needed)
+        placed: list[Tensor | None] = [None] * len(types)
         for index, gradient in zip(wanted, found, strict=True):
             placed[index] = gradient if needs[index] else None
         return tuple(placed)
@@ -106,36 +124,26 @@ def operation(
         save(ctx, arguments, output)
         return output
 
-    @once_differentiable
-    def eager_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return by_argument(ctx, gradients(grad, *values_of(ctx)))
-
-    backward_op = _register_backward(name, schema, kept, differentiable, gradients, fake_backward)
-
-    def traced_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = backward_op(grad, *values_of(ctx))
-        return by_argument(ctx, found if several else (found,))
-
-    torch.library.register_autograd(op, traced_backward, setup_context=save)
+    entries = [f"{types.get(argument, 'Tensor')} {argument}" for argument in kept]
+    backward_op = _registered_backward(name, entries, kept, differentiable, gradients, fake_backward)
+    traced_backward = functools.partial(backward, backward_op)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", traced_backward, setup_context=save)
+    eager_backward = once_differentiable(functools.partial(backward, gradients))
     methods = {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)}
-    apply = type(name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
-    return lambda *arguments: (op if traced(arguments[0]) else apply)(*arguments)
+    return type(name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
 
 
-def _register_backward(
+def _registered_backward(
     name: str,
-    schema: str,
-    kept: Sequence[str],
-    differentiable: Sequence[str],
+    entries: list[str],
+    kept: tuple[str, ...],
+    differentiable: tuple[str, ...],
     gradients: Callable[..., tuple[Tensor | None, ...]],
     fake_backward: Callable[..., Tensor] | None,
-) -> Callable[..., Any]:
-    """Register ``orthotrain::<name>_backward``, which returns tensors, never None: empty where none is needed."""
-    typed = {entry.split()[-1]: entry for entry in schema[1 : schema.index(")")].split(", ")}
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Register ``<name>_backward``, whose results are tensors, never None: empty where a gradient is not needed."""
     several = len(differentiable) > 1
     needs = [f"bool need_{argument}" for argument in differentiable] if several else []
-    entries = ["Tensor grad", *(typed.get(argument, f"Tensor {argument}") for argument in kept), *needs]
-    results = ", ".join("Tensor" for _ in differentiable)
     positions = [kept.index(argument) for argument in differentiable] if fake_backward is None else [0]
 
     def unneeded(grad: Tensor, value: Tensor | None) -> Tensor:
@@ -151,18 +159,23 @@ def _register_backward(
     def fake(grad: Tensor, *values: Any) -> Any:
         if fake_backward is not None:
             return fake_backward(grad, *values)
-        if not several:
-            return values[positions[0]].new_empty(values[positions[0]].shape)
-        needed = values[len(kept) :]
-        return tuple(
+        needed = values[len(kept) :] if several else [True]
+        found = tuple(
             values[index].new_empty(values[index].shape) if need else unneeded(grad, values[index])
             for index, need in zip(positions, needed, strict=True)
         )
+        return found if several else found[0]
 
-    declared = f"({', '.join(entries)}) -> {f'({results})' if several else results}"
-    full_name = f"orthotrain::{name}_backward"
-    torch.library.custom_op(full_name, backward, mutates_args=(), schema=declared).register_fake(fake)
-    return getattr(torch.ops.orthotrain, f"{name}_backward").default
+    results = ", ".join("Tensor" for _ in differentiable)
+    schema = f"({', '.join(['Tensor grad', *entries, *needs])}) -> {f'({results})' if several else results}"
+    op = _registered(f"{name}_backward", backward, schema, fake)
+    return op if several else lambda *arguments: (op(*arguments),)
+
+
+def _registered(name: str, function: Callable[..., Any], schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    custom = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=schema)
+    custom.register_fake(fake)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:

@@ -1,4 +1,4 @@
-"""What an orthogonal parameterization is."""
+"""The base class of the orthogonal parameterizations."""
 
 from abc import ABC, abstractmethod
 from inspect import signature
@@ -11,12 +11,12 @@ from torch import Tensor
 class Parameterization(ABC):
     """A smooth map from the generators of skew-symmetric blocks Q to (nearly) orthogonal blocks R.
 
-    A subclass keeps three promises. Zero generators give R = I exactly. To first order R = I + 2Q, whatever the map,
-    so that a learning rate means the same for every parameterization. And ``orthogonality_error`` bounds how far
-    R is from orthogonal. It holds no tensors: what it needs is in its constructor's arguments, which are plain values
-    (numbers, strings, booleans, None) kept in attributes of the same names.
+    A subclass keeps three promises. Zero generators give R = I exactly. To first order R = I + 2Q for every map, so
+    that a learning rate means the same for all parameterizations. R is orthogonal, or the docstring says how far from
+    orthogonal R is at which norm of Q. A subclass holds no tensors. The arguments of its constructor are plain values
+    (numbers, strings, booleans, None), each kept in an attribute of the same name.
 
-    The first line of a subclass's docstring is what ``orthotrain plugins`` prints.
+    ``orthotrain plugins`` prints the first line of a subclass's docstring.
     """
 
     registered_name: str | None = None
@@ -27,7 +27,7 @@ class Parameterization(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "displacement" in cls.__dict__ and "rounded_displacement" not in cls.__dict__:
-            # another map than its parent's, whose rounded one it must not take over
+            # the subclass has another map than its parent, so it must not inherit the rounded map of the parent
             cls.rounded_displacement = Parameterization.rounded_displacement  # type: ignore[method-assign]
 
     @abstractmethod
@@ -35,7 +35,7 @@ class Parameterization(ABC):
         """Return D = R - I.
 
         Args:
-            generators: Shape ``(n, number_of_generators(block_size))``, any floating dtype.
+            generators: Shape ``(n, b(b-1)/2)``, the entries of Q above its diagonal row by row; any floating dtype.
             block_size: Rows and columns b of one block.
 
         Returns:
@@ -48,7 +48,7 @@ class Parameterization(ABC):
     def rounded_displacement(self, generators: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
         """Return D in the dtype of the activations that it rotates.
 
-        A subclass may override it where a result of few digits is cheaper to compute. Merges never ask for it.
+        A subclass may override this where a result of few digits is cheaper to compute. Merges never call it.
 
         Args:
             generators: See :meth:`displacement`.
@@ -60,21 +60,6 @@ class Parameterization(ABC):
         """
         return self.displacement(generators, block_size).to(dtype)
 
-    @abstractmethod
-    def orthogonality_error(self, norm: float) -> float:
-        """Bound max|R^T R - I| over the entries, in exact arithmetic; rounding comes on top.
-
-        Args:
-            norm: Bound of the spectral norm ||Q||_2 of every block.
-
-        Returns:
-            The bound: 0 for a map that is orthogonal at every norm.
-        """
-
-    def number_of_generators(self, block_size: int) -> int:
-        """Return the number of generators of one block: b(b-1)/2, the entries above its diagonal."""
-        return block_size * (block_size - 1) // 2
-
     def config(self) -> dict[str, Any]:
         """Return the plain values from which ``create`` builds an equal object, as checkpoints store them.
 
@@ -83,7 +68,7 @@ class Parameterization(ABC):
             dotted import path.
         """
         cls = type(self)
-        # A subclass of a registered class is another map: it must not pass for its parent.
+        # A subclass of a registered class is another map and must not be stored under the name of its parent.
         class_path = cls.__dict__.get("registered_name") or f"{cls.__module__}.{cls.__qualname__}"
         return {
             "class_path": class_path,
@@ -94,8 +79,8 @@ class Parameterization(ABC):
     def argument_names(cls) -> tuple[str, ...]:
         """Return the names of the constructor's arguments.
 
-        They are looked up once for a class, because a network compares its parameterizations in every forward. They
-        are kept in a plain attribute, because torch.compile does not see the cache of a cached function.
+        The names are looked up once for a class, because a network compares its parameterizations in every forward.
+        They are kept in a plain attribute, because torch.compile does not see the cache of a cached function.
         """
         if "_argument_names" not in cls.__dict__:
             cls._argument_names = tuple(signature(cls).parameters)

@@ -10,7 +10,7 @@ from orthotrain.plugins.registry import register
 
 @register("cayley_neumann")
 class CayleyNeumann(Parameterization):
-    """Cayley transform with the inverse as a Neumann series: products only, nearly orthogonal at small norms.
+    """Cayley transform with the inverse as a Neumann series: only products, nearly orthogonal at small norms.
 
     R = (I + Q)(I + Q + ... + Q^k), so D = 2Q + 2Q^2 + ... + 2Q^k + Q^(k+1), for order k. It converges for
     ||Q||_2 < 1. Since R = (I + Q)(I - Q)^-1 (I - Q^(k+1)), the defect is R^T R = (I - Q^(k+1))(I - (-Q)^(k+1)):
@@ -43,17 +43,3 @@ class CayleyNeumann(Parameterization):
     def rounded_displacement(self, generators: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
         """Return D, shape ``(n, b, b)`` in ``dtype``; its higher powers are rounded too (kernels/cayley_neumann)."""
         return cayley_neumann(generators, block_size, self.order, dtype)
-
-    def orthogonality_error(self, norm: float) -> float:
-        """Return the largest deviation from 1 of an eigenvalue of R^T R over all angles up to ``norm``; see the class.
-
-        The bound is attained by a block whose largest angle is ``norm`` wherever it still grows with the norm, that
-        is always but for order 3, 7, 11, ... at ||Q||_2 > 1.
-        """
-        if self.order % 2 == 0:
-            return norm ** (2 * self.order + 2)
-        power = norm ** (self.order + 1)
-        if (self.order + 1) // 2 % 2 == 1:
-            return power * (2 + power)
-        # |(1 - s)^2 - 1| = s|2 - s| rises to 1 at s = 1 and exceeds it again only past s = 1 + sqrt(2).
-        return power * (2 - power) if power <= 1 else max(1.0, power * (power - 2))

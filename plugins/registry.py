@@ -1,7 +1,7 @@
 """The parameterizations by name: the built-in ones, those of this program, and those of installed packages.
 
-A package offers one through the entry-point group ``orthotrain.parameterizations``; it is imported only when its
-name is asked for, or when all are listed, so a broken package does not stop a run that does not use it.
+A package offers a parameterization through the entry-point group ``orthotrain.parameterizations``. It is
+imported only when its name is looked up or all names are listed, so a broken package stops no run that does not use it.
 """
 
 import difflib
@@ -72,7 +72,7 @@ def get(name: str) -> type[Parameterization]:
 
 
 def create(spec: Parameterization | str | Mapping[str, Any]) -> Parameterization:
-    """Build a parameterization from what a configuration or a checkpoint says.
+    """Build a parameterization from the value in a configuration or a checkpoint.
 
     Args:
         spec: A parameterization, returned as it is; or a name; or ``{"class_path": name, "init_args": {...}}``. A
@@ -107,7 +107,7 @@ def find_registered(path: str) -> type[Parameterization] | None:
     if path in _registered or path in _entry_points():
         return get(path)
     module_name, _, class_name = path.rpartition(".")
-    # a package may offer a class by another name than that of the module which defines it
+    # a package may offer a class under another module than the one that defines the class
     public = getattr(sys.modules.get(module_name), class_name, None) if module_name else None
     matches = [c for c in known().values() if c is public or path in (c.__name__, f"{c.__module__}.{c.__qualname__}")]
     if len(matches) > 1:

@@ -1,7 +1,7 @@
 """Adapt a convolutional network from the digits 0 to 4 to the digits 5 to 9 by rotating its channels.
 
     .venv/bin/python examples/conv_oft/adapt.py           # five sets of 20 images a class, three methods
-    .venv/bin/python examples/conv_oft/adapt.py --sweep   # the sweep that has chosen the learning rates
+    .venv/bin/python examples/conv_oft/adapt.py --sweep   # the sweep that chose the learning rates
 
 The network is trained on the digits 0 to 4. Then it gets a new head and a few images of each of 5 to 9, and trains the
 head alone, everything, or the head and OFT's rotations of the channels before every convolution.
@@ -24,10 +24,10 @@ from orthotrain.layers import OftConv2d, OftSettings, unwrap_mergeables
 from orthotrain.modules import BaseModule, Optimization
 
 HEAD_LR = 3e-3
-"""Learning rate of the head where it does not train alone."""
+"""Learning rate of the head beside rotations."""
 
 RATES = {"head": 1e-2, "full": 3e-3, "oft": 1e-2}
-"""Learning rate of what each method trains (full: everything, head included), the best of the sweep's."""
+"""Learning rate of the parameters that each method trains (full: all of them), the best of the sweep."""
 
 LRS = {"head": (1e-3, 3e-3, 1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3, 1e-2), "oft": (3e-3, 1e-2, 3e-2, 1e-1)}
 
@@ -54,7 +54,7 @@ class Network(nn.Module):
 
 
 class Finetuning(BaseModule):
-    """A classifier of which a part is trained.
+    """A classifier that trains a part of its parameters.
 
     Args:
         network: The pretrained network.
@@ -68,7 +68,7 @@ class Finetuning(BaseModule):
         self.method, self.block_size = method, block_size
 
     def wrap(self, model: nn.Module) -> None:
-        """Freeze what the method freezes, and put rotations before the convolutions that have channels to rotate."""
+        """Freeze the body unless it is trained in full; put rotations before convolutions of several channels."""
         if self.method == "full":
             return
         model.body.requires_grad_(False)

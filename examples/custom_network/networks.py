@@ -1,7 +1,7 @@
-"""Two networks that know nothing of this package: a perceptron and a small vision transformer for 8 x 8 images.
+"""Two networks that import nothing of this package: a perceptron and a small vision transformer for 8 x 8 images.
 
 POET rotates ``nn.Linear`` layers, so attention is written with them: ``nn.MultiheadAttention`` keeps its input
-projection as a bare parameter and reads the weight of its output projection past the layer, where no rotation acts.
+projection as a bare parameter and reads the weight of its output projection directly, so a rotation would not act.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""Pretrain a network of one's own with POET and with AdamW, on the same images, steps, schedule and seeds.
+"""Pretrain a network of your own with POET and with AdamW, on the same images, steps, schedule and seeds.
 
     .venv/bin/python examples/custom_network/train.py           # two networks, both methods, three seeds
-    .venv/bin/python examples/custom_network/train.py --sweep   # the sweep that has chosen the learning rates
+    .venv/bin/python examples/custom_network/train.py --sweep   # the sweep that chose the learning rates
 
 What a user writes stands between the two lines; the rest is data and a table.
 """
@@ -53,7 +53,7 @@ class Classifying:
 
 
 class PoetClassifier(Classifying, PoetModule):
-    """Rotates the hidden layers; embedding, norms, biases and head are trained as ever."""
+    """Rotates the hidden layers; embedding, norms, biases and head are trained as usual."""
 
 
 class AdamWClassifier(Classifying, BaseModule):
@@ -82,7 +82,7 @@ LRS, HIDDEN_LRS = (1e-3, 4e-3, 1.6e-2, 6.4e-2), (3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def adamw(network: nn.Module, lr: float, hidden_lr: float, seed: int) -> BaseModule:
-    """Give AdamW the rate of its own for the hidden matrices that POET has for their rotations."""
+    """Train every weight with AdamW; the hidden matrices have a rate of their own, as POET's rotations have."""
     hidden = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and name != "head"]
     overrides = {f"{name}.weight": hidden_lr for name in hidden}
     return AdamWClassifier(network, Optimization(lr=lr, lr_overrides=overrides, scheduler=SCHEDULE))

@@ -4,7 +4,8 @@
 
 CHECKPOINT is a .ckpt of the run, BASE the pretrained folder, ADAPTER and MERGED what `orthotrain export` wrote with and
 without `--format peft`; `nf4` for a run with `--model.layers.storage nf4`, whose adapter belongs on a base that
-transformers has quantized alike. Prints the largest difference of the logits in fp32, relative to the largest logit.
+transformers has quantized in the same way. Prints the largest difference of the logits in fp32, relative to the
+largest logit.
 """
 
 import sys
@@ -21,7 +22,7 @@ TEXT = "def mean(values):\n    return sum(values) / len(values)\n"
 
 
 def load(folder: str, quantization: str | None = None) -> nn.Module:
-    """Load a model in fp32, its linears in NF4 with double quantization if asked for."""
+    """Load a model in fp32, its linear layers in NF4 with double quantization for ``nf4``."""
     if quantization is None:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if quantization != "nf4":
@@ -41,7 +42,7 @@ def load(folder: str, quantization: str | None = None) -> nn.Module:
 
 
 def main(checkpoint: str, base: str, adapter: str, merged: str, quantization: str | None = None) -> dict[str, float]:
-    """Compare; print and return the differences."""
+    """Compare both exports with the run; print and return the differences."""
     found = {}
     ids = AutoTokenizer.from_pretrained(base)(TEXT, return_tensors="pt").input_ids
     with torch.no_grad():

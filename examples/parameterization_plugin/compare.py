@@ -3,7 +3,8 @@
     .venv/bin/pip install --no-deps --no-build-isolation -e examples/parameterization_plugin
     .venv/bin/python examples/parameterization_plugin/compare.py
 
-Every run is `orthotrain fit` with a configuration that this program writes: the name is all that tells them apart.
+Every run is `orthotrain fit` with a configuration that this program writes. The runs differ only in the name of
+the parameterization.
 """
 
 import argparse
@@ -17,11 +18,11 @@ from pathlib import Path
 import yaml
 
 FIT = [sys.executable, "-P", "-c", "import sys; from orthotrain.cli.main import main; sys.exit(main())", "fit"]
-"""What the `orthotrain` command is, in the environment that runs this program."""
+"""The `orthotrain` command of the environment that runs this program."""
 
 
 def configuration(name: str, folder: Path, steps: int) -> dict:
-    """Return what differs from the quickstart."""
+    """Return the settings that differ from the quickstart."""
     place = {"save_dir": str(folder), "name": "", "version": ""}
     return {
         "trainer": {
@@ -40,7 +41,7 @@ def configuration(name: str, folder: Path, steps: int) -> dict:
 
 
 def run(name: str, folder: Path, steps: int, base: list[str]) -> dict[str, float]:
-    """Train with the parameterization ``name`` and return what the run has logged of it."""
+    """Train with the parameterization ``name`` and return its loss, speed and error of orthogonality."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "parameterization.yaml"
     config.write_text(yaml.safe_dump(configuration(name, folder, steps)))

@@ -22,13 +22,13 @@ class Models:
     """A batch of B models; nodes stand in causal order.
 
     Args:
-        weights: ``(B, 6, 6)``: of the edge from node j to node k in ``[:, k, j]``, 0 where there is none.
+        weights: ``(B, 6, 6)``; ``[:, k, j]`` is the weight of the edge from node j to node k, 0 for no edge.
         bend: ``(B, 6)``, from 0 for a line to 1 for a tanh.
-        noise: ``(B, 6)``, deviations.
-        covariates: ``(B, 3)``, places of X1, X2, X3 in the order.
-        treatment: ``(B,)``, place of T.
-        outcome: ``(B,)``, place of Y.
-        hidden: ``(B,)``, place of U.
+        noise: ``(B, 6)``, standard deviations.
+        covariates: ``(B, 3)``, positions of X1, X2, X3 in the causal order.
+        treatment: ``(B,)``, position of T.
+        outcome: ``(B,)``, position of Y.
+        hidden: ``(B,)``, position of U.
     """
 
     weights: Tensor
@@ -68,12 +68,12 @@ class Models:
             values[..., node] = torch.where(self.treatment[:, None] == node, chosen, natural)
         return (
             values.gather(2, self.covariates[:, None].expand(-1, noise.shape[1], -1)),
-            *(values.gather(2, place[:, None, None].expand(-1, noise.shape[1], -1))[..., 0]
-              for place in (self.treatment, self.outcome)),
+            *(values.gather(2, position[:, None, None].expand(-1, noise.shape[1], -1))[..., 0]
+              for position in (self.treatment, self.outcome)),
         )  # fmt: skip
 
     def confounded(self) -> Tensor:
-        """Tell of each model whether U is a parent of both treatment and outcome, ``(B,)``."""
+        """Return for each model whether U is a parent of both treatment and outcome, ``(B,)``."""
         batch = torch.arange(len(self.hidden))
         into_treatment = self.weights[batch, self.treatment, self.hidden]
         return (into_treatment != 0) & (self.weights[batch, self.outcome, self.hidden] != 0)
@@ -82,8 +82,8 @@ class Models:
 def draw_batch(datasets: int, context: int, queries: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Draw models, observe ``context`` units of each, and intervene on ``queries`` others.
 
-    A query's covariates are those that the unit had before the intervention, as one who must decide would know them.
-    All outcomes are scaled to mean 0 and deviation 1 of the observed ones of their dataset.
+    The covariates of a query are those before the intervention, as a person who decides about it knows them. Outcomes
+    are scaled so that the observed outcomes of their dataset have mean 0 and standard deviation 1.
 
     Returns:
         ``context (B, N, 5)``: covariates, treatment, outcome. ``queries (B, M, 4)``: covariates, treatment.
@@ -108,7 +108,7 @@ def draw_batch(datasets: int, context: int, queries: int, generator: torch.Gener
 
 
 class CausalPrior(IterableDataset):
-    """Batches without end; every one is new.
+    """Endless batches; each has new models.
 
     Args:
         datasets: Datasets of a batch.

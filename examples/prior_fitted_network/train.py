@@ -25,7 +25,7 @@ from orthotrain.schedules import CosineWithWarmup
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block in which every row attends to the context rows alone.
+    """A pre-norm transformer block in which every row attends to the context rows only.
 
     Args:
         width: Features of a row.
@@ -76,10 +76,10 @@ class CausalNetwork(nn.Module):
 
 
 class HuberError:
-    """The objective, that of the mean for errors below two deviations and of the median beyond.
+    """The Huber loss: squared for errors below two standard deviations, absolute beyond.
 
-    Were it the square everywhere, its minimum would be the mean of the outcome over all models that fit the context,
-    weighed by prior and likelihood. A few graphs have outcomes far outside what was observed, and would rule the
+    A squared loss everywhere has its minimum at the mean of the outcome over all models that fit the context, weighted
+    by prior and likelihood. But a few graphs have outcomes far outside the observed range and would dominate the
     gradient.
     """
 
@@ -97,7 +97,7 @@ class AdamWCausal(HuberError, BaseModule):
 
 
 def build(method: str, lr: float, hidden_lr: float) -> BaseModule:
-    """Return a fresh network in its module; AdamW's hidden matrices have a rate of their own, as POET's rotations."""
+    """Return a fresh network in its module; AdamW has a second rate for hidden matrices, as POET for its rotations."""
     network = CausalNetwork()
     schedule = functools.partial(CosineWithWarmup, warmup_steps=50)
     if method == "poet":
@@ -118,7 +118,7 @@ def network_predictions(network: nn.Module, batch: dict[str, Tensor]) -> tuple[T
 
 
 def regression_predictions(make: type, options: dict, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Fit one regression of the outcome on covariates and treatment to every context, and ask it the same."""
+    """Fit one regression of the outcome on covariates and treatment to every context, and predict the same queries."""
     outcomes, effects = [], []
     for context, queries in zip(batch["context"].numpy(), batch["queries"], strict=True):
         fitted = make(**options).fit(context[:, :-1], context[:, -1])
@@ -130,7 +130,7 @@ def regression_predictions(make: type, options: dict, batch: dict[str, Tensor]) 
 
 
 def errors(predicted: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> dict[str, float]:
-    """Return two errors, for the graphs with and without hidden confounding apart.
+    """Return two errors, each for the graphs with and without hidden confounding.
 
     ``outcome``: mean squared error over the variance of the true outcomes, the median over graphs. ``effect``: absolute
     error of the average effect in deviations of the observed outcome, the mean over graphs.

@@ -1,4 +1,4 @@
-"""Finetune a chat model so that harmful requests stand apart inside it, with OFT and with LoRA.
+"""Finetune a chat model so that harmful requests have other hidden states than benign ones, with OFT and with LoRA.
 
     make smollm2
     .venv/bin/python examples/representation_defense/defend.py
@@ -50,11 +50,11 @@ def drift(tokens: Tensor, original: Tensor, batch: Batch) -> Tensor:
 class Defence:
     """The objective, for any module whose network returns hidden states; distances are in units of ``scale``.
 
-    Before training, ``anchor`` must be told what the untouched network computes.
+    Call ``anchor`` with the untouched network before training.
     """
 
     def anchor(self, benign: Batch, prose: Batch, attack_steps: int) -> None:
-        """Remember where the untouched network puts the tokens of benign prompts and of prose."""
+        """Keep the hidden states of the untouched network for benign prompts and prose."""
         self.attack_steps = attack_steps
         self.original_tokens = self.tokens(self.embed(benign["input_ids"]), benign).detach()
         self.original_prose = self.tokens(self.embed(prose["input_ids"]), prose).detach()
@@ -67,7 +67,7 @@ class Defence:
         return self.model.embed_tokens(ids)
 
     def states(self, embeddings: Tensor, batch: Batch) -> Tensor:
-        """Return the state ``(B, d)`` of every prompt: the mean of its tokens'."""
+        """Return the state ``(B, d)`` of every prompt: the mean of the states of its tokens."""
         return pool(self.tokens(embeddings, batch), batch)
 
     def tokens(self, embeddings: Tensor, batch: Batch) -> Tensor:
@@ -85,7 +85,7 @@ class Defence:
         """Return embeddings near those of harmful prompts that look most benign: hard negatives.
 
         Steepest descent of the distance to the benign center, each token moved by up to ``RADIUS``, with steps that
-        shorten; every prompt keeps the nearest place that was seen on its way.
+        shorten. Every prompt keeps the nearest embeddings that were found.
         """
         place = start = best = self.embed(batch["input_ids"]).detach()
         radius = RADIUS * self.model.embed_tokens.weight.norm(dim=1).mean()
@@ -128,7 +128,7 @@ class LoraDefence(Defence, LoraModule):
     """Adds a low-rank update to every linear layer."""
 
     def wrap(self, model: nn.Module) -> None:
-        """Freeze the rest, too: this module is made for pretraining."""
+        """Freeze the rest too: LoraModule is made for pretraining and trains it."""
         model.requires_grad_(False)
         super().wrap(model)
 
@@ -161,7 +161,7 @@ def load(folder: str | None) -> tuple[nn.Module, Any]:
 
 
 def encode(texts: list[str], tokenizer: Any, chat: bool) -> Batch:
-    """Tokenize, as requests with the beginning of an answer or as they are, padded on the left."""
+    """Tokenize texts, as requests with the beginning of an answer or unchanged, padded on the left."""
     if tokenizer is None:
         rows = [list(text.encode()) for text in texts]
     else:
@@ -179,7 +179,7 @@ def take(batch: Batch, rows: Tensor) -> Batch:
 
 
 def batches(benign: Batch, harmful: Batch, prose: Batch, steps: int, size: int) -> list[dict[str, Any]]:
-    """Draw the batches of a run, the same for every method."""
+    """Draw the batches of a run; every method has the same."""
     generator = torch.Generator().manual_seed(0)
     drawn = []
     for _ in range(steps):
@@ -193,14 +193,14 @@ def batches(benign: Batch, harmful: Batch, prose: Batch, steps: int, size: int) 
 
 @torch.no_grad()
 def perplexity(network: nn.Module, prose: Batch) -> float:
-    """Return the perplexity of text, a token."""
+    """Return the perplexity of text per token."""
     logits = network(**prose).logits[:, :-1]
     labels = prose["input_ids"][:, 1:].masked_fill(prose["attention_mask"][:, :-1] == 0, -100)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten()).exp().item()
 
 
 def measure(module: Defence, network: nn.Module, held_out: dict[str, Batch]) -> dict[str, float]:
-    """Measure on prompts that were not trained on how well the distance to the benign center tells them apart."""
+    """Measure on held-out prompts how well the distance to the benign center separates harmful from benign."""
     with torch.no_grad():
         good, bad = (
             module.distance(module.states(module.embed(batch["input_ids"]), batch), module.center)

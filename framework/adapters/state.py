@@ -1,6 +1,5 @@
 """Copies the tensors of an adapter out of a network, into a network, and from a file."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,11 +10,9 @@ from torch import Tensor, nn
 
 from orthotrain.checkpoints.reading import check_finite, compare_state
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.paths import local_path
+from orthotrain.files.paths import local_path, read_json
 from orthotrain.files.torch_files import crc32_of
 from orthotrain.layers import OftLayer, mergeable_layers
-
-_MOST_DESCRIPTION_BYTES = 1 << 24
 
 
 def oft_layers(network: nn.Module) -> dict[str, OftLayer]:
@@ -97,12 +94,10 @@ def _check_sum(path: Path) -> None:
     description = path.with_name("adapter.json")
     if path.name != "adapter.safetensors" or not description.is_file():
         return
+    contents = read_json(description, "description of an adapter")
     try:
-        if description.stat().st_size > _MOST_DESCRIPTION_BYTES:
-            raise ValueError("it has more bytes than any description")
-        sums = json.loads(description.read_text(encoding="utf-8")).get("crc32", {})
-        expected = sums.get(path.name)
-    except (ValueError, AttributeError, RecursionError) as error:
+        expected = contents.get("crc32", {}).get(path.name)
+    except AttributeError as error:
         raise ConfigurationError(f"{str(description)!r} is not a description of an adapter: {error}") from error
     if expected is not None and expected != crc32_of(path):
         raise ConfigurationError(

@@ -166,6 +166,8 @@ def check_optimizer(saved: Any, optimizer: Optimizer, number: int, origin: str) 
     """
     with _naming_checkpoint(origin):
         position = f"optimizer_states.{number}"
+        groups: Any
+        state: Any
         groups, state = (saved.get(key) if isinstance(saved, dict) else None for key in ("param_groups", "state"))
         whole = isinstance(groups, list) and isinstance(state, dict) and all(isinstance(g, dict) for g in groups)
         _require(whole, f"{position} does not have the param_groups and state of an optimizer")

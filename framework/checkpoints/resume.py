@@ -76,8 +76,8 @@ def newest_good_checkpoint(folders: Iterable[Path], resumes: bool = False) -> tu
         resumes: Whether training will go on from the checkpoint. A checkpoint with nothing but weights is then skipped.
 
     Returns:
-        The path, or None if there is no checkpoint; and one line for each skipped checkpoint with the reason. Skipped
-        are newer checkpoints that are damaged, and checkpoints whose step cannot be read.
+        The path, or None if there is no checkpoint; and one line with the reason for each skipped checkpoint, which is
+        a newer one that is damaged, or one whose step cannot be read.
 
     Raises:
         ConfigurationError: There are checkpoints, but all were skipped; the message gives the reasons.

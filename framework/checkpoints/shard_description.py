@@ -1,7 +1,6 @@
 """Reader of the ``.metadata`` file of a distributed checkpoint: where each part of each tensor is stored."""
 
 import math
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from orthotrain.files.paths import is_file_name
 from orthotrain.files.pickle_classes import is_count
 from orthotrain.files.pickle_interpreter import Interpreter, UnknownName, require
 from orthotrain.files.torch_files import unreadable
@@ -76,7 +76,7 @@ def own_name(name: Any) -> str:
     Raises:
         ValueError: The name leads outside of the folder.
     """
-    if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name or name == os.pardir:
+    if not is_file_name(name):
         raise ValueError(f"it names a file outside its folder, {name!r}")
     return name
 

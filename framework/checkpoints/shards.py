@@ -22,12 +22,12 @@ from orthotrain.checkpoints.writing import plain_copy, reason_of, unwritable
 from orthotrain.console.progress import Progress, bytes_in
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.atomic_writes import discard, make_temporary_folder, publish, remove_leftovers
+from orthotrain.files.paths import read_json
 from orthotrain.files.torch_files import crc32_of, file_state, read_part, unreadable
 
 _, REST, SUMS = SHARDED_FILES
 """Names of the file with everything that is not a sharded tensor, and of the file with the checksum of every file."""
 
-_MOST_SUM_BYTES = 1 << 26
 _VERIFIED: set[tuple[Any, ...]] = set()
 """States of the files of each folder that this process has compared with its checksums."""
 
@@ -109,28 +109,26 @@ def check_shards(path: Path) -> Metadata:
     for name in (DESCRIPTION, REST, SUMS):
         if not (path / name).is_file():
             raise ConfigurationError(f"checkpoint {str(path)!r} is a folder without {name}: it is incomplete")
+    index = read_json(path / SUMS, "list of checksums")
     try:
-        if (path / SUMS).stat().st_size > _MOST_SUM_BYTES:
-            raise ValueError("it has more bytes than the checksums of any checkpoint")
-        index = json.loads((path / SUMS).read_text(encoding="utf-8"))
         sums = {own_name(name): (int(size), int(crc)) for name, (size, crc) in index.items()}
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise unreadable(path / SUMS, error) from error
-    expected = {**dict.fromkeys((DESCRIPTION, REST)), **sums}
+    expected: dict[str, tuple[int, int] | None] = {**dict.fromkeys((DESCRIPTION, REST)), **sums}
     state = (str(path), *(file_state(path / name) for name in (SUMS, *expected) if (path / name).is_file()))
     if state not in _VERIFIED:
         with Progress("checking the shards", bytes_in(path)) as bar:
             for name, sum_ in expected.items():
                 file = path / name
-                same_size = file.is_file() and sum_ is not None and file.stat().st_size == sum_[0]
-                if not same_size or crc32_of(file, bar.advance) != sum_[1]:
+                size = file.stat().st_size if file.is_file() else -1
+                if sum_ is None or size != sum_[0] or crc32_of(file, bar.advance) != sum_[1]:
                     raise unreadable(file, ValueError("it is missing or does not match its checksum"))
         _VERIFIED.add(state)
     metadata = read_shard_description(path)
     for info in metadata.storage_data.values():
         if info.relative_path not in sums:
-            error = ValueError(f"it names {info.relative_path!r}, which is not a file of its folder")
-            raise unreadable(path / DESCRIPTION, error)
+            foreign = ValueError(f"it names {info.relative_path!r}, which is not a file of its folder")
+            raise unreadable(path / DESCRIPTION, foreign)
     return metadata
 
 

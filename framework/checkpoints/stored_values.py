@@ -1,5 +1,6 @@
 """Checks of single values from a checkpoint (counts, numbers, curves, tensors), and how a message describes them."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -34,13 +35,7 @@ def stored_curves(state: dict[str, Any], name: str) -> dict[str, list[tuple[int,
     Raises:
         ConfigurationError: The value is not a dictionary of such curves.
     """
-    curves = _dictionary(state, name)
-    for points in curves.values():
-        if not isinstance(points, list) or not all(
-            isinstance(point, list | tuple) and len(point) == 2 and all(map(_is_plain_number, point))
-            for point in points
-        ):
-            raise _refused(name, "a dictionary of curves")
+    curves = _dictionary(state, name, _is_curve, "curves")
     return {key: [(step, value) for step, value in points] for key, points in curves.items()}
 
 
@@ -50,10 +45,9 @@ def stored_tensors(state: dict[str, Any], name: str) -> dict[str, Tensor]:
     Raises:
         ConfigurationError: The value is not such a dictionary.
     """
-    tensors = _dictionary(state, name)
-    if not all(isinstance(value, Tensor) and value.is_floating_point() for value in tensors.values()):
-        raise _refused(name, "a dictionary of floating-point tensors")
-    return tensors
+    return _dictionary(
+        state, name, lambda value: isinstance(value, Tensor) and value.is_floating_point(), "floating-point tensors"
+    )
 
 
 def stored_numbers(state: dict[str, Any], name: str) -> dict[str, float]:
@@ -62,10 +56,7 @@ def stored_numbers(state: dict[str, Any], name: str) -> dict[str, float]:
     Raises:
         ConfigurationError: The value is not such a dictionary.
     """
-    numbers = _dictionary(state, name)
-    if not all(map(_is_plain_number, numbers.values())):
-        raise _refused(name, "a dictionary of numbers")
-    return numbers
+    return _dictionary(state, name, _is_plain_number, "numbers")
 
 
 def is_named(value: Any) -> bool:
@@ -103,10 +94,16 @@ def _is_plain_number(value: Any) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 62)
 
 
-def _dictionary(state: dict[str, Any], name: str) -> dict[str, Any]:
-    if not is_named(state.get(name)):
-        raise _refused(name, "a dictionary with strings as keys")
-    return state[name]
+def _is_curve(value: Any) -> bool:
+    pairs = isinstance(value, list) and all(isinstance(point, list | tuple) and len(point) == 2 for point in value)
+    return pairs and all(_is_plain_number(number) for point in value for number in point)
+
+
+def _dictionary(state: dict[str, Any], name: str, fits: Callable[[Any], bool], values: str) -> dict[str, Any]:
+    found = state.get(name)
+    if not is_named(found) or not all(map(fits, found.values())):  # type: ignore[union-attr]
+        raise _refused(name, f"a dictionary of {values} by name")
+    return found  # type: ignore[return-value]
 
 
 def _refused(name: str, expected: str) -> ConfigurationError:

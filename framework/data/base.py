@@ -1,14 +1,14 @@
 """The base of the data modules: arguments, splits, loaders, and the state in a checkpoint."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data.data_fingerprint import DataFingerprint
-from orthotrain.data.loaders import BatchDataset, EpochProgress, Loading, ResumableLoader, eval_loader, train_loader
+from orthotrain.data.loaders import BatchDataset, Loading, ResumableLoader, eval_loader, train_loader
 from orthotrain.data.splits import SPLITS
 from orthotrain.data.tokenizer_state import check_data_state, tokenizer_difference, tokenizer_state
 from orthotrain.data.tokenizers import fingerprint
@@ -26,8 +26,6 @@ class BaseData(LightningDataModule, ABC):
 
     batch_size: int
     """Samples of one batch on one device."""
-    _unit: ClassVar[str] = "rows"
-    """What the user gives, for messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +122,7 @@ class BaseData(LightningDataModule, ABC):
             remedies = [f"{split}_{name}" for name in ("fraction", "source") if f"{split}_{name}" in self.hparams]
             remedy = "lower batch_size" if split == "train" else f"set another {' or '.join(remedies)}"
             problem = f"the {split} split has {self._amount(split)}, but {needed} are needed"
-            raise ConfigurationError(f"{problem}: give more {self._unit} or {remedy}")
+            raise ConfigurationError(f"{problem}: give more data or {remedy}")
 
     @property
     def _world_size(self) -> int:
@@ -159,8 +157,7 @@ class BaseData(LightningDataModule, ABC):
         """Return the loader of training batches, which resumes in the middle of an epoch."""
         loader = self._train_loader()
         loader.fingerprint = self._fingerprint()
-        if self.trainer is not None:
-            loader.progress = EpochProgress(self.trainer)
+        loader.trainer = self.trainer
         return loader
 
     def val_dataloader(self) -> DataLoader | list:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning import Trainer
@@ -82,27 +82,6 @@ def eval_loader(dataset: BatchDataset, loading: Loading) -> DataLoader:
     return DataLoader(dataset, sampler=sampler, **loading.options)
 
 
-class EpochProgress:
-    """How far training is in its epoch, by the trainer's own count; prefetching does not change the count.
-
-    Args:
-        trainer: A Lightning trainer.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    @property
-    def processed(self) -> int:
-        """Batches of this epoch that training has finished."""
-        return self._trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
-
-    @property
-    def complete(self) -> bool:
-        """Whether training has finished all batches that the trainer takes from an epoch."""
-        return self.processed >= self._trainer.num_training_batches
-
-
 class ResumableLoader(DataLoader, ABC):
     """A `DataLoader` of training batches whose position Lightning saves in checkpoints and restores from them.
 
@@ -110,11 +89,17 @@ class ResumableLoader(DataLoader, ABC):
     training.
     """
 
-    progress: EpochProgress | None = None
-    """The trainer's count; without it, the position is the number of batches handed out."""
-
+    trainer: Trainer | None = None
+    """Counts the finished batches; without a trainer, the batches handed out count."""
     fingerprint: DataFingerprint = UNKNOWN
     """What the loader reads; saved with the position, and compared with the checkpoint's."""
+
+    @property
+    def processed(self) -> int | None:
+        """Batches of this epoch that training has finished; ``None`` without a trainer."""
+        if self.trainer is None:
+            return None
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
 
     @abstractmethod
     def position(self) -> dict[str, int]:
@@ -123,11 +108,6 @@ class ResumableLoader(DataLoader, ABC):
     @abstractmethod
     def restore(self, position: dict[str, int]) -> None:
         """Continue from a saved position at the next iteration."""
-
-    @property
-    @abstractmethod
-    def _position_names(self) -> tuple[str, ...]:
-        """Numbers that a saved position must have."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and the fingerprint of the data."""
@@ -140,7 +120,7 @@ class ResumableLoader(DataLoader, ABC):
             ConfigurationError: The position is damaged, belongs to other data, or lies in an epoch of another order.
         """
         self.fingerprint.compare(state.get("data") if isinstance(state, dict) else state)
-        names = self._position_names
+        names = self.position().keys() - {"seed"}
         if isinstance(state, dict) and all(type(state.get(name)) is int and state[name] >= 0 for name in names):
             self.restore(state)
         else:
@@ -159,8 +139,6 @@ class ShuffledLoader(ResumableLoader):
     """Epoch of the iteration that is running, and the batches handed out."""
 
     _restored: dict[str, int] | None = None
-
-    _ORDER: ClassVar[tuple[str, ...]] = ("samples", "batch_size", "num_replicas", "seed")
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if not isinstance(self.sampler, TrainSampler):  # Lightning's overfit_batches puts a SequentialSampler here
@@ -182,11 +160,7 @@ class ShuffledLoader(ResumableLoader):
         """The numbers that the order of an epoch depends on."""
         if not isinstance(self.sampler, TrainSampler):
             return {}
-        return {name: int(getattr(self.sampler, name)) for name in self._ORDER}
-
-    @property
-    def _position_names(self) -> tuple[str, ...]:
-        return ("epoch", "batches", *(self._ORDER[:3] if self._order else ()))
+        return {name: int(getattr(self.sampler, name)) for name in ("samples", "batch_size", "num_replicas", "seed")}
 
     def position(self) -> dict[str, int]:
         """Return epoch and batches, with the numbers that the order of the epoch depends on."""
@@ -194,7 +168,7 @@ class ShuffledLoader(ResumableLoader):
             position = self._restored or {"epoch": getattr(self.sampler, "epoch", 0), "batches": 0}
         else:
             epoch, handed_out = self._started
-            position = {"epoch": epoch, "batches": handed_out if self.progress is None else self.progress.processed}
+            position = {"epoch": epoch, "batches": handed_out if self.processed is None else self.processed}
         return {**position, **self._order}
 
     def restore(self, position: dict[str, int]) -> None:

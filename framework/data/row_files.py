@@ -31,15 +31,9 @@ def suffix_of(path: Path) -> str:
     return Path(name.removesuffix(".gz")).suffix
 
 
-def is_compressed(path: Path) -> bool:
-    """Return whether the file's name ends with ``.gz``."""
-    return path.name.lower().endswith(".gz")
-
-
 def holds_rows(path: Path) -> bool:
     """Return whether the file's suffix is a format that `file_rows` reads."""
-    suffix = suffix_of(path)
-    return suffix in ROW_SUFFIXES and not (suffix == ".parquet" and is_compressed(path))
+    return suffix_of(path) in ROW_SUFFIXES and not path.name.lower().endswith(".parquet.gz")
 
 
 def file_rows(path: Path, column: str | None = None) -> Iterator[tuple[int, Any]]:
@@ -83,7 +77,7 @@ def open_file(path: Path) -> BinaryIO:
     """
     check_regular_file(path, "source")
     file = path.open("rb")
-    return io.BufferedReader(_GzipReader(file, path), 1 << 20) if is_compressed(path) else file
+    return io.BufferedReader(_GzipReader(file, path), 1 << 20) if path.name.lower().endswith(".gz") else file
 
 
 class _GzipReader(io.RawIOBase):

@@ -14,6 +14,10 @@ class Splitter:
         seed: Another seed gives another split.
         val_fraction: Share of the documents for validation.
         test_fraction: Share of the documents for the test.
+
+    Example:
+        >>> Splitter(seed=0, val_fraction=0.3, test_fraction=0.3)("dir/3.py")
+        'val'
     """
 
     seed: int

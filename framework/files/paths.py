@@ -5,7 +5,7 @@ import json
 import os
 import stat
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from orthotrain.errors import ConfigurationError
@@ -50,6 +50,16 @@ def local_path(name: str | Path, what: str) -> Path:
     except RuntimeError as error:
         raise ConfigurationError(f"{what} {text!r}: there is no such user; write the whole path") from error
     return path
+
+
+def is_file_name(name: object) -> bool:
+    """Tell whether a value is a plain file name, which on no system leads to another folder."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and "\0" not in name
+        and {PurePosixPath(name).name, PureWindowsPath(name).name} == {name}
+    )
 
 
 def check_regular_file(path: str | Path, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Refusing settings of a layer, by naming the values that would work."""
+"""Checks of the settings of a layer; the errors name values that would work."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def check_divides(name: str, size: int, width: int, what: str, minimum: int = 1)
         name: Name of the argument.
         size: Its value, in features.
         width: Width to divide, in features.
-        what: What is that wide, as the message says it.
+        what: Description of the width for the message.
         minimum: Smallest size that makes sense.
 
     Raises:
@@ -34,10 +34,10 @@ def check_divides(name: str, size: int, width: int, what: str, minimum: int = 1)
 
 
 def check_kernels(device: torch.device | None = None) -> None:
-    """Refuse an explicit ``triton`` that this machine, or a device of it, cannot meet.
+    """Refuse the explicit choice ``triton`` where this machine or this device cannot run it.
 
     Raises:
-        ConfigurationError: Saying why and what would run.
+        ConfigurationError: Naming the reason and a choice that would run.
     """
     try:
         check_possible(device)
@@ -46,10 +46,10 @@ def check_kernels(device: torch.device | None = None) -> None:
 
 
 def check_block_size(features: int, block_size: int) -> None:
-    """Refuse a block size that cannot rotate ``features`` coordinates.
+    """Refuse a block size that does not fit ``features`` features.
 
     Raises:
-        ConfigurationError: Naming the size and what would work.
+        ConfigurationError: Naming the size and sizes that would work.
     """
     if isinstance(block_size, bool) or not isinstance(block_size, int) or not 2 <= block_size <= features:
         raise ConfigurationError(
@@ -57,11 +57,11 @@ def check_block_size(features: int, block_size: int) -> None:
         )
 
 
-def check_order(permutation: Tensor | None, features: int) -> None:
-    """Refuse what is no permutation of ``features`` coordinates; its values are looked at with ``ORTHOTRAIN_DEBUG=1``.
+def check_feature_permutation(permutation: Tensor | None, features: int) -> None:
+    """Refuse a tensor that is no permutation of ``features`` features; values are checked with ``ORTHOTRAIN_DEBUG=1``.
 
     Raises:
-        ConfigurationError: Naming what it is.
+        ConfigurationError: Naming the fault.
     """
     if permutation is None:
         return

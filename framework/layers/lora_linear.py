@@ -1,4 +1,4 @@
-"""A low-rank update beside a frozen weight: the baseline that pretrains with as few parameters."""
+"""The LoRA layer, a baseline: a low-rank update of a frozen weight."""
 
 import math
 from typing import Any, Self
@@ -19,14 +19,14 @@ from orthotrain.seeding import generator
 class LoraLinear(nn.Module):
     """``y = x @ (W + alpha / r * B A).T + bias`` (LoRA, arXiv:2106.09685, equation 3).
 
-    Merging it every so often and starting a new pair is ReLoRA (arXiv:2307.05695, section 3): the sum of many updates
-    of rank r has a higher rank.
+    Merging the update from time to time and starting a new one is ReLoRA (arXiv:2307.05695, section 3): the sum of many
+    updates of rank r has a higher rank.
 
     Args:
         weight: The frozen weight ``(out, in)``.
         bias: ``(out,)`` trained bias, or None.
-        rank: Rank r of the update, up to the smaller width.
-        alpha: Numerator of its factor.
+        rank: Rank r of the update, at most the smaller width.
+        alpha: Numerator of the factor of the update.
         seed: Seed of A; merge k draws it from (seed, k).
 
     Raises:
@@ -82,7 +82,7 @@ class LoraLinear(nn.Module):
         self._restart(count)
 
     def read_counts(self) -> None:
-        """Read the count of merges from the device, so that no later merge waits for it."""
+        """Read the count of merges from the device, so that the next merge does not make the host wait."""
         self._merges.read(self.merge_count)
 
     def merged_weight(self) -> Tensor:

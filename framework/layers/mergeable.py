@@ -1,4 +1,4 @@
-"""What callbacks and export know of a layer: how to fold its rotation away."""
+"""The protocols through which callbacks and export use layers: merging, folding, counts, coverage, scale."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -41,16 +41,16 @@ class Foldable(Mergeable, Protocol):
 
 @runtime_checkable
 class Stepwise(Foldable, Protocol):
-    """A layer that computes without its rotations, and so must be folded after every step."""
+    """A layer whose forward pass leaves out its rotations, so that they must be folded after every step."""
 
     def movement(self) -> Tensor:
-        """Return the root mean square of what a fold would change over that of the weight, a scalar."""
+        """Return the root mean square of the weight's change by a fold, over that of the weight; a scalar."""
 
     def check_storage(self, name: str) -> None:
-        """Refuse a weight that is stored too coarsely to be folded every step.
+        """Refuse a storage whose rounding is too coarse for a fold in every step.
 
         Raises:
-            ConfigurationError: With the ``name`` of the layer and what would work.
+            ConfigurationError: With the ``name`` of the layer and a storage that would work.
         """
 
 
@@ -64,11 +64,11 @@ class Counting(Protocol):
 
 @dataclass(frozen=True)
 class SideCoverage:
-    """How far rotations have reached on one side of a layer since the start, the present period included.
+    """Which features of one side of a layer have been in blocks since the start, the present period included.
 
     Args:
-        periods: ``(width,)`` int64: in how many merge periods a coordinate lay in a block.
-        pairs: Part of all pairs of coordinates that have lain in one block at least once, estimated from a sample.
+        periods: ``(width,)`` int64: the number of merge periods in which each feature was in a block.
+        pairs: Share of all pairs of features that have been in one block at least once, estimated from a sample.
     """
 
     periods: Tensor
@@ -77,7 +77,7 @@ class SideCoverage:
 
 @runtime_checkable
 class Covering(Protocol):
-    """A layer whose blocks cover other coordinates after each merge."""
+    """A layer whose blocks hold other features after each merge."""
 
     def coverage(self) -> dict[str, SideCoverage]:
         """Return the coverage of each rotated side, ``in`` and ``out``."""
@@ -85,10 +85,10 @@ class Covering(Protocol):
 
 @runtime_checkable
 class Scaled(Protocol):
-    """A layer that may have a trained factor, which its merged weight contains and its rotations do not change."""
+    """A layer that may have a trained factor, which is part of its merged weight."""
 
     def trained_factor(self) -> float | None:
-        """Return the factor, None without one; a collective where it is sharded."""
+        """Return the factor, None for a layer without one; a collective where it is sharded."""
 
 
 def mergeable_layers(model: nn.Module) -> Iterator[tuple[str, Mergeable]]:
@@ -102,12 +102,12 @@ MOST_MERGES = 1 << 31
 
 
 def check_stored_counts(state: Mapping[str, Any], prefix: str, names: Iterable[str]) -> None:
-    """Refuse to load counts of merges that are none: seeds are made of them.
+    """Refuse to load values that are no counts of merges: seeds are derived from the counts.
 
     Args:
         state: A state dict.
-        prefix: What the names of the layer begin with in it.
-        names: Its counts; those that are not in the state dict, or have another shape, are refused by torch.
+        prefix: Prefix of the layer's names in the state dict.
+        names: The layer's counts. A count that is missing or has another shape is refused by torch.
 
     Raises:
         ConfigurationError: Naming the layer, the count and its value.

@@ -95,7 +95,7 @@ def check_wrapping(chosen: Mapping[str, Layer], wrap: Callable[[Layer, str], nn.
             wrap(copy, name)
 
 
-def release(linear: nn.Linear) -> None:
+def release(linear: nn.Module) -> None:
     """Free the memory of a layer's weight, after the layer's replacement has been made.
 
     Otherwise both the old and the new weights of all layers would be in memory until the last layer is replaced. A call

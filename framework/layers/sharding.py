@@ -1,4 +1,4 @@
-"""Fully sharded networks (FSDP2): what is gathered together, and how one layer is made whole to be merged."""
+"""Fully sharded networks (FSDP2): which parameters are gathered together, and gathering one layer to merge it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +18,14 @@ from orthotrain.layers.rotation.generators import mark_generators, rotated_share
 def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:
     """Shard every parameter of a network over a mesh, in place.
 
-    A group is what one collective gathers: in each block of the network (an element of an outermost ``nn.ModuleList``,
-    a decoder layer) the mergeable layers are one group, what is trained directly another; the rest of the network, the
-    embedding and the head, is the root's. A layer's frozen weight and its generators are needed at the same moments,
-    and one gather of both is one collective less than groups of their own. That costs no gradient: FSDP2 allocates and
-    reduces those of parameters that require one alone, so a frozen weight costs its shard, and whole it lives as long
-    as its block computes.
+    One collective gathers one group of parameters. In each block of the network (an element of an outermost
+    ``nn.ModuleList``, such as a decoder layer) the mergeable layers are one group, and all other parameters another.
+    The rest of the network, the embedding and the head, is the group of the root. The frozen weight of a layer and its
+    generators are needed at the same time, so that one group for both saves a collective. Frozen weights have no
+    gradients in FSDP2: outside the computation of its block, a frozen weight takes only the memory of its shard.
 
     Args:
-        network: Called through its ``forward``.
+        network: The network, which must be called through its ``forward``.
         mesh: One-dimensional, over all ranks.
 
     Raises:
@@ -48,9 +47,9 @@ def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:
             _check_one_dtype([layer], network)
             fully_shard(layer, mesh=mesh)
     fully_shard(network, mesh=mesh)
-    # read by the `generate` of transformers: a rank whose answers have ended goes on until those of all have
+    # transformers reads this in `generate`: a rank whose answers have ended continues until all ranks have ended
     network._is_fsdp_managed_module = True  # type: ignore[assignment]
-    for name, parameter in network.named_parameters():  # FSDP2 has made new ones
+    for name, parameter in network.named_parameters():  # FSDP2 has made new parameters
         if (share := shares.get(name)) is not None:
             mark_generators(parameter, share)
 
@@ -81,30 +80,30 @@ def is_sharded(module: nn.Module) -> bool:
 @contextmanager
 @torch.no_grad()
 def gathered(module: Any, frozen: bool = True) -> Iterator[None]:
-    """Make the sharded parameters of a module whole for the duration, and store in the shards what they become.
+    """Gather the sharded parameters of a module inside the ``with`` block, and write their new values to the shards.
 
-    A collective: every rank enters with the same module and must do the same to it, for each keeps its own part of its
-    own result. Without sharded parameters nothing happens. The parameters inside are others than the sharded ones,
-    which the optimizer knows and which stand in their places again afterwards, also after an error.
+    A collective: every rank enters with the same module and must change it in the same way, because each rank keeps its
+    own part of its own result. Without sharded parameters nothing happens. Inside the block the module has new, whole
+    parameters. Afterwards, also after an error, it has the sharded parameters again, which the optimizer knows.
 
     Args:
         module: The module.
-        frozen: Whether frozen parameters are gathered too, and not the trained ones alone.
+        frozen: Whether frozen parameters are gathered too.
     """
-    places = [
+    sharded = [
         (owner, name, parameter)
         for owner in module.modules()
         for name, parameter in owner._parameters.items()
         if isinstance(parameter, DTensor) and (frozen or parameter.requires_grad)
     ]
-    for owner, name, parameter in places:
+    for owner, name, parameter in sharded:
         owner._parameters[name] = nn.Parameter(parameter.full_tensor(), requires_grad=parameter.requires_grad)
     full = {}
     try:
         yield
-        full = {(owner, name): owner._parameters[name] for owner, name, _ in places}
+        full = {(owner, name): owner._parameters[name] for owner, name, _ in sharded}
     finally:
-        for owner, name, parameter in places:
+        for owner, name, parameter in sharded:
             owner._parameters[name] = parameter
             if (result := full.get((owner, name))) is not None:
                 part = distribute_tensor(result, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""The spectrum of a weight: what orthogonal training keeps, and how to give it back to a weight that rounding moved."""
+"""Singular values of a weight, which orthogonal training keeps, and bounds of the norm of generators."""
 
 from collections.abc import Iterator, Mapping
 from itertools import groupby
@@ -24,7 +24,7 @@ def spectral_drift(values: Tensor, start: Tensor) -> float:
 
 @torch.no_grad()
 def with_spectrum(weight: Tensor, values: Tensor) -> Tensor:
-    """Return the matrix of given singular values that is nearest to ``weight`` in the Frobenius norm.
+    """Return the matrix with given singular values that is nearest to ``weight`` in the Frobenius norm.
 
     With ``weight = U S V^T`` it is ``U diag(values) V^T`` (Mirsky, 1960: the values in the same order).
 
@@ -47,9 +47,7 @@ def svd_entropy(values: Tensor) -> Tensor:
 
 
 BATCH_NUMBERS = 1 << 24
-
-
-"""Entries of the skew blocks that are looked at together: 64 MiB in fp32, whatever the size of the network."""
+"""Entries of the skew blocks that are measured together: 64 MiB in fp32, whatever the size of the network."""
 
 
 @torch.no_grad()
@@ -57,12 +55,12 @@ def spectral_bound(generators: Tensor) -> Tensor:
     """Return an upper bound of ``||Q||_2`` for each block, ``(n,)``, at most ``(b/2)^(1/8)`` times as large.
 
     A skew-symmetric Q of size b has eigenvalues ``+-i t_1, ..., +-i t_m`` with m = floor(b/2), and ``||Q||_2`` is the
-    largest t. Those of the symmetric ``Q^4`` are ``t_j^4``, each twice, so that ``||Q^4||_F^2 = 2 sum_j t_j^8`` and
+    largest t. The symmetric ``Q^4`` has the eigenvalues ``t_j^4``, each twice, so ``||Q^4||_F^2 = 2 sum_j t_j^8`` and
 
         ``max_j t_j <= (sum_j t_j^8)^(1/8) = (||Q^4||_F^2 / 2)^(1/8) <= m^(1/8) max_j t_j``.
 
-    The norm of the generators, ``(||Q||_F^2 / 2)^(1/2)``, is a bound too, but one of ``m^(1/2)``: at b = 256 that is
-    11.3 times too large at worst, this one 1.83 times.
+    The norm of the generators, ``(||Q||_F^2 / 2)^(1/2)``, is a bound too, but up to ``m^(1/2)`` times too large: at
+    b = 256 up to 11.3 times, and this bound up to 1.83 times.
 
     Args:
         generators: ``(n, b(b-1)/2)``.
@@ -82,19 +80,19 @@ def largest_bounds(layers: Mapping[str, Mergeable]) -> Tensor:
 
     Blocks of one size are batched over all layers. With sharded generators it is a collective.
     """
-    owners = [(place, whole(p)) for place, layer in enumerate(layers.values()) for p in layer.rotation_parameters()]
+    owners = [(index, whole(p)) for index, layer in enumerate(layers.values()) for p in layer.rotation_parameters()]
     owners.sort(key=lambda owner: owner[1].shape[1])  # stable: each rank has the same order
     device = owners[0][1].device
-    found = torch.zeros(len(layers), device=device)
+    largest = torch.zeros(len(layers), device=device)
     for batch in _batches(owners):
-        places = torch.tensor([place for place, p in batch for _ in range(p.shape[0])]).to(device, non_blocking=True)
+        indices = torch.tensor([index for index, p in batch for _ in range(p.shape[0])]).to(device, non_blocking=True)
         bounds = spectral_bound(torch.cat([p.detach().to(device) for _, p in batch]))
-        found.scatter_reduce_(0, places, bounds, "amax")
-    return found
+        largest.scatter_reduce_(0, indices, bounds, "amax")
+    return largest
 
 
 def _batches(owners: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
-    """Split generators of sorted widths into runs of one width, none larger than :data:`BATCH_NUMBERS` need be."""
+    """Split generators, sorted by width, into batches of one width and about :data:`BATCH_NUMBERS` entries at most."""
     for width, same in groupby(owners, key=lambda owner: owner[1].shape[1]):
         batch: list[tuple[int, Tensor]] = []
         for owner in same:

@@ -3,12 +3,12 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.atomic_writes import check_name_length, discard, make_temporary_folder
-from orthotrain.files.paths import check_folder_files, local_path, read_json
+from orthotrain.files.paths import check_folder_files, is_file_name, local_path, read_json
 
 _MOST_HEADER_BYTES = 32 << 20
 
@@ -62,7 +62,8 @@ def check_model_folder(folder: str | Path) -> None:
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigurationError(f"{str(index)!r} is not an index of weight files: {error!r}") from error
         for name in names:
-            _check_name(name, index)
+            if not is_file_name(name):
+                raise ConfigurationError(f"{str(index)!r} names {name!r}, which is not a file of its own folder")
             target = folder / name
             if target.is_symlink() and not target.exists():
                 raise ConfigurationError(f"{str(index)!r} names {name!r}, a link to a missing file")
@@ -126,13 +127,3 @@ def _check_tensor_names(file: Path) -> None:
         return
     if strange := [name for name in names if not name.isprintable()]:
         raise ConfigurationError(f"{str(file)!r} names a tensor {strange[0]!r:.200}, which has control characters")
-
-
-def _check_name(name: object, index: Path) -> None:
-    if (
-        not isinstance(name, str)
-        or name in ("", ".", "..")
-        or "\0" in name
-        or {PurePosixPath(name).name, PureWindowsPath(name).name} != {name}
-    ):
-        raise ConfigurationError(f"{str(index)!r} names {name!r}, which is not a file of its own folder")

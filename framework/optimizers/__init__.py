@@ -1,4 +1,4 @@
-"""Optimizers that the framework adds to those of torch and bitsandbytes."""
+"""Optimizers beside those of torch and bitsandbytes."""
 
 from orthotrain.optimizers.composite import CompositeOptimizer
 from orthotrain.optimizers.galore import GaLore

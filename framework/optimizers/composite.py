@@ -1,4 +1,4 @@
-"""Several optimizers that step as one: each keeps its own parameters."""
+"""Several optimizers, each with its own parameters, that step as one."""
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 class CompositeOptimizer(Optimizer):
     """One optimizer made of several, so that the trainer, schedules and checkpoints see a single one.
 
-    Its groups are the very groups of its parts: a schedule that sets their ``lr`` sets it in the part.
+    The parameter groups are the same objects as in the parts, so a schedule sets the ``lr`` of the parts.
 
     Args:
-        parts: Optimizers without a parameter in common.
+        parts: Optimizers without a common parameter.
     """
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
@@ -25,7 +25,7 @@ class CompositeOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take a step with every part; the closure is called once, before the first."""
+        """Call the closure once, then take a step with every part."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -40,7 +40,7 @@ class CompositeOptimizer(Optimizer):
             part.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the parts as one optimizer's: parameters are numbered through all parts."""
+        """Return the states of the parts as the state of one optimizer; parameters are numbered through all parts."""
         state: dict[int, Any] = {}
         groups: list[dict[str, Any]] = []
         for part, first in self._numbered():
@@ -50,7 +50,7 @@ class CompositeOptimizer(Optimizer):
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore every part; the groups stay those of the parts."""
+        """Restore every part."""
         groups = list(state_dict["param_groups"])
         for part, first in self._numbered():
             count = len(part.param_groups)
@@ -70,7 +70,7 @@ class CompositeOptimizer(Optimizer):
 
 
 class PartStates(MutableMapping[Tensor, Any]):
-    """The per-parameter states of several optimizers, looked up and dropped where they lie.
+    """The per-parameter states of several optimizers as one mapping.
 
     Args:
         parts: The optimizers.

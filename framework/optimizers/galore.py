@@ -1,4 +1,4 @@
-"""GaLore (arXiv:2403.03507) of the package galore-torch, with a state that a checkpoint can hold."""
+"""GaLore (arXiv:2403.03507) from the package galore-torch, with a state of plain tensors."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,8 +10,8 @@ from orthotrain.optimizers.composite import CompositeOptimizer
 class GaLore(CompositeOptimizer):
     """AdamW on gradients projected to their leading singular directions; for matrices only.
 
-    The projectors of galore-torch are objects; the ``state_dict`` holds their matrices, so that a checkpoint loads
-    without running a pickle.
+    galore-torch keeps objects (projectors) in its state. This ``state_dict`` holds their matrices instead, so that a
+    checkpoint loads without a pickle.
 
     Args:
         params: Matrices, or groups of them.
@@ -19,8 +19,8 @@ class GaLore(CompositeOptimizer):
         betas: Adam's decay rates.
         eps: Adam's denominator offset.
         weight_decay: Decoupled weight decay.
-        rank: Singular directions that are kept.
-        update_proj_gap: Steps between two decompositions.
+        rank: Number of singular directions that are kept.
+        update_proj_gap: Steps between two singular value decompositions.
         scale: Factor of the update (alpha of the paper).
 
     Raises:
@@ -46,8 +46,8 @@ class GaLore(CompositeOptimizer):
         groups = given if given and isinstance(given[0], dict) else [{"params": given}]
         for shape in (tuple(p.shape) for group in groups for p in group["params"] if p.ndim != 2):
             raise ConfigurationError(
-                f"GaLore projects matrices, and a parameter of shape {shape} is none: give it to the hidden matrices "
-                "alone through optimizer_overrides"
+                f"GaLore projects matrices, and a parameter of shape {shape} is none: use GaLore only for the hidden "
+                "matrices, through optimizer_overrides"
             )
         projection = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": "std"}
         groups = [{**group, **projection} for group in groups]
@@ -55,9 +55,9 @@ class GaLore(CompositeOptimizer):
         super().__init__([part])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state with the matrix of every projector in its place."""
+        """Return the state, with matrices in place of the projectors."""
         document = super().state_dict()
-        # new dictionaries: those of the document are the optimizer's own
+        # new dictionaries, because super() returns those of the optimizer itself
         document["state"] = {
             number: {name: value.ortho_matrix if name == "projector" else value for name, value in state.items()}
             for number, state in document["state"].items()
@@ -65,7 +65,7 @@ class GaLore(CompositeOptimizer):
         return document
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state and build the projectors anew."""
+        """Restore the state and rebuild the projectors."""
         from galore_torch.galore_projector import GaLoreProjector
 
         super().load_state_dict(state_dict)

@@ -1,4 +1,4 @@
-"""What a group of generators may be: the angle that it moves by, its side, its parameters."""
+"""Checks of the parameter groups of LieOptimizer, and the angle of their steps."""
 
 import math
 from typing import Any
@@ -10,23 +10,24 @@ from orthotrain.kernels.skew import block_size_of
 from orthotrain.layers.rotation.generators import rotated_share
 
 SIDES = ("in", "out")
-"""Sides that take turns; a layer that is rotated on one side alone has ``only``."""
+"""Sides that take turns; generators of a layer that is rotated on one side have the side ``only``."""
 
 WARN_ANGLE, LARGEST_ANGLE = 0.024, 0.1
 
 
 def angle_of_unit_rate(group: dict[str, Any], parameter: Tensor) -> float:
-    """Return the angle that ``lr = 1`` would be: 1, or what matches the movement of the weight.
+    """Return the angle of a step at ``lr = 1``: 1, or with ``movement`` the angle that moves the weight by this share.
 
-    A rotation of one side changes the weight by ``D^T W``, ``D = 2Q`` to first order. For blocks of coordinates drawn
-    at random, ``E ||D^T W||^2 = ||W||^2 sum_k ||D_k||^2 / d``. With ``||Q_k||^2 = b angle^2`` in each of n blocks, that
-    is ``4 angle^2 s ||W||^2``, where ``s = n b / d`` is the share of the coordinates that lie in a block. Changes of
-    two sides in one step are taken as orthogonal, so that their squares add. The RMS of the change over that of the
-    weight is ``2 angle sqrt(s * sides)``, and ``lr * movement`` for the angle ``lr * movement / (2 sqrt(s * sides))``.
+    A rotation of one side changes the weight by ``D^T W``, ``D = 2Q`` to first order. For blocks of features drawn at
+    random, ``E ||D^T W||^2 = ||W||^2 sum_k ||D_k||^2 / d``. With ``||Q_k||^2 = b angle^2`` in each of n blocks, this is
+    ``4 angle^2 s ||W||^2``, where ``s = n b / d`` is the share of the features that lie in a block. The changes of two
+    sides in one step are taken as orthogonal, so that their squares add. The RMS of the change over the RMS of the
+    weight is then ``2 angle sqrt(s * sides)``. It is ``lr * movement`` for the angle
+    ``lr * movement / (2 sqrt(s * sides))``.
 
-    The expectation is over blocks that know nothing of W. Gradients do: where a block is as wide as the weight, no
-    permutation comes between, and both sides push W the same way; then the change is greater, by up to ``sqrt(2)``.
-    ``MovementMonitor`` logs what it is.
+    The expectation is over blocks that do not depend on W, but gradients do. Where a block is as wide as the weight,
+    there is no permutation, and both sides change W in the same direction; then the change is larger, by up to
+    ``sqrt(2)``. ``MovementMonitor`` logs the real change.
 
     Args:
         group: The parameter group.
@@ -45,10 +46,10 @@ def check_angle(group: dict[str, Any], *, resting: bool = False) -> float:
 
     Args:
         group: The parameter group.
-        resting: Whether an angle of 0 will do, with which a schedule may begin or end.
+        resting: Whether an angle of 0 is allowed, as at the beginning or end of a schedule.
 
     Raises:
-        ConfigurationError: If it is not positive, or 0.1 and more.
+        ConfigurationError: If the angle is not positive and below 0.1.
     """
     lr = float(group["lr"])
     angle = lr * max((angle_of_unit_rate(group, parameter) for parameter in group["params"]), default=1.0)
@@ -62,10 +63,10 @@ def check_angle(group: dict[str, Any], *, resting: bool = False) -> float:
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Refuse a group that holds other things than generators, or an option out of its range.
+    """Refuse a group with parameters other than generators, or with an option out of its range.
 
     Raises:
-        ConfigurationError: Naming it.
+        ConfigurationError: Naming the parameter or the option.
     """
     for name in ("momentum", "beta2"):
         if not 0 <= group[name] < 1:
@@ -88,8 +89,8 @@ def check_generators(parameter: Tensor, role: str | None) -> None:
     """
     if role not in (None, "rotations") or rotated_share(parameter) is None:
         raise ConfigurationError(
-            f"LieOptimizer takes generators alone, not a parameter of shape {tuple(parameter.shape)}: give it as "
-            "rotation_optimizer, or the rotation_parameters() of layers"
+            f"LieOptimizer takes only generators, not a parameter of shape {tuple(parameter.shape)}: use it as "
+            "rotation_optimizer, or with the rotation_parameters() of layers"
         )
     checked_block_size(parameter.shape[1])
 
@@ -98,9 +99,9 @@ def checked_block_size(width: int) -> int:
     """Return b with ``b(b-1)/2 = width``.
 
     Raises:
-        ConfigurationError: If there is none.
+        ConfigurationError: If there is no such b.
     """
     size = block_size_of(width)
     if size is None:
-        raise ConfigurationError(f"LieOptimizer: a width of {width} is that of no skew block: b(b-1)/2 for a size b")
+        raise ConfigurationError(f"LieOptimizer: no block has {width} generators: b(b-1)/2 for a size b")
     return size

@@ -1,4 +1,4 @@
-"""An optimizer for generators: momentum on the Lie algebra, a bounded angle a step."""
+"""LieOptimizer: an optimizer for generators, with momentum on the Lie algebra and steps of a bounded angle."""
 
 import math
 import warnings
@@ -25,45 +25,43 @@ from orthotrain.optimizers.orthogonalize import orthogonalize
 Direction = Literal["orthogonal", "adam", "sign"]
 
 SETTINGS = ("direction", "nesterov", "alternate", "movement")
-"""Settings of a group that a resumed run cannot change: its moments would mean something else."""
+"""Settings of a group that a resumed run cannot change, because its moments would have another meaning."""
 
 
 class LieOptimizer(Optimizer):
-    """Steps of a bounded angle along momentum that lives on the skew-symmetric matrices.
+    """Optimizer of the generators of step-wise layers: steps of a bounded angle along a moment of skew matrices.
 
-    For layers that fold every step: the generators are zero when a step begins, their gradient is that at the identity,
-    and the step sets them to ``-angle * X``, which the fold makes a rotation by about ``2 * angle`` (D = 2Q). Between
-    resamplings of the permutations the algebra at the identity is one and the same space, so the first moment keeps its
-    meaning from step to step. The direction X of each block is
+    The layers are folded at every step. So the generators are zero when a step begins, and their gradient is the
+    gradient at the identity. The step sets them to ``-angle * X``, and the fold makes this a rotation by about
+    ``2 * angle`` (D = 2Q). Until new permutations are drawn, all gradients are in the same space, the Lie algebra at
+    the identity, so that the first moment keeps its meaning from step to step. The direction X of each block is
 
     - ``orthogonal``: the moment with all singular values brought to about 1 by a Newton-Schulz iteration. An odd
       polynomial of a skew matrix is skew, so X stays in the algebra (Muon's direction, on the algebra);
-    - ``adam``: first over square root of second moment, both corrected for their start, and
-    - ``sign``: the sign of the first moment, these two divided by ``sqrt(b - 1)``, so that entries of size 1 have the
+    - ``adam``: the first moment over the square root of the second, both corrected for their start at zero, or
+    - ``sign``: the sign of the first moment. Both are divided by ``sqrt(b - 1)``, so that entries of size 1 have the
       Frobenius norm of an orthogonal block, ``sqrt(b)``.
 
-    Kept are moments of the generators, in fp32: of a square weight of width d rotated on both sides they are ``b / 2d``
-    of AdamW's two moments of the weight, with ``adam``, which has a second one, ``b / d``: at b = d/2 a quarter and a
-    half of them.
+    The state is one moment of the generators in fp32, or two with ``adam``. For a square weight of width d, rotated on
+    both sides, one moment takes ``b / 2d`` of the memory of AdamW's two moments of the weight: a quarter at b = d/2.
 
     Args:
-        params: Generators ``(n, b(b-1)/2)``, or groups of them. A group may name its ``side``: ``in`` or ``out`` where
-            the other side of the layer is rotated too, else ``only``, which is what it is without a name. Every other
-            argument below is a default that a group may replace.
-        lr: The angle of a step in radians: scheduled like any learning rate, above 0 and below 0.1.
+        params: Generators ``(n, b(b-1)/2)``, or groups of them. A group may have a ``side``: ``in`` or ``out`` where
+            both sides of the layer are rotated, else ``only``, the default. A group may replace every argument below.
+        lr: The angle of a step in radians, above 0 and below 0.1; a schedule may change it.
         direction: ``orthogonal``, ``adam`` or ``sign``.
         momentum: Decay of the first moment.
         beta2: Decay of the second moment (``adam``).
-        nesterov: Whether the direction looks one step ahead.
-        alternate: Whether output sides move on even steps and input sides on odd ones. Both moments advance every step.
-            A side that is alone moves every step.
-        movement: If given, the angle is matched layer by layer, so that the root mean square of the weight's change in
-            a step is ``lr * movement`` of the weight's (:func:`angle_of_unit_rate`); the bound is that of the angle.
+        nesterov: Whether the direction includes the present gradient once more (Nesterov).
+        alternate: Whether output sides move on even steps and input sides on odd ones. The moments of both sides are
+            updated at every step. A layer with one rotated side moves at every step.
+        movement: If given, each layer gets the angle at which the root mean square of the change of its weight is
+            ``lr * movement`` times that of the weight (:func:`angle_of_unit_rate`). The bound of the angle holds too.
         weight_decay: Must be 0: the generators are zero when a step begins.
 
     Raises:
-        ConfigurationError: For an angle or option out of its range, or parameters that are not generators; in ``step``
-            if a schedule has taken the angle out of its range.
+        ConfigurationError: For an angle or option out of its range, or parameters that are not generators; in ``step``,
+            for an angle that a schedule has moved out of its range.
     """
 
     _warned = False
@@ -85,7 +83,7 @@ class LieOptimizer(Optimizer):
         super().__init__(params, {**defaults, **options})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of generators; arguments and errors are those of the class."""
+        """Add a group of generators; see the class for arguments and errors."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -100,27 +98,27 @@ class LieOptimizer(Optimizer):
         """Restore moments and counts.
 
         Raises:
-            ConfigurationError: If they were made with another setting, naming it.
+            ConfigurationError: If the state was made with another setting, naming the setting.
         """
         for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for name in SETTINGS:
                 if name not in theirs:
                     raise ConfigurationError(
-                        f"LieOptimizer: the checkpoint's optimizer state names no {name}: another optimizer has made "
-                        "it; use the config it was made with"
+                        f"LieOptimizer: the checkpoint's optimizer state has no {name}: it is the state of another "
+                        "optimizer; use the config of the checkpoint"
                     )
                 if theirs[name] != ours[name]:
                     raise ConfigurationError(
                         f"LieOptimizer: the checkpoint was trained with {name}={theirs[name]!r}, this run has "
-                        f"{ours[name]!r}: use the config it was made with"
+                        f"{ours[name]!r}: use the config of the checkpoint"
                     )
         super().load_state_dict(state_dict)
 
-    # torch.compile takes the directions; the counting around them would be compiled anew for every count
+    # torch.compile compiles only the directions; code with the count of steps would be recompiled at every step
     @torch.compiler.disable(recursive=False)
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Advance all moments and move the sides whose turn it is."""
+        """Update all moments, and move the sides whose turn it is."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -142,26 +140,26 @@ class LieOptimizer(Optimizer):
 
     @torch.compiler.disable(recursive=False)
     def _move(self, group: dict[str, Any], parameters: list[Tensor], moments: list[Tensor]) -> None:
-        """Take the step along the directions of the moments: one batch for all layers of a block size."""
+        """Take the step along the directions of the moments, in one batch for all blocks of a size."""
         by_width: dict[int, list[int]] = {}
-        for place, parameter in enumerate(parameters):
-            by_width.setdefault(parameter.shape[1], []).append(place)
-        for width, places in by_width.items():
-            chosen = [local(parameters[place]) for place in places]
-            directions = self._directions(torch.cat([moments[place] for place in places]), width, group["direction"])
+        for index, parameter in enumerate(parameters):
+            by_width.setdefault(parameter.shape[1], []).append(index)
+        for width, indices in by_width.items():
+            chosen = [local(parameters[index]) for index in indices]
+            directions = self._directions(torch.cat([moments[index] for index in indices]), width, group["direction"])
             if group["movement"] is not None:
                 directions = of_unit_angle(directions, width)
             parts = list(directions.split([p.shape[0] for p in chosen]))
             rate = -float(group["lr"])
-            torch._foreach_mul_(parts, [rate * angle_of_unit_rate(group, parameters[place]) for place in places])
+            torch._foreach_mul_(parts, [rate * angle_of_unit_rate(group, parameters[index]) for index in indices])
             torch._foreach_add_(chosen, [part.to(p.dtype) for part, p in zip(parts, chosen, strict=True)])
 
     @torch.compiler.disable(recursive=False)
     def _advance(self, group: dict[str, Any], parameters: list[Tensor]) -> list[Tensor]:
-        """Update the moments and return what the direction is made of, one tensor a parameter."""
+        """Update the moments; return the tensors from which the directions are computed, one for each parameter."""
         names = ("momentum", "square") if group["direction"] == "adam" else ("momentum",)
         for parameter in parameters:
-            # of a parameter whose state was dropped, a sharded checkpoint keeps placeholders of every other optimizer
+            # a sharded checkpoint has placeholders of other optimizers for parameters whose state was dropped
             if not self.state[parameter].keys() >= {"step", *names}:
                 zeros = {name: torch.zeros_like(parameter, dtype=torch.float32) for name in names}
                 self.state[parameter] = {"step": 0, **zeros}
@@ -176,7 +174,7 @@ class LieOptimizer(Optimizer):
         squares = [local(self.state[p]["square"]) for p in parameters]
         torch._foreach_mul_(squares, group["beta2"])
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - group["beta2"])
-        # Nesterov's moment has weight beta on the past of `step` gradients and the rest on the last one
+        # Nesterov's moment is beta times the moment of `step` gradients, plus the rest times the last gradient
         first = torch._foreach_div(ahead, [1 - beta ** (step + int(group["nesterov"])) for step in steps])
         second = torch._foreach_div(squares, [1 - group["beta2"] ** step for step in steps])
         torch._foreach_sqrt_(second)
@@ -192,19 +190,17 @@ class LieOptimizer(Optimizer):
         """Return the directions of blocks, ``(n, b(b-1)/2)``, from their moments."""
         size = checked_block_size(width)
         if direction == "orthogonal":
-            result = orthogonalize(moments, size)
-        else:
-            result = (moments.sign() if direction == "sign" else moments) / math.sqrt(max(1, size - 1))
-        return result
+            return orthogonalize(moments, size)
+        return (moments.sign() if direction == "sign" else moments) / math.sqrt(max(1, size - 1))
 
 
 def of_unit_angle(directions: Tensor, width: int) -> Tensor:
     """Bring every block of directions ``(n, b(b-1)/2)`` to singular values of 1 in root mean square."""
-    # every generator stands in Q twice
+    # every generator is an entry of Q twice
     norms = math.sqrt(2) * directions.norm(dim=1, keepdim=True)
     return directions * (math.sqrt(checked_block_size(width)) / norms.clamp_min(1e-30))
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's rows of a sharded tensor, which share its memory: blocks are whole rows and move alone."""
+    """Return this rank's rows of a sharded tensor, in the same memory; a row is a block, and moves by itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

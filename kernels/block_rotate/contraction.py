@@ -16,7 +16,7 @@ from orthotrain.kernels.block_rotate.tiling import (
     Tiles,
     in_memory,
     locate,
-    order_suffix,
+    permutation_suffix,
     tile_count,
     wide,
 )
@@ -205,7 +205,8 @@ def contraction_variant(
     unit, strided = ("row", "column") if columns_first else ("column", "row")
     permutations = ("left_permutation", "right_permutation")
     return Variant(
-        f"contract-b{block_size}-{pointer[1:]}{order_suffix(group)}{'-transposed' * columns_first}{'-wide' * wide}",
+        f"contract-b{block_size}-{pointer[1:]}{permutation_suffix(group)}"
+        f"{'-transposed' * columns_first}{'-wide' * wide}",
         _contract_kernel,
         {
             **{"left": pointer, "right": pointer, "out": "*fp32"},

@@ -1,4 +1,4 @@
-"""Block rotation of the last axis, in plain PyTorch. The derivation is in README.md beside this file."""
+"""Block rotation of the last axis, in PyTorch for the CPU. README.md beside this file derives the gradients."""
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def block_rotate_backward(
     need_x: bool = True,
     need_displacement: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`block_rotate_forward` for ``x (..., d)`` and ``displacement (n, b, b)``, if needed."""
+    """Return the gradients of :func:`block_rotate_forward` for ``x`` and ``displacement``, None where not needed."""
     if not need_displacement:
         return (block_rotate_forward(grad, displacement.mT.contiguous(), scatter, gather) if need_x else None), None
     source, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
@@ -79,10 +79,10 @@ def block_rotate_backward(
 
 
 class BlockSum:
-    """Diagonal blocks of ``left.T @ right`` over rows that come in parts, added in fp32 or wider.
+    """Sums the diagonal blocks of ``left.T @ right`` over parts of the rows, in fp32 or wider.
 
     Args:
-        displacement: Tells shape ``(n, b, b)`` and dtype of the result.
+        displacement: Has the shape ``(n, b, b)`` and dtype of the result.
     """
 
     def __init__(self, displacement: Tensor) -> None:
@@ -104,14 +104,14 @@ def contract(left: Tensor, right: Tensor, like: Tensor, permutation: Tensor | No
     Args:
         left: Activations.
         right: Gradients at the same place.
-        like: Tells shape ``(n, b, b)`` and dtype of the result.
+        like: Has the shape ``(n, b, b)`` and dtype of the result.
         permutation: ``p``, ``(d / g,)``, whose first ``n * b`` lie in the blocks; None for their own.
     """
     total, step, group = BlockSum(like), chunk_rows(left), group_size(permutation, left.shape[1])
-    # columns past the last block are left where they are
+    # columns past the last block are not moved
     covered = None if permutation is None else permutation[: -(-like.shape[0] * like.shape[1] // group)]
     columns = ColumnPermutation(covered, left, group)
-    # room for permuted rows, a chunk at a time: neither matrix is permuted as a whole
+    # buffers for a chunk of permuted rows: neither matrix is permuted as a whole
     width = 0 if covered is None else covered.shape[0] * group
     room = [left.new_empty(step, width) for _ in range(2)]
     for rows in row_chunks(left.shape[0], step):
@@ -121,10 +121,10 @@ def contract(left: Tensor, right: Tensor, like: Tensor, permutation: Tensor | No
 
 
 def block_products(left: Tensor, right: Tensor, blocks: int, block_size: int) -> Tensor:
-    """Diagonal blocks of ``left.T @ right``: ``(N, d), (N, d) -> (blocks, block_size, block_size)``.
+    """Return the diagonal blocks of ``left.T @ right``: ``(N, d), (N, d) -> (blocks, block_size, block_size)``.
 
-    Measured on CPU, 256 to 4096 rows and columns: of one block a plain product is the fastest, of many a batched one.
-    In 16 bits that repays a copy that makes each block contiguous, up to four times where rows are few.
+    Measured on the CPU, 256 to 4096 rows and columns: for one block a plain product is the fastest, for many blocks a
+    batched product. In 16 bits a copy that makes each block contiguous pays, up to four times where rows are few.
     """
     left_blocks, right_blocks = _by_block(left, blocks, block_size), _by_block(right, blocks, block_size)
     if left.device.type != "cpu" or left.element_size() >= 4:
@@ -148,19 +148,19 @@ def add_block_products(x: Tensor, displacement: Tensor, out: Tensor | None = Non
     """
     blocks, block_size = displacement.shape[0], displacement.shape[-1]
     out = x.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(x)
-    # Both routes write into place: the products accumulate and add in fp32 and round once. Measured on CPU, a product a
-    # block is the faster one from b = 64 in fp32 and b = 128 in 16 bits.
+    # Both routes write to the result: the products accumulate and add in fp32 and round once. Measured on the CPU, one
+    # product a block is faster from b = 64 in fp32 and from b = 128 in 16 bits.
     if x.device.type != "cpu" or block_size <= (32 if x.element_size() >= 4 else 64):
         _by_block(out, blocks, block_size).baddbmm_(_by_block(x, blocks, block_size), displacement)
     else:
-        # columns past the last block are parts too, without a displacement
+        # columns past the last block are parts without a displacement
         for part, of, d in zip(out.split(block_size, 1), x.split(block_size, 1), displacement, strict=False):
             part.addmm_(of, d)
     return out
 
 
 def _summed(total: Tensor | None, part: Tensor) -> Tensor:
-    """Return the sum in fp32 or wider, as one product accumulates; the first part as it is."""
+    """Return the sum in fp32 or wider, in which one product accumulates too; the first part as it is."""
     return part if total is None else total.to(torch.promote_types(total.dtype, torch.float32)).add_(part)
 
 
@@ -172,7 +172,7 @@ def _by_block(x: Tensor, blocks: int, block_size: int) -> Tensor:
 
 
 def _buffer(matrix: Tensor, rows: int, permutation: Tensor | None) -> Tensor:
-    """Return room for permuted rows of ``matrix``, none where nothing is permuted."""
+    """Return a buffer for permuted rows of ``matrix``; it has no rows where nothing is permuted."""
     return torch.empty(
         rows if permutation is not None else 0, matrix.shape[1], dtype=matrix.dtype, device=matrix.device
     )

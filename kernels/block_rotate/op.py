@@ -19,7 +19,7 @@ def block_rotate(
     """Rotate blocks of the last axis: ``z = x[..., gather]``, ``z_k += z_k @ D_k``, ``y[..., scatter] = z``.
 
     A rotation in the frame of a permutation ``p`` is ``gather=p, scatter=p``; a layer that keeps its weight in the
-    permuted frame needs only ``gather`` on its input side and ``scatter`` on its output side. Autocast does not reach
+    permuted frame needs only ``gather`` on its input side and ``scatter`` on its output side. Autocast does not act
     inside.
 
     Args:

@@ -1,6 +1,6 @@
-"""How the columns of a block-diagonal matrix are cut into tiles; shared by the rotation and its contraction.
+"""How the columns of a block-diagonal matrix are cut into tiles, for the rotation and for the contraction.
 
-Columns from ``n b`` on are cut as if more blocks followed. Small blocks share a tile, large blocks take several:
+Columns from ``n b`` on are cut as if more blocks followed. Small blocks share a tile; large blocks take several tiles:
 
     b <= COLUMNS    a tile holds COLUMNS // b whole blocks
     b > COLUMNS     a block is cut into ceil(b / COLUMNS) parts
@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
 
 
 def wide(*tensors: Tensor) -> bool:
-    """Return whether offsets inside one of the matrices need 64 bits."""
+    """Tell whether offsets inside one of the matrices need 64 bits."""
     return any(
         sum((size - 1) * abs(stride) for size, stride in zip(x.shape, x.stride(), strict=True)) > LARGEST_OFFSET
         for x in tensors
@@ -46,16 +46,16 @@ def tile_count(width: int, block_size: int, columns: int) -> int:
     return blocks * triton.cdiv(block_size, columns)
 
 
-def order_suffix(group: int | None) -> str:
-    """Return what the name of a launch says of its orders; without any, the group is None."""
+def permutation_suffix(group: int | None) -> str:
+    """Return how the name of a launch ends for permutations by groups of a size; None for no permutation."""
     return "" if group is None else f"-groups{group}" if group > 1 else "-permuted"
 
 
 @triton.jit
 def locate(tile, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the first block of a tile, and for each of its columns the block counted from there and the place in it.
+    """Return the first block of a tile, and for each column its block, counted from the first, and its index in it.
 
-    The place is ``BLOCK`` or more where the tile reaches past its last block.
+    The index is ``BLOCK`` or more where the tile reaches past its last block.
     """
     lane = tl.arange(0, COLUMNS)
     if BLOCK <= COLUMNS:
@@ -63,7 +63,7 @@ def locate(tile, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
         first_block = tile * group
         member = lane // BLOCK
         place = lane % BLOCK
-        # Not of tiles that are full: the compiler would take the columns one by one.
+        # Only for tiles that are not full: with this mask the compiler would read the columns one by one.
         if COLUMNS % BLOCK != 0:
             place = tl.where(member < group, place, BLOCK)
     else:
@@ -76,11 +76,11 @@ def locate(tile, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def in_memory(index, column, mask, GROUP: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr):
-    """Return where columns lie: through an order of groups, or where they are if there is none."""
+    """Return the columns of the memory: through a permutation of groups, or the same columns without one."""
     if index is not None:
         column = tl.load(index + column // GROUP, mask=mask, other=0) * GROUP + column % GROUP
     column = column.to(OFFSET)
-    # Blocks of whole groups begin with one, and so do the tiles: the compiler may read a group at once.
+    # If blocks consist of whole groups, blocks and tiles begin with a group: the compiler may read a group at once.
     if index is not None and GROUP > 1 and BLOCK % GROUP == 0:
         column = tl.max_contiguous(tl.multiple_of(column, GROUP), GROUP)
     return column

@@ -1,9 +1,8 @@
 """Block rotation as a Triton kernel, forward and backward; derivation and traffic are in README.md beside this file.
 
-A program makes one tile of the result: some rows, and the columns of a few whole blocks or of a part of one block. It
-reads its columns through one permutation and writes them through another; columns past the last block are tiles too,
-with a displacement of zero. Where there are many rows and single columns move, a permutation is a pass of its own, see
-permutation.py.
+A program computes one tile of the result: some rows, and the columns of a few whole blocks or of a part of one block.
+It reads its columns through one permutation and writes them through another. Columns past the last block are tiles with
+a displacement of zero. With many rows, a permutation of single columns is a pass of its own (permute_columns.py).
 """
 
 import torch
@@ -12,14 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from orthotrain.kernels.ahead_of_time import Variant
-from orthotrain.kernels.block_rotate import contraction, permutation
+from orthotrain.kernels.block_rotate import contraction, permute_columns
 from orthotrain.kernels.block_rotate.tiling import (
     POINTERS,
     WIDEST_LOAD,
     Tiles,
     in_memory,
     locate,
-    order_suffix,
+    permutation_suffix,
     tile_count,
     wide,
 )
@@ -144,7 +143,7 @@ def rotate(
 
 
 def block_rotate_forward(x: Tensor, displacement: Tensor, gather: Tensor | None, scatter: Tensor | None) -> Tensor:
-    """Rotate blocks of the last axis; ``cpu.py`` has the shapes."""
+    """Rotate blocks of the last axis; ``cpu.py`` describes the arguments."""
     source, gather = gathered(x.reshape(-1, x.shape[-1]), gather)
     return rotate_scattered(source, displacement.contiguous(), gather, scatter).view(x.shape)
 
@@ -158,7 +157,7 @@ def block_rotate_backward(
     need_x: bool = True,
     need_displacement: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients for ``x`` and ``displacement``: the same rotation the other way round, and a contraction over rows."""
+    """Return the gradients for ``x`` (the same rotation in reverse) and ``displacement`` (a contraction over rows)."""
     width, (blocks, block_size, _), grad_displacement = x.shape[-1], displacement.shape, None
     grad, grad_index = gathered(grad.reshape(-1, width), scatter)
     if need_displacement:
@@ -172,20 +171,20 @@ def block_rotate_backward(
 
 
 def gathered(x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return ``x`` and the order that its reader has still to apply: none if it was worth a pass of its own."""
-    if index is None or not permutation.worthwhile(x, index):
+    """Return ``x`` permuted and None where a pass of its own pays, else ``x`` and the permutation as they are."""
+    if index is None or not permute_columns.worthwhile(x, index):
         return x, index
-    return permutation.gather_columns(x, index), None
+    return permute_columns.gather_columns(x, index), None
 
 
 def rotate_scattered(
     x: Tensor, displacement: Tensor, gather: Tensor | None, scatter: Tensor | None, *, transposed: bool = False
 ) -> Tensor:
-    """Return a new ``y`` from :func:`rotate`; its columns are scattered in a pass of their own if that is worth it."""
+    """Return a new ``y`` from :func:`rotate`; its columns are scattered in a pass of its own where that pays."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if scatter is None or not permutation.worthwhile(y, scatter):
+    if scatter is None or not permute_columns.worthwhile(y, scatter):
         return rotate(x, displacement, gather, scatter, y, transposed=transposed)
-    return permutation.scatter_columns_(rotate(x, displacement, gather, None, y, transposed=transposed), scatter)
+    return permute_columns.scatter_columns_(rotate(x, displacement, gather, None, y, transposed=transposed), scatter)
 
 
 def aot_variants() -> list[Variant]:
@@ -206,7 +205,7 @@ def aot_variants() -> list[Variant]:
         rotation_variant(torch.float32, 32, group=1),
         rotation_variant(torch.float32, 256, group=1, backward=True, wide=True),
     ]
-    return [*own, *contraction.aot_variants(), *permutation.aot_variants()]
+    return [*own, *contraction.aot_variants(), *permute_columns.aot_variants()]
 
 
 def rotation_variant(
@@ -223,7 +222,7 @@ def rotation_variant(
     unit, strided = ("row", "column") if columns_first else ("column", "row")
     permutations = ("gather", "scatter")
     return Variant(
-        f"rotate-b{block_size}-{pointer[1:]}{order_suffix(group)}{'-transposed' * columns_first}"
+        f"rotate-b{block_size}-{pointer[1:]}{permutation_suffix(group)}{'-transposed' * columns_first}"
         f"{'-backward' * backward}{'-wide' * wide}",
         _rotate_kernel,
         {

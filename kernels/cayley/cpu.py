@@ -1,4 +1,4 @@
-"""Exact Cayley displacement in plain PyTorch; README.md derives it and its gradient."""
+"""Exact Cayley displacement in PyTorch for the CPU; README.md derives it and its gradient."""
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ def cayley_forward(skew: Tensor) -> Tensor:
 
     def part(skew: Tensor) -> Tensor:
         q = skew.to(dtype)
-        # Every singular value of I - Q is sqrt(1 + theta^2) >= 1: there is no error to check for, and so no device
-        # sync. Solving from the right (the factors commute) leaves the result row-major.
+        # Every singular value of I - Q is sqrt(1 + theta^2) >= 1: no error can occur, so none is checked and the
+        # host does not wait. Solving from the right (the factors commute) leaves the result row-major.
         return solve_blocks(identity - q, 2 * q, left=False).to(skew.dtype)
 
     return in_parts(part, skew, block_size=skew.shape[-1]).contiguous()

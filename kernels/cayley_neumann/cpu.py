@@ -1,4 +1,4 @@
-"""Cayley-Neumann displacement in plain PyTorch; README.md derives the recurrence and its gradient.
+"""Cayley-Neumann displacement in PyTorch for the CPU; README.md derives the recurrence and its gradient.
 
 With D_k the displacement of order k, D_k = 2(Q + Q^2) + Q^2 D_(k-2), from D_0 = Q or D_1 = 2Q + Q^2. No identity
 matrix is ever added, so zero generators give exactly zero and a small Q loses no digits.
@@ -14,7 +14,7 @@ ROUNDED_FROM = 128
 """Smallest block whose products are faster in bf16: measured on an Intel Xeon with AMX, 1 thread."""
 
 ROUNDED_PART_BYTES = 2**20
-"""Their parts are larger, since products are short beside the calls: measured likewise, a quarter faster than 2**18."""
+"""Bytes of a part with products in bf16, which are short beside the calls: a quarter faster than 2**18 there."""
 
 
 def cayley_neumann_forward(generators: Tensor, block_size: int, order: int, dtype: torch.dtype) -> Tensor:
@@ -41,7 +41,7 @@ def cayley_neumann_backward(grad: Tensor, generators: Tensor, order: int) -> Ten
     derivative = _rounded_tangent if rounded else _tangent
 
     def part(generators: Tensor, grad: Tensor) -> Tensor:
-        # the transpose of a skew Q is -Q, whose rows are contiguous
+        # Q^T = -Q, whose rows are contiguous
         transposed = skew_forward(-generators, block_size).to(wide)
         return skew_backward(derivative(transposed, grad.to(wide), order).to(generators.dtype))
 
@@ -68,7 +68,7 @@ def _rounded_series(q: Tensor, order: int) -> Tensor:
 
 
 def _before_last(q: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``Q^2``, ``2(Q + Q^2)`` and the last value of the recurrence but one (of order 1 the only one)."""
+    """Return ``Q^2``, ``2(Q + Q^2)`` and the last value of the recurrence but one (for order 1 the only value)."""
     square = torch.bmm(q, q)
     base = (q + square).mul_(2)
     value = 2 * q + square if order % 2 else q
@@ -101,7 +101,9 @@ def _square_tangent(q: Tensor, tangent: Tensor) -> Tensor:
 
 def _tangents_before_last(q: Tensor, tangent: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return ``Q^2`` and its tangent, the last value but one and its tangent, and the tangent of ``2(Q + Q^2)``."""
-    square, base, value = _before_last(q, 2 + order % 2)  # of which no step is left: where the recurrence starts
+    square, base, value = _before_last(
+        q, 2 + order % 2
+    )  # with no step left: the values that the recurrence starts from
     square_tangent = _square_tangent(q, tangent)
     base_tangent = (tangent + square_tangent).mul_(2)
     value_tangent = 2 * tangent + square_tangent if order % 2 else tangent

@@ -1,8 +1,8 @@
 """Triton kernels that run chains of matrix products: all steps of a block in one program, or one step of all blocks.
 
-Matrices of a program are in memory, not in registers, and every product is a loop over slices of them: a 64 x 64
-product that held its fp32 operands in registers would spill on every GPU. A program's own memory is small enough
-to stay in the L2 cache.
+The matrices of a program are in memory, not in registers, and every product is a loop over slices of them. A 64 x 64
+product with its fp32 operands in registers would spill on every GPU. The memory of a program is small enough to stay in
+the L2 cache.
 """
 
 import triton

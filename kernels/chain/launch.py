@@ -17,7 +17,7 @@ from orthotrain.kernels.chain.kernels import ROW, chain_step_kernel, fused_chain
 from orthotrain.kernels.chain.program import FUSED, Chain, Step
 
 SCRATCH_BYTES = 2**28
-"""Scratch memory of a chain on large blocks: they are taken in groups that fit."""
+"""Most scratch memory of a chain on large blocks; the blocks are taken in groups that fit into it."""
 
 FUSED_TILES = {
     16: {"K_TILE": 16, "num_warps": 2, "num_stages": 3},

@@ -1,7 +1,7 @@
-"""Chains of matrix products as data: what the polynomials of the parameterizations are computed by.
+"""Chains of matrix products as data. The Triton code of the parameterizations computes its polynomials by them.
 
-Every step is a weighted sum of matrices plus a sum of products. The same chain runs in one launch, or in one launch a
-step for large blocks: see ``chain_launch.py``.
+Every step is a weighted sum of matrices plus a sum of products. launch.py runs a chain in one launch, or for large
+blocks in one launch a step.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ FUSED = 64
 """Largest block that one program computes as a whole."""
 
 FIRST, SECOND = 0, 1
-"""The two inputs; further matrices are numbered as they come."""
+"""Numbers of the two inputs; the targets of the steps are numbered after them, in order."""
 
 MAX_TERMS, MAX_PRODUCTS = 3, 2
 
@@ -30,9 +30,9 @@ class Chain(NamedTuple):
 
     Attributes:
         steps: The steps.
-        slots: Matrices that must be kept for a block at once, its inputs among them.
+        slots: Number of matrices that a block needs at the same time, with its inputs.
         inputs: Number of inputs, one or two.
-        scale: Factor that the inputs are read with.
+        scale: Factor by which the inputs are multiplied when they are read.
     """
 
     steps: tuple[Step, ...]
@@ -46,7 +46,7 @@ class Chain(NamedTuple):
 
 
 class ChainBuilder:
-    """Records steps on matrices that are written once, and packs them into as few slots as their lives allow.
+    """Records steps, each of which writes a new matrix, and reuses the slots of matrices that are no longer needed.
 
     Args:
         inputs: Number of inputs, one or two.
@@ -76,7 +76,7 @@ class ChainBuilder:
         busy_until = [len(self._steps)] * self._inputs
         steps = []
         for number, step in enumerate(self._steps):
-            slot[step.target] = _place(busy_until, number, last_use.get(step.target, number))
+            slot[step.target] = _free_slot(busy_until, number, last_use.get(step.target, number))
             steps.append(_renamed(step, slot.__getitem__))
         return Chain(tuple(steps), len(busy_until), self._inputs, scale)
 
@@ -85,8 +85,8 @@ def _operands(step: Step) -> list[int]:
     return [matrix for matrix, _ in step.terms] + [matrix for pair in step.products for matrix in pair]
 
 
-def _place(busy_until: list[int], now: int, last_use: int) -> int:
-    """Return a slot that neither this step nor a later one reads, a new one if need be, and reserve it."""
+def _free_slot(busy_until: list[int], now: int, last_use: int) -> int:
+    """Reserve and return a slot that neither this step nor a later one reads; a new slot if there is none."""
     for index, until in enumerate(busy_until):
         if until < now:
             busy_until[index] = last_use

@@ -1,4 +1,4 @@
-"""Unpacking of quantised weights in plain PyTorch: every value is formed in fp32 and rounded once."""
+"""Unpacking of quantized weights in PyTorch for the CPU: every value is formed in fp32 and rounded once."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ NF4_LEVELS = (
 """The 16 values of 4-bit NormalFloat, exactly representable in fp32 (arXiv:2305.14314, appendix E)."""
 
 NESTED_GROUP = 256
-"""Scales that share one scale of their own under double quantisation."""
+"""Scales that share one scale of their own under double quantization."""
 
 
 def dequant_int8_forward(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -65,12 +65,12 @@ def dequant_nf4(
     """Unpack 4-bit NormalFloat as bitsandbytes stores it (arXiv:2305.14314, section 3).
 
     Value ``i`` is a level of NF4 times the scale of group ``i // group_size``, counted in memory order. Double
-    quantisation stores scale ``j`` as a byte: ``code[absmax[j]] * nested[j // 256] + offset``.
+    quantization stores scale ``j`` as a byte: ``code[absmax[j]] * nested[j // 256] + offset``.
 
     Args:
         packed: ``(out, in / 2)`` uint8, the first of two values in the upper half of a byte.
-        absmax: Scales ``(groups,)``, fp32, or uint8 under double quantisation.
-        nested: ``(ceil(groups / 256),)`` fp32 under double quantisation, else None.
+        absmax: Scales ``(groups,)``, fp32, or uint8 under double quantization.
+        nested: ``(ceil(groups / 256),)`` fp32 under double quantization, else None.
         offset: ``(1,)`` fp32 likewise.
         code: The 256 levels of the scales, fp32, likewise.
         group_size: Values that share a scale; even.
@@ -97,7 +97,7 @@ def _check_nested(
     device: torch.device, groups: int, nested: Tensor | None, offset: Tensor | None, code: Tensor | None
 ) -> None:
     if (nested is None, offset is None, code is None) not in ((True,) * 3, (False,) * 3):
-        raise ValueError("dequant_nf4: double quantisation takes nested, offset and code, or none of the three")
+        raise ValueError("dequant_nf4: double quantization takes nested, offset and code, or none of the three")
     expected = {"nested": (nested, -(-groups // NESTED_GROUP)), "offset": (offset, 1), "code": (code, 256)}
     for name, (tensor, size) in expected.items():
         if tensor is not None:

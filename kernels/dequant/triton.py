@@ -1,4 +1,4 @@
-"""Unpacking of quantised weights as Triton kernels: one pass, every value formed in fp32 and rounded once."""
+"""Unpacking of quantized weights as Triton kernels: one pass, every value formed in fp32 and rounded once."""
 
 import functools
 
@@ -14,7 +14,7 @@ SIZE = 2048
 """Values that a program unpacks."""
 
 EXACT = (("enable_fp_fusion", False),)
-"""Fused multiply-adds would round the nested scales otherwise than bitsandbytes does."""
+"""Without fused multiply-adds the nested scales are rounded as bitsandbytes rounds them."""
 
 
 @triton.jit

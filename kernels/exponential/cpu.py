@@ -1,4 +1,4 @@
-"""Exponential displacement in plain PyTorch: scaling and squaring on exp(X) - I; README.md derives it.
+"""Exponential displacement in PyTorch for the CPU: scaling and squaring on exp(X) - I; README.md derives it.
 
 The number of squarings is fixed by the precision, never by the values: no norm is computed, so no device sync.
 """
@@ -38,7 +38,7 @@ def exponential_forward(skew: Tensor) -> Tensor:
 def exponential_backward(grad: Tensor, skew: Tensor) -> Tensor:
     """Return dL/dQ from Q and dL/dD, all of shape ``(n, b, b)``.
 
-    What the forward computes is a real polynomial in Q, so the adjoint of its derivative at Q is its derivative at
+    The forward computes a real polynomial in Q, so the adjoint of its derivative at Q is its derivative at
     Q^T: the same steps run once more at Q^T together with their tangents. Nothing but Q is needed, and no chain of
     intermediate squares is kept.
     """

@@ -1,4 +1,4 @@
-"""Fold two block rotations into a weight, in plain PyTorch. The derivation is in README.md beside this file."""
+"""Folding two block rotations into a weight, in PyTorch for the CPU; README.md derives the gradients."""
 
 from collections.abc import Iterator
 
@@ -86,7 +86,7 @@ def fold_backward(
 
 
 def rotate_rows(weight: Tensor, d_out: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return ``R_out^T W``, in ``out`` if given: row blocks are contiguous, so this is one batched product."""
+    """Return ``R_out^T W``, written to ``out`` if given: row blocks are contiguous, so one batched product does it."""
     out = torch.empty_like(weight) if out is None else out
     blocks = _row_blocks(weight, d_out)
     torch.baddbmm(blocks, d_out.mT, blocks, out=_row_blocks(out, d_out))
@@ -97,7 +97,7 @@ def rotate_rows(weight: Tensor, d_out: Tensor, out: Tensor | None = None) -> Ten
 
 
 def block_chunks(weight: Tensor, d_out: Tensor | None) -> Iterator[tuple[slice, slice]]:
-    """Yield ranges of rows ``(out, in)`` with the blocks ``(n, b, b)`` that lie in them, whole; rows past them last."""
+    """Yield ranges of rows of the weight with the whole blocks that lie in them; rows past the last block come last."""
     blocks, block_size = (0, 1) if d_out is None else d_out.shape[:2]
     count = max(1, chunk_rows(weight) // block_size)
     for first in range(0, blocks, count):

@@ -1,7 +1,7 @@
 """Folding rotations into a weight by the kernels of the block rotation; derivation in README.md beside this file.
 
-Rows of ``W`` are rotated as the columns of ``W^T``, which is a matter of strides. So each side is one launch, and a
-scatter of rows is free: only columns need a pass of their own.
+Rows of ``W`` are rotated as the columns of ``W^T``, which only changes strides. So each side is one launch, and a
+scatter of rows is free; only columns need a pass of their own.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Product with a frozen weight behind a block rotation, in plain PyTorch; README.md beside this derives it."""
+"""The product with a frozen weight behind a block rotation, in PyTorch for the CPU; README.md derives its gradients."""
 
 import torch
 from torch import Tensor
@@ -7,23 +7,23 @@ from torch.nn import functional as F
 from orthotrain.kernels.block_batches import (
     gram_deviation,
     inverts_by_transposing,
-    largest,
+    largest_norm,
     times_inverse_transpose,
 )
 from orthotrain.kernels.block_rotate.cpu import add_block_products, block_products, block_rotate_forward
 
 
 def rotates_weight(tokens: int, out_features: int) -> bool:
-    """Tell whether the rows of ``W`` are rotated in place of the tokens.
+    """Tell whether the rows of ``W`` are rotated instead of the tokens.
 
-    A row of either costs the same (measured on CPU, 1 thread, fp32, 256 wide, b = 32: 0.26 us a row), so the side with
-    fewer rows is the cheaper one; it also touches less memory.
+    A row of ``W`` costs as much as a token (measured on the CPU, 1 thread, fp32, 256 wide, b = 32: 0.26 us), so the
+    side with fewer rows is cheaper. It also touches less memory.
     """
     return tokens > out_features
 
 
 def oft_linear_forward(x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``(x R) W^T + bias`` with ``R = I + Diag(D_1 .. D_n)``; what is rotated for it is dropped at once.
+    """Return ``(x R) W^T + bias`` with ``R = I + Diag(D_1 .. D_n)``; the rotated matrix is dropped at once.
 
     Args:
         x: Input ``(..., in)``.
@@ -36,7 +36,7 @@ def oft_linear_forward(x: Tensor, weight: Tensor, displacement: Tensor, bias: Te
     """
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    # in the shape of x, as nn.Linear would see it: other routes of F.linear round in another order
+    # x keeps its shape, as in nn.Linear: for another shape F.linear may round in another order
     if rotates_weight(x.numel() // x.shape[-1], weight.shape[0]):
         return F.linear(x, fold_weight(weight, displacement), bias)
     return F.linear(block_rotate_forward(x, displacement, None, None), weight, bias)
@@ -64,7 +64,7 @@ def oft_linear_backward(
     grad_displacement = None
     if need_x and rotates_weight(rows.shape[0], weight.shape[0]):
         deviation = gram_deviation(displacement) if need_displacement else None
-        if deviation is None or inverts_by_transposing(largest(deviation), x.dtype):
+        if deviation is None or inverts_by_transposing(largest_norm(deviation), x.dtype):
             grad_x = torch.mm(grad_y, fold_weight(weight, displacement))
             if deviation is not None:
                 contraction = block_products(rows, grad_x, blocks, block_size)

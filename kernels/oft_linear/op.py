@@ -16,11 +16,11 @@ _oft_linear = operation("oft_linear", _fake, ["x", "displacement", "bias"])
 def oft_linear(x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``(x R) W^T + bias`` with ``R = I + Diag(D_1 .. D_n)``, differentiable in ``x``, ``D`` and the bias.
 
-    Saved for backward are the arguments alone: layers that read one ``x`` share it. Autocast does not reach inside.
+    Only the arguments are saved for backward, so layers that read one ``x`` share it. Autocast does not act inside.
 
     Args:
         x: Activations ``(..., in)``.
-        weight: Frozen weight ``(out, in)`` on the device of ``x``; of another dtype it is cast for the product.
+        weight: Frozen weight ``(out, in)`` on the device of ``x``; a weight of another dtype is cast for the product.
         displacement: ``D = R - I`` of ``n`` blocks, ``(n, b, b)``, ``n * b <= in``, dtype and device of ``x``.
         bias: ``(out,)``, cast likewise, or None.
 
@@ -29,7 +29,7 @@ def oft_linear(x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | N
 
     Raises:
         ValueError: If the displacement has another dtype, the blocks are not square or they do not fit, or the width of
-            ``x`` is not that of the weight, or ``triton`` was asked for and cannot serve ``x``.
+            ``x`` is not that of the weight, or the choice is ``triton`` and the kernels do not serve ``x``.
     """
     check_blocks("oft_linear", "displacement", displacement, x, "x", x.shape[-1])
     if x.shape[-1] != weight.shape[1]:

@@ -1,6 +1,6 @@
 """The OFT layer on the GPU: the rotation by its own kernels, the products by cuBLAS; ``cpu.py`` has the shapes.
 
-Tokens are rotated in both directions: the gradient through rotated rows of W would read a norm back to the host first.
+Tokens are rotated in forward and backward: for the gradient through rotated rows of W the host would wait for a norm.
 """
 
 import torch
@@ -41,5 +41,5 @@ def oft_linear_backward(
 
 
 def aot_variants() -> list[Variant]:
-    """Return the launch of an OFT layer beyond those of ``block_rotate``: small blocks in the natural order."""
+    """Return the launch that ``block_rotate`` does not list: small blocks in the natural order."""
     return [rotation_variant(torch.bfloat16, 32)]

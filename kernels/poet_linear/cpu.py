@@ -21,7 +21,7 @@ def input_gradient(
         x: Input ``(N, in)``.
         grad_x: ``dL/dx (N, in)``.
         displacement: ``D_in = R - I``, ``(n, b, b)``.
-        deviation: Its ``E = R^T R - I`` where R is inverted by transposing, None where it is by solving.
+        deviation: ``E = R^T R - I`` if R is inverted by transposing, None if by solving.
         permutation: Of the columns, ``(in / g,)``, or None.
     """
     contraction, wide = _widened(contract(x, grad_x, displacement, permutation), displacement)

@@ -1,7 +1,7 @@
-"""The public ``poet_linear``: a plain autograd function of eager mode on the CPU.
+"""The public ``poet_linear``: an autograd function of eager mode on the CPU.
 
-It decides by values (how orthogonal the rotations are), so nobody can trace through it: torch.compile and GPUs take
-the fold and its own gradient, which :func:`serves` tells.
+Its route depends on values (how orthogonal the rotations are), so it cannot be traced. torch.compile and GPUs take the
+fold with its own gradient; :func:`serves` tells which.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from orthotrain.kernels.block_batches import gram_deviation, inverts_by_transposing, largest
+from orthotrain.kernels.block_batches import gram_deviation, inverts_by_transposing, largest_norm
 from orthotrain.kernels.checks import check_sides
 from orthotrain.kernels.dispatch import plain_cpu, traced
 from orthotrain.kernels.fold import fold
@@ -35,14 +35,14 @@ class PoetLinearFunction(torch.autograd.Function):
         """See :func:`poet_linear`."""
         y = F.linear(x, folded)
         ctx.changes = _Changes(y)
-        # y without its version: whoever changes it in place, as nn.Linear allows, makes backward form it again
+        # y without its version count: after a change in place, which nn.Linear allows, the backward forms y again
         ctx.save_for_backward(x, folded, y.data, d_out, d_in, *deviations, *permutations)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
-        """Form the gradients that are needed."""
+        """Return the gradients that are needed."""
         x, folded, y, d_out, d_in, e_out, e_in, permutation_out, permutation_in = ctx.saved_tensors
         need_x, _, need_out, need_in, *_ = ctx.needs_input_grad
         grad_x = grad_out = grad_in = None
@@ -59,10 +59,10 @@ class PoetLinearFunction(torch.autograd.Function):
 
 
 class _Changes:
-    """Tells whether a tensor has been changed in place since, without keeping its memory alive."""
+    """Tells whether a tensor was changed in place later, without keeping its memory alive."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.probe = tensor.detach()  # shares the count of changes
+        self.probe = tensor.detach()  # shares the version count
         self.probe.data = tensor.new_empty(0)
         self.version = self.probe._version
 
@@ -88,9 +88,9 @@ def poet_linear(
 ) -> Tensor:
     """Return ``x W_eff^T`` with the weight of ``fold``; the rotations' gradients need no third large product.
 
-    Differentiable in ``x`` and the displacements. Where a displacement is so far from a rotation that it has no
-    well-conditioned inverse, and where it does not serve (:func:`serves`), it is ``F.linear(x, fold(...))``: the same
-    gradients, through the one of the weight. Autocast does not reach inside.
+    Differentiable in ``x`` and the displacements. Where ``I + D`` has no well-conditioned inverse, and where
+    :func:`serves` is false, this is ``F.linear(x, fold(...))``, with the same gradients, formed from that of the
+    weight. Autocast does not act inside.
 
     Args:
         x: Activations ``(..., in)``.
@@ -113,15 +113,15 @@ def poet_linear(
         sides = (d_out, d_in)
         if serves(x) and torch.is_grad_enabled() and any(d is not None and d.requires_grad for d in sides):
             deviations = [None if d is None else gram_deviation(d.detach()) for d in sides]
-            norms = [0.0 if deviation is None else largest(deviation) for deviation in deviations]
+            norms = [0.0 if deviation is None else largest_norm(deviation) for deviation in deviations]
             if all(cpu.invertible(norm) for norm in norms):
                 transposing = tuple(
                     deviation if inverts_by_transposing(norm, x.dtype) else None
                     for deviation, norm in zip(deviations, norms, strict=True)
                 )
-                detached = (None if d is None else d.detach() for d in sides)
-                folded = fold(weight, *detached, permutation_out, permutation_in)
                 permutations = (permutation_out, permutation_in)
+                out, into = (None if d is None else d.detach() for d in sides)
+                folded = fold(weight, out, into, *permutations)
                 return PoetLinearFunction.apply(x, folded, d_out, d_in, transposing, permutations)
         return F.linear(x, fold(weight, d_out, d_in, permutation_out, permutation_in))
 

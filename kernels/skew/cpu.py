@@ -1,7 +1,7 @@
-"""Skew-symmetric blocks in plain PyTorch: the strict upper triangle, row by row, and its negative below.
+"""Skew-symmetric blocks in PyTorch for the CPU: the strict upper triangle, row by row, and its negative below.
 
-The index vectors depend only on the block size, so they are built once per block size and device. Both directions
-gather: reading scattered places is two to five times faster on a CPU than writing them (README.md beside this file).
+The index vectors depend only on the block size, so they are built once for each block size and device. Both directions
+gather: reading from scattered positions is two to five times faster on a CPU than writing to them (README.md).
 """
 
 import functools
@@ -22,13 +22,13 @@ def _triangles(block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=64)
 def _sources(block_size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return which generator each entry of a block is, and its factor: 1 above the diagonal, -1 below, 0 on it."""
+    """Return for each entry of a block its generator, and its factor: 1 above the diagonal, -1 below, 0 on it."""
     upper, lower = _triangles.__wrapped__(block_size, device)
-    order = torch.arange(upper.numel(), device=device)
+    generators = torch.arange(upper.numel(), device=device)
     source = torch.zeros(block_size * block_size, dtype=torch.int64, device=device)
     factor = torch.zeros(block_size * block_size, dtype=dtype, device=device)
-    for places, sign in ((upper, 1), (lower, -1)):
-        source[places], factor[places] = order, sign
+    for positions, sign in ((upper, 1), (lower, -1)):
+        source[positions], factor[positions] = generators, sign
     return source, factor
 
 
@@ -37,7 +37,7 @@ def skew_forward(generators: Tensor, block_size: int) -> Tensor:
     shape = (generators.shape[0], block_size, block_size)
     if block_size < 2:  # a block of one has no generator to read
         return generators.new_zeros(shape)
-    # the vectors of a trace hold no values: they are not for the next caller
+    # vectors made while tracing hold no values, so they must not be cached
     sources = _sources.__wrapped__ if traced(generators) else _sources
     source, factor = sources(block_size, generators.device, generators.dtype)
     return generators.index_select(1, source).mul_(factor).view(shape)

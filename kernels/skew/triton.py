@@ -1,7 +1,7 @@
 """Skew-symmetric blocks on the GPU: every generator is read once, and every row is written in one piece.
 
-A program has a pair of tiles, (I, J) on or above the diagonal and its mirror image (J, I), of one block, or of as many
-small blocks as fill a program. The transpose of a tile passes through shared memory, never through scattered writes.
+A program computes a pair of tiles, (I, J) on or above the diagonal and its mirror image (J, I), of one block or of as
+many small blocks as fill a program. A tile is transposed in shared memory, never by scattered writes.
 """
 
 import triton
@@ -37,7 +37,7 @@ def _skew_forward_kernel(generators, q, blocks, size: tl.constexpr, TILE: tl.con
     block, row, column, inside = _tile(group, i, j, blocks, size, TILE, GROUP)
     place = block * (size * (size - 1) // 2) + upper_index(row, column, size)
     upper = tl.load(generators + place, mask=inside & (row < column), other=0.0)
-    # 0 - x, not -x: it also gives the zeros of the diagonal, and is exact
+    # 0 - x and not -x: it is exact and gives +0 on the diagonal
     lower = 0.0 - tl.trans(upper, 0, 2, 1).to(tl.float32)
     if i == j:
         upper = (upper + lower).to(upper.dtype)

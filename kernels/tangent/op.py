@@ -60,7 +60,7 @@ class _TangentLinear(torch.autograd.Function):
         (grad,) = grads
         weight = _factored(stored, log_scale, x.dtype)
         rows = grad.reshape(-1, grad.shape[-1])
-        # a transient: contracted to the diagonal blocks and dropped
+        # contracted to the diagonal blocks and dropped
         grad_weight = rows.mT @ x.reshape(-1, x.shape[-1])
         grad_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
         (n_out, n_in), (b_out, b_in) = ctx.blocks, ctx.sizes
@@ -76,7 +76,7 @@ def _factored(weight: Tensor, log_scale: Tensor | None, dtype: torch.dtype) -> T
 
 
 def tangent(x: Tensor, generators: Tensor, permutation: Tensor | None, block_size: int) -> Tensor:
-    """Return ``x``; in backward give ``generators`` the gradient of a block rotation of ``x`` at R = I.
+    """Return ``x``; in backward, ``generators`` get the gradient of a block rotation of ``x`` at R = I.
 
     Args:
         x: Activations ``(..., d)``.
@@ -101,13 +101,13 @@ def tangent_linear(
     sizes: tuple[int, int],
     log_scale: Tensor | None = None,
 ) -> Tensor:
-    """Return ``e^log_scale x @ weight.T``; in backward give generators and scale their gradients through dL/dW.
+    """Return ``e^log_scale x @ weight.T``; in backward, generators and scale get their gradients through dL/dW.
 
     Args:
         x: ``(..., in)``.
         weight: Frozen ``(out, in)`` in the natural frame, cast to the dtype of ``x`` for each product.
         out: Generators of the output side ``(n, b(b-1)/2)``, known to be zero, or None.
-        into: Those of the input side, or None.
+        into: Generators of the input side likewise, or None.
         permutation_out: Permutation ``(out,)`` likewise.
         permutation_in: Permutation ``(in,)`` likewise.
         sizes: Block sizes of the output and of the input side.

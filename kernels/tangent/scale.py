@@ -1,4 +1,4 @@
-"""A factor ``e^log`` of a matrix: applied in fp32 or wider, and its gradient from what it has made."""
+"""A factor ``e^log`` of a matrix, applied in fp32 or wider, and the gradient for ``log``."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from torch import Tensor
 def scaled(x: Tensor, log: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``e^log x`` in ``dtype``, for ``log (1,)`` in fp32 or wider.
 
-    A cast to the dtype that the product already has would return the same tensor. torch.compile of torch 2.11 gives
-    zero gradients to an autograd function whose forward ends in such a cast, without an error.
+    There is no cast to the dtype that the product already has: torch.compile of torch 2.11 gives zero gradients,
+    without an error, to an autograd function whose forward ends in a cast that returns its input.
     """
     y = x * log.exp()
     return y if y.dtype == dtype else y.to(dtype)

@@ -1,4 +1,4 @@
-"""The gradients on the GPU: the contraction of block_rotate, which reads through the permutation, and the skew part."""
+"""The gradients on the GPU: the contraction of block_rotate, which reads by the permutation, then the skew part."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def tangent_gradient_forward(
 
 
 def aot_variants() -> list[Variant]:
-    """Return the launches to compile ahead of time that block_rotate does not have: of columns, and sums in fp32."""
+    """Return the launches that block_rotate does not list: on transposed matrices, and with sums in fp32."""
     return [
         contraction.contraction_variant(torch.bfloat16, 128, group=8),
         contraction.contraction_variant(torch.bfloat16, 128, group=8, columns_first=True),

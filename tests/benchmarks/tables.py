@@ -52,8 +52,9 @@ def quality_row(row: dict[str, Any]) -> list[str]:
 
 
 def quality(*groups: str, name: str = "quality") -> str:
-    """Runs of equal tokens, by group; all of them where no group is named."""
-    rows = [quality_row(row) for row in results(name) if not groups or row["group"] in groups]
+    """Runs of equal tokens, in the order of the groups; all of them where no group is named."""
+    found = [row for row in results(name) if not groups or row["group"] in groups]
+    rows = map(quality_row, sorted(found, key=lambda row: groups.index(row["group"]) if groups else 0))
     return table(["run", "trained", "seeds", "bits per byte"], rows)
 
 
@@ -147,7 +148,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "baselines": partial(quality, "baselines"),
     "poet": partial(quality, "poet", "period", "order", "parameterization", "init", "groups of 8 features permuted"),
-    "stepwise": partial(quality, "stepwise", "scale"),
+    "stepwise": partial(quality, "stepwise"),
+    "scale": partial(quality, "scale"),
     "recipe": partial(quality, "recipe"),
     "guard": partial(quality, "guard"),
     "long": partial(quality, name="quality_400"),

@@ -51,6 +51,14 @@ def test_the_site_needs_no_network(site):
     assert (site / "assets/katex/katex.min.js").exists()
 
 
+def test_every_formula_is_marked_for_katex(site):
+    """A dollar that stays in the text of a page is a formula that Markdown has not seen."""
+    for page in site.rglob("*.html"):
+        html = re.sub(r"<(pre|code|script|style)\b.*?</\1>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        text = unescape(re.sub(r"<[^>]+>", " ", html))
+        assert not re.search(r"\$[^\s$][^$\n]*\$", text), page.name
+
+
 def test_the_readme_is_short_and_its_links_lead_somewhere():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.encode()) <= 10_000

@@ -11,7 +11,7 @@ from orthotrain.kernels.block_batches import (
     in_parts,
     inverse_transpose_times,
     inverts_by_transposing,
-    largest,
+    largest_norm,
     times_inverse_transpose,
 )
 from orthotrain.kernels.cayley import cayley
@@ -32,7 +32,7 @@ def scaled():
 def test_the_inverse_is_that_good_at_its_bound_for_every_block(scaled):
     displacement = scaled - torch.eye(16)
     deviation = gram_deviation(displacement)
-    norm, bound = largest(deviation), torch.finfo(torch.float32).eps ** 0.5
+    norm, bound = largest_norm(deviation), torch.finfo(torch.float32).eps ** 0.5
     assert bound * 0.98 < norm < bound < float(deviation.norm())
     assert [inverts_by_transposing(norm, t) for t in (torch.float32, torch.float64)] == [True, False]
     matrix, inverse = torch.randn(50, 16, 16, dtype=torch.float64), torch.linalg.inv(scaled).mT
@@ -59,7 +59,7 @@ def test_deviation_of_16_bits_is_that_of_what_is_stored(dtype, scaled):
 
 
 def test_no_blocks_deviate_by_nothing():
-    assert largest(gram_deviation(torch.zeros(0, 4, 4))) == 0
+    assert largest_norm(gram_deviation(torch.zeros(0, 4, 4))) == 0
 
 
 @settings(max_examples=40, deadline=None)

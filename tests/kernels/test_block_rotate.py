@@ -72,7 +72,7 @@ def test_opcheck_and_strided_inputs():
     x = torch.randn(6, 4, dtype=torch.float64).T.requires_grad_()
     displacement = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
     permutation = torch.randperm(6)
-    torch.library.opcheck(torch.ops.orthotrain.block_rotate.default, (x, displacement, permutation, None))
+    torch.library.opcheck(torch.ops.orthotrain_v2.block_rotate.default, (x, displacement, permutation, None))
     torch.autograd.gradcheck(lambda x, d: block_rotate(x, d, permutation, permutation), (x, displacement))
     # a stride-0 gradient, as sum() passes back
     block_rotate(x, displacement, permutation).sum().backward()

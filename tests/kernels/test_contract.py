@@ -16,7 +16,7 @@ from orthotrain.kernels.fold import fold
 from orthotrain.kernels.oft_linear import oft_linear
 from orthotrain.kernels.skew import skew
 
-OPS = torch.ops.orthotrain
+OPS = torch.ops.orthotrain_v2
 
 
 def leaf(*shape, device="cpu"):

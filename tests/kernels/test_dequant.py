@@ -36,10 +36,10 @@ def test_nf4_equals_its_definition(double):
 
 def test_opcheck():
     codes, scales = packing.pack_int8(torch.randn(6, 32), 8).values()
-    torch.library.opcheck(torch.ops.orthotrain.dequant_int8.default, (codes, scales, torch.float32))
+    torch.library.opcheck(torch.ops.orthotrain_v2.dequant_int8.default, (codes, scales, torch.float32))
     packed, absmax, *nested = packing.pack_nf4(torch.randn(6, 64), 64, True).values()
     arguments = (packed, absmax, *nested, packing._dynamic_code(packed.device), 64, torch.bfloat16)
-    torch.library.opcheck(torch.ops.orthotrain.dequant_nf4.default, arguments)
+    torch.library.opcheck(torch.ops.orthotrain_v2.dequant_nf4.default, arguments)
 
 
 def test_bad_input_names_what_is_wrong():
@@ -63,7 +63,7 @@ BYTES = torch.zeros(2, dtype=torch.uint8)
     [
         ((torch.zeros(3), None, None, None), 64, r"absmax is torch.float32 \(3,\) .*; takes torch.float32 \(2,\)"),
         ((torch.zeros(2), None, None, None), 63, "group_size=63: .* take an even number"),
-        ((torch.zeros(2), None, torch.zeros(1), None), 64, "double quantisation takes .* or none of the three"),
+        ((torch.zeros(2), None, torch.zeros(1), None), 64, "double quantization takes .* or none of the three"),
         ((torch.zeros(2), torch.zeros(1), torch.zeros(1), CODE), 64, r"absmax .*; takes torch.uint8 \(2,\)"),
         ((BYTES, torch.zeros(2), torch.zeros(1), CODE), 64, r"nested is torch.float32 \(2,\) .*\(1,\)"),
         ((BYTES, torch.zeros(1), torch.zeros(()), CODE), 64, r"offset is torch.float32 \(\) .*\(1,\)"),

@@ -63,7 +63,7 @@ def test_opcheck():
     d_in = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(7, 5, dtype=torch.float64)
     torch.library.opcheck(
-        torch.ops.orthotrain.fold.default, (weight, d_out, d_in, torch.randperm(7), torch.randperm(5))
+        torch.ops.orthotrain_v2.fold.default, (weight, d_out, d_in, torch.randperm(7), torch.randperm(5))
     )
 
 
@@ -92,4 +92,4 @@ def test_a_side_without_rotation(sides, permuted):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
         compiled = torch.compile(fold, fullgraph=True, backend="aot_eager")(weight, d_out, d_in, *permutations)
         assert torch.equal(torch.autograd.grad(compiled.square().sum(), leaf)[0], got)
-    torch.library.opcheck(torch.ops.orthotrain.fold.default, (weight, d_out, d_in, *permutations))
+    torch.library.opcheck(torch.ops.orthotrain_v2.fold.default, (weight, d_out, d_in, *permutations))

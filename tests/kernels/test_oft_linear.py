@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthotrain.kernels.block_batches import gram_deviation, inverts_by_transposing, largest
+from orthotrain.kernels.block_batches import gram_deviation, inverts_by_transposing, largest_norm
 from orthotrain.kernels.cayley import cayley
 from orthotrain.kernels.oft_linear import cpu, naive, oft_linear
 from orthotrain.kernels.oft_linear.cpu import rotates_weight
@@ -55,7 +55,7 @@ def test_the_route_through_the_folded_weight_loses_no_digits(stretch, tokens):
     displacement = orthogonal(2, 16, torch.float64)
     # R (1 + stretch): E = (2 stretch + stretch^2) I exactly
     displacement = ((1 + stretch) * displacement + stretch * torch.eye(16)).float()
-    norm = largest(gram_deviation(displacement))
+    norm = largest_norm(gram_deviation(displacement))
     assert inverts_by_transposing(norm, torch.float32) == (stretch < 3e-5)
     x, weight, grad = (torch.randn(n, m, generator=seeded(n)) for n, m in ((tokens, 32), (48, 32), (tokens, 48)))
     assert rotates_weight(tokens, 48) == (tokens == 400)
@@ -74,9 +74,9 @@ def test_the_compiled_op_equals_the_eager_function(rows, needs):
     weight = torch.randn(5, 7, dtype=torch.float64)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
     arguments = (x, weight, displacement, bias)
-    torch.library.opcheck(torch.ops.orthotrain.oft_linear.default, arguments)
+    torch.library.opcheck(torch.ops.orthotrain_v2.oft_linear.default, arguments)
     detached = [t.detach() for t in (torch.randn(rows, 5, dtype=torch.float64), x, weight, displacement)]
-    torch.library.opcheck(torch.ops.orthotrain.oft_linear_backward.default, (*detached, bias.detach(), *needs, True))
+    torch.library.opcheck(torch.ops.orthotrain_v2.oft_linear_backward.default, (*detached, bias.detach(), *needs, True))
     leaves = [t for t in arguments if t.requires_grad]
     eager = torch.autograd.grad(oft_linear(*arguments).square().sum(), leaves)
     compiled = torch.compile(oft_linear, backend="aot_eager", fullgraph=True)

@@ -10,7 +10,8 @@ from torch.library import opcheck
 from orthotrain.kernels.block_batches import solve_blocks
 from orthotrain.kernels.cayley import cayley
 from orthotrain.kernels.cayley_neumann import cayley_neumann, naive
-from orthotrain.kernels.exponential import exponential, squarings
+from orthotrain.kernels.exponential import exponential
+from orthotrain.kernels.exponential.cpu import squarings
 from orthotrain.kernels.skew import skew
 
 
@@ -49,7 +50,7 @@ def random_skew(blocks, block_size, dtype=torch.float32, scale=0.1):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("blocks", [0, 3])
 def test_opcheck(dtype, blocks):
-    ops = torch.ops.orthotrain
+    ops = torch.ops.orthotrain_v2
     q = random_skew(blocks, 4, dtype).requires_grad_()
     grad = torch.randn(blocks, 4, 4, dtype=dtype)
     opcheck(ops.skew, (torch.randn(blocks, 6, dtype=dtype, requires_grad=True), 4))

@@ -88,7 +88,7 @@ def test_gradient_of_rows_and_of_columns(transposed, permuted):
     left, right = (torch.randn(16, 16, dtype=torch.float64) for _ in range(2))
     left, right = (left.mT, right.mT) if transposed else (left, right)
     arguments = (left, right, torch.randperm(16) if permuted else None, 3, 5)
-    torch.library.opcheck(torch.ops.orthotrain.tangent_gradient.default, arguments)
+    torch.library.opcheck(torch.ops.orthotrain_v2.tangent_gradient.default, arguments)
     found, expected = tangent_gradient_forward(*arguments), naive.tangent_gradient(*arguments)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 

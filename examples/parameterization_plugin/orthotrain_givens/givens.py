@@ -13,7 +13,8 @@ class Givens(Parameterization):
 
     R = G_1 G_2 ... G_m G_m ... G_2 G_1, where G_k turns disjoint planes (i, j) by the angles q_ij, and the rounds
     1 .. m go through all planes once. Every plane is turned twice, so that D = 2Q + 2Q^2 + O(Q^3), and opposite
-    generators give the transpose. Computed in fp64 and rounded once: its hundreds of rounds would show in fp32.
+    generators give the transpose. Computed in fp64 and rounded once: in fp32 the rounding of
+    hundreds of rounds would add up.
 
     Source: Strang, SIAM J. Numer. Anal. 5 (1968), the symmetric splitting of an exponential.
     """
@@ -21,7 +22,3 @@ class Givens(Parameterization):
     def displacement(self, generators: Tensor, block_size: int) -> Tensor:
         """Return D, shape ``(n, b, b)``; see the base class."""
         return palindrome(skew(generators.to(torch.float64), block_size)).to(generators.dtype)
-
-    def orthogonality_error(self, norm: float) -> float:
-        """Return 0: a product of rotations is one at every norm."""
-        return 0.0

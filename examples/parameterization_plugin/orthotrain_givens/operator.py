@@ -1,7 +1,7 @@
 """The product of Givens rotations and its gradient, as one PyTorch operator; README.md derives both.
 
-An operator of its own, and not a chain of PyTorch's: the backward pass then keeps one matrix instead of one for every
-round, and ``torch.compile`` takes it as it is.
+One operator in place of a chain of PyTorch operations: its backward pass keeps one matrix instead of one for every
+round, and ``torch.compile`` does not look inside.
 """
 
 import functools

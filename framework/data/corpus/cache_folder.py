@@ -108,30 +108,30 @@ def _unusable(problem: str, error: OSError) -> ConfigurationError:
 
 def _finished_tokenizer(folder: Path, source: str, name: str | None, vocab_size: int) -> PreTrainedTokenizerFast | None:
     """Return the tokenizer of a folder with whole caches of this source; None if the caches have to be built."""
+    trained = folder / "tokenizer.json"
     try:
-        tokenizer = _present_tokenizer(folder, name, vocab_size)
-        if tokenizer is None or not _is_fresh(folder, fingerprint(tokenizer), source):
+        if name is not None:
+            tokenizer = load_tokenizer(name, vocab_size)
+        elif trained.exists():
+            tokenizer = _load_trained(trained)
+        else:
             return None
+        inputs = (fingerprint(tokenizer), source)
+        return tokenizer if all(_inputs(folder / f"{split}.tokens") == inputs for split in SPLITS) else None
     except PermissionError as error:
         raise _unusable(f"the token caches in {folder} cannot be read", error) from error
-    return tokenizer
 
 
-def _present_tokenizer(folder: Path, name: str | None, vocab_size: int) -> PreTrainedTokenizerFast | None:
-    if name is not None:
-        return load_tokenizer(name, vocab_size)
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return None
+def _load_trained(path: Path) -> PreTrainedTokenizerFast:
     try:
         return load_trained_tokenizer(path)
     except ConfigurationError as error:
         raise CorruptCacheError(f"{error}; delete it and it will be rebuilt") from error
 
 
-def _is_fresh(folder: Path, tokenizer: str, source: str) -> bool:
-    paths = [folder / f"{split}.tokens" for split in SPLITS]
-    if not all(path.exists() for path in paths):
-        return False
-    headers = [TokenCache.read_metadata(path) for path in paths]
-    return all((header.tokenizer_fingerprint, header.source_fingerprint) == (tokenizer, source) for header in headers)
+def _inputs(cache: Path) -> tuple[str, str] | None:
+    """Return the fingerprints of the tokenizer and the source of a cache; None if there is no cache."""
+    if not cache.exists():
+        return None
+    metadata = TokenCache.read_metadata(cache)
+    return metadata.tokenizer_fingerprint, metadata.source_fingerprint

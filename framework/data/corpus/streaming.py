@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -110,8 +110,7 @@ class StreamLoader(ResumableLoader):
     """
 
     _MEMORY = 16
-    _position_names = ("batches", "document", "token")
-    _BEGINNING = dict.fromkeys(_position_names, 0)
+    _BEGINNING: ClassVar[dict[str, int]] = {"batches": 0, "document": 0, "token": 0}
 
     def __init__(self, stream: TokenStream, **options: Any) -> None:
         super().__init__(stream, batch_size=None, **options)
@@ -134,14 +133,14 @@ class StreamLoader(ResumableLoader):
     def position(self) -> dict[str, int]:
         """Return the finished batches and the position after them; the beginning once the epoch is complete."""
         latest = self._recent[-1]
-        done = latest["batches"] if self.progress is None else self.progress.processed
-        complete = self.progress is not None and self.progress.complete
+        done = latest["batches"] if self.processed is None else self.processed
+        complete = self.trainer is not None and done >= self.trainer.num_training_batches
         if complete or (self._exhausted and done >= latest["batches"]):
             return self._BEGINNING
         return next((position for position in self._recent if position["batches"] == done), latest)
 
     def restore(self, position: dict[str, int]) -> None:
         """Continue from a saved position at the next iteration."""
-        self._start = {name: position[name] for name in self._position_names}
+        self._start = {name: position[name] for name in self._BEGINNING}
         self._recent = deque([self._start], maxlen=self._MEMORY)
         self._exhausted = False

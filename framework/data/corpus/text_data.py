@@ -43,7 +43,7 @@ class TextData(BaseData):
         source: ``python-stdlib`` (the standard library's own sources), a file, folder or glob of .txt .md .py .jsonl
             .json .parquet (.gz), a Hugging Face dataset ``org/name[:config][@split]``, or a list of these.
         text_column: Key of the text in rows of jsonl, json, parquet and Hugging Face datasets.
-        streaming: Train from the stream of documents in the source's order instead of a cache of all of it. The
+        streaming: Train from the stream of documents in the order of the source, without a cache of all tokens. The
             tokenizer, validation and test then come from the first 64 MiB. At most one worker.
         tokenizer: A tokenizer.json, a folder with one, or a Hugging Face name; by default a byte-level BPE is trained
             on the train split.
@@ -57,14 +57,18 @@ class TextData(BaseData):
         seed: Seed of the split and of the order of the sequences.
         limit_bytes: Read at most about this much text from the source; by default all of it.
         predict_prompts: Texts to continue in ``predict``; by default the beginnings of held-out documents.
-        allow_changed: Whether a run that is resumed may go on with other training data, or another tokenizer, than the
-            checkpoint's; what differs is then said in a line.
+        allow_changed: Whether a resumed run may continue with other training data, or another tokenizer, than the
+            checkpoint's; a warning then names the difference.
 
     Raises:
-        ConfigurationError: An argument that cannot work; sources and tokenizers are checked when data is prepared.
-    """
+        ConfigurationError: An argument cannot work; sources and tokenizers are checked when data is prepared.
 
-    _unit = "text"
+    Example:
+        >>> data = TextData("python-stdlib", vocab_size=1024, sequence_length=128, batch_size=8)
+        >>> data.vocab_size, data.batch_size
+        (1024, 8)
+        >>> trainer.fit(module, data)  # doctest: +SKIP
+    """
 
     def __init__(
         self,

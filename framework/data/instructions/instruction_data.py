@@ -33,41 +33,48 @@ class InstructionData(BaseData):
     r"""Instructions and their responses for finetuning: the loss counts on responses only.
 
     A batch is ``input_ids``, ``labels`` and ``attention_mask``; ``labels[t]`` is the token after ``input_ids[t]``, or
-    -100 where that belongs to no response. The end-of-text token of a response counts. Batches are padded and of rows
-    of similar length (see `PaddedRows`, `LengthGroupedSampler`), or with ``packing`` several rows share a sequence of
-    static length and cannot see each other (see `PackedRows`; the model's attention must be ``sdpa`` or ``eager``).
-    Rows are tokenized into memory, about 5 bytes a token, once per process.
+    -100 if this token belongs to no response. The end-of-text token of a response counts. A batch holds rows of
+    similar length and is padded (see `PaddedRows`, `LengthGroupedSampler`). With ``packing``, several rows share a
+    sequence of static length and cannot see each other (see `PackedRows`; the model's attention must be ``sdpa`` or
+    ``eager``). Each process tokenizes the rows into memory once, about 5 bytes for a token.
 
     For encoder-decoders set ``layout`` to ``seq2seq``: ``input_ids`` are then the prompt and ``labels`` the response,
     not shifted, as the networks of transformers expect them (`OftModule` with ``objective: model``).
 
     Args:
-        tokenizer: The model's: a tokenizer.json, a folder with one, a Hugging Face name, or a .ckpt of orthotrain.
+        tokenizer: The tokenizer of the model: a tokenizer.json, a folder with one, a Hugging Face name, or a .ckpt.
         source: ``python-stdlib-docstrings`` (functions of the standard library and their docstrings), a file, folder or
             glob of .jsonl .json (.gz) .parquet, a Hugging Face dataset ``org/name[:config][@split]``, or a list.
-        val_source: Where validation rows come from; by default a share of ``source``.
-        test_source: Where test rows come from; by default there are none.
+        val_source: Source of the validation rows; by default a share of ``source``.
+        test_source: Source of the test rows; by default there are no test rows.
         prompt_column: Key of a row's prompt.
         response_column: Key of a row's response.
         messages_column: Key of a row's chat messages, objects with role (system, user, assistant) and content.
-        prompt_template: Text around a prompt, ``{prompt}`` standing for it; by default the tokenizer's chat template,
-            or ``"{prompt}\n"`` where it has none. Chat messages always use the chat template. With layout ``seq2seq``
-            the prompt alone by default.
-        layout: ``causal``, prompt and response in one sequence, or ``seq2seq``, the one read and the other written.
+        prompt_template: Text around a prompt, which replaces ``{prompt}``; by default the tokenizer's chat template, or
+            ``"{prompt}\n"`` if the tokenizer has no chat template. Chat messages always use the chat template. With
+            layout ``seq2seq``, the default is the prompt alone.
+        layout: ``causal``: prompt and response in one sequence. ``seq2seq``: an encoder reads the prompt, and a decoder
+            writes the response.
         max_length: Most tokens of an input; with packing, the length of all inputs.
-        max_response_length: Most tokens of a response in layout ``seq2seq``; by default as ``max_length``.
-        on_too_long: Longer rows are dropped, truncated at the end, or an error; counted and logged.
+        max_response_length: Most tokens of a response in layout ``seq2seq``; by default ``max_length``.
+        on_too_long: ``drop`` longer rows, ``truncate`` them at the end, or ``error``. A log line counts these rows.
         packing: Put several rows in one sequence.
         batch_size: Sequences of one batch on one device.
         val_fraction: Share of ``source`` for validation, by a hash of the content; 0 for none.
         generation_samples: Rows of `generation_batches` and of ``predict``.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         seed: Seed of the split and of the order of the rows.
-        allow_changed: Whether a run that is resumed may go on with other training data, or another tokenizer, than the
-            checkpoint's; what differs is then said in a line.
+        allow_changed: Whether a resumed run may continue with other training data, or another tokenizer, than the
+            checkpoint's; a warning then names the difference.
 
     Raises:
-        ConfigurationError: An argument that cannot work; rows are checked in `setup`.
+        ConfigurationError: An argument cannot work; rows are checked in `setup`.
+
+    Example:
+        >>> data = InstructionData("models/smollm2-135m-instruct", "rows.jsonl", max_length=256, packing=True)
+        >>> data.limits
+        (Limit(argument='max_length', tokens=256, unit='tokens'),)
+        >>> trainer.fit(module, data)  # doctest: +SKIP
     """
 
     rows_used: int = 0

@@ -21,6 +21,10 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
 
     Returns:
         The rows of each sequence; every row once.
+
+    Example:
+        >>> pack([5, 3, 2, 6], capacity=8)
+        [[3, 2], [0, 1]]
     """
     packs: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]

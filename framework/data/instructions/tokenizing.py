@@ -103,9 +103,9 @@ def tokenize_rows(
     with Progress("tokenizing", total, "rows") as bar:
         for example in examples:
             row = None
-            if (token := _find(special_tokens, example)) is not None:
+            if found := next(filter(None, (special_tokens.search(text) for _, text in example.messages)), None):
                 counts.special += 1
-                counts.example_of_special = counts.example_of_special or f"{token!r} in {example.where}"
+                counts.example_of_special = counts.example_of_special or f"{found[0]!r} in {example.where}"
             else:
                 row = _tokenize(example, encoder, layout, on_too_long, counts)
             bar.advance(tokens=0 if row is None else len(row.tokens))
@@ -123,11 +123,6 @@ def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
     """Return a pattern of the special tokens of a tokenizer, such as ``</s>``."""
     special = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return re.compile("|".join(special) or r"\Z.")  # without special tokens, a pattern that never matches
-
-
-def _find(special_tokens: re.Pattern[str], example: Example) -> str | None:
-    matches = (special_tokens.search(content) for _, content in example.messages)
-    return next((match[0] for match in matches if match), None)
 
 
 def _tokenize(

@@ -169,17 +169,17 @@ def _named(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return entries
 
 
-def _checked(found: dict[str, float]) -> Costs:
+def _checked(entry: dict[str, float]) -> Costs:
     names = [field.name for field in fields(Costs)]
     required = [name for name in names if not name.startswith("contract_")]
-    if sorted(found) not in (sorted(names), sorted(required)):
+    if sorted(entry) not in (sorted(names), sorted(required)):
         raise ValueError(
             f"costs are {', '.join(required)}, and all or none of those that begin with contract_; "
-            f"found {', '.join(found)}"
+            f"found {', '.join(entry)}"
         )
-    for name, value in found.items():
+    for name, value in entry.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise ValueError(f"{name} is {value!r}, not a number of nanoseconds")
-    if not found["multiply_add"] > 0:
+    if not entry["multiply_add"] > 0:
         raise ValueError("multiply_add is 0")
-    return Costs(**found)
+    return Costs(**entry)

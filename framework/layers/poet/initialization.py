@@ -1,4 +1,4 @@
-"""Initial values of a frozen weight that is never trained: its spectrum is kept for the whole run."""
+"""Initial values of a frozen weight, whose singular values stay the same for the whole run."""
 
 import math
 from typing import Literal
@@ -16,12 +16,13 @@ def initialize_(weight: Tensor, scheme: Initialization, generator: torch.Generat
     """Fill ``weight (out, in)`` in place (arXiv:2506.08001, section 4: the normalized Gaussian is the best).
 
     Args:
-        weight: Filled in its own dtype; drawn in fp32 where the generator is.
+        weight: Filled in its own dtype; the values are drawn in fp32 on the device of the generator.
         scheme: ``normalized``: Gaussian rows divided by their norm. ``uniform``: all singular values 1, the orthogonal
             factor of a Gaussian matrix. ``xavier``: Gaussian of variance ``2 / (out + in)``. ``standard``: Gaussian of
-            standard deviation 0.02. ``keep``: leave it (for pretrained weights), but for the gain.
-        generator: Of the device of the weight, or of the CPU, which gives every device the same values.
-        gain: Factor of all values, and so of all singular values.
+            standard deviation 0.02. ``keep``: the present values (of pretrained weights), times the gain.
+        generator: A random generator of the CPU, which gives the same values on every device, or of the device of the
+            weight.
+        gain: Factor of all values and singular values.
 
     Raises:
         ConfigurationError: If the scheme is unknown.
@@ -46,10 +47,10 @@ def initialize_(weight: Tensor, scheme: Initialization, generator: torch.Generat
 
 
 def orthogonal_factor(matrix: Tensor) -> Tensor:
-    """Return orthonormal rows or columns, whichever are fewer, that span those of ``matrix (m, n)``.
+    """Return orthonormal rows or columns, whichever are fewer, with the same span as in ``matrix (m, n)``.
 
-    Q of a QR decomposition with a positive diagonal of R. Of a Gaussian matrix it has the Haar distribution, as the
-    polar factor has (Mezzadri, 2007), and takes no singular value decomposition.
+    The result is Q of a QR decomposition with a positive diagonal of R. For a Gaussian matrix Q has the Haar
+    distribution, like the polar factor (Mezzadri, 2007), but needs no singular value decomposition.
     """
     if matrix.shape[0] < matrix.shape[1]:
         return orthogonal_factor(matrix.T).T

@@ -1,7 +1,7 @@
 """The settings of one POET layer: the blocks of its two sides, its rotations and the storage of its weight."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_origin, get_type_hints
 
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.kernels.permutations import GROUPS
@@ -87,14 +87,9 @@ class PoetSettings:
     activation_mode: ActivationMode = "fast"
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("sides", Sides),
-            ("aligned", Aligned),
-            ("storage", Storage),
-            ("route", RouteChoice),
-            ("activation_mode", ActivationMode),
-        ):
-            check_choice(name, getattr(self, name), choices)
+        for name, hint in get_type_hints(PoetSettings).items():
+            if get_origin(hint) is Literal:
+                check_choice(name, getattr(self, name), hint)
         check_fraction("fraction", self.fraction)
         check_fraction("fraction_out", self.fraction_out)
         if self.aligned != "none" and (self.fraction is not None or self.fraction_out is not None):

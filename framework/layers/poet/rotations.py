@@ -58,8 +58,8 @@ class Rotations(NamedTuple):
         """Return ``weight (out, in)`` with its rows and columns permuted into blocks."""
         permutation_out, permutation_in = self.permutations
         if permutation_out is not None:
-            rows = slice(0, weight.shape[0])
-            weight = RowPermutation(permutation_out, weight.shape[0]).gather(weight.contiguous(), rows)
+            rows = RowPermutation(permutation_out, weight.shape[0])
+            weight = rows.gather(weight.contiguous(), slice(0, weight.shape[0]))
         if permutation_in is not None:
             weight = ColumnPermutation(permutation_in, weight).gather_into(torch.empty_like(weight), weight)
         return weight

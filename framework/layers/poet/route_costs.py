@@ -75,14 +75,14 @@ def route_costs(
     sides = [(d_in, b_in)] * bool(b_in) + [(d_out, b_out)] * bool(b_out)
     products, fold = 2 * costs.multiply_add * elements, costs.fold(elements, b_in + b_out)
     rotated = sum(costs.rotation(width, size) - costs.rotate_call for width, size in sides)
-    found: dict[Route, tuple[float, float]] = {
+    costs_of: dict[Route, tuple[float, float]] = {
         "input": (products + rotated, len(sides) * costs.rotate_call),
         "product": (1.5 * products, fold),
     }
     contracted = [costs.contraction(width, size) for width, size in sides]
     if None not in contracted:
-        found["contraction"] = (
+        costs_of["contraction"] = (
             products + sum(c[0] for c in contracted if c),
             fold / 3 + sum(c[1] for c in contracted if c),
         )
-    return tuple((route, *found[route]) for route in routes if route in found)
+    return tuple((route, *costs_of[route]) for route in routes if route in costs_of)

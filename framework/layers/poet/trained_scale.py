@@ -1,4 +1,4 @@
-"""One trained factor beside the rotations of a layer: how large its weight is, which they cannot change."""
+"""A trained factor of a weight: rotations cannot change the size of the singular values."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -13,7 +13,7 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, log: Tensor) -> Tensor:
         result = scaled(y, log, y.dtype)
-        # the result and not y: a rotation behind it keeps the same tensor
+        # saves the result and not y: a rotation after this saves the same tensor
         ctx.save_for_backward(result, log)
         return result
 
@@ -25,10 +25,10 @@ class _Scaled(torch.autograd.Function):
 
 
 class TrainedScale(nn.Module):
-    """``e^log``: positive, 1 at the start, multiplies all singular values of a weight and leaves their ratios alone.
+    """``e^log``: a positive factor, 1 at the start, of all singular values of a weight; their ratios stay the same.
 
-    Its one parameter ``log (1,)`` is fp32 and stays so when a network is cast to 16 bits, as generators do. With
-    ``y = e^log u`` its gradient is ``<dL/dy, y>``, which asks for no other tensor than the result.
+    The parameter ``log (1,)`` stays in fp32 when a network is cast to 16 bits, as generators do. With ``y = e^log u``
+    its gradient is ``<dL/dy, y>``, so that only the result is saved for backward.
     """
 
     def __init__(self) -> None:

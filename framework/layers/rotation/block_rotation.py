@@ -1,4 +1,4 @@
-"""A block-diagonal rotation of d coordinates in the frame of a permutation."""
+"""A block-diagonal rotation of permuted features."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, Self
@@ -11,28 +11,29 @@ from orthotrain.devices.host_reads import read_waits
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.dispatch import traced
-from orthotrain.layers.checks import check_block_size, check_kernels, check_order
+from orthotrain.layers.checks import check_block_size, check_feature_permutation, check_kernels
 from orthotrain.layers.rotation.generators import known_zero, mark_generators, mark_zero
 from orthotrain.plugins import Parameterization, create
 
 
 class Pooled(Protocol):
-    """Displacements of many rotations that were computed together."""
+    """Displacements of many rotations, computed together (:class:`PooledDisplacements`)."""
 
     traced: bool
 
-    def part(self, place: int, dtype: torch.dtype | None) -> Tensor:
-        """Return those of the rotation at ``place``."""
+    def part(self, position: int, dtype: torch.dtype | None) -> Tensor:
+        """Return the displacements of the rotation at ``position``."""
 
 
 class BlockRotation(nn.Module):
-    """``x @ R`` with ``n`` learned blocks of size ``b`` on the first ``n * b`` permuted coordinates.
+    """``x @ R`` with ``n`` learned blocks of size ``b`` on the first ``n * b`` permuted features.
 
-    Block-stochastic POET (arXiv:2506.08001, section 3) is ``n = floor(d / b)``: coordinates left over pass through
-    until the next permutation covers them. Fully stochastic POET is ``n = 1``. OFT is the case without a permutation.
+    Block-stochastic POET (arXiv:2506.08001, section 3) has ``n = floor(d / b)`` blocks; features that are left over
+    pass through until another permutation puts them into a block. Fully stochastic POET has ``n = 1``. OFT has no
+    permutation.
 
-    The generators are trained, start at zero (the identity), and stay in fp32 when the module is cast to a 16-bit type:
-    a bf16 generator would lose the updates of a small learning rate.
+    The generators are trained and start at zero (the identity). They stay in fp32 when the module is cast to a 16-bit
+    type, because a bf16 generator would lose the updates of a small learning rate.
 
     Args:
         features: Width ``d`` of the rotated axis.
@@ -44,11 +45,12 @@ class BlockRotation(nn.Module):
         shared: Whether one row of generators serves all blocks.
 
     Attributes:
-        known_identity: Whether the layer folds every step, so that no forward pass needs the displacement.
+        known_identity: Whether the layer is folded at every step, so that no forward pass needs the displacement.
 
     Raises:
-        ConfigurationError: If no block of this size fits, naming the sizes that do; the permutation has another length
-            or dtype, or with ``ORTHOTRAIN_DEBUG=1`` is none; or the kernels that were asked for cannot run here.
+        ConfigurationError: If no block of this size fits, naming sizes that do; if the permutation has another length
+            or dtype, or (checked with ``ORTHOTRAIN_DEBUG=1``) is no permutation; or if the chosen kernels cannot run
+            here.
     """
 
     permutation: Tensor | None
@@ -76,9 +78,9 @@ class BlockRotation(nn.Module):
         width = block_size * (block_size - 1) // 2
         self.generators = nn.Parameter(torch.zeros(1 if shared else self.blocks, width, dtype=torch.float32))
         self._mark()
-        if not traced(self.generators):  # a plan is made on any machine, of fake tensors
+        if not traced(self.generators):  # orthotrain plan uses fake tensors, on any machine
             check_kernels()
-        check_order(permutation, features)
+        check_feature_permutation(permutation, features)
         self.register_buffer("permutation", permutation)
         self.pooled: tuple[Pooled, int] | None = None
         self.known_identity = False
@@ -90,7 +92,7 @@ class BlockRotation(nn.Module):
             dtype: None for that of the generators; in a narrower one see
                 :meth:`~orthotrain.plugins.Parameterization.rounded_displacement`.
         """
-        # a layer that is compiled alone does not take what is new in every pass of an eager network
+        # a layer that is compiled alone does not use the pool of an eager network, which is new in every pass
         if self.pooled is not None and self.pooled[0].traced == torch.compiler.is_compiling():
             displacement = self.pooled[0].part(self.pooled[1], dtype)
         else:
@@ -111,17 +113,17 @@ class BlockRotation(nn.Module):
     def moved(self) -> bool:
         """Tell whether the generators are not all zero.
 
-        Those whose squares vanish in their dtype, below 1e-23 in fp32, count as zero: they move no weight. Where a look
-        at the values waits for a device or for ranks, generators have moved unless they are known to be zero.
+        Generators whose squares underflow, below 1e-23 in fp32, count as zero: they change no weight. Where reading
+        values would wait for a device or for ranks, the answer is True unless the generators are known to be zero.
         """
         if isinstance(self.generators, DTensor) or read_waits(self.generators.device):
             return not known_zero(self.generators)
-        # a norm is read off four times faster than any(); NaN is not zero
+        # a norm is four times faster than any(); a norm of NaN is not zero
         return float(torch.linalg.vector_norm(self.generators.detach())) != 0
 
     @torch.no_grad()
     def reset_(self, permutation: Tensor | None = None) -> Self:
-        """Set the generators to zero and, if one is given, take the next permutation, which may be on the CPU."""
+        """Set the generators to zero and, if given, take the next permutation, from any device."""
         self.generators.zero_()
         mark_zero(self.generators)
         if permutation is not None:
@@ -131,9 +133,9 @@ class BlockRotation(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the blocks in one line."""
-        order = "permuted" if self.permutation is not None else "natural order"
+        layout = "permuted" if self.permutation is not None else "natural order"
         shared = ", shared" if self.generators.shape[0] < self.blocks else ""
-        return f"{self.features}, blocks={self.blocks} x {self.block_size}{shared}, {self.parameterization!r}, {order}"
+        return f"{self.features}, blocks={self.blocks} x {self.block_size}{shared}, {self.parameterization!r}, {layout}"
 
     def _mark(self) -> None:
         mark_generators(self.generators, self.blocks * self.block_size / self.features)
@@ -146,7 +148,7 @@ class BlockRotation(nn.Module):
         if self.permutation is not None:
             check_stored_permutation(state_dict.get(f"{prefix}permutation"), self.permutation, f"{prefix}permutation")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._mark()  # assign=True has taken another parameter
+        self._mark()  # with assign=True the parameter is a new one
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.generators.detach()
@@ -158,19 +160,19 @@ class BlockRotation(nn.Module):
 
 
 def check_stored_permutation(stored: Any, own: Tensor, name: str) -> None:
-    """Refuse to load what is no permutation: kernels read and write where it says.
+    """Refuse to load a tensor that is no permutation: kernels use it to address memory.
 
     Args:
-        stored: What a state dict has for it, None if it has nothing.
-        own: The permutation in whose place it comes; another shape is refused by torch.
-        name: Its name in the state dict, which says the layer.
+        stored: The entry of a state dict, None if there is none.
+        own: The permutation that it would replace; torch refuses another shape.
+        name: Name of the entry, which contains the name of the layer.
 
     Raises:
-        ConfigurationError: Naming the layer and what it has.
+        ConfigurationError: Naming the entry and the fault.
     """
     if not isinstance(stored, Tensor) or stored.shape != own.shape or traced(stored):
         return
     if stored.dtype != torch.int64:
         raise ConfigurationError(f"{name} is {stored.dtype}; a permutation is int64")
     if not torch.equal(stored.sort().values, torch.arange(stored.numel(), device=stored.device)):
-        raise ConfigurationError(f"{name} is no permutation: it repeats or leaves out one of {stored.numel()} places")
+        raise ConfigurationError(f"{name} is no permutation: it repeats or leaves out one of {stored.numel()} indices")

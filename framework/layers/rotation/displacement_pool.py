@@ -1,4 +1,4 @@
-"""All displacements of a network in one call: rotations of one block size together, once per forward pass."""
+"""All displacements of a network in one call: rotations of one block size together, once in each forward pass."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,23 +13,24 @@ from orthotrain.layers.rotation.block_rotation import BlockRotation
 
 
 class DisplacementPool:
-    """Computes the displacements of many rotations as one batch and hands each its part.
+    """Computes the displacements of many rotations as one batch, and gives each rotation its part.
 
-    A layer's own call costs a handful of small operations each way; a network has hundreds of them. The pool lives from
-    the beginning of the network's forward to its end. Rotations compute for themselves whenever there is none: outside
-    the network's forward, where a layer is compiled and the network is not, with sharded generators, and under the
-    activation checkpointing of transformers, whose recomputation runs after the forward has ended. A network that is
-    compiled as a whole has the pool inside its graph.
+    Alone, each layer would call a few small operations in forward and backward, and a network has hundreds of layers.
+    The pool exists from the beginning to the end of the network's forward pass. Without a pool each rotation computes
+    its own displacement: outside the network's forward pass, where a layer is compiled and the network is not, with
+    sharded generators, and under the activation checkpointing of transformers, whose recomputation runs after the
+    forward pass. A network that is compiled as a whole has the pool inside its graph.
 
     Args:
-        network: Hooks are put on it; its rotations are looked up at every forward, so layers may come and go.
+        network: The network, which gets two hooks. Its rotations are found in every forward pass, so layers may be
+            replaced at any time.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self._filled: list[BlockRotation] = []
         for module in network.modules():
             if isinstance(module, BlockRotation):
-                module.parameterization.config()  # looks up the names of its arguments, which cannot be traced
+                module.parameterization.config()  # finds the names of the arguments now, because that cannot be traced
         self.handles: list[RemovableHandle] = [
             network.register_forward_pre_hook(self._fill),
             network.register_forward_hook(self._drain, always_call=True),
@@ -52,7 +53,7 @@ class DisplacementPool:
 
 @contextmanager
 def pooled(rotations: Iterable[BlockRotation]) -> Iterator[None]:
-    """Compute the displacements of rotations together, for as long as the ``with`` block lasts."""
+    """Give rotations displacements that are computed together, inside the ``with`` block."""
     filled = pool(rotations)
     try:
         yield
@@ -62,12 +63,12 @@ def pooled(rotations: Iterable[BlockRotation]) -> Iterator[None]:
 
 
 def pool(rotations: Iterable[BlockRotation]) -> list[BlockRotation]:
-    """Hand rotations that share block size and parameterization their displacements; return those that have got one."""
+    """Give rotations with equal block size and parameterization pooled displacements; return these rotations."""
     groups: dict[Any, list[BlockRotation]] = {}
     for rotation in rotations:
         generators = rotation.generators
         if not isinstance(generators, DTensor):
-            # equal maps by their values: torch.compile compares objects by identity
+            # parameterizations are compared by their values, because torch.compile compares objects by identity
             same_map = (type(rotation.parameterization), *rotation.parameterization.config()["init_args"].items())
             # a network may lie on several devices (device_map), or be cast in part
             key = (rotation.block_size, same_map, generators.device, generators.dtype)
@@ -75,8 +76,8 @@ def pool(rotations: Iterable[BlockRotation]) -> list[BlockRotation]:
     shared = [group for group in groups.values() if len(group) > 1]
     for group in shared:
         displacements = PooledDisplacements(group)
-        for place, rotation in enumerate(group):
-            rotation.pooled = (displacements, place)
+        for position, rotation in enumerate(group):
+            rotation.pooled = (displacements, position)
     return [rotation for group in shared for rotation in group]
 
 
@@ -87,7 +88,7 @@ class PooledDisplacements:
         rotations: All with generators of one dtype and device.
 
     Attributes:
-        traced: Whether it was made while torch.compile traces, and so belongs to a graph.
+        traced: Whether the pool was made while torch.compile traces, and so belongs to a graph.
     """
 
     def __init__(self, rotations: list[BlockRotation]) -> None:
@@ -95,23 +96,23 @@ class PooledDisplacements:
         self._sizes = [rotation.generators.shape[0] for rotation in rotations]
         self._generators = torch.cat([rotation.generators for rotation in rotations])
         self.traced = torch.compiler.is_compiling()
-        # the first to ask may do so without gradients (activation checkpointing), and others after it with them
+        # the first request may come without gradients (activation checkpointing), later ones with gradients
         self._grad_enabled = torch.is_grad_enabled()
         self._whole: Tensor | None = None
         self._parts: dict[torch.dtype, tuple[Tensor, ...]] = {}
 
-    def part(self, place: int, dtype: torch.dtype | None) -> Tensor:
-        """Return the displacements of rotation ``place`` in ``dtype``, computed for all of them at the first request.
+    def part(self, position: int, dtype: torch.dtype | None) -> Tensor:
+        """Return the displacements of one rotation in ``dtype``; the first call computes those of all rotations.
 
         Args:
-            place: Which rotation.
+            position: Index of the rotation among those of the pool.
             dtype: None for that of the generators.
         """
         dtype = dtype or self._generators.dtype
         if dtype not in self._parts:
             with torch.set_grad_enabled(self._grad_enabled):
                 self._parts[dtype] = self._computed(dtype).split(self._sizes)
-        return self._parts[dtype][place]
+        return self._parts[dtype][position]
 
     def _computed(self, dtype: torch.dtype) -> Tensor:
         if dtype.itemsize < self._generators.dtype.itemsize:

@@ -1,4 +1,4 @@
-"""The mark that tells generators from every other parameter."""
+"""Marks on parameters: which ones are generators, and which generators are known to be zero."""
 
 from torch import Tensor
 
@@ -8,19 +8,19 @@ _MARK = "rotated_share"
 def mark_generators(parameter: Tensor, share: float) -> None:
     """Mark a parameter as generators.
 
-    An attribute of the tensor and not a subclass of ``nn.Parameter``, which FSDP and ``torch.compile`` would not keep.
-    A copy of the parameter has lost it: whoever makes one marks it again.
+    The mark is an attribute of the tensor, because FSDP and ``torch.compile`` would not keep a subclass of
+    ``nn.Parameter``. A copy of the parameter has no mark and must be marked again.
 
     Args:
         parameter: ``(n, b(b-1)/2)``.
-        share: Part of the coordinates of its axis that lie in a block, in (0, 1].
+        share: Share of the features that lie in a block, in (0, 1].
     """
     setattr(parameter, _MARK, share)
     forget_zero(parameter)
 
 
 def rotated_share(parameter: Tensor) -> float | None:
-    """Return the part of the coordinates that generators rotate, None for a parameter that is not generators."""
+    """Return the share of the features that generators rotate, None for a parameter that is not generators."""
     return getattr(parameter, _MARK, None)
 
 
@@ -31,21 +31,21 @@ def mark_zero(parameter: Tensor) -> None:
 
 
 def forget_zero(parameter: Tensor) -> None:
-    """Note that nothing is known of generators: they are new, or loaded."""
+    """Note that generators may have any value: they are new, or loaded."""
     parameter.zero_at = None  # type: ignore[attr-defined]
     parameter.rests = False  # type: ignore[attr-defined]
 
 
 def mark_resting(parameter: Tensor) -> None:
-    """Note that the optimizer leaves generators as they are in this step."""
+    """Note that the optimizer does not change generators in this step."""
     parameter.rests = True  # type: ignore[attr-defined]
 
 
 def known_zero(parameter: Tensor) -> bool:
-    """Tell whether generators are known to be zero without a look at their values.
+    """Tell whether generators are known to be zero without reading their values.
 
-    The optimizer must have said so: one that writes through a pointer leaves the count of changes as it is. And nobody
-    else may have changed them since they were set to zero.
+    The optimizer must have marked them as resting, because an optimizer that writes through a pointer does not change
+    the tensor's version. And the version must be the one at which they were set to zero.
     """
     zero_at = getattr(parameter, "zero_at", None)
     return zero_at is not None and getattr(parameter, "rests", False) and zero_at == parameter._version

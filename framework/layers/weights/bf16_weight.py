@@ -1,4 +1,4 @@
-"""A frozen weight in 2 bytes a value, or 3: bf16, and what rounding to it has lost."""
+"""A frozen weight in bf16, 2 bytes a value, or with a third byte for the rounding error."""
 
 from typing import ClassVar
 
@@ -14,11 +14,11 @@ RESIDUAL_STEPS = 256
 
 
 class Bf16Weight(QuantizedWeight):
-    """A bf16 ``W (out, in)``, whatever the dtype of the network, with or without one more byte a value.
+    """A bf16 ``W (out, in)``, whatever the dtype of the network, with or without a residual of one byte a value.
 
     Without a residual a merge rounds stochastically to bf16: relative steps of 2^-8, unbiased. The residual counts in
-    1/256 of the last place of bf16: products in 16 bits read the bf16 values alone, merges and products in fp32 the sum
-    of both, and a merge rounds to steps of 2^-16.
+    units of 1/256 of the last place of bf16, so a merge rounds to steps of 2^-16. Products in 16 bits read only the
+    bf16 values; merges and products in fp32 read the sum of both.
 
     Args:
         weight: ``(out, in)``, any floating dtype.
@@ -32,7 +32,7 @@ class Bf16Weight(QuantizedWeight):
     def __init__(self, weight: Tensor, *, residual: bool = False, compute_dtype: torch.dtype | None = None) -> None:
         check_storable(weight)
         self.carries_residual = residual
-        # merges write into what is stored, which must not be the caller's own tensor
+        # merges write into the stored tensor, which must not be the caller's
         stored = pack_bf16(weight.clone() if weight.dtype == torch.bfloat16 else weight, residual)
         super().__init__((weight.shape[0], weight.shape[1]), 1, compute_dtype or weight.dtype, stored)
 
@@ -49,19 +49,19 @@ class Bf16Weight(QuantizedWeight):
 def last_place(values: Tensor) -> Tensor:
     """Return the spacing of bf16 at bf16 ``values``, fp32: 2^(e - 7) for numbers of [2^e, 2^(e+1))."""
     exponent = values.float().abs().view(torch.int32) >> 23
-    # numbers below 2^-119 count as that, so that the spacing is never subnormal
+    # smaller numbers than 2^-119 get the spacing of 2^-119, so that the spacing is never subnormal
     return ((exponent - 7).clamp_min(1) << 23).view(torch.float32)
 
 
 def pack_bf16(weight: Tensor, residual: bool, noise: Noise | None = None) -> dict[str, Tensor]:
     """Split ``weight (out, in)`` into bf16 values and, if asked for, an int8 residual in 1/256 of their last place.
 
-    What is rounded last, the values alone or the residual beside them, is rounded stochastically if noise is given,
-    else to nearest.
+    With noise the last rounding is stochastic: that of the values, or of the residual where there is one. Without noise
+    it is to nearest.
 
     Returns:
-        ``values`` and ``residual``, both ``(out, in)``. Half a last place is 128 steps, one more than int8 holds: it is
-        cut to 127.
+        ``values`` and ``residual``, both ``(out, in)``. Half a last place is 128 steps, one more than int8 holds, and
+        becomes 127.
     """
     return in_parts(lambda rows, rest: _pack_rows(weight.detach()[rows], residual, rest), weight, noise)
 
@@ -77,7 +77,7 @@ def _pack_rows(weight: Tensor, residual: bool, noise: Noise | None) -> dict[str,
 
 @storage_format("bf16")
 def unpack_bf16(stored: list[Tensor], group_size: int, dtype: torch.dtype) -> Tensor:
-    """Return ``W (out, in)`` from the tensors of :func:`pack_bf16`; the residual does not show in 16 bits."""
+    """Return ``W (out, in)`` from the tensors of :func:`pack_bf16`; a result in 16 bits leaves out the residual."""
     values, *residual = stored
     if not residual or dtype.itemsize < 4:
         return values.to(dtype)

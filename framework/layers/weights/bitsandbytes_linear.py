@@ -1,4 +1,4 @@
-"""Taking over linear layers that bitsandbytes has quantized, as transformers' ``load_in_4bit`` leaves them."""
+"""Takes over linear layers that bitsandbytes has quantized, such as those of transformers' ``load_in_4bit``."""
 
 import sys
 from typing import Any
@@ -13,13 +13,14 @@ from orthotrain.layers.weights.quantized_weight import Int8Weight, Nf4Weight, Qu
 def adopt_bitsandbytes(linear: nn.Linear, compute_dtype: torch.dtype | None = None) -> QuantizedWeight | None:
     """Copy the quantized weight of a bitsandbytes layer without requantizing it.
 
-    A ``Linear4bit`` keeps every value bit for bit. A ``Linear8bitLt`` becomes int8 with one group a row, equal to the
-    last bit but one of fp32; its own product also quantizes the activations, ours does not.
+    The values of a ``Linear4bit`` stay the same bit for bit. A ``Linear8bitLt`` becomes int8 with one group in each
+    row, equal up to the last bit of fp32. Its own product also quantizes the activations; the product of this package
+    does not.
 
     Args:
         linear: Any ``nn.Linear``.
-        compute_dtype: Dtype of products for a ``Linear8bitLt`` without bias, which has none of its own: that of the
-            network, see :func:`compute_dtype_of`. None for torch's default dtype.
+        compute_dtype: Dtype of products for a ``Linear8bitLt`` without bias, which has no compute dtype of its own;
+            take :func:`compute_dtype_of` the network. None for torch's default dtype.
 
     Returns:
         The weight, with the compute dtype of the layer; None if the layer is not one of bitsandbytes.
@@ -36,7 +37,7 @@ def adopt_bitsandbytes(linear: nn.Linear, compute_dtype: torch.dtype | None = No
 
 def is_bitsandbytes(module: nn.Module) -> bool:
     """Tell whether a module is a ``Linear4bit`` or a ``Linear8bitLt``."""
-    # such a layer cannot exist before bitsandbytes has been imported
+    # no such layer exists before bitsandbytes is imported
     modules: Any = sys.modules.get("bitsandbytes.nn")
     return modules is not None and isinstance(module, (modules.Linear4bit, modules.Linear8bitLt))
 
@@ -47,7 +48,7 @@ def compute_dtype_of(model: nn.Module) -> torch.dtype | None:
 
 
 def _adopt_4bit(linear: Any) -> Nf4Weight:
-    # a weight that transformers found in no checkpoint is a plain parameter
+    # a weight that was missing in the checkpoint is a plain parameter
     state = getattr(linear.weight, "quant_state", None) or linear.quant_state
     if state is None:
         raise ConfigurationError("this Linear4bit is not quantized yet: move it to its device first")

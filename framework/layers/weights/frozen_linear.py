@@ -1,7 +1,7 @@
-"""Linear layers that bitsandbytes has quantized and that nothing wraps: frozen here too, with a state that reloads.
+"""A frozen linear layer in place of layers that bitsandbytes has quantized and that are not wrapped.
 
-A ``Linear4bit`` repacks its weight in the first evaluation on a CPU with AVX512-BF16. From then on it gives its input
-no gradient, and its state dict has other keys.
+A ``Linear4bit`` repacks its weight in the first evaluation on a CPU with AVX512-BF16. After that it gives its input no
+gradient, and its state dict has other keys.
 """
 
 from collections.abc import Container
@@ -20,7 +20,7 @@ class FrozenLinear(nn.Module):
 
     Args:
         weight: The frozen weight ``(out, in)``.
-        bias: ``(out,)``, or None; whether it is trained is left as it is.
+        bias: ``(out,)``, or None; its ``requires_grad`` is not changed.
     """
 
     def __init__(self, weight: FrozenWeight, bias: nn.Parameter | None) -> None:
@@ -31,25 +31,25 @@ class FrozenLinear(nn.Module):
 
     @classmethod
     def from_bitsandbytes(cls, linear: nn.Linear, compute_dtype: torch.dtype | None = None) -> Self | None:
-        """Take over a quantized layer of bitsandbytes, None for any other.
+        """Take over a quantized layer of bitsandbytes; None for any other layer.
 
         Args:
             linear: Any ``nn.Linear``.
             compute_dtype: See :func:`orthotrain.layers.weights.bitsandbytes_linear.adopt_bitsandbytes`.
 
         Raises:
-            ConfigurationError: If its format cannot be taken over.
+            ConfigurationError: If the format cannot be taken over.
         """
         weight = adopt_bitsandbytes(linear, compute_dtype)
         return None if weight is None else cls(weight, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(..., in)`` to ``(..., out)``; differentiable in ``x``, whatever was evaluated before."""
+        """Map ``(..., in)`` to ``(..., out)``; always differentiable in ``x``."""
         return self.weight.matmul(x, self.bias)
 
     @torch.no_grad()
     def unwrap(self) -> nn.Linear:
-        """Return an ``nn.Linear`` that computes the same, its weight in the dtype that this one computes in."""
+        """Return an ``nn.Linear`` that computes the same, with its weight in the compute dtype of this layer."""
         return plain_linear(self.weight.dequantize(), self.bias)
 
 
@@ -58,10 +58,10 @@ def frozen_linears(model: nn.Module, without: Container[nn.Module] = ()) -> dict
 
     Args:
         model: Any module.
-        without: Layers that something else replaces.
+        without: Layers to leave out, because something else replaces them.
 
     Raises:
-        ConfigurationError: If one has a format that cannot be taken over, naming it.
+        ConfigurationError: If a layer has a format that cannot be taken over, naming the layer.
     """
     replacements: dict[nn.Module, FrozenLinear] = {}
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Frozen weights: how a matrix that is never trained is stored, multiplied with and replaced by a merge."""
+"""Frozen weights: matrices without gradient, their products, and their replacement in a merge."""
 
 from abc import ABC, abstractmethod
 
@@ -12,9 +12,9 @@ from orthotrain.layers.weights.rounding import Noise, stochastic_round
 
 
 class FrozenWeight(nn.Module, ABC):
-    """A matrix ``W (out, in)`` without gradient that owns its state: what it saves is what it reloads.
+    """A matrix ``W (out, in)`` without gradient, whose state dict reloads exactly.
 
-    A new storage format is one new subclass of this class and nothing else.
+    A new storage format is a new subclass of this class and a case in :func:`store`.
     """
 
     def __init__(self, out_features: int, in_features: int) -> None:
@@ -35,12 +35,12 @@ class FrozenWeight(nn.Module, ABC):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``W (out, in)`` in ``dtype``, None for :attr:`dtype` (the stored tensor where nothing is converted).
 
-        In fp32 or wider it is all that is stored, whatever the dtype of products.
+        In fp32 or wider the result has the full precision of the storage, whatever the dtype of products.
         """
 
     @abstractmethod
     def assign_(self, weight: Tensor, noise: Noise | None = None) -> None:
-        """Store ``weight (out, in)`` in place; with noise, formats that round do so stochastically (unbiased)."""
+        """Store ``weight (out, in)`` in place; with noise, formats that round do so stochastically and unbiased."""
 
     def extra_repr(self) -> str:
         """Describe the shape in one line."""
@@ -54,9 +54,9 @@ class DenseWeight(FrozenWeight):
     sharding strategies shard it.
 
     Args:
-        weight: ``(out, in)``; held itself and not copied where dtype and layout allow, so that wrapping a large model
-            takes no second copy of it. A merge writes into it: a captured graph goes on reading the same memory.
-        dtype: Storage dtype, None for that of ``weight``.
+        weight: ``(out, in)``. The tensor itself is kept where dtype and layout allow, so that wrapping a large model
+            takes no second copy. A merge writes into this tensor, and captured graphs continue to read it.
+        dtype: Storage dtype, None for the dtype of ``weight``.
 
     Raises:
         ConfigurationError: If the weight has a dtype that products are not computed in.
@@ -89,19 +89,21 @@ class DenseWeight(FrozenWeight):
 
 
 def check_storable(weight: Tensor) -> None:
-    """Refuse a weight of integers, complex or 8-bit numbers, which no product is computed in.
+    """Refuse a weight in a dtype without products: integers, complex or 8-bit numbers.
 
     Raises:
-        ConfigurationError: Naming shape, dtype and what would work.
+        ConfigurationError: Naming shape and dtype, and dtypes that would work.
     """
     if weight.dtype not in COMPUTABLE:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTABLE)
         shape = tuple(weight.shape)
-        raise ConfigurationError(f"a weight {shape} in {weight.dtype}: takes {known}; cast it, or leave its layer out")
+        raise ConfigurationError(
+            f"a weight {shape} in {weight.dtype}: take {known}; cast the weight, or exclude its layer"
+        )
 
 
 def plain_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
-    """Return an ``nn.Linear`` that holds ``weight (out, in)`` and ``bias (out,)`` themselves, without a copy."""
+    """Return an ``nn.Linear`` with ``weight (out, in)`` and ``bias (out,)``, neither of them copied."""
     linear = nn.utils.skip_init(
         nn.Linear, weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype
     )

@@ -1,6 +1,6 @@
 """Packing and unpacking of the quantized formats: NF4 by bitsandbytes, int8 in plain torch.
 
-bitsandbytes takes seconds to import, so that only who packs or unpacks NF4 pays for it.
+bitsandbytes takes seconds to import, so it is imported in the functions that need it.
 """
 
 import functools
@@ -48,7 +48,7 @@ def pack_nf4(
     together = group_size // math.gcd(group_size, columns)  # rows that whole groups of values fill
     stored = in_parts(to_nearest, weight, None, together)
     if double_quantization:
-        # The steps of its compress_statistics, which would cache the code on the device of
+        # These are the steps of quantize_4bit(compress_statistics=True), which would cache the code on the device of
         # the first caller: after a meta tensor every later call would fail.
         absmax, code = stored["absmax"], _dynamic_code(weight.device)
         offset = absmax.mean()
@@ -90,8 +90,8 @@ def unpack_nf4(stored: list[Tensor], group_size: int, dtype: torch.dtype) -> Ten
         code = _dynamic_code(packed.device) if nested else None
         return dequant_nf4(packed, absmax, scales, offset, code, group_size, dtype)
     rows, columns = packed.shape[0], 2 * packed.shape[1]
-    # Groups run on from row to row. Its CPU kernel starts a new one with every row, which
-    # is wrong by up to 40% unless groups divide rows: then the matrix is one long row.
+    # Groups continue from row to row, but the CPU kernel of bitsandbytes starts a new group in every row, an error of
+    # up to 40% unless groups divide rows. Where they do not, the matrix is unpacked as one long row.
     shape = torch.Size((rows, columns) if columns % group_size == 0 else (rows * columns,))
     kernel_dtype = dtype if dtype in NF4_DTYPES else torch.float32
     state = QuantState(absmax, shape, blocksize=group_size, quant_type="nf4", dtype=kernel_dtype)
@@ -106,11 +106,11 @@ def quant_state_tensors(packed: Tensor, state: Any) -> dict[str, Tensor]:
     """Return copies of a bitsandbytes 4-bit weight and its ``QuantState``, named as :func:`pack_nf4` names them.
 
     Raises:
-        ConfigurationError: If it is not NF4, was repacked for the CPU, or is nested in an unknown way.
+        ConfigurationError: If the weight is not NF4, was repacked for the CPU, or has unknown nested statistics.
     """
     if getattr(state, "packing_format_for_cpu", False):
         raise ConfigurationError(
-            "this 4-bit weight was repacked by an evaluation on the CPU, which rounds its scales: wrap it before that"
+            "this 4-bit weight was repacked by an evaluation on the CPU, which rounds its scales: wrap it earlier"
         )
     if state.quant_type != "nf4":
         raise ConfigurationError(f"quant_type={state.quant_type!r}: only 'nf4' can be taken over")
@@ -168,7 +168,7 @@ def _absmax(stored: list[Tensor]) -> Tensor:
 def _dynamic_code(device: torch.device) -> Tensor:
     from bitsandbytes.functional import create_dynamic_map
 
-    # kept for the process, so real also where a plan counts on fake tensors
+    # cached for the process, so the tensor must be real even if a plan computes with fake tensors
     with unset_fake_temporarily(), torch.device("cpu"):
         return create_dynamic_map().to(device)
 

@@ -1,7 +1,7 @@
-"""Products with a packed weight that is unpacked for one product and dropped, as ``orthotrain`` custom ops.
+"""Custom ops for products with a packed weight: the weight is unpacked for one product and not kept.
 
-The ops are opaque: eager, autograd and torch.compile see one call, autocast does not reach inside, and the only tensors
-saved for backward are the packed ones. A storage format is one function here, under its name.
+The ops are opaque: eager mode, autograd and torch.compile see one call, autocast has no effect inside, and only the
+packed tensors are saved for backward. Each storage format registers one function that unpacks it.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _formats: dict[str, Unpack] = {}
 
 
 def storage_format(name: str) -> Callable[[Unpack], Unpack]:
-    """Decorator that makes ``unpack(stored, group_size, dtype) -> W (out, in)`` known to the ops under a name."""
+    """Register the decorated ``unpack(stored, group_size, dtype) -> W (out, in)`` under the name of a format."""
 
     def decorate(unpack: Unpack) -> Unpack:
         assert name not in _formats
@@ -93,7 +93,7 @@ def dequantize(stored: list[Tensor], format: str, group_size: int, shape: list[i
 def quantized_product(
     x: Tensor, bias: Tensor | None, stored: list[Tensor], format: str, group_size: int, out_features: int
 ) -> Tensor:
-    """Return ``x @ W.T + bias`` in the dtype of ``x``; ``W`` lives for one product, in forward and in backward.
+    """Return ``x @ W.T + bias`` in the dtype of ``x``; forward and backward each unpack ``W`` for one product.
 
     Differentiable in ``x`` (``grad @ W``) and in the bias; a gradient of ``W`` is never formed.
 

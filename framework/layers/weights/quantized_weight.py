@@ -1,4 +1,4 @@
-"""Frozen weights in 4 and 8 bits: packed tensors that reload bit for bit, unpacked for one product at a time."""
+"""Frozen weights in 4 and 8 bits, whose packed tensors reload bit for bit."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from orthotrain.layers.weights.rounding import Noise
 
 
 class QuantizedWeight(FrozenWeight):
-    """A packed ``W (out, in)``. The packed tensors are parameters without gradient: what is saved is what reloads.
+    """A packed ``W (out, in)``. The packed tensors are parameters without gradient, and reload bit for bit.
 
-    Casting the module (``.to(torch.bfloat16)``, ``.half()``) leaves the fp32 statistics alone, which are part of the
-    stored values; it changes ``compute_dtype``, as it changes the dtype of a dense weight.
+    Casting the module (``.to(torch.bfloat16)``, ``.half()``) changes ``compute_dtype``, but not the fp32 statistics,
+    which are part of the stored values.
 
     Args:
         shape: ``(out, in)``.
@@ -52,7 +52,7 @@ class QuantizedWeight(FrozenWeight):
         """Return ``x @ W.T + bias``, ``(..., in) -> (..., out)``; saves nothing but the packed weight for backward.
 
         ``x`` is cast to ``compute_dtype``, ``W`` is rounded to it once, and the result has the dtype of ``x``. Under
-        autocast its dtype takes the place of both, as in nn.Linear.
+        autocast all three have the dtype of autocast, as in nn.Linear.
         """
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.compute_dtype
@@ -73,13 +73,13 @@ class QuantizedWeight(FrozenWeight):
 
     @torch.no_grad()
     def assign_(self, weight: Tensor, noise: Noise | None = None) -> None:
-        """Quantize and store ``weight (out, in)``; noise makes formats that can do so round stochastically."""
+        """Quantize and store ``weight (out, in)``; with noise, formats that can round stochastically do so."""
         for name, tensor in self.quantize(weight, noise).items():
             getattr(self, name).copy_(tensor)
 
     @torch.no_grad()
     def relative_error(self, weight: Tensor) -> float:
-        """Return ``||W - weight|| / ||weight||`` (Frobenius, fp32): what storing ``weight (out, in)`` here has lost."""
+        """Return ``||W - weight|| / ||weight||`` (Frobenius, fp32): the error of storing ``weight (out, in)``."""
         exact = weight.float()
         return float((self.dequantize(torch.float32) - exact).norm() / exact.norm().clamp_min(1e-30))
 
@@ -106,8 +106,8 @@ class Nf4Weight(QuantizedWeight):
     """4-bit NormalFloat with a scale for every ``group_size`` values in memory order (arXiv:2305.14314, section 3).
 
     Double quantization stores the scales in 8 bits, in groups of 256 around their mean: 4.13 bits a value in place of
-    4.5. bitsandbytes packs and unpacks, on the CPU and CUDA; the state is ours, since that of its ``Linear4bit`` does
-    not reload.
+    4.5. bitsandbytes packs and unpacks, on the CPU and on CUDA. The state dict is our own, because the state dict of
+    ``Linear4bit`` does not reload.
 
     Args:
         weight: ``(out, in)`` in fp32, bf16 or fp16; ``in`` even.
@@ -116,7 +116,7 @@ class Nf4Weight(QuantizedWeight):
         compute_dtype: See :class:`QuantizedWeight`; None for the dtype of ``weight``.
 
     Raises:
-        ConfigurationError: For a dtype, width or group size that NF4 cannot take, naming it.
+        ConfigurationError: For a dtype, width or group size that NF4 does not have, naming it.
     """
 
     format = "nf4"
@@ -138,14 +138,14 @@ class Nf4Weight(QuantizedWeight):
 
     @classmethod
     def from_quant_state(cls, packed: Tensor, state: Any) -> Self:
-        """Copy a weight that bitsandbytes has quantized, without requantizing: every value stays the same.
+        """Copy a weight that bitsandbytes has quantized, without requantization: every value stays the same.
 
         Args:
             packed: Data of a ``bitsandbytes.nn.Params4bit``, any storage dtype.
             state: Its ``quant_state``, NF4.
 
         Raises:
-            ConfigurationError: If it is not plain NF4, naming what it is.
+            ConfigurationError: If the weight is not plain NF4, naming its format.
         """
         adopted = cls.__new__(cls)
         stored = quant_state_tensors(packed, state)
@@ -154,7 +154,7 @@ class Nf4Weight(QuantizedWeight):
 
     def quantize(self, weight: Tensor, noise: Noise | None = None) -> dict[str, Tensor]:
         """Return the packed tensors of ``weight (out, in)``; with noise rounded stochastically."""
-        # a merge in a network of fp64 is folded in fp64, which bitsandbytes does not take
+        # a network in fp64 folds in fp64, which bitsandbytes does not take
         weight = weight.float() if weight.dtype == torch.float64 else weight
         return pack_nf4(weight, self.group_size, "nested_absmax" in self._parameters, noise)
 
@@ -162,9 +162,9 @@ class Nf4Weight(QuantizedWeight):
 class Int8Weight(QuantizedWeight):
     """8-bit integers with one fp32 scale for every ``group_size`` inputs of a row: ``W = codes * scales``.
 
-    Symmetric: the largest magnitude of a group is code 127. Plain torch and not bitsandbytes: its blockwise format is
-    as exact to reload, but its non-linear code loses half as much again on Gaussian weights (1.08% against 0.70%), its
-    row-wise format takes fp16 only, and neither rounds stochastically.
+    Symmetric: the largest magnitude of a group has code 127. The format is not one of bitsandbytes: the non-linear code
+    of its blockwise format has a larger error on Gaussian weights (1.08% against 0.70%), its row-wise format takes fp16
+    only, and neither rounds stochastically.
 
     Args:
         weight: ``(out, in)``, any floating dtype.
@@ -173,8 +173,8 @@ class Int8Weight(QuantizedWeight):
         compute_dtype: See :class:`QuantizedWeight`; None for the dtype of ``weight``.
 
     Raises:
-        ConfigurationError: If the weight is not floating point, or the group size does not divide ``in`` or there is no
-            default for it, naming the divisors near it.
+        ConfigurationError: If the weight is not floating point, or the group size does not divide ``in``, naming the
+            divisors near it.
     """
 
     format = "int8"
@@ -205,8 +205,8 @@ class Int8Weight(QuantizedWeight):
 def default_group_size(in_features: int) -> int:
     """Return int8's group size for rows of ``in_features``: 256, or the largest power of two that divides them.
 
-    Scales of groups below 32 would take more than an eighth of what the codes take: there the answer is 256, which
-    then does not divide, and is refused like any other size.
+    The scales of groups below 32 would take more than an eighth of the memory of the codes. For such widths the result
+    is 256, which does not divide them and is refused like any other size.
     """
     power = min(256, in_features & -in_features)
     return power if power >= 32 else 256

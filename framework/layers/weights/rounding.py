@@ -1,4 +1,4 @@
-"""Stochastic rounding with noise that is computed where the weight lies: the same bits on every device and rank."""
+"""Stochastic rounding with noise from a hash: the same bits on every device and rank."""
 
 import copy
 import math
@@ -10,22 +10,22 @@ from torch import Tensor
 from orthotrain.seeding import derive_seed
 
 LEVELS = 1 << 16
-"""Noise has 16 bits."""
+"""Number of values of the noise, which has 16 bits."""
 
 HASHED, PACKED = {"cpu": 1 << 17}, {"cpu": 1 << 20}
-"""Values that are hashed, and packed, at a time, by type of device: on a CPU so few that they stay in its cache."""
+"""Number of values that are hashed, and packed, at a time, by type of device: on a CPU they fit into its cache."""
 OTHERWISE = 1 << 24
 
 
 class Noise:
     """Uniform noise for one rounding of one matrix: a hash of (seed, row, column), without a state.
 
-    A generator draws other numbers on each type of device, and one of the CPU would make a device wait for it at every
-    fold. The hash is that of integers: two rounds of multiplication and shift (the constants are those that C. Wellons
-    found by search, "hash-prospector", of least bias) of the hashed row xor the hashed column.
+    A random generator would draw different numbers on each type of device, and a generator of the CPU would make the
+    device wait at every fold. The hash is two rounds of multiplication and shift of (hashed row) xor (hashed column),
+    with the constants of least bias that C. Wellons found by search ("hash-prospector").
 
     Args:
-        parts: What the noise is a function of, hashed by :func:`~orthotrain.seeding.derive_seed`.
+        parts: Words and integers that determine the noise, hashed by :func:`~orthotrain.seeding.derive_seed`.
     """
 
     def __init__(self, *parts: str | int) -> None:
@@ -33,13 +33,13 @@ class Noise:
         self._row_key, self._column_key, self._first = _signed(seed), _signed(seed >> 31), 0
 
     def below(self, row: int) -> "Noise":
-        """Return the noise of the rows from ``row`` on: a matrix may be rounded in parts."""
+        """Return the noise of the rows from ``row`` on, to round a matrix in parts."""
         rest = copy.copy(self)
         rest._first += row
         return rest
 
     def draw(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
-        """Return int32 noise from 0 to 65535 of a shape ``(..., columns)``, on the device that is named."""
+        """Return int32 noise from 0 to 65535 of a shape ``(..., columns)`` on a device."""
         columns = shape[-1]
         rows = math.prod(shape[:-1])
         row = self._hashes(self._first, rows, self._row_key, device)
@@ -59,13 +59,13 @@ class Noise:
 def in_parts(
     pack: Callable[[slice, Noise | None], dict[str, Tensor]], weight: Tensor, noise: Noise | None, multiple: int = 1
 ) -> dict[str, Tensor]:
-    """Pack ``weight (out, in)`` some rows at a time: what a packing computes in fp32 is larger than what it returns.
+    """Pack ``weight (out, in)`` some rows at a time, to keep the fp32 intermediate values small.
 
     Args:
         pack: Returns the packed tensors of some rows, whose first dimensions run along the rows.
-        weight: To pack.
-        noise: For ``pack``, of those rows; None to round to nearest.
-        multiple: Rows that belong together.
+        weight: The weight to pack.
+        noise: Noise for ``pack``; None to round to nearest.
+        multiple: Number of rows that must be packed together.
     """
     count, columns = weight.shape
     step = max(1, PACKED.get(weight.device.type, OTHERWISE) // max(1, columns * multiple)) * multiple
@@ -87,12 +87,12 @@ def round_steps(steps: Tensor, noise: Noise | None) -> Tensor:
 def stochastic_round(x: Tensor, noise: Noise) -> Tensor:
     """Round fp32 to bf16 up or down with the probability that makes the expectation exact.
 
-    bf16 is the upper half of fp32: adding 16 random bits below it and cutting them off carries with just that
-    probability. Exactly representable values stay as they are; infinities and NaN pass unchanged.
+    bf16 is the upper half of fp32. Adding 16 random bits to the lower half and cutting the lower half off rounds up
+    with just that probability. Exactly representable values, infinities and NaN do not change.
 
     Args:
         x: fp32 (or wider, then first rounded to fp32), any shape.
-        noise: Of the rounding.
+        noise: The noise of this rounding.
     """
     bits = x.float().contiguous().view(torch.int32)
     rounded = noise.draw(bits.shape, bits.device).add_(bits).bitwise_and_(-LEVELS).view(torch.float32)
@@ -100,7 +100,7 @@ def stochastic_round(x: Tensor, noise: Noise) -> Tensor:
 
 
 def _mix_(x: Tensor) -> Tensor:
-    """Hash int32 numbers in place; products wrap around, and shifts take the sign along, which is masked away."""
+    """Hash int32 numbers in place; products wrap around, and the sign bits of shifts are masked."""
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
         high = torch.bitwise_right_shift(x, shift).bitwise_and_((1 << (32 - shift)) - 1)
         x.bitwise_xor_(high).mul_(factor)

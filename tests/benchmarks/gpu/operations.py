@@ -51,14 +51,14 @@ def timed(machine: Gpu, make: Callable[[], floors.Passes]) -> dict[str, Any]:
 @contextlib.contextmanager
 def permutation_route(route: str) -> Iterator[None]:
     """Make kernels gather by themselves (``fused``) or in passes; anything else leaves the choice to them."""
-    from orthotrain.kernels.block_rotate import permutation
+    from orthotrain.kernels.block_rotate import permute_columns
 
-    before = permutation.FEWEST_ROWS
-    permutation.FEWEST_ROWS = {"fused": 2**62, "passes": 1}.get(route, before)
+    before = permute_columns.FEWEST_ROWS
+    permute_columns.FEWEST_ROWS = {"fused": 2**62, "passes": 1}.get(route, before)
     try:
         yield
     finally:
-        permutation.FEWEST_ROWS = before
+        permute_columns.FEWEST_ROWS = before
 
 
 def calibrated(machine: Gpu) -> dict[str, Any]:

@@ -4,10 +4,12 @@ import os
 import socket
 
 import pytest
+import yaml
 
-from orthotrain.cli.config_files import resolve_config_arguments
+from orthotrain.cli.config_files import resolve_config_arguments, shipped_configs
 from orthotrain.cli.main import main
 from orthotrain.cli.parser import OneLineParser
+from orthotrain.cli.run_defaults import TRAINER
 from orthotrain.cli.trainer_numbers import check_trainer_numbers
 from orthotrain.cli.yaml_check import check_yaml
 from orthotrain.errors import ConfigurationError
@@ -169,3 +171,22 @@ def test_a_whole_number_of_batches_stays_one_in_whatever_order_its_types_are_lis
     parser.prefer_whole_numbers()
     limit = parser.parse_args(["--limit", given]).limit
     assert limit == number and type(limit) is type(number)
+
+
+RUNS = {name: path for name, path in shipped_configs().items() if name.startswith(("pretrain/", "finetune/"))}
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "/options/" not in name])
+def test_a_shipped_config_holds_only_the_ideas_of_its_run(name):
+    lines = RUNS[name].read_text().splitlines()
+    config = yaml.safe_load("\n".join(lines))
+    assert len(lines) <= 40 and max(map(len, lines)) <= 120
+    assert "logger" not in config["trainer"] and config.get("seed_everything") is None
+    repeated = [key for key, value in TRAINER.items() if config["trainer"].get(key, "-") == value]
+    assert not repeated, f"these are defaults of the command line: {repeated}"
+
+
+def test_two_shipped_configs_never_share_a_run_folder():
+    folders = [yaml.safe_load(RUNS[name].read_text())["trainer"].get("default_root_dir", f"runs/{RUNS[name].stem}")
+               for name in RUNS if "/options/" not in name]  # fmt: skip
+    assert len(set(folders)) == len(folders)

@@ -71,15 +71,15 @@ def test_the_mark_of_generators_survives_copies_casts_and_assignment():
 
 def test_what_is_no_generator_is_refused():
     linear = nn.Linear(28, 7, bias=False)  # 28 = 8 * 7 / 2, as wide as a block of 8
-    with pytest.raises(ConfigurationError, match=r"takes generators alone, not a parameter of shape \(7, 28\)"):
+    with pytest.raises(ConfigurationError, match=r"takes only generators, not a parameter of shape \(7, 28\)"):
         LieOptimizer(linear.parameters())
     optimizer = LieOptimizer(rotation().parameters())
-    with pytest.raises(ConfigurationError, match=r"not a parameter of shape \(3,\): give it as rotation_optimizer"):
+    with pytest.raises(ConfigurationError, match=r"not a parameter of shape \(3,\): use it as rotation_optimizer"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
     assert len(optimizer.param_groups) == 1
-    with pytest.raises(ConfigurationError, match="give it as rotation_optimizer"):
+    with pytest.raises(ConfigurationError, match="use it as rotation_optimizer"):
         LieOptimizer([{"params": rotation().parameters(), "name": "decay"}])
-    with pytest.raises(ConfigurationError, match="a width of 7 is that of no skew block"):
+    with pytest.raises(ConfigurationError, match="no block has 7 generators"):
         checked_block_size(7)
     assert checked_block_size(1) == 2 and checked_block_size(2016) == 64
 

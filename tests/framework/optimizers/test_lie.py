@@ -180,7 +180,7 @@ def test_state_of_another_setting_is_refused(now, message):
     LieOptimizer([p]).load_state_dict(saved)
     with pytest.raises(ConfigurationError, match=message):
         LieOptimizer([p], **now).load_state_dict(saved)
-    with pytest.raises(ConfigurationError, match="names no direction: another optimizer has made it"):
+    with pytest.raises(ConfigurationError, match="has no direction: it is the state of another"):
         LieOptimizer([p]).load_state_dict(torch.optim.AdamW([p]).state_dict())
 
 

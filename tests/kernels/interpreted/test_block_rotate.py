@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthotrain.kernels.block_rotate import block_rotate, contraction, cpu, permutation, tiling
+from orthotrain.kernels.block_rotate import block_rotate, contraction, cpu, permute_columns, tiling
 
 EPSILON = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
 DTYPES = st.sampled_from([torch.float32, torch.float16])
@@ -51,7 +51,7 @@ def cases(draw):
 
 @pytest.mark.parametrize("passes", [False, True], ids=["gathered by the programs", "permuted in passes"])
 def test_any_shape(passes, monkeypatch):
-    monkeypatch.setattr(permutation, "FEWEST_ROWS", 1 if passes else 10**9)
+    monkeypatch.setattr(permute_columns, "FEWEST_ROWS", 1 if passes else 10**9)
 
     @settings(max_examples=25, deadline=None)
     @given(cases(), st.integers(0, 99))
@@ -112,7 +112,7 @@ def test_under_autocast_the_dtype_stays():
 def test_opcheck_and_full_graph():
     x, displacement = torch.randn(9, 14, requires_grad=True), torch.randn(3, 4, 4, requires_grad=True)
     permutation = torch.randperm(14)
-    torch.library.opcheck(torch.ops.orthotrain.block_rotate.default, (x, displacement, permutation, None))
+    torch.library.opcheck(torch.ops.orthotrain_v2.block_rotate.default, (x, displacement, permutation, None))
     compiled = torch.compile(block_rotate, fullgraph=True, backend="aot_eager")
     found = torch.autograd.grad(compiled(x, displacement, permutation).square().sum(), (x, displacement))
     expected = torch.autograd.grad(block_rotate(x, displacement, permutation).square().sum(), (x, displacement))

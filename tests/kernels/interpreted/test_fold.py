@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthotrain.kernels.block_rotate import permutation
+from orthotrain.kernels.block_rotate import permute_columns
 from orthotrain.kernels.fold import cpu, fold
 
 SIDE = st.tuples(st.integers(0, 3), st.integers(1, 12), st.integers(1, 20))
@@ -53,7 +53,7 @@ def check(out_side, in_side, dtype, permuted, seed=0):
 
 @pytest.mark.parametrize("passes", [False, True], ids=["scattered by the programs", "permuted in passes"])
 def test_any_shape(passes, monkeypatch):
-    monkeypatch.setattr(permutation, "FEWEST_ROWS", 1 if passes else 10**9)
+    monkeypatch.setattr(permute_columns, "FEWEST_ROWS", 1 if passes else 10**9)
 
     @settings(max_examples=20, deadline=None)
     @given(st.tuples(SIDE, SIDE, st.sampled_from(list(EPSILON)), st.booleans(), st.integers(0, 99)))
@@ -76,7 +76,7 @@ def test_blocks_in_parts(dtype):
 def test_opcheck_and_full_graph():
     d_out, d_in = torch.randn(2, 3, 3, requires_grad=True), torch.randn(1, 4, 4, requires_grad=True)
     weight, permutations = torch.randn(7, 5), (torch.randperm(7), torch.randperm(5))
-    torch.library.opcheck(torch.ops.orthotrain.fold.default, (weight, d_out, d_in, *permutations))
+    torch.library.opcheck(torch.ops.orthotrain_v2.fold.default, (weight, d_out, d_in, *permutations))
     compiled = torch.compile(fold, fullgraph=True, backend="aot_eager")
     found = torch.autograd.grad(compiled(weight, d_out, d_in, *permutations).square().sum(), (d_out, d_in))
     expected = torch.autograd.grad(fold(weight, d_out, d_in, *permutations).square().sum(), (d_out, d_in))

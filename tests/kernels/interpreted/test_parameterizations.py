@@ -168,4 +168,4 @@ def test_compiles_as_one_graph_and_passes_opcheck(name):
     (found,) = torch.autograd.grad(compiled(q).square().sum(), q)
     (expected,) = torch.autograd.grad(op(q).square().sum(), q)
     assert torch.equal(found, expected)
-    torch.library.opcheck(getattr(torch.ops.orthotrain, name.rstrip("_12345")), arguments)
+    torch.library.opcheck(getattr(torch.ops.orthotrain_v2, name.rstrip("_12345")), arguments)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthotrain.kernels.block_rotate import permutation
+from orthotrain.kernels.block_rotate import permute_columns
 from orthotrain.kernels.dispatch import implementation
 from orthotrain.kernels.permutations import GROUPS, by_feature
 
@@ -13,7 +13,7 @@ from orthotrain.kernels.permutations import GROUPS, by_feature
 @pytest.mark.parametrize("passes", [False, True], ids=["by the programs", "in passes"])
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_same_bits(passes, group, monkeypatch):
-    monkeypatch.setattr(permutation, "FEWEST_ROWS", 1 if passes else 10**9)
+    monkeypatch.setattr(permute_columns, "FEWEST_ROWS", 1 if passes else 10**9)
 
     @settings(max_examples=8, deadline=None)
     @given(

@@ -25,6 +25,7 @@ import psutil
 import torch
 import torch.nn.attention.flex_attention
 import transformers
+from jsonargparse._stubs_resolver import get_stubs_resolver
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -155,6 +156,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     assert all((accelerate, lightning, psutil, transformers, orthotrain.cli.plan, torch.nn.attention.flex_attention))
     assert all((AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast))
+    get_stubs_resolver()  # starts Python once to ask for its path: rows need not, and no row may start a program
     gc.collect()
     gc.freeze()  # no child looks through what the imports have made
     print("ready", flush=True)

@@ -178,11 +178,11 @@ def test_an_unreachable_dataset(tokenizer_folder, refusal, monkeypatch):
 
 
 def test_splits_that_are_too_small(tokenizer_folder, refusal):
-    assert "the train split has 1 rows, but 4 are needed: give more rows or lower batch_size" in refusal(
+    assert "the train split has 1 rows, but 4 are needed: give more data or lower batch_size" in refusal(
         tokenizer_folder, [GOOD], batch_size=4
     )
     assert (
-        "the val split has 0 rows, but 1 are needed: give more rows or set another val_fraction or val_source"
+        "the val split has 0 rows, but 1 are needed: give more data or set another val_fraction or val_source"
         in refusal(tokenizer_folder, [GOOD], val_fraction=0.01)
     )
 

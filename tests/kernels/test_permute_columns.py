@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from orthotrain.kernels.block_rotate.permutation import rows_at_once, worthwhile
+from orthotrain.kernels.block_rotate.permute_columns import rows_at_once, worthwhile
 
 
 @pytest.mark.parametrize(("stride", "served"), [(2**20 - 1, True), (2**20, False), (2**23, False)])

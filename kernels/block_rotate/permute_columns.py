@@ -1,8 +1,8 @@
 """Permuting the columns of a matrix, a row at a time through shared memory, as Triton kernels.
 
-A gather of single 16-bit columns straight from memory fetches a sector of 32 bytes for each 2 that it wants. Here a
-program reads whole rows with wide loads, picks the columns from shared memory and writes wide again. A program holds
-its rows before it writes them, so that a matrix may be permuted in place.
+A gather of single 16-bit columns from memory fetches a sector of 32 bytes for each 2 bytes that it needs. Here a
+program reads whole rows with wide loads, picks the columns from shared memory and writes wide again. A program reads
+all of its rows before it writes them, so a matrix may be permuted in place.
 """
 
 import torch
@@ -15,10 +15,10 @@ from orthotrain.kernels.block_rotate.tiling import LARGEST_OFFSET, WIDEST_LOAD
 from orthotrain.kernels.permutations import by_feature, group_size
 
 LARGEST_ROW = 64 * 1024
-"""Bytes of a row that fit the shared memory of every device beside a second program."""
+"""Bytes of a row: on every device two programs with such a row fit into the shared memory."""
 
 FEWEST_ROWS = 256
-"""Below this many rows the launches cost more than the wasted sectors, which the L2 cache serves."""
+"""With fewer rows the launches cost more than the wasted sectors, which the L2 cache serves."""
 
 TILE = 4096
 PROGRAMS = 2048
@@ -47,9 +47,9 @@ def _invert_kernel(index, inverse, width, SIZE: tl.constexpr):
 
 
 def worthwhile(x: Tensor, index: Tensor) -> bool:
-    """Return whether permuting ``x (N, d)`` by rows pays and is possible; elsewhere programs gather from memory.
+    """Tell whether permuting ``x (N, d)`` in a pass of its own is possible and pays.
 
-    They do so well where a group of columns is as large as what a thread reads at once.
+    Otherwise the rotation gathers from memory, which is fast where a group of columns is as wide as a load of a thread.
     """
     (rows, width), (row, column) = x.shape, x.stride()
     if group_size(index, width) * x.element_size() >= WIDEST_LOAD:

@@ -1,0 +1,90 @@
+"""The defaults of every run of the command line, and how a config replaces them."""
+
+import pytest
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+
+from orthotrain.callbacks import AdapterCheckpoint, RunProgress, RunReport, Throughput
+from orthotrain.cli.run_defaults import run_callbacks, trainer_defaults
+from orthotrain.cli.trainer_cli import OrthotrainCLI
+
+NETWORK = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
+CONFIG = {
+    "trainer": {"accelerator": "cpu", "max_steps": 1},
+    "model": {
+        "class_path": "BaseModule",
+        "init_args": {"model": {"class_path": "CausalLM", "init_args": {"config": NETWORK}}},
+    },
+    "data": {"class_path": "TextData", "init_args": {"vocab_size": 32000}},
+}
+
+
+@pytest.fixture(scope="module")
+def trainer_of(tmp_path_factory):
+    """Build the trainer of a small config, in a folder of its own, with more options."""
+    path = tmp_path_factory.mktemp("configs") / "mine.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return lambda *options: OrthotrainCLI(["-c", str(path), *options], run=False).trainer
+
+
+def saved_in(trainer):
+    return [logger.save_dir for logger in trainer.loggers]
+
+
+def test_a_config_without_them_has_loggers_checkpoints_report_and_progress(trainer_of):
+    trainer = trainer_of()
+    assert trainer.default_root_dir.endswith("runs/mine") and saved_in(trainer) == ["runs/mine"] * 2
+    assert [type(logger).__name__ for logger in trainer.loggers] == ["TensorBoardLogger", "CSVLogger"]
+    (checkpoint,) = trainer.checkpoint_callbacks
+    assert isinstance(checkpoint, ModelCheckpoint) and checkpoint.save_last and checkpoint._every_n_train_steps == 500
+    assert sum(isinstance(callback, RunReport) for callback in trainer.callbacks) == 1
+    assert isinstance(trainer.progress_bar_callback, RunProgress)
+    assert trainer.gradient_clip_val == 1.0 and trainer.log_every_n_steps == 10
+    assert trainer.check_val_every_n_epoch == 1, "without a whole number of batches between validations"
+
+
+def test_each_of_them_can_be_changed(trainer_of, tmp_path):
+    trainer = trainer_of(
+        "--checkpoint.every_n_train_steps", "7", "--report", "null", "--trainer.logger", "false",
+        "--trainer.default_root_dir", str(tmp_path), "--trainer.val_check_interval", "5",
+    )  # fmt: skip
+    assert trainer.checkpoint_callbacks[0]._every_n_train_steps == 7 and trainer.checkpoint_callbacks[0].save_last
+    assert not any(isinstance(callback, RunReport) for callback in trainer.callbacks)
+    assert trainer.loggers == [] and trainer.default_root_dir == str(tmp_path)
+    assert trainer.check_val_every_n_epoch is None
+
+
+def test_the_loggers_follow_the_folder_of_the_run(trainer_of, tmp_path):
+    assert saved_in(trainer_of("--trainer.default_root_dir", "elsewhere")) == ["elsewhere"] * 2
+    both = ("--trainer.default_root_dir", "elsewhere", "--run_folder", str(tmp_path))
+    assert saved_in(trainer_of(*both)) == [str(tmp_path)] * 2
+
+
+OPTIONS = {"callbacks": None, "enable_checkpointing": None, "enable_progress_bar": None}
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, "ModelCheckpoint RunReport RunProgress"),
+        ({"callbacks": Throughput()}, "ModelCheckpoint RunReport RunProgress Throughput"),
+        ({"callbacks": [ModelCheckpoint(monitor="val_loss")]}, "RunReport RunProgress ModelCheckpoint"),
+        ({"callbacks": [AdapterCheckpoint(), TQDMProgressBar()]}, "RunReport AdapterCheckpoint TQDMProgressBar"),
+        ({"enable_checkpointing": False, "enable_progress_bar": False}, "RunReport"),
+    ],
+)
+def test_a_callback_of_the_config_takes_the_place_of_the_default_of_its_kind(options, kept):
+    callbacks = run_callbacks({**OPTIONS, **options}, [ModelCheckpoint(), RunReport(), RunProgress()])
+    assert [type(callback).__name__ for callback in callbacks] == kept.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["fit", "-c", "pretrain/quickstart.yaml", "-c", "trainer/ddp.yaml"], "runs/quickstart"),
+        (["fit", "--config=/a/b.yaml"], "runs/b"),
+        (["fit"], "runs/default"),
+    ],
+)
+def test_the_first_config_names_the_folder(arguments, folder):
+    assert trainer_defaults(arguments)["default_root_dir"] == folder

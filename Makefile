@@ -1,4 +1,4 @@
-# The README's commands. PYTHON picks the interpreter of the virtual environment.
+# The commands of README and manual. PYTHON picks the interpreter of the virtual environment.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,7 +34,7 @@ FAST := $(addprefix tests/, plugins kernels framework/layers framework/optimizer
 test-oldest: $(OLDEST)/.installed-test
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 --dist worksteal -m "not slow" $(FAST)
 
-# every way for a run to die, at each of its steps and at random moments; ends with the README's table
+# every way for a run to die, at each of its steps and at random moments; ends with the table of docs/pages/faults.md
 faults: $(VENV)/.installed-test
 	ORTHOTRAIN_FAULTS=20 OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/faults
 

@@ -150,7 +150,7 @@ class Harness:
         return folder
 
     def table(self):
-        """The outcomes as the README shows them."""
+        """The outcomes as docs/pages/faults.md shows them."""
         names = list(dict.fromkeys(outcome.fault for outcome in self.outcomes))
         lines = ["| fault | injected | recovered | most steps lost |", "|-|-|-|-|"]
         for name in names:

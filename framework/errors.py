@@ -20,8 +20,12 @@ def visible(text: str) -> str:
     A message may quote a value with escape sequences, which would change the title or the lines of a terminal, or with
     marks that change the direction of writing. Such a character is replaced by its escape, such as ``\x1b``.
     """
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return escaped(" ".join(text.split()))
+
+
+def escaped(text: str) -> str:
+    """Return a text with its control characters as escapes; spaces stay."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class TrainingDiverged(RuntimeError):

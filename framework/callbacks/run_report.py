@@ -14,7 +14,7 @@ from orthotrain.callbacks.throughput import Throughput, logs_at
 from orthotrain.checkpoints.run_folder import run_folder
 from orthotrain.checkpoints.stored_values import stored_count, stored_curves, stored_numbers, stored_tensors
 from orthotrain.devices.memory import describe_peak, forget_peak, peak_bytes
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import ConfigurationError, escaped
 from orthotrain.files.atomic_writes import write_text
 from orthotrain.files.paths import read_json
 from orthotrain.files.pictures import draw_lines, panels, save
@@ -210,7 +210,7 @@ class RunReport(L.Callback):
                 top_p=0.95,
                 pad_token_id=tokenizer.eos_token_id,
             )
-        return ["sample", *("  " + line for line in tokenizer.decode(out[0]).splitlines())]
+        return ["sample", *("  " + escaped(line) for line in tokenizer.decode(out[0]).splitlines())]
 
 
 def _metric(name: str) -> str:

@@ -88,7 +88,8 @@ class OneLineParser(LightningArgumentParser):
         for option in (option for parser in self._parsers() for option in parser._actions):
             types = get_args(getattr(option, "_typehint", None))
             if int in types and float in types:
-                option._typehint = functools.reduce(operator.or_, (int, *(kind for kind in types if kind is not int)))
+                others = (kind for kind in types if kind is not int)
+                option._typehint = functools.reduce(operator.or_, (int, *others))  # type: ignore[attr-defined]
 
     def _parsers(self) -> Iterator["OneLineParser"]:
         yield self

@@ -1,7 +1,7 @@
 """Settings that differ for some layers: what the overrides of POET and of OFT have in common."""
 
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Self, cast
 
@@ -11,10 +11,15 @@ NETWORK_SETTINGS = ("include", "exclude", "overrides", "train", "freeze")
 """Settings that choose layers and parameters of the network, and so have no meaning for one layer."""
 
 
+@dataclass(frozen=True)
 class LayerOverrides:
-    """Mixin of a dataclass of settings with a field ``overrides``: glob pattern on module names -> settings."""
+    """The field ``overrides`` of settings: glob pattern on module names -> settings that differ there.
 
-    overrides: dict[str, dict[str, Any]] | None
+    It is a dataclass itself, because jsonargparse writes the keys of a dataclass without ``class_path`` only if all
+    bases are dataclasses.
+    """
+
+    overrides: dict[str, dict[str, Any]] | None = None
 
     def for_name(self, name: str) -> Self:
         """Return the settings of the layer ``name``: the first override that matches replaces some of these.

@@ -3,7 +3,6 @@
 import glob
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -18,7 +17,7 @@ from orthotrain.modules.layer_overrides import LayerOverrides
 
 
 @dataclass(frozen=True)
-class OftLayers(OftSettings, LayerOverrides):
+class OftLayers(LayerOverrides, OftSettings):
     """Which layers get a rotation, the settings of a layer, and what else is trained. Everything else is frozen.
 
     Parameters that the model's checkpoint did not hold, such as a new head, have random values: they are trained in
@@ -38,7 +37,6 @@ class OftLayers(OftSettings, LayerOverrides):
     include: list[str] = field(default_factory=lambda: ["*"])
     exclude: list[str] = field(default_factory=lambda: ["*lm_head*", "*score*", "*classifier*"])
     train: list[str] = field(default_factory=list)
-    overrides: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,7 +24,7 @@ FRACTION_OF = {"block_size": "fraction", "block_size_out": "fraction_out"}
 
 
 @dataclass(frozen=True)
-class PoetLayers(PoetSettings, LayerOverrides):
+class PoetLayers(LayerOverrides, PoetSettings):
     """Which linear layers become POET layers, the settings of a layer, and what else is not trained.
 
     Args:
@@ -43,7 +43,6 @@ class PoetLayers(PoetSettings, LayerOverrides):
     exclude: list[str] = field(default_factory=lambda: ["*lm_head*"])
     init: Initialization = "normalized"
     gain: float = 1.0
-    overrides: dict[str, dict[str, Any]] | None = None
     freeze: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

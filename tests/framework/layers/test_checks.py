@@ -75,5 +75,7 @@ def test_the_device_decides_where_one_is_given(monkeypatch):
 def test_a_weight_that_nothing_multiplies_with_is_refused(make, dtype):
     linear = nn.Linear(8, 8)
     linear.weight = nn.Parameter(torch.zeros(8, 8).to(dtype), requires_grad=False)
-    with pytest.raises(ConfigurationError, match=rf"a weight \(8, 8\) in {dtype}: take float16, .*; cast the weight, or"):
+    with pytest.raises(
+        ConfigurationError, match=rf"a weight \(8, 8\) in {dtype}: take float16, .*; cast the weight, or"
+    ):
         make(linear)

@@ -142,10 +142,10 @@ def check_sides(
 
 
 def debug_permutation(op: str, name: str, permutation: Tensor | None) -> None:
-    """With ``ORTHOTRAIN_DEBUG=1``, check that a permutation is one: with another index a kernel writes out of bounds.
+    """With ``ORTHOTRAIN_DEBUG=1``, check the values of a permutation: a wrong index lets a kernel write out of bounds.
 
     Raises:
-        ValueError: It does not.
+        ValueError: The values repeat or leave out coordinates.
     """
     if permutation is None or os.environ.get(DEBUG) != "1":
         return

@@ -1,4 +1,4 @@
-"""The one place that decides whether an operation runs its PyTorch code (``cpu.py``) or its Triton kernels.
+"""Decides whether an operation runs its PyTorch code (``cpu.py``) or its Triton kernels; no other file decides it.
 
 The choice is ``auto``, ``reference`` or ``triton``. ``auto`` takes Triton where the kernels serve the tensor and the
 PyTorch code elsewhere. ``reference`` always takes the PyTorch code. ``triton`` never falls back: a tensor that the
@@ -6,6 +6,7 @@ kernels do not serve is an error that says why. The choice belongs to the proces
 the backward of GPU tensors in threads of its own.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -31,7 +32,7 @@ _choice: Choice | None = None
 _ran: set[tuple[Backend, str, str | None, str]] = set()  # (implementation, device type, obstacle, operation)
 
 
-class use_backend:
+class use_backend(contextlib.AbstractContextManager[Any]):
     """Choose the implementation of every operation, until the next call or the end of a ``with`` block.
 
     Args:
@@ -45,9 +46,6 @@ class use_backend:
         global _choice
         self._previous = _choice
         _choice = _checked(choice, "kernels")
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(self, *_: Any) -> None:
         global _choice
@@ -94,17 +92,17 @@ def implementation(tensor: Tensor, op: str, unsupported: str | None = None) -> M
 
 @functools.cache
 def _module(op: str, file: str) -> ModuleType:
-    """Import the code of an operation, here and nowhere else, so that nothing imports triton before it is used."""
+    """Import the code of an operation. No other file imports ``triton.py``, so triton is imported only when used."""
     return importlib.import_module(f"orthotrain.kernels.{op}.{file}")
 
 
 def plain_cpu(tensor: Tensor) -> bool:
-    """Tell whether a tensor is on the CPU and the choice is not ``triton``, which means the interpreter there."""
+    """Tell whether PyTorch code runs on the CPU: with the choice ``triton``, Triton's interpreter runs there."""
     return tensor.device.type == "cpu" and chosen() != "triton"
 
 
 def traced(tensor: Tensor) -> bool:
-    """Tell whether somebody traces, or the tensor has no values (fake, meta): then an operation is its custom op."""
+    """Tell whether torch.compile traces or the tensor has no values (fake, meta): operations then run as custom ops."""
     return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta
 
 

@@ -1,4 +1,4 @@
-"""The one way to make an operation: a custom op where somebody traces, an autograd function in eager mode.
+"""Makes every operation: a custom op while torch.compile traces, an autograd function in eager mode.
 
 A torch custom op with a gradient costs about 180 us a call on the CPU, more than the rotation of a small layer. In
 eager mode the same forward and backward therefore run as a :class:`torch.autograd.Function`. torch.compile and
@@ -7,6 +7,7 @@ tensors without values (fake, meta) see the custom op, and never what is inside 
 
 import contextlib
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -27,10 +28,10 @@ error."""
 
 def operation(
     name: str,
-    fake: Callable[..., Tensor],
     differentiable: Sequence[str] = (),
     *,
     folder: str | None = None,
+    fake: Callable[..., Tensor] | None = None,
     saved: Sequence[str] | None = None,
     fake_backward: Callable[..., Tensor] | None = None,
     permutations: Sequence[str] = (),
@@ -40,26 +41,27 @@ def operation(
     """Return the operation ``<NAMESPACE>::<name>``, computed by ``cpu.py`` or ``triton.py`` of its folder.
 
     Both files hold ``<name>_forward(*arguments)`` and, if there is a gradient, ``<name>_backward(grad, *saved,
-    *needed)``. ``needed`` tells for every differentiable argument whether its gradient is needed; with only one such
-    argument it is left out. The backward returns the gradients in the order of ``differentiable``; a gradient that is
-    not needed may be None. Both run with the device of their tensors current and without autocast. There is no second
-    derivative.
+    *needed)``. The parameters of the forward in ``cpu.py`` and their annotations are the schema of the operation.
+    ``needed`` tells for every differentiable argument whether its gradient is needed; with only one such argument it is
+    left out. The backward returns the gradients in the order of ``differentiable``; a gradient that is not needed may
+    be None. Both run with the device of their tensors current and without autocast. There is no second derivative.
 
     Args:
         name: Of the operation.
-        fake: Returns an empty result of the right shape, dtype and device. Its parameters and their annotations are the
-            schema of the operation.
         differentiable: Names of the arguments that have gradients.
         folder: In ``kernels/``; None for one of the same name.
+        fake: Takes the arguments and returns an empty result of the right shape, dtype and device. None where the
+            result is like the first argument.
         saved: Names of what is kept for the backward, tensors first: arguments or ``output``. None for all arguments.
-        fake_backward: As ``fake``, with the arguments of the backward. None where the differentiable arguments are
-            saved and every gradient is like its argument.
+        fake_backward: As ``fake``, with the arguments of the backward. None where every gradient is like its argument,
+            or like the gradient of the result if that argument is not saved.
         permutations: Names of the arguments whose values are checked with ``ORTHOTRAIN_DEBUG=1``.
         computes_in: Name of the argument whose dtype decides whether Triton serves; None for the dtype of the first.
         unsupported: Takes the first argument; returns why the Triton forward does not serve it, or None.
     """
-    names = tuple(inspect.signature(fake).parameters)
     folder = folder or name
+    definition = getattr(importlib.import_module(f"orthotrain.kernels.{folder}.cpu"), f"{name}_forward")
+    names = tuple(inspect.signature(definition).parameters)
     checked = [(argument, names.index(argument)) for argument in permutations]
     dtype_position = None if computes_in is None else names.index(computes_in)
 
@@ -73,8 +75,8 @@ def operation(
         with torch.cuda.device_of(first), without_autocast(first.device.type):
             return getattr(implementation(like, folder, obstacle), f"{name}_forward")(*arguments)
 
-    schema = torch.library.infer_schema(fake, mutates_args=())
-    op = _registered(name, forward, schema, fake)
+    schema = torch.library.infer_schema(definition, mutates_args=())
+    op = _registered(name, forward, schema, fake or (lambda first, *_: first.new_empty(first.shape)))
     eager = forward
     if differentiable:
         kept = names if saved is None else tuple(saved)
@@ -139,36 +141,33 @@ def _registered_backward(
     kept: tuple[str, ...],
     differentiable: tuple[str, ...],
     gradients: Callable[..., tuple[Tensor | None, ...]],
-    fake_backward: Callable[..., Tensor] | None,
+    fake: Callable[..., Any] | None,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Register ``<name>_backward``, whose results are tensors, never None: empty where a gradient is not needed."""
     several = len(differentiable) > 1
     needs = [f"bool need_{argument}" for argument in differentiable] if several else []
-    positions = [kept.index(argument) for argument in differentiable] if fake_backward is None else [0]
 
-    def unneeded(grad: Tensor, value: Tensor | None) -> Tensor:
-        return (grad if value is None else value).new_empty(0)
+    def alike(grad: Tensor, values: Sequence[Any]) -> list[Tensor]:
+        """Return the tensors that the gradients are like: the arguments, or the gradient of the result."""
+        arguments = [values[kept.index(argument)] if argument in kept else None for argument in differentiable]
+        return [grad if argument is None else argument for argument in arguments]
 
     def backward(grad: Tensor, *values: Any) -> Any:
         found = tuple(
-            unneeded(grad, values[index]) if gradient is None else gradient.contiguous()
-            for gradient, index in zip(gradients(grad, *values), positions, strict=True)
+            like.new_empty(0) if gradient is None else gradient.contiguous()
+            for gradient, like in zip(gradients(grad, *values), alike(grad, values), strict=True)
         )
         return found if several else found[0]
 
-    def fake(grad: Tensor, *values: Any) -> Any:
-        if fake_backward is not None:
-            return fake_backward(grad, *values)
+    def fake_backward(grad: Tensor, *values: Any) -> Any:
         needed = values[len(kept) :] if several else [True]
-        found = tuple(
-            values[index].new_empty(values[index].shape) if need else unneeded(grad, values[index])
-            for index, need in zip(positions, needed, strict=True)
-        )
+        pairs = zip(alike(grad, values), needed, strict=True)
+        found = tuple(like.new_empty(like.shape if need else 0) for like, need in pairs)
         return found if several else found[0]
 
     results = ", ".join("Tensor" for _ in differentiable)
     schema = f"({', '.join(['Tensor grad', *entries, *needs])}) -> {f'({results})' if several else results}"
-    op = _registered(f"{name}_backward", backward, schema, fake)
+    op = _registered(f"{name}_backward", backward, schema, fake or fake_backward)
     return op if several else lambda *arguments: (op(*arguments),)
 
 

@@ -5,30 +5,25 @@ from ``g p`` to ``g p + g - 1``, with ``g`` of 1, 2, 4 or 8. Groups let memory b
 """
 
 import functools
-from typing import overload
 
 import torch
 from torch import Tensor
 
 GROUPS = (8, 4, 2, 1)
-"""Features that may move together: 8 of 16 bits are the widest load of a GPU's thread, and a CPU's widest integer."""
+"""Numbers of features that may move together: 8 features of 16 bits are the widest load of a thread of a GPU."""
 
 _UNITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-"""The dtype that floats are moved as, by its bytes. It is only copied, never computed with: all bits are kept."""
+"""The dtype as which so many bytes are moved. Values are copied, never computed with, so all bits are kept."""
 
 
 def group_size(permutation: Tensor | None, width: int) -> int:
-    """Return how many neighboring features a permutation of ``width`` of them moves together, 1 without one."""
+    """Return how many neighboring features of ``width`` a permutation moves together, 1 without a permutation."""
     return 1 if permutation is None or not permutation.shape[0] else width // permutation.shape[0]
 
 
-@overload
-def by_feature(permutation: None, width: int) -> None: ...
-@overload
-def by_feature(permutation: Tensor, width: int) -> Tensor: ...
-def by_feature(permutation: Tensor | None, width: int) -> Tensor | None:
-    """Return a permutation of groups as one of single features, ``(width,)``."""
-    return None if permutation is None else _expanded(permutation, group_size(permutation, width))
+def by_feature(permutation: Tensor, width: int) -> Tensor:
+    """Return a permutation of groups as a permutation of single features, ``(width,)``."""
+    return _expanded(permutation, group_size(permutation, width))
 
 
 def _expanded(permutation: Tensor, group: int) -> Tensor:
@@ -41,7 +36,7 @@ def _expanded(permutation: Tensor, group: int) -> Tensor:
 class RowPermutation:
     """Moves rows of contiguous matrices by a permutation, a range of its positions at a time.
 
-    A group of rows is moved as one: that is one launch, where a permutation of single rows takes five to be made.
+    Groups of rows are moved in one launch. A permutation of single rows would take five launches to compute.
 
     Args:
         permutation: Of groups of neighboring rows, int64, or the beginning of one. None leaves the rows where they are.

@@ -70,10 +70,7 @@ class Parameterization(ABC):
         cls = type(self)
         # A subclass of a registered class is another map and must not be stored under the name of its parent.
         class_path = cls.__dict__.get("registered_name") or f"{cls.__module__}.{cls.__qualname__}"
-        return {
-            "class_path": class_path,
-            "init_args": {name: getattr(self, name) for name in cls.argument_names()},
-        }
+        return {"class_path": class_path, "init_args": {name: getattr(self, name) for name in cls.argument_names()}}
 
     @classmethod
     def argument_names(cls) -> tuple[str, ...]:

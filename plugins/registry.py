@@ -1,7 +1,7 @@
 """The parameterizations by name: the built-in ones, those of this program, and those of installed packages.
 
-A package offers a parameterization through the entry-point group ``orthotrain.parameterizations``. It is
-imported only when its name is looked up or all names are listed, so a broken package stops no run that does not use it.
+A package offers a parameterization through the entry-point group ``orthotrain.parameterizations``. The package is
+imported only when the name is looked up or all names are listed, so a broken package stops only the runs that use it.
 """
 
 import difflib
@@ -116,7 +116,7 @@ def find_registered(path: str) -> type[Parameterization] | None:
 
 
 def _resolve(path: str) -> type[Parameterization]:
-    """Return the class meant by a registered name, the name of a registered class, or a dotted path."""
+    """Return the class of a registered name, of the name of a registered class, or of a dotted path."""
     module_name, _, class_name = path.rpartition(".")
     if (found := find_registered(path)) is not None:
         return found
@@ -163,12 +163,9 @@ def _load(entry_point: metadata.EntryPoint) -> None:
         if _registered.get(entry_point.name) is not cls:
             register(entry_point.name)(cls)
     except Exception as error:
-        raise ValueError(f"{_describe(entry_point)} is broken: {type(error).__name__}: {error}") from error
-
-
-def _describe(entry_point: metadata.EntryPoint) -> str:
-    distribution = entry_point.dist.name if entry_point.dist else "an unknown distribution"
-    return f"entry point {entry_point.name!r} ({entry_point.value}) of {distribution}"
+        package = entry_point.dist.name if entry_point.dist else "an unknown distribution"
+        broken = f"entry point {entry_point.name!r} ({entry_point.value}) of {package} is broken"
+        raise ValueError(f"{broken}: {type(error).__name__}: {error}") from error
 
 
 def _unknown(name: str, names: list[str]) -> str:

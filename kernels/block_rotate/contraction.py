@@ -1,7 +1,7 @@
 """Diagonal blocks of ``left.T @ right`` as Triton kernels: the gradient for a displacement.
 
 The rows are split over programs that leave partial sums in fp32, and a second launch adds those in order. Nothing is
-added atomically and the split depends on shapes alone, so that equal inputs give equal bits.
+added atomically, and the split depends on shapes alone, so equal inputs give equal bits.
 """
 
 import torch
@@ -9,32 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orthotrain.kernels.ahead_of_time import Variant
-from orthotrain.kernels.block_rotate.tiling import (
-    POINTERS,
-    WIDEST_LOAD,
-    Tiles,
-    in_memory,
-    locate,
-    permutation_suffix,
-    tile_count,
-    wide,
-)
+from orthotrain.kernels.block_rotate.tiling import in_memory, locate, tile_count, wide
 from orthotrain.kernels.permutations import group_size
 
 PROGRAMS = 512
-"""Programs to aim at when the rows are split: a few for every multiprocessor of a large GPU."""
+"""Number of programs that the split of the rows aims at: a few for every multiprocessor of a large GPU."""
 
 LARGEST_SPLIT = 64
 
 
-def contraction_tiles(dtype: torch.dtype, block_size: int) -> Tiles:
-    """Return the tile sizes for a dtype and block size: one table for every device, as for the rotation."""
+def contraction_tiles(dtype: torch.dtype, block_size: int) -> dict[str, int]:
+    """Return the tile constants of a launch for a dtype and block size: one table for every device."""
     if dtype == torch.float32:
-        return Tiles(rows=32, columns=32, warps=4, stages=2)
+        return {"ROWS": 32, "COLUMNS": 32, "num_warps": 4, "num_stages": 2}
     if block_size <= 64:
-        return Tiles(rows=64, columns=64, warps=8, stages=2)
-    return Tiles(rows=32, columns=128, warps=8, stages=2)
+        return {"ROWS": 64, "COLUMNS": 64, "num_warps": 8, "num_stages": 2}
+    return {"ROWS": 32, "COLUMNS": 128, "num_warps": 8, "num_stages": 2}
 
 
 def split_count(rows: int, tiles: int, tile_rows: int) -> int:
@@ -65,7 +55,7 @@ def _contract_kernel(
     WIDE: tl.constexpr,
 ):
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
-    # A block in parts has a tile for each pair of them: the left part is the slow one.
+    # A block that is cut into parts has a tile for each pair of parts; the left part changes last.
     parts: tl.constexpr = (BLOCK + COLUMNS - 1) // COLUMNS
     tile, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     right_tile = tile // (parts * parts) * parts + tile % parts
@@ -119,7 +109,7 @@ def contract_blocks(
         left: ``(N, d)``, any strides.
         right: ``(N, d)``, any strides, dtype of ``left``.
         left_permutation: Permutation of the columns, ``(d / g,)`` int64 (:mod:`permutations`), or None.
-        right_permutation: The same of ``right``.
+        right_permutation: Permutation of the columns of ``right`` likewise.
         blocks: Number of blocks ``n``.
         block_size: Size of a block ``b``, ``n * b <= d``.
         dtype: Of the result, None for that of ``left``.
@@ -131,97 +121,23 @@ def contract_blocks(
     out = torch.empty((blocks, block_size, block_size), dtype=dtype or left.dtype, device=left.device)
     if rows == 0 or out.numel() == 0:
         return out.zero_()
-    sizes = contraction_tiles(left.dtype, block_size)
-    tiles = tile_count(blocks * block_size, block_size, sizes.columns) * triton.cdiv(block_size, sizes.columns)
-    splits = split_count(rows, tiles, sizes.rows)
-    split_rows = triton.cdiv(triton.cdiv(rows, splits), sizes.rows) * sizes.rows
+    constants = contraction_tiles(left.dtype, block_size)
+    tile_rows, columns = constants["ROWS"], constants["COLUMNS"]
+    tiles = tile_count(blocks * block_size, block_size, columns) * triton.cdiv(block_size, columns)
+    splits = split_count(rows, tiles, tile_rows)
+    split_rows = triton.cdiv(triton.cdiv(rows, splits), tile_rows) * tile_rows
     splits = triton.cdiv(rows, split_rows)
     sums = out if splits == 1 else torch.empty((splits, *out.shape), dtype=torch.float32, device=left.device)
     _contract_kernel[(tiles, splits)](
-        *(
-            left,
-            right,
-            left_permutation,
-            right_permutation,
-            sums,
-            rows,
-            split_rows,
-            blocks,
-            *left.stride(),
-            *right.stride(),
-        ),
+        *(left, right, left_permutation, right_permutation, sums, rows, split_rows, blocks),
+        *(*left.stride(), *right.stride()),
         BLOCK=block_size,
         LEFT_GROUP=group_size(left_permutation, left.shape[1]),
         RIGHT_GROUP=group_size(right_permutation, right.shape[1]),
-        ROWS=sizes.rows,
-        COLUMNS=sizes.columns,
         WIDE=wide(left, right),
-        num_warps=sizes.warps,
-        num_stages=sizes.stages,
+        **constants,
     )
     if splits > 1:
         size = 1024
         _add_splits_kernel[(triton.cdiv(out.numel(), size),)](sums, out, out.numel(), splits, SIZE=size)
     return out
-
-
-def aot_variants() -> list[Variant]:
-    """Return the launches to compile ahead of time."""
-    return [
-        contraction_variant(torch.bfloat16, 16, group=1),
-        contraction_variant(torch.bfloat16, 32, group=1),
-        contraction_variant(torch.bfloat16, 32, group=8),
-        contraction_variant(torch.bfloat16, 256, group=8),
-        contraction_variant(torch.bfloat16, 256),
-        contraction_variant(torch.bfloat16, 256).unaligned("left", "right"),
-        contraction_variant(torch.float16, 256, group=1, wide=True),
-        contraction_variant(torch.float32, 256),
-        add_splits_variant(torch.bfloat16),
-    ]
-
-
-def add_splits_variant(dtype: torch.dtype) -> Variant:
-    """Return the launch that adds partial sums up to a result of a dtype."""
-    pointer = POINTERS[dtype]
-    return Variant(
-        f"add-splits-{pointer[1:]}",
-        _add_splits_kernel,
-        {"partial": "*fp32", "out": pointer, "size": "i32", "splits": "i32"},
-        {"SIZE": 1024},
-        aligned=("size",),
-    )
-
-
-def contraction_variant(
-    dtype: torch.dtype,
-    block_size: int,
-    *,
-    group: int | None = None,
-    columns_first: bool = False,
-    wide: bool = False,
-) -> Variant:
-    """Return one launch of the contraction, of matrices in rows or in columns, permuted by groups or not."""
-    tiles, pointer = contraction_tiles(dtype, block_size), POINTERS[dtype]
-    unit, strided = ("row", "column") if columns_first else ("column", "row")
-    permutations = ("left_permutation", "right_permutation")
-    return Variant(
-        f"contract-b{block_size}-{pointer[1:]}{permutation_suffix(group)}"
-        f"{'-transposed' * columns_first}{'-wide' * wide}",
-        _contract_kernel,
-        {
-            **{"left": pointer, "right": pointer, "out": "*fp32"},
-            **({} if group is None else dict.fromkeys(permutations, "*i64")),
-            **dict.fromkeys(("rows", "split_rows", "blocks", f"left_{strided}", f"right_{strided}"), "i32"),
-        },
-        {
-            **(dict.fromkeys(permutations) if group is None else {}),
-            **{f"left_{unit}": 1, f"right_{unit}": 1, "BLOCK": block_size, "WIDE": wide},
-            **{"LEFT_GROUP": group or 1, "RIGHT_GROUP": group or 1},
-            **{"ROWS": tiles.rows, "COLUMNS": tiles.columns},
-        },
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        tensor_cores=dtype != torch.float32,
-        vectors=group is None or group * dtype.itemsize >= WIDEST_LOAD,
-        aligned=("rows", "split_rows", f"left_{strided}", f"right_{strided}"),
-    )

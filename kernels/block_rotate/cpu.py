@@ -23,10 +23,8 @@ def block_rotate_forward(x: Tensor, displacement: Tensor, gather: Tensor | None,
     if gather is None and scatter is None:
         return add_block_products(source.contiguous(), displacement).view(x.shape)
     out = torch.empty(source.shape, dtype=x.dtype, device=x.device)
-    step, (reading, writing) = (
-        chunk_rows(source),
-        (ColumnPermutation(permutation, source) for permutation in (gather, scatter)),
-    )
+    step = chunk_rows(source)
+    reading, writing = (ColumnPermutation(permutation, source) for permutation in (gather, scatter))
     read, written = _buffer(source, step, gather), _buffer(source, step, scatter)
     for rows in row_chunks(source.shape[0], step):
         size = rows.stop - rows.start
@@ -59,10 +57,8 @@ def block_rotate_backward(
         return grad_x, block_products(source, grad, blocks, block_size)
     grad_x = torch.empty(source.shape if need_x else 0, dtype=x.dtype, device=x.device)
     total = BlockSum(displacement)
-    step, (reading, writing) = (
-        chunk_rows(source),
-        (ColumnPermutation(permutation, source) for permutation in (gather, scatter)),
-    )
+    step = chunk_rows(source)
+    reading, writing = (ColumnPermutation(permutation, source) for permutation in (gather, scatter))
     read, read_grad, written = (_buffer(source, step, permutation) for permutation in (gather, scatter, gather))
     for rows in row_chunks(source.shape[0], step):
         size = rows.stop - rows.start
@@ -103,9 +99,9 @@ def contract(left: Tensor, right: Tensor, like: Tensor, permutation: Tensor | No
 
     Args:
         left: Activations.
-        right: Gradients at the same place.
+        right: Gradients for the same activations.
         like: Has the shape ``(n, b, b)`` and dtype of the result.
-        permutation: ``p``, ``(d / g,)``, whose first ``n * b`` lie in the blocks; None for their own.
+        permutation: ``p``, ``(d / g,)``, whose first ``n * b`` positions lie in the blocks; None for no permutation.
     """
     total, step, group = BlockSum(like), chunk_rows(left), group_size(permutation, left.shape[1])
     # columns past the last block are not moved
@@ -160,7 +156,7 @@ def add_block_products(x: Tensor, displacement: Tensor, out: Tensor | None = Non
 
 
 def _summed(total: Tensor | None, part: Tensor) -> Tensor:
-    """Return the sum in fp32 or wider, in which one product accumulates too; the first part as it is."""
+    """Return the sum in fp32 or wider, as within one product; the first part is returned unchanged."""
     return part if total is None else total.to(torch.promote_types(total.dtype, torch.float32)).add_(part)
 
 
@@ -172,7 +168,5 @@ def _by_block(x: Tensor, blocks: int, block_size: int) -> Tensor:
 
 
 def _buffer(matrix: Tensor, rows: int, permutation: Tensor | None) -> Tensor:
-    """Return a buffer for permuted rows of ``matrix``; it has no rows where nothing is permuted."""
-    return torch.empty(
-        rows if permutation is not None else 0, matrix.shape[1], dtype=matrix.dtype, device=matrix.device
-    )
+    """Return a buffer for permuted rows of ``matrix``, without rows where there is no permutation."""
+    return matrix.new_empty(0 if permutation is None else rows, matrix.shape[1])

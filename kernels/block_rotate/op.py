@@ -5,12 +5,7 @@ from torch import Tensor
 from orthotrain.kernels.checks import check_blocks, check_permutation
 from orthotrain.kernels.operation import operation
 
-
-def _fake(x: Tensor, displacement: Tensor, gather: Tensor | None, scatter: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-_block_rotate = operation("block_rotate", _fake, ["x", "displacement"], permutations=["gather", "scatter"])
+_block_rotate = operation("block_rotate", ["x", "displacement"], permutations=["gather", "scatter"])
 
 
 def block_rotate(

@@ -6,9 +6,6 @@ Columns from ``n b`` on are cut as if more blocks followed. Small blocks share a
     b > COLUMNS     a block is cut into ceil(b / COLUMNS) parts
 """
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,18 +13,6 @@ from torch import Tensor
 LARGEST_OFFSET = 2**31 - 1
 WIDEST_LOAD = 16
 """Bytes that a thread reads at once."""
-
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-"""Triton's names of pointers to what the kernels compute in."""
-
-
-class Tiles(NamedTuple):
-    """Rows and columns of a tile, and the warps and pipeline stages of its program."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
 
 
 def wide(*tensors: Tensor) -> bool:
@@ -46,41 +31,36 @@ def tile_count(width: int, block_size: int, columns: int) -> int:
     return blocks * triton.cdiv(block_size, columns)
 
 
-def permutation_suffix(group: int | None) -> str:
-    """Return how the name of a launch ends for permutations by groups of a size; None for no permutation."""
-    return "" if group is None else f"-groups{group}" if group > 1 else "-permuted"
-
-
 @triton.jit
 def locate(tile, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the first block of a tile, and for each column its block, counted from the first, and its index in it.
+    """Return the first block of a tile, and for each column its block and its index in the block.
 
-    The index is ``BLOCK`` or more where the tile reaches past its last block.
+    Blocks are counted from the first one. The index is ``BLOCK`` or more where the tile reaches past its last block.
     """
     lane = tl.arange(0, COLUMNS)
     if BLOCK <= COLUMNS:
         group: tl.constexpr = COLUMNS // BLOCK
         first_block = tile * group
         member = lane // BLOCK
-        place = lane % BLOCK
+        index = lane % BLOCK
         # Only for tiles that are not full: with this mask the compiler would read the columns one by one.
         if COLUMNS % BLOCK != 0:
-            place = tl.where(member < group, place, BLOCK)
+            index = tl.where(member < group, index, BLOCK)
     else:
         parts: tl.constexpr = (BLOCK + COLUMNS - 1) // COLUMNS
         first_block = tile // parts
         member = lane * 0
-        place = tile % parts * COLUMNS + lane
-    return first_block, member, place
+        index = tile % parts * COLUMNS + lane
+    return first_block, member, index
 
 
 @triton.jit
-def in_memory(index, column, mask, GROUP: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr):
+def in_memory(permutation, column, mask, GROUP: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr):
     """Return the columns of the memory: through a permutation of groups, or the same columns without one."""
-    if index is not None:
-        column = tl.load(index + column // GROUP, mask=mask, other=0) * GROUP + column % GROUP
+    if permutation is not None:
+        column = tl.load(permutation + column // GROUP, mask=mask, other=0) * GROUP + column % GROUP
     column = column.to(OFFSET)
     # If blocks consist of whole groups, blocks and tiles begin with a group: the compiler may read a group at once.
-    if index is not None and GROUP > 1 and BLOCK % GROUP == 0:
+    if permutation is not None and GROUP > 1 and BLOCK % GROUP == 0:
         column = tl.max_contiguous(tl.multiple_of(column, GROUP), GROUP)
     return column

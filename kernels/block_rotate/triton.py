@@ -10,33 +10,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.block_rotate import contraction, permute_columns
-from orthotrain.kernels.block_rotate.tiling import (
-    POINTERS,
-    WIDEST_LOAD,
-    Tiles,
-    in_memory,
-    locate,
-    permutation_suffix,
-    tile_count,
-    wide,
-)
+from orthotrain.kernels.block_rotate.tiling import in_memory, locate, tile_count, wide
 from orthotrain.kernels.permutations import group_size
 
 
-def rotation_tiles(dtype: torch.dtype, block_size: int) -> Tiles:
-    """Return the tile sizes for a dtype and block size.
+def rotation_tiles(dtype: torch.dtype, block_size: int) -> dict[str, int]:
+    """Return the tile constants of a launch for a dtype and block size.
 
     One table for every device: its tiles take less than the 99 KiB of shared memory that all of them have, and a fixed
     choice gives equal bits from run to run. Products in 16 bits go to the tensor cores, which want wide tiles; products
     in fp32 are exact multiply-adds, where wide tiles spill registers.
     """
     if dtype == torch.float32:
-        return Tiles(rows=32, columns=32, warps=4, stages=2)
+        return {"ROWS": 32, "COLUMNS": 32, "num_warps": 4, "num_stages": 2}
     if block_size <= 64:
-        return Tiles(rows=128, columns=64, warps=8, stages=2)
-    return Tiles(rows=64, columns=128, warps=8, stages=2)
+        return {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 2}
+    return {"ROWS": 64, "COLUMNS": 128, "num_warps": 8, "num_stages": 2}
 
 
 @triton.jit
@@ -65,14 +55,14 @@ def _rotate_kernel(
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     D_ROW: tl.constexpr = 1 if TRANSPOSED else BLOCK
     D_COLUMN: tl.constexpr = BLOCK if TRANSPOSED else 1
-    # Neighbouring programs share their rows: the other columns of a gathered sector are then found in the L2 cache.
+    # Neighboring programs share their rows: the other columns of a gathered sector are then found in the L2 cache.
     tile = tl.program_id(0) % tiles
     first_row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS).to(OFFSET)[:, None]
     row_mask = first_row + row < rows
     x += first_row * x_row
     y += first_row * y_row
-    first_block, member, place = locate(tile, BLOCK, COLUMNS)
+    first_block, member, index = locate(tile, BLOCK, COLUMNS)
     displacement += first_block.to(tl.int64) * (BLOCK * BLOCK)
 
     accumulator = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -80,22 +70,21 @@ def _rotate_kernel(
         parts: tl.constexpr = (BLOCK + COLUMNS - 1) // COLUMNS
         for step in range(1, parts):
             inner = (tile + step) % parts * COLUMNS + tl.arange(0, COLUMNS)
-            position = in_memory(gather, first_block * BLOCK + inner, inner < BLOCK, GATHER_GROUP, BLOCK, OFFSET)[
-                None, :
-            ]
+            inner_column = first_block * BLOCK + inner
+            position = in_memory(gather, inner_column, inner < BLOCK, GATHER_GROUP, BLOCK, OFFSET)[None, :]
             z = tl.load(x + row * x_row + position * x_column, mask=row_mask & (inner < BLOCK)[None, :], other=0.0)
-            d_mask = (inner < BLOCK)[:, None] & (place < BLOCK)[None, :]
-            d = tl.load(displacement + inner[:, None] * D_ROW + place[None, :] * D_COLUMN, mask=d_mask, other=0.0)
+            d_mask = (inner < BLOCK)[:, None] & (index < BLOCK)[None, :]
+            d = tl.load(displacement + inner[:, None] * D_ROW + index[None, :] * D_COLUMN, mask=d_mask, other=0.0)
             accumulator = tl.dot(z, d, accumulator, input_precision="ieee")
 
     # The tile's own columns come last, so that the large term is added once, to the finished sum of the small ones.
-    column = (first_block + member) * BLOCK + place
-    mask = (place < BLOCK) & (column < width)
+    column = (first_block + member) * BLOCK + index
+    mask = (index < BLOCK) & (column < width)
     position = in_memory(gather, column, mask, GATHER_GROUP, BLOCK, OFFSET)[None, :]
     z = tl.load(x + row * x_row + position * x_column, mask=row_mask & mask[None, :], other=0.0)
-    known = (place < BLOCK) & (first_block + member < blocks)
+    known = (index < BLOCK) & (first_block + member < blocks)
     d_mask = known[:, None] & known[None, :] & (member[:, None] == member[None, :])
-    d_offset = member[:, None] * (BLOCK * BLOCK) + place[:, None] * D_ROW + place[None, :] * D_COLUMN
+    d_offset = member[:, None] * (BLOCK * BLOCK) + index[:, None] * D_ROW + index[None, :] * D_COLUMN
     d = tl.load(displacement + d_offset, mask=d_mask, other=0.0)
     accumulator = tl.dot(z, d, accumulator, input_precision="ieee") + z.to(tl.float32)
     position = in_memory(scatter, column, mask, SCATTER_GROUP, BLOCK, OFFSET)[None, :]
@@ -117,7 +106,7 @@ def rotate(
         x: ``(N, d)``, any strides.
         displacement: ``(n, b, b)`` contiguous, ``n * b <= d``, dtype of ``x``.
         gather: Permutation of the columns, ``(d / g,)`` int64 (:mod:`permutations`), or None.
-        scatter: The same where they are written.
+        scatter: Permutation by which the columns are written, or None.
         y: ``(N, d)``, any strides, every element of it is written.
         transposed: Whether to rotate with ``D_k^T``.
     """
@@ -125,19 +114,16 @@ def rotate(
     if x.numel() == 0:
         return y
     block_size = max(block_size, 1)
-    tiles = rotation_tiles(x.dtype, block_size)
-    across = tile_count(width, block_size, tiles.columns)
-    _rotate_kernel[(across * triton.cdiv(rows, tiles.rows),)](
+    constants = rotation_tiles(x.dtype, block_size)
+    across = tile_count(width, block_size, constants["COLUMNS"])
+    _rotate_kernel[(across * triton.cdiv(rows, constants["ROWS"]),)](
         *(x, displacement, gather, scatter, y, rows, width, blocks, across, *x.stride(), *y.stride()),
         BLOCK=block_size,
         GATHER_GROUP=group_size(gather, width),
         SCATTER_GROUP=group_size(scatter, width),
-        ROWS=tiles.rows,
-        COLUMNS=tiles.columns,
         TRANSPOSED=transposed,
         WIDE=wide(x, y),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **constants,
     )
     return y
 
@@ -171,7 +157,7 @@ def block_rotate_backward(
 
 
 def gathered(x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return ``x`` permuted and None where a pass of its own pays, else ``x`` and the permutation as they are."""
+    """Return the permuted ``x`` and None where a separate pass pays, else ``x`` and the permutation unchanged."""
     if index is None or not permute_columns.worthwhile(x, index):
         return x, index
     return permute_columns.gather_columns(x, index), None
@@ -180,65 +166,8 @@ def gathered(x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
 def rotate_scattered(
     x: Tensor, displacement: Tensor, gather: Tensor | None, scatter: Tensor | None, *, transposed: bool = False
 ) -> Tensor:
-    """Return a new ``y`` from :func:`rotate`; its columns are scattered in a pass of its own where that pays."""
+    """Return a new ``y`` from :func:`rotate`, whose columns are scattered in a separate pass where that pays."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if scatter is None or not permute_columns.worthwhile(y, scatter):
         return rotate(x, displacement, gather, scatter, y, transposed=transposed)
     return permute_columns.scatter_columns_(rotate(x, displacement, gather, None, y, transposed=transposed), scatter)
-
-
-def aot_variants() -> list[Variant]:
-    """Return the launches to compile ahead of time."""
-    own = [
-        rotation_variant(torch.bfloat16, 16, group=1),
-        rotation_variant(torch.bfloat16, 32, group=1),
-        rotation_variant(torch.bfloat16, 256, group=1),
-        rotation_variant(torch.bfloat16, 256, group=1).unaligned("x"),
-        rotation_variant(torch.bfloat16, 256, group=1, wide=True),
-        rotation_variant(torch.bfloat16, 32, group=8),
-        rotation_variant(torch.bfloat16, 256, group=8),
-        rotation_variant(torch.bfloat16, 256, group=8, backward=True),
-        rotation_variant(torch.float32, 256, group=8),
-        rotation_variant(torch.bfloat16, 256),
-        rotation_variant(torch.bfloat16, 256, backward=True),
-        rotation_variant(torch.float16, 256, group=1, backward=True),
-        rotation_variant(torch.float32, 32, group=1),
-        rotation_variant(torch.float32, 256, group=1, backward=True, wide=True),
-    ]
-    return [*own, *contraction.aot_variants(), *permute_columns.aot_variants()]
-
-
-def rotation_variant(
-    dtype: torch.dtype,
-    block_size: int,
-    *,
-    group: int | None = None,
-    columns_first: bool = False,
-    backward: bool = False,
-    wide: bool = False,
-) -> Variant:
-    """Return one launch of the rotation, permuted by groups or not, in rows or in columns; backward by ``D^T``."""
-    tiles, pointer = rotation_tiles(dtype, block_size), POINTERS[dtype]
-    unit, strided = ("row", "column") if columns_first else ("column", "row")
-    permutations = ("gather", "scatter")
-    return Variant(
-        f"rotate-b{block_size}-{pointer[1:]}{permutation_suffix(group)}{'-transposed' * columns_first}"
-        f"{'-backward' * backward}{'-wide' * wide}",
-        _rotate_kernel,
-        {
-            **dict.fromkeys(("x", "displacement", "y"), pointer),
-            **({} if group is None else dict.fromkeys(permutations, "*i64")),
-            **dict.fromkeys(("rows", "width", "blocks", "tiles", f"x_{strided}", f"y_{strided}"), "i32"),
-        },
-        {
-            **(dict.fromkeys(permutations) if group is None else {}),
-            **{f"x_{unit}": 1, f"y_{unit}": 1, "BLOCK": block_size, "TRANSPOSED": backward, "WIDE": wide},
-            **{"GATHER_GROUP": group or 1, "SCATTER_GROUP": group or 1},
-            **{"ROWS": tiles.rows, "COLUMNS": tiles.columns},
-        },
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        tensor_cores=dtype != torch.float32,
-        vectors=group is None or group * dtype.itemsize >= WIDEST_LOAD,
-        aligned=("rows", "width", f"x_{strided}", f"y_{strided}"),
-    )

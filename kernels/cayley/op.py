@@ -7,20 +7,12 @@ from orthotrain.kernels.checks import check_square
 from orthotrain.kernels.operation import operation
 
 
-def _fake(skew: Tensor) -> Tensor:
-    return skew.new_empty(skew.shape)
-
-
-def _fake_backward(grad: Tensor, output: Tensor) -> Tensor:
-    return output.new_empty(output.shape)
-
-
 def _unsupported(skew: Tensor) -> str | None:
     size = skew.shape[-1]
     return f"its kernel takes blocks of up to {FUSED} rows, not {size}" if size > FUSED else None
 
 
-_cayley = operation("cayley", _fake, ["skew"], saved=["output"], fake_backward=_fake_backward, unsupported=_unsupported)
+_cayley = operation("cayley", ["skew"], saved=["output"], unsupported=_unsupported)
 
 
 def cayley(skew: Tensor) -> Tensor:

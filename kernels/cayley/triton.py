@@ -10,16 +10,15 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.chain.kernels import add_product, copy_input, input_tile, square_tile
-from orthotrain.kernels.chain.launch import fused_programs, fused_tiling, run_chain, tiled_variant
+from orthotrain.kernels.chain.launch import fused_programs, fused_tiling, run_chain
 from orthotrain.kernels.chain.program import FIRST, SECOND, Chain, ChainBuilder
 
 SLOTS = tl.constexpr(4)
 """Matrices that a program keeps: Q, Q^2, the inverse Y of I - Q^2, and its residual."""
 
 PRECISION = "tf32x3"
-"""At every matmul setting: the iteration stops on a residual that TF32 would not let it reach."""
+"""Used at every matmul setting: in TF32 the residual would not fall to the bound at which the iteration stops."""
 
 
 @triton.jit
@@ -90,16 +89,4 @@ def cayley_forward(skew: Tensor) -> Tensor:
 
 def cayley_backward(grad: Tensor, displacement: Tensor) -> Tensor:
     """Return dL/dQ = 2 S^T (dL/dD) S^T with S = (I - Q)^-1 = I + D/2, from D and dL/dD of shape ``(n, b, b)``."""
-    return run_chain(backward_chain(), displacement, grad, transposed=True)
-
-
-def aot_variants() -> list[Variant]:
-    """Return the launches that are compiled ahead of time in the tests."""
-    return [forward_variant(64, "fp32"), forward_variant(12, "fp16")]
-
-
-def forward_variant(size: int, dtype: str) -> Variant:
-    """Return the launch of the forward kernel on blocks of ``size`` rows."""
-    signature = {"skew": f"*{dtype}", "out": f"*{dtype}", "scratch": "*fp32", "blocks": "i32"}
-    name, constants = f"forward-b{size}-{dtype}", {"PRECISION": PRECISION}
-    return tiled_variant(name, _cayley_forward_kernel, signature, constants, fused_tiling(size))
+    return run_chain(backward_chain(), displacement, grad)

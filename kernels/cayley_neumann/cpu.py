@@ -101,9 +101,8 @@ def _square_tangent(q: Tensor, tangent: Tensor) -> Tensor:
 
 def _tangents_before_last(q: Tensor, tangent: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return ``Q^2`` and its tangent, the last value but one and its tangent, and the tangent of ``2(Q + Q^2)``."""
-    square, base, value = _before_last(
-        q, 2 + order % 2
-    )  # with no step left: the values that the recurrence starts from
+    # an order without steps: the values that the recurrence starts from
+    square, base, value = _before_last(q, 2 + order % 2)
     square_tangent = _square_tangent(q, tangent)
     base_tangent = (tangent + square_tangent).mul_(2)
     value_tangent = 2 * tangent + square_tangent if order % 2 else tangent

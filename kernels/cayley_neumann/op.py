@@ -11,7 +11,7 @@ def _fake(generators: Tensor, block_size: int, order: int, dtype: torch.dtype) -
     return generators.new_empty(generators.shape[0], block_size, block_size, dtype=dtype)
 
 
-_cayley_neumann = operation("cayley_neumann", _fake, ["generators"], saved=["generators", "order"])
+_cayley_neumann = operation("cayley_neumann", ["generators"], fake=_fake, saved=["generators", "order"])
 
 
 def cayley_neumann(generators: Tensor, block_size: int, order: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -9,14 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.ahead_of_time import Variant
-from orthotrain.kernels.chain.launch import (
-    fused_variant,
-    precision_for,
-    run_chain,
-    run_chain_on_generators,
-    step_variant,
-)
+from orthotrain.kernels.chain.launch import precision_for, run_chain, run_chain_on_generators
 from orthotrain.kernels.chain.program import FIRST, FUSED, SECOND, Chain, ChainBuilder
 from orthotrain.kernels.skew import triton as skew
 
@@ -73,14 +66,4 @@ def cayley_neumann_backward(grad: Tensor, generators: Tensor, order: int) -> Ten
     if block_size <= FUSED:
         return run_chain_on_generators(chain, generators, block_size, grad, precision=precision)
     q = skew.skew_forward(generators, block_size)
-    return skew.skew_backward(run_chain(chain, q, grad, transposed=True, precision=precision))
-
-
-def aot_variants() -> list[Variant]:
-    """Return the launches that are compiled ahead of time in the tests."""
-    return [
-        *(fused_variant(size, "fp32") for size in (8, 16, 32, 64)),
-        *(fused_variant(size, "fp16") for size in (12, 64)),
-        fused_variant(64, "fp32", generators=True),
-        *(step_variant(size, "fp32", terms=2) for size in (256, 192)),
-    ]
+    return skew.skew_backward(run_chain(chain, q, grad, precision=precision))

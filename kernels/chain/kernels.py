@@ -35,9 +35,9 @@ def generator_tile(pointer, block, blocks, size: tl.constexpr, TILE: tl.constexp
     """Return pointers to the generators of one tile of blocks, above its diagonal, and their mask."""
     row, column = tl.arange(0, TILE)[:, None], tl.arange(0, TILE)[None, :]
     _, inside = input_tile(pointer, block, blocks, size, TILE)
-    place = (row // size) * (size * (size - 1) // 2) + upper_index(row % size, column % size, size)
+    offset = (row // size) * (size * (size - 1) // 2) + upper_index(row % size, column % size, size)
     pointer += block * tl.full((), size * (size - 1) // 2, tl.int64)
-    return pointer + place, inside & (row < column)
+    return pointer + offset, inside & (row < column)
 
 
 @triton.jit
@@ -114,18 +114,20 @@ def fused_chain_kernel(
     blocks,
     size: tl.constexpr,
     INPUTS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     GENERATORS: tl.constexpr,
     TILE: tl.constexpr,
     K_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Run a chain; with ``GENERATORS``, ``first`` holds generators, and so does the gradient that a backward writes."""
+    """Run a chain. A chain of two inputs is a backward: it reads ``first`` transposed.
+
+    With ``GENERATORS``, ``first`` holds generators, and so does the gradient that a backward writes.
+    """
     PACK: tl.constexpr = TILE // size
     memory = scratch + tl.program_id(0).to(tl.int64) * slots * (TILE * TILE)
     for group in range(tl.program_id(0), tl.cdiv(blocks, PACK), tl.num_programs(0)):
         block = group * PACK
-        copy_input(first, memory, block, blocks, scale, size, TILE, TRANSPOSED, GENERATORS)
+        copy_input(first, memory, block, blocks, scale, size, TILE, INPUTS == 2, GENERATORS)
         if INPUTS == 2:
             copy_input(second, memory + TILE * TILE, block, blocks, scale, size, TILE, False, False)
         acc = tl.zeros((TILE, TILE), tl.float32)

@@ -6,18 +6,16 @@ tables, not tuned at run time, so that a run is reproducible.
 
 import functools
 import struct
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.chain.kernels import ROW, chain_step_kernel, fused_chain_kernel
 from orthotrain.kernels.chain.program import FUSED, Chain, Step
 
 SCRATCH_BYTES = 2**28
-"""Most scratch memory of a chain on large blocks; the blocks are taken in groups that fit into it."""
+"""Limit of the scratch memory of a chain on large blocks, which are taken in groups that fit into it."""
 
 FUSED_TILES = {
     16: {"K_TILE": 16, "num_warps": 2, "num_stages": 3},
@@ -25,7 +23,7 @@ FUSED_TILES = {
     64: {"K_TILE": 32, "num_warps": 8, "num_stages": 3},
 }
 PROGRAMS_PER_MULTIPROCESSOR = {16: 16, 32: 8, 64: 2}
-"""By tile; with the 4 to 9 matrices of a chain, the memory of all programs is 9 to 39 MB, within an H100's L2."""
+"""By ``TILE``. A chain has 4 to 9 matrices, so all programs take 9 to 39 MB, which fit in the L2 cache of an H100."""
 
 STEP_TILES = {
     64: {"K_TILE": 32, "num_warps": 4, "num_stages": 3},
@@ -36,21 +34,13 @@ EXACT = "tf32x3"
 """How fp32 factors are multiplied unless torch is told to round them to TF32: 21 bits or more are kept."""
 
 
-def run_chain(
-    chain: Chain,
-    first: Tensor,
-    second: Tensor | None = None,
-    *,
-    transposed: bool = False,
-    precision: str | None = None,
-) -> Tensor:
+def run_chain(chain: Chain, first: Tensor, second: Tensor | None = None, *, precision: str | None = None) -> Tensor:
     """Run a chain on every block of a batch.
 
     Args:
         chain: The steps; computed in fp32 and rounded once.
-        first: First input ``(n, b, b)``.
-        second: Second input of the same shape, for a chain of two.
-        transposed: Read every block of ``first`` transposed.
+        first: First input ``(n, b, b)``; a chain of two inputs reads every block of it transposed.
+        second: Second input of the same shape, for a chain of two inputs.
         precision: Of the products, None for :func:`wide_precision`.
 
     Returns:
@@ -62,9 +52,9 @@ def run_chain(
     second = first if second is None else second
     precision = precision or wide_precision()
     if out.shape[-1] <= FUSED:
-        _run_fused(chain, first, second, out, out.shape[-1], precision, transposed=transposed, generators=False)
+        _run_fused(chain, first, second, out, out.shape[-1], precision, generators=False)
     else:
-        _run_steps(chain, first, second, transposed, out, precision)
+        _run_steps(chain, first, second, out, precision)
     return out
 
 
@@ -85,10 +75,8 @@ def run_chain_on_generators(
     """
     out = generators.new_empty(generators.shape if grad is not None else (len(generators), size, size))
     if out.numel():
-        backward = grad is not None
         second = generators if grad is None else grad
-        precision = precision or wide_precision()
-        _run_fused(chain, generators, second, out, size, precision, transposed=backward, generators=True)
+        _run_fused(chain, generators, second, out, size, precision or wide_precision(), generators=True)
     return out
 
 
@@ -100,8 +88,8 @@ def precision_for(given: torch.dtype, result: torch.dtype) -> str:
 def wide_precision() -> str:
     """Return the precision of products that the global matmul setting of torch asks for.
 
-    It is read where both ``torch.set_float32_matmul_precision`` and ``torch.backends.fp32_precision`` leave it;
-    ``torch.get_float32_matmul_precision`` raises once the latter was used.
+    Both ``torch.set_float32_matmul_precision`` and ``torch.backends.fp32_precision`` write the value that is read here.
+    ``torch.get_float32_matmul_precision`` raises an error once ``torch.backends.fp32_precision`` was set.
     """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else EXACT
 
@@ -121,15 +109,7 @@ def fused_programs(blocks: int, tiling: dict[str, int], device: torch.device) ->
 
 
 def _run_fused(
-    chain: Chain,
-    first: Tensor,
-    second: Tensor,
-    out: Tensor,
-    size: int,
-    precision: str,
-    *,
-    transposed: bool,
-    generators: bool,
+    chain: Chain, first: Tensor, second: Tensor, out: Tensor, size: int, precision: str, *, generators: bool
 ) -> None:
     blocks = out.shape[0]
     tiling = fused_tiling(size)
@@ -146,7 +126,6 @@ def _run_fused(
         chain.scale,
         blocks,
         INPUTS=chain.inputs,
-        TRANSPOSED=transposed,
         GENERATORS=generators,
         PRECISION=precision,
         **tiling,
@@ -171,14 +150,14 @@ def _bits(value: float) -> int:
     return struct.unpack("<i", struct.pack("<f", value))[0]
 
 
-def _run_steps(chain: Chain, first: Tensor, second: Tensor, transposed: bool, out: Tensor, precision: str) -> None:
+def _run_steps(chain: Chain, first: Tensor, second: Tensor, out: Tensor, precision: str) -> None:
     blocks, size = out.shape[0], out.shape[-1]
     slots = chain.slots - chain.inputs
     group = min(blocks, max(1, SCRATCH_BYTES // (4 * size * size * slots)))
     scratch = torch.empty(slots, group, size, size, dtype=torch.float32, device=out.device)
     for start in range(0, blocks, group):
         part = slice(start, min(start + group, blocks))
-        inputs = (first[part].mT if transposed else first[part], second[part])[: chain.inputs]
+        inputs = (first[part].mT, second[part]) if chain.inputs == 2 else (first[part],)
         matrices = [*(_prepared(x, chain.scale) for x in inputs), *scratch[:, : part.stop - start]]
         for step in chain.steps[:-1]:
             _run_step(step, matrices, matrices[step.target], precision)
@@ -213,37 +192,3 @@ def step_tiling(size: int) -> dict[str, int]:
     """Return the constants of a launch of one step: tiles of 128 where they fit, as their masks spill registers."""
     tile = 64 if size % 128 else 128
     return {"size": size, "TILE": tile, **STEP_TILES[tile]}
-
-
-def fused_variant(size: int, dtype: str, generators: bool = False) -> Variant:
-    """Return the fused kernel of two inputs, for compilation ahead of time."""
-    pointers = {name: f"*{dtype}" for name in ("first", "second", "out")} | {"scratch": "*fp32", "table": "*i32"}
-    return tiled_variant(
-        f"{'generators' if generators else 'fused'}-b{size}-{dtype}",
-        fused_chain_kernel,
-        pointers | {"steps": "i32", "slots": "i32", "scale": "fp32", "blocks": "i32"},
-        {"INPUTS": 2, "TRANSPOSED": True, "GENERATORS": generators, "PRECISION": EXACT},
-        fused_tiling(size),
-    )
-
-
-def step_variant(size: int, dtype: str, terms: int) -> Variant:
-    """Return the kernel of a step of two products, for compilation ahead of time."""
-    operands = ("left_0", "right_0", "left_1", "right_1", "term_0", "term_1", "term_2")
-    numbers = ("factor", "coefficient_0", "coefficient_1", "coefficient_2")
-    return tiled_variant(
-        f"step-b{size}-{dtype}-{terms}",
-        chain_step_kernel,
-        {"out": f"*{dtype}"} | dict.fromkeys(operands, "*fp32") | dict.fromkeys(numbers, "fp32"),
-        {"PRODUCTS": 2, "TERMS": terms, "PRECISION": EXACT},
-        step_tiling(size),
-    )
-
-
-def tiled_variant(
-    name: str, kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], tiling: dict[str, int]
-) -> Variant:
-    """Return a variant with products whose constants and warps are those of a launch's tiling."""
-    constants = {name: value for name, value in tiling.items() if not name.startswith("num_")}
-    warps, stages = tiling["num_warps"], tiling["num_stages"]
-    return Variant(name, kernel, signature, constexprs | constants, warps, stages, tensor_cores=True)

@@ -31,7 +31,7 @@ class Chain(NamedTuple):
     Attributes:
         steps: The steps.
         slots: Number of matrices that a block needs at the same time, with its inputs.
-        inputs: Number of inputs, one or two.
+        inputs: Number of inputs: one, or two for a gradient, whose first input is read transposed.
         scale: Factor by which the inputs are multiplied when they are read.
     """
 

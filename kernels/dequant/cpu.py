@@ -1,5 +1,7 @@
 """Unpacking of quantized weights in PyTorch for the CPU: every value is formed in fp32 and rounded once."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,19 +26,14 @@ def dequant_int8_forward(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> T
 
 
 def dequant_nf4_forward(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Tensor | None,
-    offset: Tensor | None,
-    code: Tensor | None,
-    group_size: int,
-    dtype: torch.dtype,
+    packed: Tensor, absmax: Tensor, nested: Sequence[Tensor], group_size: int, dtype: torch.dtype
 ) -> Tensor:
     """Return ``W (out, in)`` from NF4 bytes ``(out, in / 2)``; see ``dequant_nf4`` for the other arguments."""
     values = torch.stack((packed >> 4, packed & 15), dim=-1).view(-1).int()
     scales = absmax
-    if nested is not None and offset is not None and code is not None:
-        scales = code[absmax.int()] * nested.repeat_interleave(NESTED_GROUP)[: absmax.numel()] + offset
+    if nested:
+        factors, offset, code = nested
+        scales = code[absmax.int()] * factors.repeat_interleave(NESTED_GROUP)[: absmax.numel()] + offset
     # Groups run on from row to row, and the last one may be cut off.
     scales = scales.repeat_interleave(group_size)[: values.numel()]
     weight = torch.tensor(NF4_LEVELS, device=packed.device)[values] * scales

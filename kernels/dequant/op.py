@@ -1,5 +1,7 @@
 """The public ``dequant_int8`` and ``dequant_nf4``; quantized weights have no gradient."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,20 +14,12 @@ def _fake_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
-def _fake_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Tensor | None,
-    offset: Tensor | None,
-    code: Tensor | None,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _fake_nf4(packed: Tensor, absmax: Tensor, nested: Sequence[Tensor], group_size: int, dtype: torch.dtype) -> Tensor:
     return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=dtype)
 
 
-_dequant_int8 = operation("dequant_int8", _fake_int8, folder="dequant", computes_in="dtype")
-_dequant_nf4 = operation("dequant_nf4", _fake_nf4, folder="dequant", computes_in="dtype")
+_dequant_int8 = operation("dequant_int8", folder="dequant", fake=_fake_int8, computes_in="dtype")
+_dequant_nf4 = operation("dequant_nf4", folder="dequant", fake=_fake_nf4, computes_in="dtype")
 
 
 def dequant_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,25 +48,18 @@ def dequant_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dequant_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Tensor | None,
-    offset: Tensor | None,
-    code: Tensor | None,
-    group_size: int,
-    dtype: torch.dtype,
+    packed: Tensor, absmax: Tensor, nested: Sequence[Tensor], group_size: int, dtype: torch.dtype
 ) -> Tensor:
     """Unpack 4-bit NormalFloat as bitsandbytes stores it (arXiv:2305.14314, section 3).
 
     Value ``i`` is a level of NF4 times the scale of group ``i // group_size``, counted in memory order. Double
-    quantization stores scale ``j`` as a byte: ``code[absmax[j]] * nested[j // 256] + offset``.
+    quantization stores scale ``j`` as a byte: ``code[absmax[j]] * factors[j // 256] + offset``.
 
     Args:
         packed: ``(out, in / 2)`` uint8, the first of two values in the upper half of a byte.
         absmax: Scales ``(groups,)``, fp32, or uint8 under double quantization.
-        nested: ``(ceil(groups / 256),)`` fp32 under double quantization, else None.
-        offset: ``(1,)`` fp32 likewise.
-        code: The 256 levels of the scales, fp32, likewise.
+        nested: Under double quantization ``factors (ceil(groups / 256),)``, ``offset (1,)`` and ``code (256,)``, the
+            levels of the scales, all fp32; else empty.
         group_size: Values that share a scale; even.
         dtype: Floating dtype of the result; values are formed in fp32 and rounded once.
 
@@ -86,19 +73,12 @@ def dequant_nf4(
     check_tensor("dequant_nf4", "packed", packed, (None, None), torch.uint8, packed.device)
     if group_size < 2 or group_size % 2:
         raise ValueError(f"dequant_nf4: group_size={group_size}: two values share a byte, take an even number")
+    if len(nested) not in (0, 3):
+        raise ValueError("dequant_nf4: double quantization takes factors, offset and code, or none of the three")
     groups = -(-2 * packed.numel() // group_size)
-    scales = torch.float32 if nested is None else torch.uint8
+    scales = torch.uint8 if nested else torch.float32
     check_tensor("dequant_nf4", "absmax", absmax, (groups,), scales, packed.device)
-    _check_nested(packed.device, groups, nested, offset, code)
-    return _dequant_nf4(packed, absmax, nested, offset, code, group_size, dtype)
-
-
-def _check_nested(
-    device: torch.device, groups: int, nested: Tensor | None, offset: Tensor | None, code: Tensor | None
-) -> None:
-    if (nested is None, offset is None, code is None) not in ((True,) * 3, (False,) * 3):
-        raise ValueError("dequant_nf4: double quantization takes nested, offset and code, or none of the three")
-    expected = {"nested": (nested, -(-groups // NESTED_GROUP)), "offset": (offset, 1), "code": (code, 256)}
-    for name, (tensor, size) in expected.items():
-        if tensor is not None:
-            check_tensor("dequant_nf4", name, tensor, (size,), torch.float32, device)
+    sizes = {"factors": -(-groups // NESTED_GROUP), "offset": 1, "code": 256}
+    for (name, size), tensor in zip(sizes.items(), nested, strict=False):
+        check_tensor("dequant_nf4", name, tensor, (size,), torch.float32, packed.device)
+    return _dequant_nf4(packed, absmax, nested, group_size, dtype)

@@ -1,13 +1,13 @@
 """Unpacking of quantized weights as Triton kernels: one pass, every value formed in fp32 and rounded once."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.dequant.cpu import NF4_LEVELS
 
 SIZE = 2048
@@ -19,28 +19,28 @@ EXACT = (("enable_fp_fusion", False),)
 
 @triton.jit
 def _int8_kernel(codes, scales, out, size, GROUP: tl.constexpr, SIZE: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    mask = place < size
-    scale = tl.load(scales + place // GROUP, mask=mask, other=0.0)
-    value = tl.load(codes + place, mask=mask, other=0).to(tl.float32) * scale
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
+    position = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    mask = position < size
+    scale = tl.load(scales + position // GROUP, mask=mask, other=0.0)
+    value = tl.load(codes + position, mask=mask, other=0).to(tl.float32) * scale
+    tl.store(out + position, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _nf4_kernel(packed, absmax, nested, offset, code, levels, out, size, GROUP: tl.constexpr, SIZE: tl.constexpr):
     # A byte holds two values and a group is even, so that both have one scale. A nested group is 256.
-    place = tl.program_id(0).to(tl.int64) * (SIZE // 2) + tl.arange(0, SIZE // 2)
-    mask = place < size
-    group = place // (GROUP // 2)
+    position = tl.program_id(0).to(tl.int64) * (SIZE // 2) + tl.arange(0, SIZE // 2)
+    mask = position < size
+    group = position // (GROUP // 2)
     scale = tl.load(absmax + group, mask=mask, other=0)
     if nested is not None:
         scale = tl.load(code + scale.to(tl.int32)) * tl.load(nested + group // 256, mask=mask, other=0.0)
         scale += tl.load(offset)
-    byte = tl.load(packed + place, mask=mask, other=0).to(tl.int32)
+    byte = tl.load(packed + position, mask=mask, other=0).to(tl.int32)
     high = tl.load(levels + (byte >> 4)) * scale
     low = tl.load(levels + (byte & 15)) * scale
-    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    tl.store(out + place, tl.interleave(high, low).to(out.dtype.element_ty), mask=place // 2 < size)
+    position = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    tl.store(out + position, tl.interleave(high, low).to(out.dtype.element_ty), mask=position // 2 < size)
 
 
 def dequant_int8_forward(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,19 +54,13 @@ def dequant_int8_forward(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> T
 
 
 def dequant_nf4_forward(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Tensor | None,
-    offset: Tensor | None,
-    code: Tensor | None,
-    group_size: int,
-    dtype: torch.dtype,
+    packed: Tensor, absmax: Tensor, nested: Sequence[Tensor], group_size: int, dtype: torch.dtype
 ) -> Tensor:
     """Return ``W (out, in)`` from NF4 bytes; ``cpu.py`` has the shapes."""
     out = torch.empty((packed.shape[0], 2 * packed.shape[1]), dtype=dtype, device=packed.device)
     if out.numel():
         _nf4_kernel[(triton.cdiv(out.numel(), SIZE),)](
-            *(packed.contiguous(), absmax.contiguous(), nested, offset, code),
+            *(packed.contiguous(), absmax.contiguous(), *(nested or (None, None, None))),
             *(_levels(packed.device), out, packed.numel()),
             GROUP=group_size,
             SIZE=SIZE,
@@ -78,33 +72,3 @@ def dequant_nf4_forward(
 @functools.cache
 def _levels(device: torch.device) -> Tensor:
     return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
-
-
-def aot_variants() -> list[Variant]:
-    """Return the launches to compile ahead of time."""
-    nested = ("nested", "offset", "code")
-    pointers = {"packed": "*u8", "levels": "*fp32", "out": "*bf16", "size": "i32"}
-    return [
-        Variant(
-            "int8-bf16",
-            _int8_kernel,
-            {"codes": "*i8", "scales": "*fp32", "out": "*bf16", "size": "i32"},
-            {"GROUP": 256, "SIZE": SIZE},
-            aligned=("size",),
-        ),
-        Variant(
-            "nf4-nested-bf16",
-            _nf4_kernel,
-            {"absmax": "*u8", **dict.fromkeys(nested, "*fp32"), **pointers},
-            {"GROUP": 64, "SIZE": SIZE},
-            aligned=("size",),
-            options=EXACT,
-        ),
-        Variant(
-            "nf4-bf16",
-            _nf4_kernel,
-            {"absmax": "*fp32", **pointers},
-            {"GROUP": 64, "SIZE": SIZE, **dict.fromkeys(nested)},
-            options=EXACT,
-        ),
-    ]

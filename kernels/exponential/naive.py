@@ -3,7 +3,7 @@
 from torch import Tensor
 
 TERMS = 40
-"""Of the series: for ||2Q|| up to 6 the remainder is below 1e-17."""
+"""Terms of the series: for ||2Q|| up to 6 the remainder is below 1e-17."""
 
 
 def exponential(skew: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.ahead_of_time import Variant
-from orthotrain.kernels.chain.launch import run_chain, step_variant
+from orthotrain.kernels.chain.launch import run_chain
 from orthotrain.kernels.chain.program import FIRST, SECOND, Chain, ChainBuilder
 from orthotrain.kernels.exponential.cpu import squarings
 
@@ -20,7 +19,7 @@ COUNT = squarings(torch.float32)
 
 def _combination(powers: tuple[int, int, int], first: int) -> list[tuple[int, float]]:
     """Return the terms X/first! + X^2/(first+1)! + X^3/(first+2)!."""
-    return [(power, 1 / math.factorial(first + place)) for place, power in enumerate(powers)]
+    return [(power, 1 / math.factorial(first + number)) for number, power in enumerate(powers)]
 
 
 @functools.cache
@@ -63,9 +62,4 @@ def exponential_forward(skew: Tensor) -> Tensor:
 
 def exponential_backward(grad: Tensor, skew: Tensor) -> Tensor:
     """Return dL/dQ from Q and dL/dD, all of shape ``(n, b, b)``."""
-    return run_chain(backward_chain(), skew, grad, transposed=True)
-
-
-def aot_variants() -> list[Variant]:
-    """Return what is compiled ahead of time beyond the launches of ``cayley_neumann``: steps of three terms."""
-    return [step_variant(256, "bf16", terms=3), step_variant(200, "fp32", terms=3)]
+    return run_chain(backward_chain(), skew, grad)

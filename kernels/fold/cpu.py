@@ -14,8 +14,8 @@ def fold_forward(
     weight: Tensor,
     d_out: Tensor | None,
     d_in: Tensor | None,
-    permutation_out: Tensor | None = None,
-    permutation_in: Tensor | None = None,
+    permutation_out: Tensor | None,
+    permutation_in: Tensor | None,
 ) -> Tensor:
     """Return ``R_out^T W R_in^T`` with its rows scattered by ``permutation_out`` and its columns by ``permutation_in``.
 

@@ -5,18 +5,7 @@ from torch import Tensor
 from orthotrain.kernels.checks import check_sides
 from orthotrain.kernels.operation import operation
 
-
-def _fake(
-    weight: Tensor,
-    d_out: Tensor | None,
-    d_in: Tensor | None,
-    permutation_out: Tensor | None,
-    permutation_in: Tensor | None,
-) -> Tensor:
-    return weight.new_empty(weight.shape)
-
-
-_fold = operation("fold", _fake, ["d_out", "d_in"], permutations=["permutation_out", "permutation_in"])
+_fold = operation("fold", ["d_out", "d_in"], permutations=["permutation_out", "permutation_in"])
 
 
 def fold(

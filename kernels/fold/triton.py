@@ -7,17 +7,16 @@ scatter of rows is free; only columns need a pass of their own.
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.ahead_of_time import Variant
-from orthotrain.kernels.block_rotate.contraction import contract_blocks, contraction_variant
-from orthotrain.kernels.block_rotate.triton import gathered, rotate, rotate_scattered, rotation_variant
+from orthotrain.kernels.block_rotate.contraction import contract_blocks
+from orthotrain.kernels.block_rotate.triton import gathered, rotate, rotate_scattered
 
 
 def fold_forward(
     weight: Tensor,
     d_out: Tensor | None,
     d_in: Tensor | None,
-    permutation_out: Tensor | None = None,
-    permutation_in: Tensor | None = None,
+    permutation_out: Tensor | None,
+    permutation_in: Tensor | None,
 ) -> Tensor:
     """Return ``R_out^T W R_in^T`` with its rows and columns scattered; ``cpu.py`` has the shapes."""
     weight = weight.contiguous()
@@ -61,15 +60,5 @@ def rotate_rows(weight: Tensor, d_out: Tensor, permutation: Tensor | None) -> Te
 
 
 def _blocks(displacement: Tensor | None, weight: Tensor) -> Tensor:
-    """Return the blocks as a kernel takes them: contiguous, and none of them for no rotation."""
+    """Return contiguous blocks for a kernel; zero blocks where there is no rotation."""
     return weight.new_empty(0, 1, 1) if displacement is None else displacement.contiguous()
-
-
-def aot_variants() -> list[Variant]:
-    """Return the launches to compile ahead of time: those of the block rotation on transposed matrices."""
-    return [
-        rotation_variant(torch.bfloat16, 256, group=1, columns_first=True),
-        rotation_variant(torch.bfloat16, 256, group=8, columns_first=True),
-        contraction_variant(torch.bfloat16, 256, group=1, columns_first=True),
-        contraction_variant(torch.bfloat16, 256, group=8, columns_first=True),
-    ]

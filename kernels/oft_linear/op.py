@@ -6,11 +6,11 @@ from orthotrain.kernels.checks import check_blocks
 from orthotrain.kernels.operation import operation
 
 
-def _fake(x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | None) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, *_: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-_oft_linear = operation("oft_linear", _fake, ["x", "displacement", "bias"])
+_oft_linear = operation("oft_linear", ["x", "displacement", "bias"], fake=_fake)
 
 
 def oft_linear(x: Tensor, weight: Tensor, displacement: Tensor, bias: Tensor | None = None) -> Tensor:

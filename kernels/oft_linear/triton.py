@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.block_rotate.contraction import contract_blocks
-from orthotrain.kernels.block_rotate.triton import block_rotate_forward, rotate_scattered, rotation_variant
+from orthotrain.kernels.block_rotate.triton import block_rotate_forward, rotate_scattered
 from orthotrain.kernels.oft_linear.cpu import bias_gradient
 
 
@@ -38,8 +37,3 @@ def oft_linear_backward(
     if need_x:
         grad_x = rotate_scattered(grad_rotated, displacement.contiguous(), None, None, transposed=True).view(x.shape)
     return grad_x, grad_displacement, bias_gradient(grad_y, bias, need_bias)
-
-
-def aot_variants() -> list[Variant]:
-    """Return the launch that ``block_rotate`` does not list: small blocks in the natural order."""
-    return [rotation_variant(torch.bfloat16, 32)]

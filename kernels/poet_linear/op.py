@@ -1,7 +1,7 @@
 """The public ``poet_linear``: an autograd function of eager mode on the CPU.
 
-Its route depends on values (how orthogonal the rotations are), so it cannot be traced. torch.compile and GPUs take the
-fold with its own gradient; :func:`serves` tells which.
+The route depends on values (how orthogonal the rotations are), so it cannot be traced. torch.compile and GPUs take the
+fold with its own gradient; :func:`serves` tells which of the two is taken.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ class PoetLinearFunction(torch.autograd.Function):
         """See :func:`poet_linear`."""
         y = F.linear(x, folded)
         ctx.changes = _Changes(y)
-        # y without its version count: after a change in place, which nn.Linear allows, the backward forms y again
+        # y is saved without its version count: nn.Linear allows changes of y in place, after which y is computed again
         ctx.save_for_backward(x, folded, y.data, d_out, d_in, *deviations, *permutations)
         return y
 
@@ -73,7 +73,7 @@ class _Changes:
 def serves(x: Tensor) -> bool:
     """Tell whether :func:`poet_linear` differs from a fold before ``F.linear``: in eager mode on the CPU.
 
-    Its route depends on values, for which a GPU would wait, and which a trace does not have.
+    The route depends on values. To read them a GPU would have to wait, and a trace has no values.
     """
     return plain_cpu(x) and not traced(x)
 
@@ -108,36 +108,32 @@ def poet_linear(
         ValueError: If dtypes or devices differ, the blocks are not square or do not fit the weight, a permutation has
             another length or dtype, or the width of ``x`` is not that of the weight.
     """
-    _check(x, weight, d_out, d_in, permutation_out, permutation_in)
-    with without_autocast(x.device.type):
-        sides = (d_out, d_in)
-        if serves(x) and torch.is_grad_enabled() and any(d is not None and d.requires_grad for d in sides):
-            deviations = [None if d is None else gram_deviation(d.detach()) for d in sides]
-            norms = [0.0 if deviation is None else largest_norm(deviation) for deviation in deviations]
-            if all(cpu.invertible(norm) for norm in norms):
-                transposing = tuple(
-                    deviation if inverts_by_transposing(norm, x.dtype) else None
-                    for deviation, norm in zip(deviations, norms, strict=True)
-                )
-                permutations = (permutation_out, permutation_in)
-                out, into = (None if d is None else d.detach() for d in sides)
-                folded = fold(weight, out, into, *permutations)
-                return PoetLinearFunction.apply(x, folded, d_out, d_in, transposing, permutations)
-        return F.linear(x, fold(weight, d_out, d_in, permutation_out, permutation_in))
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    d_out: Tensor | None,
-    d_in: Tensor | None,
-    permutation_out: Tensor | None,
-    permutation_in: Tensor | None,
-) -> None:
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"poet_linear: x has {x.shape[-1]} features and the weight takes {weight.shape[1]}")
     if x.dtype != weight.dtype or x.device != weight.device:
         raise ValueError(
             f"poet_linear: x is {x.dtype} on {x.device} and the weight {weight.dtype} on {weight.device}; cast one"
         )
-    check_sides("poet_linear", weight, d_out, d_in, permutation_out, permutation_in, x, "x")
+    sides, permutations = (d_out, d_in), (permutation_out, permutation_in)
+    check_sides("poet_linear", weight, *sides, *permutations, x, "x")
+    with without_autocast(x.device.type):
+        deviations = _deviations(x, sides)
+        if deviations is None:
+            return F.linear(x, fold(weight, *sides, *permutations))
+        folded = fold(weight, *(None if d is None else d.detach() for d in sides), *permutations)
+        return PoetLinearFunction.apply(x, folded, *sides, deviations, permutations)
+
+
+def _deviations(x: Tensor, sides: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, ...] | None:
+    """Return ``R^T R - I`` of each side that is inverted by transposing, None for a side that is inverted by solving.
+
+    None for both where the gradients of the displacements are formed from that of the weight, or are not needed.
+    """
+    if not (serves(x) and torch.is_grad_enabled() and any(d is not None and d.requires_grad for d in sides)):
+        return None
+    deviations = [None if d is None else gram_deviation(d.detach()) for d in sides]
+    norms = [0.0 if deviation is None else largest_norm(deviation) for deviation in deviations]
+    if not all(cpu.invertible(norm) for norm in norms):
+        return None
+    pairs = zip(deviations, norms, strict=True)
+    return tuple(deviation if inverts_by_transposing(norm, x.dtype) else None for deviation, norm in pairs)

@@ -15,7 +15,7 @@ def _fake_backward(grad: Tensor) -> Tensor:
     return grad.new_empty(blocks, block_size * (block_size - 1) // 2)
 
 
-_skew = operation("skew", _fake, ["generators"], saved=[], fake_backward=_fake_backward)
+_skew = operation("skew", ["generators"], fake=_fake, saved=[], fake_backward=_fake_backward)
 
 
 def skew(generators: Tensor, block_size: int) -> Tensor:

@@ -8,8 +8,6 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from orthotrain.kernels.ahead_of_time import Variant
-
 ELEMENTS = 4096
 """Entries of one program's tile: 32 a thread with four warps."""
 
@@ -35,8 +33,8 @@ def _skew_forward_kernel(generators, q, blocks, size: tl.constexpr, TILE: tl.con
     if i > j:
         return
     block, row, column, inside = _tile(group, i, j, blocks, size, TILE, GROUP)
-    place = block * (size * (size - 1) // 2) + upper_index(row, column, size)
-    upper = tl.load(generators + place, mask=inside & (row < column), other=0.0)
+    position = block * (size * (size - 1) // 2) + upper_index(row, column, size)
+    upper = tl.load(generators + position, mask=inside & (row < column), other=0.0)
     # 0 - x and not -x: it is exact and gives +0 on the diagonal
     lower = 0.0 - tl.trans(upper, 0, 2, 1).to(tl.float32)
     if i == j:
@@ -58,8 +56,8 @@ def _skew_backward_kernel(grad, out, blocks, size: tl.constexpr, TILE: tl.conste
     inside = inside & (row < column)
     upper = tl.load(grad + block * (size * size) + row * size + column, mask=inside, other=0.0)
     difference = upper.to(tl.float32) - tl.trans(lower, 0, 2, 1).to(tl.float32)
-    place = block * (size * (size - 1) // 2) + upper_index(row, column, size)
-    tl.store(out + place, difference.to(upper.dtype), mask=inside)
+    position = block * (size * (size - 1) // 2) + upper_index(row, column, size)
+    tl.store(out + position, difference.to(upper.dtype), mask=inside)
 
 
 def skew_forward(generators: Tensor, block_size: int) -> Tensor:
@@ -94,21 +92,3 @@ def _grid(blocks: int, block_size: int) -> tuple[int, int, int]:
     tile = tiling(block_size)
     across = triton.cdiv(block_size, tile["TILE"])
     return triton.cdiv(blocks, tile["GROUP"]), across, across
-
-
-def aot_variants() -> list[Variant]:
-    """Return the launches that are compiled ahead of time in the tests."""
-    return [
-        Variant(
-            name=f"{kernel.__name__.split('_')[2]}-b{block_size}-{dtype}",
-            kernel=kernel,
-            signature={first: f"*{dtype}", second: f"*{dtype}", "blocks": "i32"},
-            constexprs={"size": block_size, **tiling(block_size)},
-        )
-        for kernel, first, second, block_size, dtype in (
-            (_skew_forward_kernel, "generators", "q", 256, "fp32"),
-            (_skew_forward_kernel, "generators", "q", 12, "fp16"),
-            (_skew_backward_kernel, "grad", "out", 256, "bf16"),
-            (_skew_backward_kernel, "grad", "out", 12, "fp32"),
-        )
-    ]

@@ -1,7 +1,7 @@
 """The public ``tangent`` and ``tangent_linear``, whose backward forms the gradients of generators.
 
-Both are autograd functions that torch.compile can trace: ``tangent`` returns a view of its input, as a custom op must
-not. The gradient of the generators is an operation.
+Both are autograd functions that torch.compile can trace: ``tangent`` returns a view of its input, which a custom op
+must not do. The gradient of the generators is an operation.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ def _fake(left: Tensor, right: Tensor, permutation: Tensor | None, blocks: int, 
     return left.new_empty(blocks, block_size * (block_size - 1) // 2, dtype=dtype)
 
 
-_gradient = operation("tangent_gradient", _fake, folder="tangent")
+_gradient = operation("tangent_gradient", folder="tangent", fake=_fake)
 
 
 class _Tangent(torch.autograd.Function):
@@ -52,13 +52,13 @@ class _TangentLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, permutation_out, permutation_in, log_scale)
         ctx.blocks = tuple(0 if g is None else g.shape[0] for g in (out, into))
         ctx.sizes = sizes
-        return torch.nn.functional.linear(x, _factored(weight, log_scale, x.dtype))
+        return torch.nn.functional.linear(x, scaled(weight, log_scale, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         x, stored, permutation_out, permutation_in, log_scale = ctx.saved_tensors
         (grad,) = grads
-        weight = _factored(stored, log_scale, x.dtype)
+        weight = scaled(stored, log_scale, x.dtype)
         rows = grad.reshape(-1, grad.shape[-1])
         # contracted to the diagonal blocks and dropped
         grad_weight = rows.mT @ x.reshape(-1, x.shape[-1])
@@ -69,10 +69,6 @@ class _TangentLinear(torch.autograd.Function):
         into = _gradient(grad_weight, weight, permutation_in, n_in, b_in) if n_in else None
         scale = None if log_scale is None else log_gradient(grad_weight, weight, log_scale)
         return grad_x, None, out, into, None, None, None, scale
-
-
-def _factored(weight: Tensor, log_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) if log_scale is None else scaled(weight, log_scale, dtype)
 
 
 def tangent(x: Tensor, generators: Tensor, permutation: Tensor | None, block_size: int) -> Tensor:

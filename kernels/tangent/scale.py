@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 
-def scaled(x: Tensor, log: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``e^log x`` in ``dtype``, for ``log (1,)`` in fp32 or wider.
+def scaled(x: Tensor, log: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return ``e^log x`` in ``dtype``, for ``log (1,)`` in fp32 or wider, or None for a factor of 1.
 
     There is no cast to the dtype that the product already has: torch.compile of torch 2.11 gives zero gradients,
     without an error, to an autograd function whose forward ends in a cast that returns its input.
     """
-    y = x * log.exp()
+    y = x if log is None else x * log.exp()
     return y if y.dtype == dtype else y.to(dtype)
 
 

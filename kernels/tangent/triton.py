@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from orthotrain.kernels.ahead_of_time import Variant
 from orthotrain.kernels.block_rotate import contraction
 from orthotrain.kernels.skew.triton import skew_backward
 
@@ -16,12 +15,3 @@ def tangent_gradient_forward(
     # in fp32, since the skew part is a difference of entries that may be much larger
     products = contraction.contract_blocks(left, right, permutation, permutation, blocks, block_size, torch.float32)
     return skew_backward(products.mul_(2))
-
-
-def aot_variants() -> list[Variant]:
-    """Return the launches that block_rotate does not list: on transposed matrices, and with sums in fp32."""
-    return [
-        contraction.contraction_variant(torch.bfloat16, 128, group=8),
-        contraction.contraction_variant(torch.bfloat16, 128, group=8, columns_first=True),
-        contraction.add_splits_variant(torch.float32),
-    ]

@@ -3,6 +3,8 @@
     python tests/kernels/aot.py [--op OP] [--capability 90]     print the table as JSON
     python tests/kernels/aot.py [--op OP] --write               and put it into aot_table.json beside this file
 
+launches.py lists what is compiled: a new kernel gets its launches there.
+
 Must run without TRITON_INTERPRET, hence in a process of its own: `compiled(op)` starts one.
 """
 
@@ -49,10 +51,10 @@ def compiled(op: str) -> dict[str, dict[str, int | bool]]:
 
 def compile_operation(op: str, capabilities: tuple[int, ...]) -> dict[str, dict[str, int | bool]]:
     """Return registers, shared memory, spilling stores and tensor-core use by ``op/variant/sm_NN``."""
-    variants = importlib.import_module(f"orthotrain.kernels.{op}.triton").aot_variants()
+    sys.path.insert(0, str(Path(__file__).parent))  # with `python -P` a script does not find the files beside it
     return {
         f"{op}/{variant.name}/sm_{capability}": compile_variant(variant, capability)
-        for variant in variants
+        for variant in importlib.import_module("launches").LAUNCHES[op]
         for capability in capabilities
     }
 

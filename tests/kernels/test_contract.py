@@ -62,7 +62,7 @@ def test_launches_on_the_device_of_its_tensors(op, shapes, compiled, guards):
 
 def test_unpacking_launches_on_the_device_of_its_tensors(guards):
     dequant_int8(torch.zeros(2, 6, dtype=torch.int8), torch.zeros(2, 3), torch.float32)
-    dequant_nf4(torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2), None, None, None, 64, torch.float32)
+    dequant_nf4(torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2), (), 64, torch.float32)
     assert guards == [(2, 6), (2, 32)]
 
 

@@ -13,8 +13,8 @@ from orthotrain.layers.weights import packing
 def test_nf4_equals_bitsandbytes(shape, group_size, double, dtype):
     stored = list(packing.pack_nf4(torch.randn(shape), group_size, double).values())
     packed, absmax, *nested = stored
-    statistics = (*nested, packing._dynamic_code(packed.device)) if double else (None, None, None)
-    found = dequant_nf4(packed, absmax, *statistics, group_size=group_size, dtype=dtype)
+    statistics = (*nested, packing._dynamic_code(packed.device)) if double else ()
+    found = dequant_nf4(packed, absmax, statistics, group_size=group_size, dtype=dtype)
     assert torch.equal(found, packing.unpack_nf4(stored, group_size, dtype))
 
 
@@ -29,8 +29,8 @@ def test_int8_is_the_rounded_product(dtype):
 @pytest.mark.parametrize("double", [True, False])
 def test_nf4_equals_its_definition(double):
     packed, absmax, *nested = packing.pack_nf4(torch.randn(5, 66), 32, double).values()
-    statistics = (*nested, packing._dynamic_code(packed.device)) if double else (None, None, None)
-    arguments = (packed, absmax, *statistics, 32, torch.bfloat16)
+    statistics = (*nested, packing._dynamic_code(packed.device)) if double else ()
+    arguments = (packed, absmax, statistics, 32, torch.bfloat16)
     assert torch.equal(dequant_nf4(*arguments), naive.dequant_nf4(*arguments))
 
 
@@ -38,7 +38,7 @@ def test_opcheck():
     codes, scales = packing.pack_int8(torch.randn(6, 32), 8).values()
     torch.library.opcheck(torch.ops.orthotrain_v2.dequant_int8.default, (codes, scales, torch.float32))
     packed, absmax, *nested = packing.pack_nf4(torch.randn(6, 64), 64, True).values()
-    arguments = (packed, absmax, *nested, packing._dynamic_code(packed.device), 64, torch.bfloat16)
+    arguments = (packed, absmax, [*nested, packing._dynamic_code(packed.device)], 64, torch.bfloat16)
     torch.library.opcheck(torch.ops.orthotrain_v2.dequant_nf4.default, arguments)
 
 
@@ -61,15 +61,15 @@ BYTES = torch.zeros(2, dtype=torch.uint8)
 @pytest.mark.parametrize(
     ("statistics", "group_size", "message"),
     [
-        ((torch.zeros(3), None, None, None), 64, r"absmax is torch.float32 \(3,\) .*; takes torch.float32 \(2,\)"),
-        ((torch.zeros(2), None, None, None), 63, "group_size=63: .* take an even number"),
-        ((torch.zeros(2), None, torch.zeros(1), None), 64, "double quantization takes .* or none of the three"),
-        ((torch.zeros(2), torch.zeros(1), torch.zeros(1), CODE), 64, r"absmax .*; takes torch.uint8 \(2,\)"),
-        ((BYTES, torch.zeros(2), torch.zeros(1), CODE), 64, r"nested is torch.float32 \(2,\) .*\(1,\)"),
-        ((BYTES, torch.zeros(1), torch.zeros(()), CODE), 64, r"offset is torch.float32 \(\) .*\(1,\)"),
-        ((BYTES, torch.zeros(1), torch.zeros(1), CODE[1:]), 64, r"code is torch.float32 \(255,\) .*\(256,\)"),
-        ((BYTES, torch.zeros(1), torch.zeros(1), CODE.to("meta")), 64, "code is .* on meta; takes .* on cpu"),
-        ((torch.zeros(2, device="meta"), None, None, None), 64, "absmax is .* on meta; takes .* on cpu"),
+        ((torch.zeros(3), ()), 64, r"absmax is torch.float32 \(3,\) .*; takes torch.float32 \(2,\)"),
+        ((torch.zeros(2), ()), 63, "group_size=63: .* take an even number"),
+        ((torch.zeros(2), (torch.zeros(1),)), 64, "double quantization takes .* or none of the three"),
+        ((torch.zeros(2), (torch.zeros(1), torch.zeros(1), CODE)), 64, r"absmax .*; takes torch.uint8 \(2,\)"),
+        ((BYTES, (torch.zeros(2), torch.zeros(1), CODE)), 64, r"factors is torch.float32 \(2,\) .*\(1,\)"),
+        ((BYTES, (torch.zeros(1), torch.zeros(()), CODE)), 64, r"offset is torch.float32 \(\) .*\(1,\)"),
+        ((BYTES, (torch.zeros(1), torch.zeros(1), CODE[1:])), 64, r"code is torch.float32 \(255,\) .*\(256,\)"),
+        ((BYTES, (torch.zeros(1), torch.zeros(1), CODE.to("meta"))), 64, "code is .* on meta; takes .* on cpu"),
+        ((torch.zeros(2, device="meta"), ()), 64, "absmax is .* on meta; takes .* on cpu"),
     ],
 )
 def test_nf4_names_the_statistic_that_does_not_fit(statistics, group_size, message):

@@ -87,8 +87,8 @@ def test_unpacking_gives_the_bits_of_the_reference(dtype, columns):
     nested = [torch.rand(size, device="cuda") for size in (-(-groups // 256), 1, 256)]
 
     def results():
-        plain = dequant_nf4(packed, torch.full((groups,), 0.3, device="cuda"), None, None, None, 64, dtype)
-        return dequant_int8(codes, scales, dtype), plain, dequant_nf4(packed, double, *nested, 64, dtype)
+        plain = dequant_nf4(packed, torch.full((groups,), 0.3, device="cuda"), [], 64, dtype)
+        return dequant_int8(codes, scales, dtype), plain, dequant_nf4(packed, double, nested, 64, dtype)
 
     with use_backend("triton"):
         found = results()

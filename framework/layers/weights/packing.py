@@ -86,9 +86,8 @@ def unpack_nf4(stored: list[Tensor], group_size: int, dtype: torch.dtype) -> Ten
 
     packed, absmax, *nested = stored
     if backend_for(packed.new_empty(0, dtype=dtype), "dequant") == "triton":
-        scales, offset = nested or (None, None)
-        code = _dynamic_code(packed.device) if nested else None
-        return dequant_nf4(packed, absmax, scales, offset, code, group_size, dtype)
+        statistics = (*nested, _dynamic_code(packed.device)) if nested else ()
+        return dequant_nf4(packed, absmax, statistics, group_size, dtype)
     rows, columns = packed.shape[0], 2 * packed.shape[1]
     # Groups continue from row to row, but the CPU kernel of bitsandbytes starts a new group in every row, an error of
     # up to 40% unless groups divide rows. Where they do not, the matrix is unpacked as one long row.

@@ -132,9 +132,9 @@ def unpacking_nf4(machine: Gpu, width: int) -> Passes:
     packed = torch.randint(0, 256, (width, width // 2), dtype=torch.uint8, device=device)
     groups = width * width // 64
     absmax = torch.randint(0, 256, (groups,), dtype=torch.uint8, device=device)
-    statistics = (absmax, *(torch.rand(count, device=device) for count in (-(-groups // 256), 1, 256)))
+    nested = [torch.rand(count, device=device) for count in (-(-groups // 256), 1, 256)]
     moved = packed.numel() + groups + 4 * groups // 256 + 2 * width * width
-    return {"forward": Pass(lambda: triton.dequant_nf4_forward(packed, *statistics, 64, torch.bfloat16), moved)}
+    return {"forward": Pass(lambda: triton.dequant_nf4_forward(packed, absmax, nested, 64, torch.bfloat16), moved)}
 
 
 def rotation(machine: Gpu, tokens: int, width: int, size: int, group: int | None) -> Passes:

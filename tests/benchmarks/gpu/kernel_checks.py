@@ -171,8 +171,8 @@ def unpacking(rows: int, dtype: torch.dtype, device: torch.device) -> Results:
         whole(0, 256, rows, 256, dtype=torch.uint8),
     )
     groups = rows * 512 // 64
-    plain = (draw(groups), None, None, None)
-    double = (whole(0, 256, groups, dtype=torch.uint8), draw(-(-groups // 256)), draw(1), draw(256))
+    plain = (draw(groups), [])
+    double = (whole(0, 256, groups, dtype=torch.uint8), [draw(-(-groups // 256)), draw(1), draw(256)])
 
     def results(kind: torch.dtype) -> dict[str, Tensor]:
         found = {"int8": dequant_int8(codes, scales, kind)}

@@ -25,13 +25,13 @@ def test_nf4(shape, group_size, dtype, double):
     """(67, 250) is more groups than one of the nested scales serves, and more values than one program."""
     packed = torch.randint(0, 256, (shape[0], shape[1] // 2), dtype=torch.uint8)
     groups = -(-shape[0] * shape[1] // group_size)
-    statistics = (torch.rand(groups), None, None, None)
+    absmax, nested = torch.rand(groups), ()
     if double:
         absmax = torch.randint(0, 256, (groups,), dtype=torch.uint8)
-        statistics = (absmax, torch.rand(-(-groups // 256)), torch.rand(1), torch.randn(256).sort().values)
-    found = dequant_nf4(packed, *statistics, group_size=group_size, dtype=dtype)
+        nested = (torch.rand(-(-groups // 256)), torch.rand(1), torch.randn(256).sort().values)
+    found = dequant_nf4(packed, absmax, nested, group_size=group_size, dtype=dtype)
     assert found.shape == shape
-    assert torch.equal(found, cpu.dequant_nf4_forward(packed, *statistics, group_size, dtype))
+    assert torch.equal(found, cpu.dequant_nf4_forward(packed, absmax, nested, group_size, dtype))
 
 
 def test_the_places_of_a_large_weight():
@@ -41,7 +41,7 @@ def test_the_places_of_a_large_weight():
     levels = torch.tensor(cpu.NF4_LEVELS)
     arguments = (packed, scales, None, None, None, levels, out, 2**30)
     triton._nf4_kernel[(1,)](*arguments, GROUP=64, SIZE=triton.SIZE)
-    assert torch.equal(out, cpu.dequant_nf4_forward(packed, scales, None, None, None, 64, torch.float32))
+    assert torch.equal(out, cpu.dequant_nf4_forward(packed, scales, (), 64, torch.float32))
 
 
 def test_several_programs():

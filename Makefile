@@ -28,8 +28,8 @@ test: $(VENV)/.installed-test
 
 # the fast tests on the oldest versions that pyproject.toml allows, in an environment of their own
 OLDEST := .venv-oldest
-FAST := $(addprefix tests/, plugins kernels framework/layers framework/optimizers framework/modules framework/test_adapters.py \
-	framework/test_config_files.py framework/test_export.py framework/test_models.py framework/test_peft_adapter.py)
+FAST := $(addprefix tests/, plugins kernels framework/layers framework/optimizers framework/modules framework/adapters \
+	framework/export framework/models framework/cli/test_config_files.py)
 
 test-oldest: $(OLDEST)/.installed-test
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 --dist worksteal -m "not slow" $(FAST)

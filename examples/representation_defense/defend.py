@@ -47,7 +47,7 @@ def drift(tokens: Tensor, original: Tensor, batch: Batch) -> Tensor:
     return moved[batch["attention_mask"] == 1].mean()
 
 
-class Defence:
+class Defense:
     """The objective, for any module whose network returns hidden states; distances are in units of ``scale``.
 
     Call ``anchor`` with the untouched network before training.
@@ -120,11 +120,11 @@ class Defence:
         return kept + apart + DRIFT * moved
 
 
-class OftDefence(Defence, OftModule):
+class OftDefense(Defense, OftModule):
     """Rotates the inputs of every linear layer."""
 
 
-class LoraDefence(Defence, LoraModule):
+class LoraDefense(Defense, LoraModule):
     """Adds a low-rank update to every linear layer."""
 
     def wrap(self, model: nn.Module) -> None:
@@ -133,12 +133,12 @@ class LoraDefence(Defence, LoraModule):
         super().wrap(model)
 
 
-def build(method: str, body: nn.Module, lr: float) -> Defence:
+def build(method: str, body: nn.Module, lr: float) -> Defense:
     """Return the module; both methods train about as many parameters."""
     rates = Optimization(lr=lr)
     if method == "oft":
-        return OftDefence(body, OftLayers(block_size=32, parameterization="cayley"), rates)
-    return LoraDefence(body, LoraLayers(rank=8, alpha=16), optimization=rates)
+        return OftDefense(body, OftLayers(block_size=32, parameterization="cayley"), rates)
+    return LoraDefense(body, LoraLayers(rank=8, alpha=16), optimization=rates)
 
 
 def lower_part(network: nn.Module, layers: int) -> nn.Module:
@@ -199,7 +199,7 @@ def perplexity(network: nn.Module, prose: Batch) -> float:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten()).exp().item()
 
 
-def measure(module: Defence, network: nn.Module, held_out: dict[str, Batch]) -> dict[str, float]:
+def measure(module: Defense, network: nn.Module, held_out: dict[str, Batch]) -> dict[str, float]:
     """Measure on held-out prompts how well the distance to the benign center separates harmful from benign."""
     with torch.no_grad():
         good, bad = (

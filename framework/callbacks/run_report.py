@@ -183,7 +183,7 @@ class RunReport(L.Callback):
         except (ConfigurationError, AttributeError):  # no such run yet, or no summary of a run
             return f"{command} (not run yet)"
         figures = ", ".join(f"{_metric(name)} {value:.3f}" for name, value in after.items())
-        return f"{command}: {figures} after {steps} steps"
+        return f"{summary.parent}: {figures} after {steps} steps"
 
     def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)

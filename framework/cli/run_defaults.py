@@ -36,12 +36,14 @@ CALLBACKS: dict[str, dict[str, Any]] = {
 
 
 def trainer_defaults(arguments: list[str]) -> dict[str, Any]:
-    """Return the trainer's options of a run, whose folder is ``runs/NAME`` by the name of its first config.
+    """Return the trainer's options of a run, whose folder is ``runs/NAME`` by the names of its configs.
+
+    A config that only says where a run computes (the folder ``trainer``) is left out of the name.
 
     Args:
         arguments: The command line, in which configs are given as ``-c PATH`` or ``--config=PATH``.
     """
-    folder = f"runs/{_first_config(arguments)}"
+    folder = f"runs/{_name_of_configs(arguments)}"
     loggers = [
         _logger("TensorBoardLogger", {"save_dir": folder, "name": "", "version": ""}),
         _logger("CSVLogger", {"save_dir": folder, "name": "csv"}),
@@ -49,12 +51,15 @@ def trainer_defaults(arguments: list[str]) -> dict[str, Any]:
     return {**TRAINER, "default_root_dir": folder, "logger": loggers}
 
 
-def _first_config(arguments: list[str]) -> str:
+def _name_of_configs(arguments: list[str]) -> str:
+    names = []
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         option, _, value = argument.partition("=")
         if option in ("-c", "--config"):
-            return Path(value or following).stem
-    return "default"
+            names.append(Path(value or following))
+        elif option.startswith("-c"):  # argparse takes -cPATH too
+            names.append(Path(argument.removeprefix("-c")))
+    return "-".join(path.stem for path in names if path.parent.name != "trainer") or "default"
 
 
 def _logger(name: str, options: dict[str, str]) -> dict[str, Any]:
@@ -90,6 +95,9 @@ def place_run(config: Any, default_folder: str) -> None:
         if path is not None:
             local_path(path, name)
     trainer.default_root_dir = config.run_folder or trainer.default_root_dir
+    saving = getattr(config.checkpoint, "init_args", {})
+    if "dirpath" in saving and saving["dirpath"] is None:  # the folder of a logger changes with each version
+        saving["dirpath"] = str(Path(trainer.default_root_dir or default_folder) / "checkpoints")
     for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
         options = getattr(logger, "init_args", {})
         if "save_dir" in options and (config.run_folder or options["save_dir"] == default_folder):
@@ -102,7 +110,8 @@ def run_callbacks(trainer: dict[str, Any], defaults: list[L.Callback | None]) ->
     """Return the callbacks of a run: the defaults of the command line, then ``trainer.callbacks``.
 
     A callback of ``trainer.callbacks`` takes the place of the default of its kind: any ``Checkpoint``, ``RunReport`` or
-    ``ProgressBar``. ``enable_checkpointing: false`` and ``enable_progress_bar: false`` remove the default too.
+    ``ProgressBar``. ``enable_checkpointing: false`` and ``enable_progress_bar: false`` remove the default too. Without
+    any callback of a kind these options become false in ``trainer``, where Lightning would add a callback of its own.
 
     Args:
         trainer: Options of the trainer.
@@ -110,13 +119,13 @@ def run_callbacks(trainer: dict[str, Any], defaults: list[L.Callback | None]) ->
     """
     given = trainer["callbacks"] or []
     given = [given] if isinstance(given, L.Callback) else given
-    disabled = {
-        "checkpoint": trainer["enable_checkpointing"] is False,
-        "progress": trainer["enable_progress_bar"] is False,
-    }
-    kept = [
-        callback
-        for (name, kind), callback in zip(KINDS.items(), defaults, strict=True)
-        if callback is not None and not disabled.get(name) and not any(isinstance(other, kind) for other in given)
-    ]
+    switches = {"checkpoint": "enable_checkpointing", "progress": "enable_progress_bar"}
+    kept = []
+    for (name, kind), callback in zip(KINDS.items(), defaults, strict=True):
+        if any(isinstance(other, kind) for other in given):
+            continue
+        if callback is None and name in switches and trainer[switches[name]] is None:
+            trainer[switches[name]] = False
+        if callback is not None and trainer.get(switches.get(name)) is not False:
+            kept.append(callback)
     return [*kept, *given]

@@ -105,8 +105,9 @@ class OrthotrainCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> L.Trainer:
         """Build the trainer with the default callbacks that the config does not replace."""
+        callbacks = run_callbacks(config, callbacks)  # turns switches of the config off, so first
         try:
-            return super()._instantiate_trainer({**config, "callbacks": run_callbacks(config, callbacks)}, [])
+            return super()._instantiate_trainer({**config, "callbacks": callbacks}, [])
         except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
             raise ConfigurationError(f"trainer: {error}") from error
 

@@ -1,4 +1,4 @@
-"""The example of a defence in representation space runs, and its attack and its prompts are what its README says."""
+"""The example of a defense in representation space runs, and its attack and its prompts are what its README says."""
 
 import pytest
 import torch

@@ -63,5 +63,5 @@ def test_a_run_names_the_run_that_it_is_compared_with(tmp_path):
         (other / "summary.json").write_text(broken)
         assert report._compared(tmp_path / "quickstart") == f"{command} (not run yet)"
     (other / "summary.json").write_text('{"steps": 400, "after": {"val_loss": 3.25, "val_bits_per_byte": 1.6491}}')
-    expected = f"{command}: loss 3.250, bits per byte 1.649 after 400 steps"
+    expected = f"{other}: loss 3.250, bits per byte 1.649 after 400 steps"
     assert report._compared(tmp_path / "quickstart") == expected

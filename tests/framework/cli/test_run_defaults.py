@@ -5,6 +5,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from orthotrain.callbacks import AdapterCheckpoint, RunProgress, RunReport, Throughput
+from orthotrain.checkpoints.run_folder import checkpoint_folders
 from orthotrain.cli.run_defaults import run_callbacks, trainer_defaults
 from orthotrain.cli.trainer_cli import OrthotrainCLI
 
@@ -78,13 +79,30 @@ def test_a_callback_of_the_config_takes_the_place_of_the_default_of_its_kind(opt
     assert [type(callback).__name__ for callback in callbacks] == kept.split()
 
 
+def test_a_default_that_is_null_is_not_replaced_by_one_of_lightning(trainer_of):
+    trainer = trainer_of("--checkpoint", "null", "--progress", "null")
+    assert trainer.checkpoint_callbacks == [] and trainer.progress_bar_callback is None
+
+
+def test_checkpoints_lie_in_the_folder_of_the_run_whatever_the_loggers(trainer_of, tmp_path):
+    csv = "[{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: elsewhere}}]"
+    for loggers in ("true", "false", csv):
+        trainer = trainer_of("--trainer.logger", loggers, "--run_folder", str(tmp_path))
+        assert checkpoint_folders(trainer) == [tmp_path / "checkpoints"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "folder"),
     [
         (["fit", "-c", "pretrain/quickstart.yaml", "-c", "trainer/ddp.yaml"], "runs/quickstart"),
-        (["fit", "--config=/a/b.yaml"], "runs/b"),
+        (["fit", "-c", "trainer/ddp.yaml", "-c", "pretrain/quickstart.yaml"], "runs/quickstart"),
+        (
+            ["fit", "-c", "pretrain/adamw_quickstart.yaml", "-c", "pretrain/options/muon.yaml"],
+            "runs/adamw_quickstart-muon",
+        ),
+        (["fit", "--config=/a/b.yaml", "-cc.yaml"], "runs/b-c"),
         (["fit"], "runs/default"),
     ],
 )
-def test_the_first_config_names_the_folder(arguments, folder):
+def test_the_configs_name_the_folder(arguments, folder):
     assert trainer_defaults(arguments)["default_root_dir"] == folder

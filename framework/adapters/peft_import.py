@@ -192,11 +192,13 @@ def _rotation_for(features: int, tensor: Tensor, settings: PeftSettings) -> OftR
     with torch.device("meta"):
         rotation = OftRotation(
             features,
-            block_size,
-            settings.parameterization(),
-            block_share=settings.block_share,
-            coft_eps=coft_eps,
-            block_dropout=settings.module_dropout,
+            OftSettings(
+                block_size,
+                settings.parameterization(),
+                block_share=settings.block_share,
+                coft_eps=coft_eps,
+                block_dropout=settings.module_dropout,
+            ),
         )
     if rotation.generators.shape != tensor.shape:
         raise ConfigurationError(f"{rows} rows of generators with block_share=True: there must be one")

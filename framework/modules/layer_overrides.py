@@ -1,4 +1,4 @@
-"""Settings that differ for some layers: what the overrides of POET and of OFT have in common."""
+"""The setting ``overrides`` of POET and OFT: other settings for some layers."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -35,7 +35,7 @@ class LayerOverrides:
         return self
 
     def variants(self) -> dict[str, Self]:
-        """Return all settings that layers can have: pattern -> settings, with an empty pattern for these themselves.
+        """Return all settings that layers can have, by pattern; the pattern is empty where no override applies.
 
         Raises:
             ConfigurationError: As :meth:`for_name`.

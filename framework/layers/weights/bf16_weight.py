@@ -56,8 +56,8 @@ def last_place(values: Tensor) -> Tensor:
 def pack_bf16(weight: Tensor, residual: bool, noise: Noise | None = None) -> dict[str, Tensor]:
     """Split ``weight (out, in)`` into bf16 values and, if asked for, an int8 residual in 1/256 of their last place.
 
-    With noise the last rounding is stochastic: that of the values, or of the residual where there is one. Without noise
-    it is to nearest.
+    With noise the last rounding is stochastic: the rounding of the residual if there is a residual, else of the values.
+    Without noise it is to nearest.
 
     Returns:
         ``values`` and ``residual``, both ``(out, in)``. Half a last place is 128 steps, one more than int8 holds, and

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.checks import check_divides
 from orthotrain.layers.weights.frozen_weight import FrozenWeight
-from orthotrain.layers.weights.packing import pack_int8, pack_nf4, quant_state_tensors
+from orthotrain.layers.weights.nf4_and_int8 import pack_int8, pack_nf4, quant_state_tensors
 from orthotrain.layers.weights.quantized_product import dequantize, quantized_product
 from orthotrain.layers.weights.rounding import Noise
 
@@ -58,7 +58,7 @@ class QuantizedWeight(FrozenWeight):
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.compute_dtype
         bias = None if bias is None else bias.to(dtype)
         stored = self._stored()
-        y = quantized_product(x.to(dtype), bias, stored, self.format, self.group_size, self.out_features)
+        y = quantized_product(x.to(dtype), bias, stored, self.format, self.group_size, self.out_features, False)
         return y if autocast else y.to(x.dtype)
 
     @property
@@ -111,7 +111,7 @@ class Nf4Weight(QuantizedWeight):
 
     Args:
         weight: ``(out, in)`` in fp32, bf16 or fp16; ``in`` even.
-        group_size: A power of two from 32 to 4096; None for 64, the paper's.
+        group_size: A power of two from 32 to 4096; None for 64, as in the paper.
         double_quantization: Whether the scales are quantized too.
         compute_dtype: See :class:`QuantizedWeight`; None for the dtype of ``weight``.
 

@@ -27,6 +27,7 @@ from orthotrain.layers.oft import oft_layer
 from orthotrain.layers.replacement import swap_modules
 from orthotrain.layers.weights.bitsandbytes_linear import compute_dtype_of
 from orthotrain.layers.weights.frozen_linear import frozen_linears
+from orthotrain.plugins import create
 
 _GENERATORS = re.compile(re.escape(PREFIX) + r"(?P<layer>.+)\.(?P<kind>oft_R|oft_embedding_R)\.weight")
 
@@ -194,7 +195,7 @@ def _rotation_for(features: int, tensor: Tensor, settings: PeftSettings) -> OftR
             features,
             OftSettings(
                 block_size,
-                settings.parameterization(),
+                create(settings.parameterization()),
                 block_share=settings.block_share,
                 coft_eps=coft_eps,
                 block_dropout=settings.module_dropout,

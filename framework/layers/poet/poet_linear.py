@@ -46,12 +46,7 @@ class PoetLinear(TwoSided):
     spectrum: Tensor | None
 
     def __init__(
-        self,
-        weight: FrozenWeight,
-        bias: nn.Parameter | None,
-        rotations: Rotations,
-        settings: PoetSettings,
-        seed: int,
+        self, weight: FrozenWeight, bias: nn.Parameter | None, rotations: Rotations, settings: PoetSettings, seed: int
     ) -> None:
         super().__init__(weight, bias, rotations, settings, seed)
         self.activation_mode = settings.activation_mode

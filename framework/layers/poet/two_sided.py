@@ -45,12 +45,7 @@ class TwoSided(nn.Module):
     fold_count: Tensor
 
     def __init__(
-        self,
-        weight: FrozenWeight,
-        bias: nn.Parameter | None,
-        rotations: Rotations,
-        settings: PoetSettings,
-        seed: int,
+        self, weight: FrozenWeight, bias: nn.Parameter | None, rotations: Rotations, settings: PoetSettings, seed: int
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features

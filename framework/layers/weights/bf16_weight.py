@@ -23,18 +23,17 @@ class Bf16Weight(QuantizedWeight):
     Args:
         weight: ``(out, in)``, any floating dtype.
         residual: Whether to keep the residual.
-        compute_dtype: See :class:`QuantizedWeight`; None for the dtype of ``weight``.
     """
 
     format: ClassVar[str] = "bf16"
     values: nn.Parameter
 
-    def __init__(self, weight: Tensor, *, residual: bool = False, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, weight: Tensor, *, residual: bool = False) -> None:
         check_storable(weight)
         self.carries_residual = residual
         # merges write into the stored tensor, which must not be the caller's
         stored = pack_bf16(weight.clone() if weight.dtype == torch.bfloat16 else weight, residual)
-        super().__init__((weight.shape[0], weight.shape[1]), 1, compute_dtype or weight.dtype, stored)
+        super().__init__(weight.shape, 1, weight.dtype, stored)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``W (out, in)`` in ``dtype``, None for ``compute_dtype``: in bf16 the stored values themselves."""

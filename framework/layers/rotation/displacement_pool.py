@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
 
 from orthotrain.layers.rotation.block_rotation import BlockRotation, PooledDisplacements
 
@@ -30,10 +29,8 @@ class DisplacementPool:
         for module in network.modules():
             if isinstance(module, BlockRotation):
                 module.parameterization.config()  # finds the names of the arguments now, because that cannot be traced
-        self.handles: list[RemovableHandle] = [
-            network.register_forward_pre_hook(self._fill),
-            network.register_forward_hook(self._drain, always_call=True),
-        ]
+        network.register_forward_pre_hook(self._fill)
+        network.register_forward_hook(self._drain, always_call=True)
 
     def _fill(self, network: nn.Module, arguments: Any) -> None:
         rotations = []

@@ -76,7 +76,8 @@ def _needs_class(base: str, classes: list[type]) -> str:
 
 def _classes_hint(name: str, classes: list[type], bases: Collection[type]) -> str:
     """Return the known classes with names near ``name``; without any, all known classes if they are few."""
-    names = {c.__name__ for c in classes if c not in bases and not c.__name__.startswith("_")}
+    usable = (c for c in classes if c not in bases and not inspect.isabstract(c))
+    names = {c.__name__ for c in usable if not c.__name__.startswith("_")}
     known = f"; known: {', '.join(sorted(names))}" if 0 < len(names) <= _MOST_NAMES else ""
     return _near(name, [c.__name__ for c in classes]) or known
 

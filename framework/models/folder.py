@@ -8,7 +8,7 @@ from pathlib import Path
 from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.atomic_writes import check_name_length, discard, make_temporary_folder
-from orthotrain.files.paths import check_folder_files, is_file_name, local_path, read_json
+from orthotrain.files.paths import check_folder_files, check_regular_file, is_file_name, local_path, read_json
 
 _MOST_HEADER_BYTES = 32 << 20
 
@@ -68,6 +68,7 @@ def check_model_folder(folder: str | Path) -> None:
             if target.is_symlink() and not target.exists():
                 raise ConfigurationError(f"{str(index)!r} names {name!r}, a link to a missing file")
     for weights in sorted(folder.glob("*.safetensors")):
+        check_regular_file(weights, "model weights")
         _check_tensor_names(weights)
 
 

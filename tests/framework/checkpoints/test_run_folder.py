@@ -24,7 +24,8 @@ def earlier(small_config, tmp_path):
     """The config of a finished run with every callback that writes files, and the contents of its folder."""
     config = yaml.safe_load(small_config.read_text())
     spectrum = {"class_path": "SpectrumMonitor", "init_args": {"every_n_steps": 2, "values": True}}
-    config["trainer"]["callbacks"] += [spectrum, "OrthogonalityMonitor"]
+    orthogonality = {"class_path": "OrthogonalityMonitor", "init_args": {"every_n_steps": 1}}
+    config["trainer"]["callbacks"] += [spectrum, orthogonality]
     config["trainer"]["max_steps"] = 3
     small_config.write_text(yaml.safe_dump(config))
     command = [*QUICK, "-c", str(small_config)]

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "plugins": {"kernels"},
     "layers": {"console", "devices", "errors", "kernels", "plugins", "seeding"},
-    "optimizers": {"errors", "kernels.skew", "layers.rotation.generators"},
+    "optimizers": {"errors", "kernels.skew", "layers.rotation.generator_marks"},
     "models": {"console", "devices", "errors", "files"},
     "data": {"console", "devices", "errors", "files", "models.folder"},
     "checkpoints": {"console", "errors", "files", "models", "plugins"},
@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("checkpoints", "console", "devices", "distributed.agreement", "errors", "files", "seeding"),
         *("kernels.dispatch", "models.network_checks"),
         # layers by their protocols alone
-        *(f"layers.{part}" for part in ("finite", "folding", "mergeable", "sharding", "spectrum")),
+        *(f"layers.{part}" for part in ("finite_checks", "folding", "protocols", "sharding", "spectrum")),
     },
     "modules": {
         *("callbacks", "checkpoints", "console", "devices", "distributed", "errors", "files", "layers", "metrics"),

@@ -27,6 +27,7 @@ from orthotrain.layers.oft import oft_layer
 from orthotrain.layers.replacement import swap_modules
 from orthotrain.layers.weights.bitsandbytes_linear import compute_dtype_of
 from orthotrain.layers.weights.frozen_linear import frozen_linears
+from orthotrain.plugins import create
 
 _GENERATORS = re.compile(re.escape(PREFIX) + r"(?P<layer>.+)\.(?P<kind>oft_R|oft_embedding_R)\.weight")
 
@@ -192,11 +193,13 @@ def _rotation_for(features: int, tensor: Tensor, settings: PeftSettings) -> OftR
     with torch.device("meta"):
         rotation = OftRotation(
             features,
-            block_size,
-            settings.parameterization(),
-            block_share=settings.block_share,
-            coft_eps=coft_eps,
-            block_dropout=settings.module_dropout,
+            OftSettings(
+                block_size,
+                create(settings.parameterization()),
+                block_share=settings.block_share,
+                coft_eps=coft_eps,
+                block_dropout=settings.module_dropout,
+            ),
         )
     if rotation.generators.shape != tensor.shape:
         raise ConfigurationError(f"{rows} rows of generators with block_share=True: there must be one")

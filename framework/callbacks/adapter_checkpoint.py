@@ -22,7 +22,7 @@ from orthotrain.console.failures import naming
 from orthotrain.errors import ConfigurationError, check_count
 from orthotrain.files.atomic_writes import discard, make_temporary_folder, publish, remove_folder, remove_leftovers
 from orthotrain.files.torch_files import crc32_of
-from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.sharding import whole
 
 WEIGHTS_FILE, DESCRIPTION_FILE, RESUME_FILE = "adapter.safetensors", "adapter.json", "resume.ckpt"

@@ -10,9 +10,9 @@ from orthotrain.callbacks.step_callback import StepCallback
 from orthotrain.checkpoints.stored_values import stored_count
 from orthotrain.devices.host_reads import host_number, read_waits
 from orthotrain.errors import ConfigurationError, check_count
-from orthotrain.layers.finite import FiniteChecks
+from orthotrain.layers.finite_checks import FiniteChecks
 from orthotrain.layers.folding import NormWatch, fold_rotations, merge_rotations
-from orthotrain.layers.mergeable import Counting, Foldable, Mergeable, Stepwise, mergeable_layers
+from orthotrain.layers.protocols import Counting, Foldable, Mergeable, Stepwise, mergeable_layers
 
 
 class MergeRotations(StepCallback):

@@ -9,7 +9,7 @@ from torch import Tensor
 from orthotrain.callbacks.merge_rotations import merging_of
 from orthotrain.callbacks.step_callback import StepCallback
 from orthotrain.errors import check_count
-from orthotrain.layers.mergeable import Stepwise, mergeable_layers
+from orthotrain.layers.protocols import Stepwise, mergeable_layers
 from orthotrain.layers.sharding import gathered
 
 

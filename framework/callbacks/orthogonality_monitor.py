@@ -11,7 +11,7 @@ from orthotrain.checkpoints.run_folder import run_folder
 from orthotrain.checkpoints.stored_values import stored_curves
 from orthotrain.errors import check_count
 from orthotrain.files.pictures import draw_lines, panels, save
-from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.sharding import gathered
 from orthotrain.layers.spectrum import spectral_bound
 

@@ -19,7 +19,7 @@ from orthotrain.files.atomic_writes import write_text
 from orthotrain.files.paths import read_json
 from orthotrain.files.pictures import draw_lines, panels, save
 from orthotrain.kernels.dispatch import describe, forget_ran
-from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.sharding import is_sharded
 from orthotrain.layers.spectrum import spectral_drift
 from orthotrain.models.network_checks import evaluating

@@ -17,7 +17,7 @@ from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError, check_count
 from orthotrain.files.atomic_writes import open_to_append
 from orthotrain.files.pictures import draw_lines, panels, save
-from orthotrain.layers.mergeable import Covering, Mergeable, Scaled, mergeable_layers
+from orthotrain.layers.protocols import Covering, Mergeable, Scaled, mergeable_layers
 from orthotrain.layers.sharding import gathered
 from orthotrain.layers.spectrum import singular_values, spectral_drift, svd_entropy
 

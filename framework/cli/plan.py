@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from orthotrain.layers import mergeable_layers
-from orthotrain.layers.rotation.generators import mark_generators, rotated_share
+from orthotrain.layers.rotation.generator_marks import mark_generators, rotated_share
 from orthotrain.modules import BaseModule, Optimization
 from orthotrain.modules.chunked_loss import loss_bytes
 from orthotrain.modules.head_loss import logits_of

@@ -1,5 +1,8 @@
 """Checks of the settings of a layer; the errors name values that would work."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -39,10 +42,8 @@ def check_kernels(device: torch.device | None = None) -> None:
     Raises:
         ConfigurationError: Naming the reason and a choice that would run.
     """
-    try:
+    with _refusing():
         check_possible(device)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error
 
 
 def check_block_size(features: int, block_size: int) -> None:
@@ -65,12 +66,10 @@ def check_feature_permutation(permutation: Tensor | None, features: int) -> None
     """
     if permutation is None:
         return
-    try:
+    with _refusing():
         check_permutation("BlockRotation", "permutation", permutation, features, permutation)
         if not traced(permutation):
             debug_permutation("BlockRotation", "permutation", permutation)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error
 
 
 def check_parameterization(spec: Parameterization | str) -> None:
@@ -79,7 +78,14 @@ def check_parameterization(spec: Parameterization | str) -> None:
     Raises:
         ConfigurationError: Naming it and the known ones.
     """
-    try:
+    with _refusing("parameterization: "):
         create(spec)
+
+
+@contextmanager
+def _refusing(prefix: str = "") -> Iterator[None]:
+    """Raise the ValueError of a lower room as a :class:`ConfigurationError`."""
+    try:
+        yield
     except ValueError as error:
-        raise ConfigurationError(f"parameterization: {error}") from error
+        raise ConfigurationError(f"{prefix}{error}") from error

@@ -6,8 +6,8 @@ import torch
 from torch.optim import Optimizer
 
 from orthotrain.devices.host_reads import LateValues, read_waits
-from orthotrain.layers.finite import FiniteChecks
-from orthotrain.layers.mergeable import Foldable, Mergeable
+from orthotrain.layers.finite_checks import FiniteChecks
+from orthotrain.layers.protocols import Foldable, Mergeable
 from orthotrain.layers.rotation.block_rotation import BlockRotation
 from orthotrain.layers.rotation.displacement_pool import pooled
 from orthotrain.layers.sharding import gathered
@@ -78,8 +78,8 @@ def _batches(layers: Mapping[str, Foldable]) -> Iterator[dict[str, Foldable]]:
 class NormWatch:
     """Finds the layers whose generators have exceeded a norm.
 
-    On a CPU the answer is that of the present values. On a device reading the norm would make the host wait at every
-    step; there the answer is that of the last :meth:`measure`, and a layer is found one step later.
+    On a CPU the norms are measured at once. On a device, reading a norm would make the host wait at every step; there
+    the norms of the last :meth:`measure` are used, and a layer is found one step later.
 
     Args:
         norm: Largest allowed bound of a block's ``||Q||_2``.

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from orthotrain.devices.host_reads import HostCount
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.operation import without_autocast
-from orthotrain.layers.mergeable import check_stored_counts
+from orthotrain.layers.protocols import check_stored_counts
 from orthotrain.layers.weights.frozen_weight import DenseWeight, FrozenWeight, plain_linear
 from orthotrain.layers.weights.rounding import Noise
 from orthotrain.seeding import generator

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthotrain.console.progress import Progress
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.mergeable import Mergeable
+from orthotrain.layers.protocols import Mergeable
 from orthotrain.layers.selection import select_linears
 from orthotrain.layers.weights.bitsandbytes_linear import is_bitsandbytes
 from orthotrain.layers.weights.frozen_linear import FrozenLinear, frozen_linears

@@ -105,7 +105,7 @@ def squeezed(name: str) -> str:
 
 
 def _refuse_conv1d(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
-    """Refuse the linear layers of GPT-2 and its kin, which would be left out silently."""
+    """Refuse the linear layers of GPT-2 and similar models, which would be left out silently."""
     modules: Any = sys.modules.get("transformers.pytorch_utils")
     for name, module in model.named_modules() if modules is not None else ():
         if isinstance(module, modules.Conv1D) and _matches(name, include) and not _matches(name, exclude):

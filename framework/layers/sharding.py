@@ -11,8 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.mergeable import Mergeable
-from orthotrain.layers.rotation.generators import mark_generators, rotated_share
+from orthotrain.layers.protocols import Mergeable
+from orthotrain.layers.rotation.generator_marks import mark_generators, rotated_share
 
 
 def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:

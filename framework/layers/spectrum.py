@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from orthotrain.kernels.skew import block_size_of, skew
-from orthotrain.layers.mergeable import Mergeable
+from orthotrain.layers.protocols import Mergeable
 from orthotrain.layers.sharding import whole
 
 

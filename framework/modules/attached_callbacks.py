@@ -20,7 +20,7 @@ def given_callbacks(trainer: L.Trainer | None) -> list[L.Callback]:
 
 
 def unless_given(trainer: L.Trainer | None, callbacks: Sequence[L.Callback]) -> list[L.Callback]:
-    """Return the callbacks of a module of whose class the user has given none.
+    """Return the callbacks of a module, without those of a class that the user has given to the trainer.
 
     Lightning would silently replace the user's callback by the module's.
 

@@ -27,7 +27,7 @@ from orthotrain.devices.host_reads import read_waits
 from orthotrain.distributed.agreement import agree_on_checkpoint
 from orthotrain.distributed.strategy import ShardedStrategy
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.metrics import TokenLoss

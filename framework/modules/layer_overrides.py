@@ -1,9 +1,11 @@
-"""Settings that differ for some layers: what the overrides of POET and of OFT have in common."""
+"""The setting ``overrides`` of POET and OFT: other settings for some layers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Self, cast
+
+from torch import nn
 
 from orthotrain.errors import ConfigurationError
 
@@ -35,7 +37,7 @@ class LayerOverrides:
         return self
 
     def variants(self) -> dict[str, Self]:
-        """Return all settings that layers can have: pattern -> settings, with an empty pattern for these themselves.
+        """Return all settings that layers can have, by pattern; the pattern is empty where no override applies.
 
         Raises:
             ConfigurationError: As :meth:`for_name`.
@@ -64,3 +66,24 @@ class LayerOverrides:
                 raise ConfigurationError(
                     f"overrides pattern {pattern!r} matches none of the rotated layers: {', '.join(names)}"
                 )
+
+
+def set_trained(setting: str, patterns: Sequence[str], parameters: Mapping[str, nn.Parameter], trained: bool) -> None:
+    """Train or freeze the parameters that glob patterns match.
+
+    Args:
+        setting: Name of the setting with the patterns, for the message.
+        patterns: Glob patterns on names of parameters.
+        parameters: The parameters to choose from, by name.
+        trained: Whether the parameters become trained or frozen.
+
+    Raises:
+        ConfigurationError: If a pattern matches none, naming the pattern and some of the parameters.
+    """
+    for pattern in patterns:
+        matches = [parameter for name, parameter in parameters.items() if fnmatchcase(name, pattern)]
+        if not matches:
+            names = ", ".join(parameters)[:200]
+            raise ConfigurationError(f"{setting} pattern {pattern!r} matches no parameter; there are {names}")
+        for parameter in matches:
+            parameter.requires_grad_(trained)

@@ -35,10 +35,10 @@ class OftModule(BaseModule):
 
     Beside the metrics of :class:`BaseModule` it logs the accuracy of the predicted response tokens (or classes), and,
     where the data module offers ``generation_batches``, exact match and ROUGE-L of answers generated without sampling;
-    a few of these are logged as text. Subclass it and override :meth:`outputs` for another objective.
+    a few answers are logged as text. Subclass it and override :meth:`outputs` for another objective.
 
     Args:
-        model: The pretrained network, or what builds it.
+        model: The pretrained network, or a callable that builds it.
         layers: Which linear layers are rotated, and how.
         optimization: Learning rates, weight decay, optimizer and schedule.
         objective: ``next_token`` for a causal language model with labels already shifted, as the data modules of this
@@ -46,11 +46,11 @@ class OftModule(BaseModule):
             heads of transformers, and encoder-decoders with ``InstructionData(layout="seq2seq")``.
         max_new_tokens: Tokens generated for each validation sample; 0 for no generation.
         logged_samples: Generated samples that are logged as text.
-        chunked_loss: Whether the loss goes without whole logits, see :class:`BaseModule`.
+        chunked_loss: Whether the loss is computed without whole logits, see :class:`BaseModule`.
         compile: See :class:`BaseModule`.
 
     Raises:
-        ConfigurationError: An unknown objective; when the network is built, if a layer cannot be wrapped.
+        ConfigurationError: For an unknown objective; when the network is built, if a layer cannot be wrapped.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class OftModule(BaseModule):
         """Freeze the network and put rotations before the chosen layers.
 
         Raises:
-            ConfigurationError: The data lays its rows out for another kind of network, or a layer cannot be wrapped.
+            ConfigurationError: If the data lays its rows out for another kind of network, or a layer cannot be wrapped.
         """
         self._check_layout(model)
         self.wrapped_names = self.layers.apply_(model)
@@ -120,7 +120,7 @@ class OftModule(BaseModule):
         return self.next_token_outputs(with_usable_mask(batch, self.model))
 
     def targets(self, batch: Any) -> Tensor | None:
-        """Return the labels that the loss of a batch counts, or None: a causal LM's own loss leaves out the first."""
+        """Return the labels that the loss of a batch counts, or None; a causal LM's own loss skips the first label."""
         labels = batch.get("labels") if isinstance(batch, dict) else None
         if labels is None or self.objective != "model" or not shifts_labels(self.model):
             return labels
@@ -138,12 +138,12 @@ class OftModule(BaseModule):
 
     @property
     def has_next_token_loss(self) -> bool:
-        """Whether the loss is :meth:`next_token_loss`, and not one of a subclass or of the network."""
+        """Whether the loss is :meth:`next_token_loss`, and not the loss of a subclass or of the network."""
         return self._has_own_loss and self.objective == "next_token" and not is_encoder_decoder(self.model)
 
     @property
     def logs_perplexity(self) -> bool:
-        """Whether the loss is a cross-entropy in nats per token: not that of a classification head."""
+        """Whether the loss is a cross-entropy in nats per token; the loss of a classification head is not."""
         return self._has_own_loss and (self.objective == "next_token" or is_encoder_decoder(self.model))
 
     @property
@@ -161,12 +161,12 @@ class OftModule(BaseModule):
             self.split_accuracy(split).update(logits, labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics, those of generated samples included."""
+        """Log the validation metrics and the metrics of generated samples."""
         super().on_validation_epoch_end()
         self._generate("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the test metrics, those of generated samples included."""
+        """Log the test metrics and the metrics of generated samples."""
         super().on_test_epoch_end()
         self._generate("test")
 

@@ -2,7 +2,6 @@
 
 import glob
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -13,7 +12,7 @@ from orthotrain.layers.replacement import check_wrapping, release, replace_layer
 from orthotrain.layers.selection import check_excluded, select_layers
 from orthotrain.layers.weights.bitsandbytes_linear import compute_dtype_of, is_bitsandbytes
 from orthotrain.layers.weights.frozen_linear import frozen_linears
-from orthotrain.modules.layer_overrides import LayerOverrides
+from orthotrain.modules.layer_overrides import LayerOverrides, set_trained
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,7 @@ class OftLayers(LayerOverrides, OftSettings):
             parameter.requires_grad_(True)
         if fresh:
             rank_zero_info(f"trained in full, as the model's checkpoint does not hold them: {', '.join(fresh)}")
-        for pattern in self.train:
-            matches = [p for name, p in model.named_parameters() if fnmatchcase(name, pattern)]
-            if not matches:
-                raise ConfigurationError(f"train pattern {pattern!r} matches no parameter of the model")
-            for parameter in matches:
-                parameter.requires_grad_(True)
+        set_trained("train", self.train, dict(model.named_parameters()), True)
 
 
 def fresh_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

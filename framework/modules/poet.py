@@ -75,6 +75,11 @@ class PoetModule(BaseModule):
         compile: CompileMode = "none",
     ) -> None:
         if stepwise:
+            if layers.stepwise is False:
+                raise ConfigurationError(
+                    "stepwise=True with layers.stepwise=False: remove the second key, or set it in layers.overrides for "
+                    "the layers that merge"
+                )
             layers, optimization = replace(layers, stepwise=True), stepwise_optimization(optimization)
             resample_every = RESAMPLE_EVERY if resample_every is None else resample_every
         merge_every = (1 if stepwise else MERGE_EVERY) if merge_every is None else merge_every
@@ -115,7 +120,7 @@ class PoetModule(BaseModule):
         Raises:
             ConfigurationError: If the trainer has a callback that merges too.
         """
-        kinds = {settings.stepwise for settings in self.layers.variants().values()}
+        kinds = {bool(settings.stepwise) for settings in self.layers.variants().values()}
         watching = [MovementMonitor()] * (True in kinds) + [OrthogonalityMonitor()] * (False in kinds)
         own = unless_given(self._trainer, watching)
         return [*super().configure_callbacks(), *own, *sole_merging(self._trainer, self.merging)]

@@ -1,7 +1,6 @@
 """Which layers of a network POET rotates, and how."""
 
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, Self
 
 from torch import nn
@@ -15,7 +14,7 @@ from orthotrain.layers.selection import check_excluded
 from orthotrain.layers.weights.bitsandbytes_linear import is_bitsandbytes
 from orthotrain.models import PretrainedModel
 from orthotrain.models.deferred_weights import allocate
-from orthotrain.modules.layer_overrides import LayerOverrides
+from orthotrain.modules.layer_overrides import LayerOverrides, set_trained
 from orthotrain.plugins import create
 from orthotrain.seeding import derive_seed, generator
 
@@ -61,7 +60,9 @@ class PoetLayers(LayerOverrides, PoetSettings):
             pattern: {name: value for name, value in values.items() if name not in free}
             for pattern, values in (self.overrides or {}).items()
         }
-        return {**values, "parameterization": create(self.used_parameterization).config(), "overrides": overrides}
+        parameterization = create(self.used_parameterization).config()
+        values |= {"stepwise": bool(self.stepwise), "parameterization": parameterization}
+        return {**values, "overrides": overrides}
 
     def override(self, values: dict[str, Any]) -> Self:
         """Return these settings with some replaced; a block size without a fraction replaces the fraction.
@@ -135,14 +136,7 @@ class PoetLayers(LayerOverrides, PoetSettings):
     def _freeze(self, model: nn.Module) -> None:
         rotations = {id(p) for _, layer in mergeable_layers(model) for p in layer.rotation_parameters()}
         direct = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in rotations}
-        for pattern in self.freeze:
-            matches = [parameter for name, parameter in direct.items() if fnmatchcase(name, pattern)]
-            if not matches:
-                raise ConfigurationError(
-                    f"freeze pattern {pattern!r} matches no trained parameter; there are {', '.join(direct)}"
-                )
-            for parameter in matches:
-                parameter.requires_grad_(False)
+        set_trained("freeze", self.freeze, direct, False)
 
     def drawn_anew(self, model: nn.Module) -> list[str]:
         """Return the names of the layers of ``model`` whose values :meth:`apply_` replaces without reading them."""

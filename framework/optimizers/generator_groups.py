@@ -7,7 +7,7 @@ from torch import Tensor
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.skew import block_size_of
-from orthotrain.layers.rotation.generators import rotated_share
+from orthotrain.layers.rotation.generator_marks import rotated_share
 
 SIDES = ("in", "out")
 """Sides that take turns; generators of a layer that is rotated on one side have the side ``only``."""
@@ -63,10 +63,10 @@ def check_angle(group: dict[str, Any], *, resting: bool = False) -> float:
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Refuse a group with parameters other than generators, or with an option out of its range.
+    """Refuse a group with an option out of its range, or with a parameter that is not the generators of a rotation.
 
     Raises:
-        ConfigurationError: Naming the parameter or the option.
+        ConfigurationError: Naming the option, or the shape of the parameter.
     """
     for name in ("momentum", "beta2"):
         if not 0 <= group[name] < 1:
@@ -78,21 +78,12 @@ def check_group(group: dict[str, Any]) -> None:
     if group.get("side", "only") not in (*SIDES, "only"):
         raise ConfigurationError(f"LieOptimizer: side={group['side']!r}: choose one of in, out, only")
     for parameter in group["params"]:
-        check_generators(parameter, group.get("name"))
-
-
-def check_generators(parameter: Tensor, role: str | None) -> None:
-    """Refuse a parameter that is not the generators of a rotation.
-
-    Raises:
-        ConfigurationError: Naming its shape.
-    """
-    if role not in (None, "rotations") or rotated_share(parameter) is None:
-        raise ConfigurationError(
-            f"LieOptimizer takes only generators, not a parameter of shape {tuple(parameter.shape)}: use it as "
-            "rotation_optimizer, or with the rotation_parameters() of layers"
-        )
-    checked_block_size(parameter.shape[1])
+        if group.get("name") not in (None, "rotations") or rotated_share(parameter) is None:
+            raise ConfigurationError(
+                f"LieOptimizer takes only generators, not a parameter of shape {tuple(parameter.shape)}: use it as "
+                "rotation_optimizer, or with the rotation_parameters() of layers"
+            )
+        checked_block_size(parameter.shape[1])
 
 
 def checked_block_size(width: int) -> int:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from orthotrain.errors import ConfigurationError, check_choice
-from orthotrain.layers.rotation.generators import mark_resting
+from orthotrain.layers.rotation.generator_marks import mark_resting
 from orthotrain.optimizers.generator_groups import (
     SIDES,
     WARN_ANGLE,

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from orthotrain.layers import PoetSettings, StepwiseLinear
 from orthotrain.layers.folding import fold_rotations
-from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.poet.poet_settings import Storage
+from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.modules import BaseModule
 from orthotrain.plugins import CayleyNeumann
 

@@ -5,8 +5,9 @@ from torch import nn
 
 from orthotrain.layers.oft.oft_conv2d import OftConv2d
 from orthotrain.layers.oft.oft_embedding import OftEmbedding
-from orthotrain.layers.oft.oft_layer import OftLayer, OftSettings
+from orthotrain.layers.oft.oft_layer import OftLayer
 from orthotrain.layers.oft.oft_linear import OftLinear
+from orthotrain.layers.oft.oft_settings import OftSettings
 
 OFT_CLASSES: dict[type[nn.Module], type[OftLayer]] = {
     nn.Linear: OftLinear,

@@ -1,12 +1,10 @@
 """The OFT layer for convolutions: a rotation of the input channels before a frozen kernel."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from orthotrain.layers.checks import check_divides
-from orthotrain.layers.oft.oft_layer import OftLayer, OftSettings
+from orthotrain.layers.oft.oft_layer import OftLayer
 from orthotrain.layers.oft.oft_rotation import OftRotation
 
 
@@ -28,15 +26,19 @@ class OftConv2d(OftLayer):
     has the shape of ``W``.
 
     Args:
-        conv: The frozen convolution; its weight is no longer trained.
+        conv: The frozen convolution.
         rotation_in: Rotation of the ``C`` input channels.
     """
 
+    width = "in_channels"
     rotation_in: OftRotation
 
     def __init__(self, conv: nn.Conv2d, rotation_in: OftRotation) -> None:
         super().__init__(rotation_in)
-        conv.weight.requires_grad_(False)
+        channels = conv.in_channels // conv.groups
+        check_divides(
+            "block_size", rotation_in.block_size, channels, f"the {channels} input channels of a group", minimum=2
+        )
         self.conv = conv
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,24 +51,9 @@ class OftConv2d(OftLayer):
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return self.conv(rotated.contiguous(memory_format=layout))
 
-    @torch.no_grad()
-    def unwrap(self) -> nn.Conv2d:
-        """Return the plain convolution that computes the same, with the merged weight and this layer's bias."""
-        conv = copy.copy(self.conv)
-        conv._parameters = {**self.conv._parameters, "weight": nn.Parameter(self.merged_weight())}
-        return conv
-
-    @staticmethod
-    def _rotation_for(layer: nn.Conv2d, settings: OftSettings) -> OftRotation:
-        channels = layer.in_channels // layer.groups
-        check_divides(
-            "block_size", settings.block_size, channels, f"the {channels} input channels of a group", minimum=2
-        )
-        return settings.rotation(layer.in_channels)
-
     @property
-    def _weight(self) -> Tensor:
-        return self.conv.weight
+    def _frozen(self) -> nn.Conv2d:
+        return self.conv
 
     def _effective_weight(self) -> Tensor:
         weight, groups = self.conv.weight, self.conv.groups

@@ -1,74 +1,14 @@
-"""The base of the OFT layers, and their settings."""
+"""The base of the OFT layers: a frozen layer of torch with a learned rotation of its features."""
 
 import copy
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.checks import check_parameterization
-from orthotrain.layers.oft.oft_rotation import OftRotation, RotationDtype, check_options
-from orthotrain.layers.weights.storage import Storage, check_group_size
-from orthotrain.plugins import Parameterization
-
-OFT_STORAGES = (None, "dense", "int8", "nf4")
-
-
-@dataclass(frozen=True)
-class OftSettings:
-    """Settings of one OFT layer.
-
-    Args:
-        block_size: Size of the rotated blocks; must divide the rotated width (of a convolution with groups: the input
-            channels of one group).
-        parameterization: How generators become rotations: a registered name (`orthotrain plugins` lists them) or a
-            class with its arguments, in YAML ``{class_path: CayleyNeumann, init_args: {order: 4}}``.
-        storage: Format of the frozen weight of a linear layer: ``dense`` (the dtype of the network), ``int8`` or
-            ``nf4``. None for the format that the layer has: dense, or quantized by bitsandbytes.
-        group_size: Values that share a scale in ``int8`` (None for 256, or where 256 does not divide a width, the
-            largest power of two that does, at least 32) and ``nf4`` (None for 64).
-        block_share: Whether all blocks of a layer share the generators of one block.
-        coft_eps: COFT (arXiv:2306.07280): bound of the Frobenius norm ``||Q||`` of a layer, kept by projection after
-            each step; to first order ``||R - I|| <= 2 coft_eps``. None for no bound.
-        block_dropout: Probability with which a block is the identity for one forward pass in training.
-        rotation_dtype: ``input`` rotates in the dtype of the activations, ``float32`` in fp32.
-
-    Raises:
-        ConfigurationError: For a value out of its range, naming the setting and values that would work.
-    """
-
-    block_size: int = 32
-    parameterization: Parameterization | str = "cayley_neumann"
-    storage: Storage | None = None
-    group_size: int | None = None
-    block_share: bool = False
-    coft_eps: float | None = None
-    block_dropout: float = 0.0
-    rotation_dtype: RotationDtype = "input"
-
-    def __post_init__(self) -> None:
-        check_parameterization(self.parameterization)
-        check_options(self.coft_eps, self.block_dropout, self.rotation_dtype)
-        if self.storage not in OFT_STORAGES:
-            raise ConfigurationError(
-                f"storage={self.storage!r}: the weight of an OFT layer does not change in training, and needs no "
-                "storage for many merges; take dense, int8 or nf4, or null for the format that the layer has"
-            )
-        check_group_size(self.group_size, self.storage)
-
-    def rotation(self, features: int) -> OftRotation:
-        """Return the identity rotation of ``features`` features."""
-        return OftRotation(
-            features,
-            self.block_size,
-            self.parameterization,
-            block_share=self.block_share,
-            coft_eps=self.coft_eps,
-            block_dropout=self.block_dropout,
-            rotation_dtype=self.rotation_dtype,
-        )
+from orthotrain.layers.oft.oft_rotation import OftRotation
+from orthotrain.layers.oft.oft_settings import OftSettings
 
 
 class OftLayer(nn.Module):
@@ -80,6 +20,8 @@ class OftLayer(nn.Module):
 
     side: ClassVar[Literal["in", "out"]] = "in"
     """Whether the rotation acts on the input or on the output of the frozen layer."""
+    width: ClassVar[str]
+    """Name of the attribute of the frozen layer that holds the number of rotated features."""
 
     def __init__(self, rotation: OftRotation) -> None:
         super().__init__()
@@ -89,7 +31,7 @@ class OftLayer(nn.Module):
     def from_settings(
         cls,
         layer: Any,
-        settings: OftSettings = OftSettings(),
+        settings: OftSettings,
         *,
         train_bias: bool = False,
         compute_dtype: torch.dtype | None = None,
@@ -108,7 +50,7 @@ class OftLayer(nn.Module):
             ConfigurationError: If a size does not fit, naming sizes that would, or the weight cannot be stored so.
         """
         with torch.device(layer.weight.device):
-            rotation = cls._rotation_for(layer, settings)
+            rotation = OftRotation(getattr(layer, cls.width), settings)
         if not isinstance(layer, nn.Linear):
             if settings.storage in ("int8", "nf4"):
                 raise ConfigurationError(
@@ -116,6 +58,7 @@ class OftLayer(nn.Module):
                     "set storage to null for this layer (overrides)"
                 )
             layer = copy.deepcopy(layer)
+            layer.weight.requires_grad_(False)
         if getattr(layer, "bias", None) is not None:
             layer.bias.requires_grad_(train_bias)
         return cls._around(layer, rotation, settings, compute_dtype)
@@ -161,10 +104,12 @@ class OftLayer(nn.Module):
         """Scale the generators back to COFT's bound; see :meth:`OftRotation.project_`."""
         self.rotation.project_()
 
-    @staticmethod
-    def _rotation_for(layer: Any, settings: OftSettings) -> OftRotation:
-        """Return the identity rotation of the layer's features."""
-        raise NotImplementedError
+    @torch.no_grad()
+    def unwrap(self) -> nn.Module:
+        """Return a plain layer of torch that computes the same, with the merged weight and this layer's bias."""
+        plain = copy.copy(self._frozen)
+        plain._parameters = {**plain._parameters, "weight": nn.Parameter(self.merged_weight())}
+        return plain
 
     @classmethod
     def _around(
@@ -174,9 +119,14 @@ class OftLayer(nn.Module):
         return cls(layer, rotation)  # type: ignore[call-arg]
 
     @property
+    def _frozen(self) -> nn.Module:
+        """The frozen layer of torch."""
+        raise NotImplementedError
+
+    @property
     def _weight(self) -> Any:
         """The frozen weight."""
-        raise NotImplementedError
+        return self._frozen.weight
 
     def _effective_weight(self) -> Tensor:
         """Return the rotated weight in fp32 or wider."""

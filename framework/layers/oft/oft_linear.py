@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.dispatch import plain_cpu
 from orthotrain.kernels.oft_linear import oft_linear
-from orthotrain.layers.oft.oft_layer import OftLayer, OftSettings
-from orthotrain.layers.oft.oft_rotation import OftRotation, RotationDtype
+from orthotrain.layers.oft.oft_layer import OftLayer
+from orthotrain.layers.oft.oft_rotation import OftRotation
+from orthotrain.layers.oft.oft_settings import OftSettings, RotationDtype
 from orthotrain.layers.weights.bitsandbytes_linear import adopt_bitsandbytes
 from orthotrain.layers.weights.frozen_weight import DenseWeight, FrozenWeight, plain_linear
 from orthotrain.layers.weights.quantized_weight import QuantizedWeight
@@ -36,6 +37,7 @@ class OftLinear(OftLayer):
         480
     """
 
+    width = "in_features"
     rotation_in: OftRotation
 
     def __init__(self, weight: FrozenWeight, bias: nn.Parameter | None, rotation_in: OftRotation) -> None:
@@ -82,10 +84,6 @@ class OftLinear(OftLayer):
     def unwrap(self) -> nn.Linear:
         """Return an ``nn.Linear`` that computes the same, with the merged weight and this layer's bias."""
         return plain_linear(self.merged_weight(), self.bias)
-
-    @staticmethod
-    def _rotation_for(layer: nn.Linear, settings: OftSettings) -> OftRotation:
-        return settings.rotation(layer.in_features)
 
     @classmethod
     def _around(cls, layer: Any, rotation: OftRotation, settings: OftSettings, compute_dtype: Any) -> Self:

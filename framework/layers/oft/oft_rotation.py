@@ -1,19 +1,16 @@
 """The rotation of the OFT layers: blocks of neighboring features that cover the whole width, with OFT's options."""
 
 import math
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from orthotrain.errors import ConfigurationError, check_choice
+from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.operation import without_autocast
 from orthotrain.layers.checks import check_block_size, check_divides
+from orthotrain.layers.oft.oft_settings import OftSettings
 from orthotrain.layers.rotation.block_rotation import BlockRotation
-from orthotrain.plugins import Parameterization
-
-RotationDtype = Literal["input", "float32"]
 
 
 class OftRotation(BlockRotation):
@@ -21,40 +18,19 @@ class OftRotation(BlockRotation):
 
     Args:
         features: Width ``d`` of the rotated axis.
-        block_size: Size ``b`` of a block; must divide ``d``.
-        parameterization: A :class:`Parameterization`, a registered name or its configuration.
-        block_share: Whether all blocks share the generators of one.
-        coft_eps: COFT (arXiv:2306.07280): bound of the Frobenius norm ``||Q||`` over all blocks together, which
-            :meth:`project_` restores; to first order ``||R - I|| <= 2 coft_eps``. None for no bound.
-        block_dropout: Probability with which a block is the identity for one forward pass in training. The other blocks
-            are not rescaled, since a product of rotations has no mean to keep.
-        rotation_dtype: ``input`` rotates in the dtype of ``x``: ``D`` is computed in fp32 and rounded to that dtype,
-            and the sum ``x + x D`` is accumulated in fp32. ``float32`` rotates 16-bit inputs in fp32 and rounds the
-            result.
+        settings: The settings of the layer; ``block_size`` must divide ``d``.
 
     Raises:
-        ConfigurationError: If the block size does not divide the width, naming the divisors near it, or an option is
-            out of its range.
+        ConfigurationError: If the block size does not divide the width, naming the divisors near it.
     """
 
-    def __init__(
-        self,
-        features: int,
-        block_size: int,
-        parameterization: Parameterization | str | dict[str, Any] = "cayley_neumann",
-        *,
-        block_share: bool = False,
-        coft_eps: float | None = None,
-        block_dropout: float = 0.0,
-        rotation_dtype: RotationDtype = "input",
-    ) -> None:
-        check_block_size(features, block_size)
-        check_divides("block_size", block_size, features, f"the {features} features to rotate", minimum=2)
-        check_options(coft_eps, block_dropout, rotation_dtype)
-        super().__init__(features, block_size, parameterization, shared=block_share)
-        self.coft_eps = coft_eps
-        self.block_dropout = block_dropout
-        self.rotation_dtype = rotation_dtype
+    def __init__(self, features: int, settings: OftSettings) -> None:
+        check_block_size(features, settings.block_size)
+        check_divides("block_size", settings.block_size, features, f"the {features} features to rotate", minimum=2)
+        super().__init__(features, settings.block_size, settings.parameterization, shared=settings.block_share)
+        self.coft_eps = settings.coft_eps
+        self.block_dropout = settings.block_dropout
+        self.rotation_dtype = settings.rotation_dtype
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,16 +83,3 @@ class OftRotation(BlockRotation):
         }
         given = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
         return super().extra_repr() + given
-
-
-def check_options(coft_eps: float | None, block_dropout: float, rotation_dtype: RotationDtype) -> None:
-    """Refuse options of a rotation that are out of their range.
-
-    Raises:
-        ConfigurationError: Naming the option and values that would work.
-    """
-    if coft_eps is not None and not coft_eps > 0:
-        raise ConfigurationError(f"coft_eps={coft_eps!r}: take a positive bound, or null for none")
-    if not 0 <= block_dropout < 1:
-        raise ConfigurationError(f"block_dropout={block_dropout!r}: take a probability of at least 0 and below 1")
-    check_choice("rotation_dtype", rotation_dtype, RotationDtype)

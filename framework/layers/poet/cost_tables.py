@@ -1,4 +1,4 @@
-"""Tables of what the routes of a POET layer cost on a device: where they lie, how they are read and checked.
+"""Tables of the costs of a POET layer's routes on a device: their paths, and how they are read and checked.
 
 The package has the table ``route_costs.json`` beside this file. ``orthotrain calibrate`` measures a device and writes
 ``routes.json`` into the user's cache folder; the environment variable ``ORTHOTRAIN_ROUTES`` names another file. A
@@ -9,6 +9,7 @@ first entry of a GPU, because only ratios of costs decide.
 import functools
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -92,14 +93,18 @@ def default_path() -> Path:
     return Path(_cached_path(os.environ.get("ORTHOTRAIN_CACHE")))
 
 
+@functools.cache
 def device_name(device_type: str, index: int | None = None) -> str:
     """Return the name of a device in tables of costs: the model of a GPU, else the type.
 
     A CPU with AMX is ``cpu, AMX``: it multiplies in 16 bits several times as fast as other CPUs, and rotates no faster.
     """
     if device_type == "cuda" and torch.cuda.is_available():
-        return _gpu_name(index)
-    return _cpu_name() if device_type == "cpu" else device_type
+        return torch.cuda.get_device_name(index)
+    with suppress(OSError):  # a host without /proc
+        if device_type == "cpu" and " amx_bf16" in Path("/proc/cpuinfo").read_text():
+            return "cpu, AMX"
+    return device_type
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
@@ -110,7 +115,9 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     """
     try:
         entries = json.loads(path.read_text())["devices"]
-        return [entry | {key: _checked(entry[key]) for key in ("float32", "half")} for entry in _named(entries)]
+        if not all(isinstance(entry[key], str) for entry in entries for key in ("type", "name")):
+            raise ValueError("type and name of a device must be strings")
+        return [entry | {key: _checked(entry[key]) for key in ("float32", "half")} for entry in entries]
     except OSError as error:
         raise ConfigurationError(f"table of costs {path} cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError) as error:
@@ -147,26 +154,6 @@ def cached_costs(path: str, required: bool, device_type: str, name: str, half: b
 @functools.cache
 def _cached_path(cache: str | None) -> str:
     return str(Path(cache or "~/.cache/orthotrain").expanduser() / "routes.json")
-
-
-@functools.cache
-def _cpu_name() -> str:
-    try:
-        return "cpu, AMX" if " amx_bf16" in Path("/proc/cpuinfo").read_text() else "cpu"
-    except OSError:
-        return "cpu"
-
-
-@functools.cache
-def _gpu_name(index: int | None) -> str:
-    return torch.cuda.get_device_name(index)
-
-
-def _named(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    for entry in entries:
-        if not isinstance(entry["type"], str) or not isinstance(entry["name"], str):
-            raise ValueError("type and name of a device must be strings")
-    return entries
 
 
 def _checked(entry: dict[str, float]) -> Costs:

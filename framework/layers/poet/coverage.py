@@ -3,8 +3,8 @@
 import torch
 
 from orthotrain.kernels.permutations import by_feature
-from orthotrain.layers.mergeable import SideCoverage
 from orthotrain.layers.poet.poet_settings import Side
+from orthotrain.layers.protocols import SideCoverage
 from orthotrain.layers.rotation.block_rotation import BlockRotation
 from orthotrain.seeding import draw_permutation, generator
 

@@ -1,24 +1,21 @@
 """The POET layer: a frozen weight between two learned block rotations."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from orthotrain.errors import check_choice
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.poet_linear import poet_linear, serves
-from orthotrain.layers.mergeable import SideCoverage
 from orthotrain.layers.poet.coverage import side_coverage
 from orthotrain.layers.poet.poet_settings import PoetSettings
 from orthotrain.layers.poet.rotations import Rotations
-from orthotrain.layers.poet.route_costs import ROUTES, ActivationMode, Route, RouteChoice, choose_route
-from orthotrain.layers.poet.trained_scale import TrainedScale
+from orthotrain.layers.poet.route_costs import ROUTES, Route, choose_route
 from orthotrain.layers.poet.two_sided import TwoSided
-from orthotrain.layers.rotation.block_rotation import BlockRotation
+from orthotrain.layers.protocols import SideCoverage
 from orthotrain.layers.spectrum import singular_values, with_spectrum
 from orthotrain.layers.weights.frozen_weight import FrozenWeight
 
@@ -32,15 +29,10 @@ class PoetLinear(TwoSided):
     Args:
         weight: The frozen weight ``(out, in)``, rows and columns already permuted into the blocks of both sides.
         bias: ``(out,)`` trained bias, or None.
-        rotation_in: Rotation of the ``in`` input features, None where only the output side is rotated.
-        rotation_out: Rotation of the ``out`` output features, None where only the input side is rotated.
-        route: ``input`` rotates activations, ``weight`` forms the effective weight once per pass, ``auto`` takes the
-            cheaper one for the number of tokens at hand (:func:`choose_route`).
-        activation_mode: ``fast`` saves the activation before the output rotation, ``mem`` recomputes it in backward.
-        anchor_every: Merges and folds between restorations of the initial singular values, 0 for never. A restoration
-            is a decomposition of the weight, and removes the errors that repeated quantization adds up.
-        scale: Trained factor s of the weight, which no merge changes, or None for 1.
-        seed: Seed of the permutations and of stochastic rounding; merge k draws permutations from (seed, k, side).
+        rotations: See :class:`TwoSided`.
+        settings: The settings of the layer. ``route: auto`` takes the cheaper route for the number of tokens at hand
+            (:func:`choose_route`). ``anchor_every`` counts merges and folds.
+        seed: See :class:`TwoSided`.
 
     Example:
         >>> layer = PoetLinear.from_linear(nn.Linear(64, 32), block_size=16)
@@ -54,25 +46,14 @@ class PoetLinear(TwoSided):
     spectrum: Tensor | None
 
     def __init__(
-        self,
-        weight: FrozenWeight,
-        bias: nn.Parameter | None,
-        rotation_in: BlockRotation | None,
-        rotation_out: BlockRotation | None,
-        *,
-        route: RouteChoice = "auto",
-        activation_mode: ActivationMode = "fast",
-        anchor_every: int = 0,
-        scale: TrainedScale | None = None,
-        seed: int = 0,
+        self, weight: FrozenWeight, bias: nn.Parameter | None, rotations: Rotations, settings: PoetSettings, seed: int
     ) -> None:
-        super().__init__(weight, bias, rotation_in, rotation_out, route=route, scale=scale, seed=seed)
-        check_choice("activation_mode", activation_mode, ActivationMode)
-        self.activation_mode = activation_mode
-        self.anchor_every = anchor_every
+        super().__init__(weight, bias, rotations, settings, seed)
+        self.activation_mode = settings.activation_mode
+        self.anchor_every = settings.anchor_period
         # filled by the first merge: a decomposition of every layer would slow down the start
         spectrum = torch.zeros(min(weight.out_features, weight.in_features), dtype=torch.float32)
-        self.register_buffer("spectrum", spectrum if anchor_every else None)
+        self.register_buffer("spectrum", spectrum if self.anchor_every else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``; under autocast in its dtype, like nn.Linear."""
@@ -126,17 +107,6 @@ class PoetLinear(TwoSided):
         """Describe the modes in one line."""
         anchor = f", anchor_every={self.anchor_every}" if self.anchor_every else ""
         return f"route={self.route}, activation_mode={self.activation_mode}, seed={self.seed}{anchor}"
-
-    @staticmethod
-    def _options(settings: PoetSettings) -> dict[str, Any]:
-        return {"activation_mode": settings.activation_mode, "anchor_every": settings.anchor_period}
-
-    @staticmethod
-    def _frame(rotations: Rotations, weight: Tensor) -> Tensor:
-        return rotations.framed(weight)
-
-    def _rotated(self, stored: Tensor, rotations: Rotations, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
-        return rotations.fold(stored, d_out, d_in)
 
     def _store(self, effective: Tensor) -> None:
         count = self._merges.read(self.merge_count) + self._folds.read(self.fold_count)

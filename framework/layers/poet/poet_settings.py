@@ -20,7 +20,7 @@ TOO_COARSE = (
 """Why a weight that is folded at every step is not stored in 16 bits."""
 
 GROUPS_IN_BLOCK = 8
-"""The default permutation group is the largest of which a block holds this many: fewer would mix features badly."""
+"""A block holds at least this many default permutation groups: with fewer groups, features would mix badly."""
 
 ANCHOR_EVERY = {"int8": 16, "nf4": 4}
 """Default ``anchor_every`` by storage: rare enough that the singular value decompositions take no noticeable time."""
@@ -58,7 +58,7 @@ class PoetSettings:
             other formats.
         stepwise: Whether rotations are folded at every step (:class:`StepwiseLinear`), so that the forward pass is a
             plain product. ``PoetModule(stepwise=True)`` sets it for all layers; set it here, in ``overrides``, for
-            some of them. Needs ``merge_every: 1`` and a weight in fp32 or with a ``residual``.
+            some of them, where None is false. Needs ``merge_every: 1`` and a weight in fp32 or with a ``residual``.
         trained_scale: Whether the layer has a trained factor of its weight, 1 at the start (:class:`TrainedScale`).
             Published POET has none: with a factor singular values keep their ratios, but not their size. The factor is
             trained like the parameters that are not generators, without weight decay.
@@ -81,7 +81,7 @@ class PoetSettings:
     storage: Storage = "dense"
     group_size: int | None = None
     anchor_every: int | None = None
-    stepwise: bool = False
+    stepwise: bool | None = None
     trained_scale: bool = False
     route: RouteChoice = "auto"
     activation_mode: ActivationMode = "fast"
@@ -90,8 +90,10 @@ class PoetSettings:
         for name, hint in get_type_hints(PoetSettings).items():
             if get_origin(hint) is Literal:
                 check_choice(name, getattr(self, name), hint)
-        check_fraction("fraction", self.fraction)
-        check_fraction("fraction_out", self.fraction_out)
+        for name in ("fraction", "fraction_out"):
+            fraction = getattr(self, name)
+            if fraction is not None and not 0 < fraction <= 1:
+                raise ConfigurationError(f"{name}={fraction!r}: take a part of the width above 0 and up to 1")
         if self.aligned != "none" and (self.fraction is not None or self.fraction_out is not None):
             raise ConfigurationError(
                 f"aligned={self.aligned!r} with a fraction: each merge would rotate the same features; "
@@ -166,13 +168,3 @@ class PoetSettings:
         if self.anchor_every is not None:
             return self.anchor_every
         return ANCHOR_EVERY.get(self.storage, 0)
-
-
-def check_fraction(name: str, fraction: float | None) -> None:
-    """Refuse a fraction outside (0, 1].
-
-    Raises:
-        ConfigurationError: Naming the setting.
-    """
-    if fraction is not None and not 0 < fraction <= 1:
-        raise ConfigurationError(f"{name}={fraction!r}: take a part of the width above 0 and up to 1")

@@ -1,20 +1,19 @@
 """The POET layer whose rotations are folded after every step: its forward pass is a plain product."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.operation import without_autocast
 from orthotrain.kernels.tangent import tangent, tangent_linear
 from orthotrain.layers.poet.cost_tables import costs_for
 from orthotrain.layers.poet.poet_settings import TOO_COARSE
-from orthotrain.layers.poet.rotations import Rotations
 from orthotrain.layers.poet.two_sided import TwoSided
 from orthotrain.layers.rotation.block_rotation import BlockRotation
 from orthotrain.layers.weights.bf16_weight import Bf16Weight
-from orthotrain.layers.weights.frozen_weight import DenseWeight, FrozenWeight
+from orthotrain.layers.weights.frozen_weight import DenseWeight
 
 
 class StepwiseLinear(TwoSided):
@@ -28,11 +27,11 @@ class StepwiseLinear(TwoSided):
     Args:
         weight: The frozen weight ``(out, in)`` in the natural order.
         bias: ``(out,)`` trained bias, or None.
-        rotation_in: Rotation of the input features, or None.
-        rotation_out: Rotation of the output features, or None.
-        options: ``route``, ``scale`` and ``seed`` of :class:`TwoSided`. The route ``input`` forms the gradient from
-            activations, ``weight`` from dL/dW, ``auto`` takes the cheaper one by the table of costs. From dL/dW, a
-            weight that is not dense is unpacked once and kept until backward; a bf16 weight in 16 bits is not copied.
+        rotations: See :class:`TwoSided`.
+        settings: The settings of the layer. ``route: input`` forms the gradient from activations, ``weight`` from
+            dL/dW, ``auto`` takes the cheaper one by the table of costs. From dL/dW, a weight that is not dense is
+            unpacked once and kept until backward; a bf16 weight in 16 bits is not copied.
+        seed: See :class:`TwoSided`.
 
     Example:
         >>> layer = StepwiseLinear.from_linear(nn.Linear(64, 32), block_size=16)
@@ -42,18 +41,6 @@ class StepwiseLinear(TwoSided):
     """
 
     stepwise = True
-
-    def __init__(
-        self,
-        weight: FrozenWeight,
-        bias: nn.Parameter | None,
-        rotation_in: BlockRotation | None,
-        rotation_out: BlockRotation | None,
-        **options: Any,
-    ) -> None:
-        super().__init__(weight, bias, rotation_in, rotation_out, **options)
-        for _, rotation in self.sides():
-            rotation.known_identity = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``; under autocast in its dtype, like nn.Linear."""
@@ -114,17 +101,6 @@ class StepwiseLinear(TwoSided):
     def extra_repr(self) -> str:
         """Describe the modes in one line."""
         return f"route={self.route}, seed={self.seed}"
-
-    @staticmethod
-    def _frame(rotations: Rotations, weight: Tensor) -> Tensor:
-        return weight
-
-    def _rotations_to_fold(self) -> Rotations:
-        # only rotations that have moved: where the sides take turns, a fold is half the work
-        return Rotations(*(r if r is not None and r.moved() else None for r in self.rotations))
-
-    def _rotated(self, stored: Tensor, rotations: Rotations, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
-        return stored if rotations == (None, None) else rotations.fold(rotations.framed(stored), d_out, d_in)
 
 
 # torch.compile must see two constants and not trace the reading of a table

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.devices.host_reads import HostCount
-from orthotrain.errors import check_choice
 from orthotrain.kernels.operation import without_autocast
-from orthotrain.layers.finite import finite_or_zero
-from orthotrain.layers.mergeable import check_stored_counts
+from orthotrain.layers.finite_checks import finite_or_zero
 from orthotrain.layers.poet.poet_settings import Aligned, PoetSettings, Side, Sides
 from orthotrain.layers.poet.rotations import Rotations
 from orthotrain.layers.poet.route_costs import ActivationMode, RouteChoice
 from orthotrain.layers.poet.trained_scale import TrainedScale
+from orthotrain.layers.protocols import check_stored_counts
 from orthotrain.layers.rotation.block_rotation import BlockRotation
 from orthotrain.layers.sharding import whole
 from orthotrain.layers.weights.frozen_weight import FrozenWeight, plain_linear
@@ -31,10 +30,8 @@ class TwoSided(nn.Module):
     Args:
         weight: The frozen weight ``(out, in)``, in the frame that the subclass stores it in.
         bias: ``(out,)`` trained bias, or None. The bias is added last, so that a merge never changes it.
-        rotation_in: Rotation of the ``in`` input features, or None.
-        rotation_out: Rotation of the ``out`` output features, or None.
-        route: See :class:`PoetSettings`.
-        scale: Trained factor s of the weight, which no merge changes, or None for 1.
+        rotations: Rotations of the ``out`` output and the ``in`` input features, None for a side that is not rotated.
+        settings: The settings of the layer. ``trained_scale`` adds the trained factor s, which no merge changes.
         seed: Seed of the permutations and of stochastic rounding; merge k draws permutations from (seed, k, side).
 
     Attributes:
@@ -43,30 +40,24 @@ class TwoSided(nn.Module):
     """
 
     stepwise: ClassVar[bool]
+    """Whether the layer is folded at every step and stores its weight in the natural order, or permuted into blocks."""
     merge_count: Tensor
     fold_count: Tensor
 
     def __init__(
-        self,
-        weight: FrozenWeight,
-        bias: nn.Parameter | None,
-        rotation_in: BlockRotation | None,
-        rotation_out: BlockRotation | None,
-        *,
-        route: RouteChoice = "auto",
-        scale: TrainedScale | None = None,
-        seed: int = 0,
+        self, weight: FrozenWeight, bias: nn.Parameter | None, rotations: Rotations, settings: PoetSettings, seed: int
     ) -> None:
         super().__init__()
-        check_choice("route", route, RouteChoice)
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.weight = weight
         self.bias = bias
-        self.rotation_in = rotation_in
-        self.rotation_out = rotation_out
-        self.route = route
-        self.scale = scale
+        self.rotation_in = rotations.into
+        self.rotation_out = rotations.out
+        self.route = settings.route
+        self.scale = TrainedScale() if settings.trained_scale else None
         self.seed = seed
+        for _, rotation in self.sides():
+            rotation.known_identity = self.stepwise
         self.register_buffer("merge_count", torch.zeros((), dtype=torch.int64))
         self.register_buffer("fold_count", torch.zeros((), dtype=torch.int64))
         self._merges, self._folds = HostCount(), HostCount()
@@ -127,9 +118,7 @@ class TwoSided(nn.Module):
             framed = cls._frame(rotations, values)
             # merges write into the stored tensor, which must not be the caller's
             stored = store(values.clone() if framed is values else framed, settings.storage, settings.group_size)
-            scale = TrainedScale() if settings.trained_scale else None
-            options = {"route": settings.route, "scale": scale, "seed": seed, **cls._options(settings)}
-            return cls(stored, linear.bias, rotations.into, rotations.out, **options)
+            return cls(stored, linear.bias, rotations, settings, seed)
 
     @property
     def rotations(self) -> Rotations:
@@ -155,7 +144,7 @@ class TwoSided(nn.Module):
             TrainingDiverged: If the rotations are not finite; the layer stays as it is. On a device, the callback's
                 checks raise the error one step later.
         """
-        effective = self._finite_weight()
+        effective = self._effective_weight(check=True)
         count = self._merges.advance(self.merge_count)
         for side, rotation in self.sides():
             permutation = rotation.permutation
@@ -165,7 +154,7 @@ class TwoSided(nn.Module):
     @torch.no_grad()
     def fold_(self) -> None:
         """Fold the rotations into the frozen weight and reset them; the permutations stay. Errors as :meth:`merge_`."""
-        effective = self._finite_weight()
+        effective = self._effective_weight(check=True)
         self._folds.advance(self.fold_count)
         for _, rotation in self.sides():
             rotation.reset_()
@@ -206,26 +195,24 @@ class TwoSided(nn.Module):
     def _scaled(self, tensor: Tensor) -> Tensor:
         return tensor if self.scale is None else self.scale(tensor)
 
-    def _effective_weight(self) -> Tensor:
-        """Return ``R_out^T W R_in^T (out, in)`` in the natural order, in fp32 or wider."""
-        return self._folded_weight(guarded=False)
-
-    def _finite_weight(self) -> Tensor:
-        """Return :meth:`_effective_weight` for :meth:`merge_` and :meth:`fold_`, after a check of the rotations.
+    @torch.no_grad()
+    def _effective_weight(self, check: bool = False) -> Tensor:
+        """Return ``R_out^T W R_in^T (out, in)`` in the natural order, in fp32 or wider.
 
         Raises:
-            TrainingDiverged: If a rotation holds NaN, infinite or huge values (:func:`finite_or_zero` says when).
+            TrainingDiverged: With ``check``, if a rotation holds NaN, infinite or huge values (:func:`finite_or_zero`).
         """
-        return self._folded_weight(guarded=True)
-
-    @torch.no_grad()
-    def _folded_weight(self, guarded: bool) -> Tensor:
-        exact, rotations = self._exact_weight(), self._rotations_to_fold()
-        with without_autocast(exact.device.type):
-            displacements = rotations.displacements(exact.dtype)
-            if guarded:
+        weight, rotations = self._exact_weight(), self.rotations
+        if self.stepwise:  # only rotations that have moved: where the sides take turns, a fold is half the work
+            rotations = Rotations(*(r if r is not None and r.moved() else None for r in rotations))
+            weight = rotations.framed(weight)
+        if rotations == (None, None):
+            return weight
+        with without_autocast(weight.device.type):
+            displacements = rotations.displacements(weight.dtype)
+            if check:
                 displacements = finite_or_zero(displacements, self._not_finite)
-            return self._rotated(exact, rotations, *displacements)
+            return rotations.fold(weight, *displacements)
 
     def _exact_weight(self) -> Tensor:
         """Return the frozen weight in fp32 or wider: a fold in 16 bits would move the singular values each time."""
@@ -242,20 +229,7 @@ class TwoSided(nn.Module):
         count = self._merges.read(self.merge_count) + self._folds.read(self.fold_count)
         self.weight.assign_(self._frame(self.rotations, effective), Noise(self.seed, count, "rounding"))
 
-    @staticmethod
-    def _frame(rotations: Rotations, weight: Tensor) -> Tensor:
+    @classmethod
+    def _frame(cls, rotations: Rotations, weight: Tensor) -> Tensor:
         """Return ``weight (out, in)``, given in the natural order, in the frame that the layer stores."""
-        raise NotImplementedError
-
-    @staticmethod
-    def _options(settings: PoetSettings) -> dict[str, Any]:
-        """Return the arguments of the subclass's constructor that this class does not have."""
-        return {}
-
-    def _rotations_to_fold(self) -> Rotations:
-        """Return the rotations that a fold has to apply."""
-        return self.rotations
-
-    def _rotated(self, stored: Tensor, rotations: Rotations, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
-        """Return the weight in the natural order, rotated by displacements, from the dequantized stored weight."""
-        raise NotImplementedError
+        return weight if cls.stepwise else rotations.framed(weight)

@@ -1,7 +1,7 @@
-"""A block-diagonal rotation of permuted features."""
+"""A block-diagonal rotation of permuted features, and displacements that many rotations compute together."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,49 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.dispatch import traced
 from orthotrain.layers.checks import check_block_size, check_feature_permutation, check_kernels
-from orthotrain.layers.rotation.generators import known_zero, mark_generators, mark_zero
+from orthotrain.layers.rotation.generator_marks import known_zero, mark_generators, mark_zero
 from orthotrain.plugins import Parameterization, create
 
 
-class Pooled(Protocol):
-    """Displacements of many rotations, computed together (:class:`PooledDisplacements`)."""
+class PooledDisplacements:
+    """Displacements of rotations that share block size and parameterization.
 
-    traced: bool
+    Args:
+        rotations: All with generators of one dtype and device.
+
+    Attributes:
+        traced: Whether the pool was made while torch.compile traces, and so belongs to a graph.
+    """
+
+    def __init__(self, rotations: "list[BlockRotation]") -> None:
+        self._parameterization, self._block_size = rotations[0].parameterization, rotations[0].block_size
+        self._sizes = [rotation.generators.shape[0] for rotation in rotations]
+        self._generators = torch.cat([rotation.generators for rotation in rotations])
+        self.traced = torch.compiler.is_compiling()
+        # the first request may come without gradients (activation checkpointing), later ones with gradients
+        self._grad_enabled = torch.is_grad_enabled()
+        self._whole: Tensor | None = None
+        self._parts: dict[torch.dtype, tuple[Tensor, ...]] = {}
 
     def part(self, position: int, dtype: torch.dtype | None) -> Tensor:
-        """Return the displacements of the rotation at ``position``."""
+        """Return the displacements of one rotation in ``dtype``; the first call computes those of all rotations.
+
+        Args:
+            position: Index of the rotation among those of the pool.
+            dtype: None for that of the generators.
+        """
+        dtype = dtype or self._generators.dtype
+        if dtype not in self._parts:
+            with torch.set_grad_enabled(self._grad_enabled):
+                self._parts[dtype] = self._computed(dtype).split(self._sizes)
+        return self._parts[dtype][position]
+
+    def _computed(self, dtype: torch.dtype) -> Tensor:
+        if dtype.itemsize < self._generators.dtype.itemsize:
+            return self._parameterization.rounded_displacement(self._generators, self._block_size, dtype)
+        if self._whole is None:  # no cached_property: its lock cannot be traced
+            self._whole = self._parameterization.displacement(self._generators, self._block_size)
+        return self._whole.to(dtype)
 
 
 class BlockRotation(nn.Module):
@@ -82,7 +114,7 @@ class BlockRotation(nn.Module):
             check_kernels()
         check_feature_permutation(permutation, features)
         self.register_buffer("permutation", permutation)
-        self.pooled: tuple[Pooled, int] | None = None
+        self.pooled: tuple[PooledDisplacements, int] | None = None
         self.known_identity = False
 
     def displacement(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -4,12 +4,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
 
-from orthotrain.layers.rotation.block_rotation import BlockRotation
+from orthotrain.layers.rotation.block_rotation import BlockRotation, PooledDisplacements
 
 
 class DisplacementPool:
@@ -31,10 +29,8 @@ class DisplacementPool:
         for module in network.modules():
             if isinstance(module, BlockRotation):
                 module.parameterization.config()  # finds the names of the arguments now, because that cannot be traced
-        self.handles: list[RemovableHandle] = [
-            network.register_forward_pre_hook(self._fill),
-            network.register_forward_hook(self._drain, always_call=True),
-        ]
+        network.register_forward_pre_hook(self._fill)
+        network.register_forward_hook(self._drain, always_call=True)
 
     def _fill(self, network: nn.Module, arguments: Any) -> None:
         rotations = []
@@ -79,44 +75,3 @@ def pool(rotations: Iterable[BlockRotation]) -> list[BlockRotation]:
         for position, rotation in enumerate(group):
             rotation.pooled = (displacements, position)
     return [rotation for group in shared for rotation in group]
-
-
-class PooledDisplacements:
-    """Displacements of rotations that share block size and parameterization.
-
-    Args:
-        rotations: All with generators of one dtype and device.
-
-    Attributes:
-        traced: Whether the pool was made while torch.compile traces, and so belongs to a graph.
-    """
-
-    def __init__(self, rotations: list[BlockRotation]) -> None:
-        self._parameterization, self._block_size = rotations[0].parameterization, rotations[0].block_size
-        self._sizes = [rotation.generators.shape[0] for rotation in rotations]
-        self._generators = torch.cat([rotation.generators for rotation in rotations])
-        self.traced = torch.compiler.is_compiling()
-        # the first request may come without gradients (activation checkpointing), later ones with gradients
-        self._grad_enabled = torch.is_grad_enabled()
-        self._whole: Tensor | None = None
-        self._parts: dict[torch.dtype, tuple[Tensor, ...]] = {}
-
-    def part(self, position: int, dtype: torch.dtype | None) -> Tensor:
-        """Return the displacements of one rotation in ``dtype``; the first call computes those of all rotations.
-
-        Args:
-            position: Index of the rotation among those of the pool.
-            dtype: None for that of the generators.
-        """
-        dtype = dtype or self._generators.dtype
-        if dtype not in self._parts:
-            with torch.set_grad_enabled(self._grad_enabled):
-                self._parts[dtype] = self._computed(dtype).split(self._sizes)
-        return self._parts[dtype][position]
-
-    def _computed(self, dtype: torch.dtype) -> Tensor:
-        if dtype.itemsize < self._generators.dtype.itemsize:
-            return self._parameterization.rounded_displacement(self._generators, self._block_size, dtype)
-        if self._whole is None:  # no cached_property: its lock cannot be traced
-            self._whole = self._parameterization.displacement(self._generators, self._block_size)
-        return self._whole.to(dtype)

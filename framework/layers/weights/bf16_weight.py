@@ -23,18 +23,17 @@ class Bf16Weight(QuantizedWeight):
     Args:
         weight: ``(out, in)``, any floating dtype.
         residual: Whether to keep the residual.
-        compute_dtype: See :class:`QuantizedWeight`; None for the dtype of ``weight``.
     """
 
     format: ClassVar[str] = "bf16"
     values: nn.Parameter
 
-    def __init__(self, weight: Tensor, *, residual: bool = False, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, weight: Tensor, *, residual: bool = False) -> None:
         check_storable(weight)
         self.carries_residual = residual
         # merges write into the stored tensor, which must not be the caller's
         stored = pack_bf16(weight.clone() if weight.dtype == torch.bfloat16 else weight, residual)
-        super().__init__((weight.shape[0], weight.shape[1]), 1, compute_dtype or weight.dtype, stored)
+        super().__init__(weight.shape, 1, weight.dtype, stored)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``W (out, in)`` in ``dtype``, None for ``compute_dtype``: in bf16 the stored values themselves."""
@@ -56,8 +55,8 @@ def last_place(values: Tensor) -> Tensor:
 def pack_bf16(weight: Tensor, residual: bool, noise: Noise | None = None) -> dict[str, Tensor]:
     """Split ``weight (out, in)`` into bf16 values and, if asked for, an int8 residual in 1/256 of their last place.
 
-    With noise the last rounding is stochastic: that of the values, or of the residual where there is one. Without noise
-    it is to nearest.
+    With noise the last rounding is stochastic: the rounding of the residual if there is a residual, else of the values.
+    Without noise it is to nearest.
 
     Returns:
         ``values`` and ``residual``, both ``(out, in)``. Half a last place is 128 steps, one more than int8 holds, and

@@ -5,7 +5,6 @@ gradient, and its state dict has other keys.
 """
 
 from collections.abc import Container
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -28,20 +27,6 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.weight = weight
         self.bias = bias
-
-    @classmethod
-    def from_bitsandbytes(cls, linear: nn.Linear, compute_dtype: torch.dtype | None = None) -> Self | None:
-        """Take over a quantized layer of bitsandbytes; None for any other layer.
-
-        Args:
-            linear: Any ``nn.Linear``.
-            compute_dtype: See :func:`orthotrain.layers.weights.bitsandbytes_linear.adopt_bitsandbytes`.
-
-        Raises:
-            ConfigurationError: If the format cannot be taken over.
-        """
-        weight = adopt_bitsandbytes(linear, compute_dtype)
-        return None if weight is None else cls(weight, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``; always differentiable in ``x``."""
@@ -68,9 +53,9 @@ def frozen_linears(model: nn.Module, without: Container[nn.Module] = ()) -> dict
         if not isinstance(module, nn.Linear) or module in without:
             continue
         try:
-            frozen = FrozenLinear.from_bitsandbytes(module, compute_dtype_of(model))
+            weight = adopt_bitsandbytes(module, compute_dtype_of(model))
         except ConfigurationError as error:
             raise ConfigurationError(f"layer {name}: {error}") from error
-        if frozen is not None:
-            replacements[module] = frozen.train(module.training)
+        if weight is not None:
+            replacements[module] = FrozenLinear(weight, module.bias).train(module.training)
     return replacements

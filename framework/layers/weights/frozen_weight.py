@@ -54,18 +54,17 @@ class DenseWeight(FrozenWeight):
     sharding strategies shard it.
 
     Args:
-        weight: ``(out, in)``. The tensor itself is kept where dtype and layout allow, so that wrapping a large model
+        weight: ``(out, in)``. The tensor itself is kept where its layout allows, so that wrapping a large model
             takes no second copy. A merge writes into this tensor, and captured graphs continue to read it.
-        dtype: Storage dtype, None for the dtype of ``weight``.
 
     Raises:
         ConfigurationError: If the weight has a dtype that products are not computed in.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__(*weight.shape)
         check_storable(weight)
-        self.values = nn.Parameter(weight.detach().to(dtype or weight.dtype).contiguous(), requires_grad=False)
+        self.values = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ W.T + bias``, ``(..., in) -> (..., out)``; autocast applies as in nn.Linear."""
@@ -89,7 +88,7 @@ class DenseWeight(FrozenWeight):
 
 
 def check_storable(weight: Tensor) -> None:
-    """Refuse a weight in a dtype without products: integers, complex or 8-bit numbers.
+    """Refuse a weight in a dtype that products are not computed in: integers, complex or 8-bit numbers.
 
     Raises:
         ConfigurationError: Naming shape and dtype, and dtypes that would work.

@@ -30,50 +30,6 @@ def storage_format(name: str) -> Callable[[Unpack], Unpack]:
 
 
 @torch.library.custom_op("orthotrain::dequantize", mutates_args=())
-def _dequantize(stored: list[Tensor], format: str, group_size: int, shape: list[int], dtype: torch.dtype) -> Tensor:
-    weight = _formats[format](stored, group_size, dtype)
-    # the output of an op may not be one of its inputs
-    return weight.clone() if any(weight is tensor for tensor in stored) else weight
-
-
-@_dequantize.register_fake
-def _(stored: list[Tensor], format: str, group_size: int, shape: list[int], dtype: torch.dtype) -> Tensor:
-    return stored[0].new_empty(shape, dtype=dtype)
-
-
-@torch.library.custom_op("orthotrain::quantized_product", mutates_args=())
-def _product(
-    x: Tensor, bias: Tensor | None, stored: list[Tensor], format: str, group_size: int, width: int, transposed: bool
-) -> Tensor:
-    weight = _formats[format](stored, group_size, x.dtype)
-    with without_autocast(x.device.type):
-        return F.linear(x, weight.mT if transposed else weight, bias)
-
-
-@_product.register_fake
-def _(
-    x: Tensor, bias: Tensor | None, stored: list[Tensor], format: str, group_size: int, width: int, transposed: bool
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], width)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, bias, stored, ctx.format, ctx.group_size, _, ctx.transposed = inputs
-    ctx.width = x.shape[-1]
-    ctx.bias_needs_grad = bias is not None and bias.requires_grad
-    ctx.save_for_backward(*stored)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple:
-    stored = list(ctx.saved_tensors)
-    grad_x = _product(grad, None, stored, ctx.format, ctx.group_size, ctx.width, not ctx.transposed)
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.bias_needs_grad else None
-    return grad_x, grad_bias, [None] * len(stored), None, None, None, None
-
-
-_product.register_autograd(_backward, setup_context=_setup_context)
-
-
 def dequantize(stored: list[Tensor], format: str, group_size: int, shape: list[int], dtype: torch.dtype) -> Tensor:
     """Unpack a weight; not differentiable.
 
@@ -87,11 +43,19 @@ def dequantize(stored: list[Tensor], format: str, group_size: int, shape: list[i
     Returns:
         A new ``W (out, in)``.
     """
-    return _dequantize(stored, format, group_size, shape, dtype)
+    weight = _formats[format](stored, group_size, dtype)
+    # the output of an op may not be one of its inputs
+    return weight.clone() if any(weight is tensor for tensor in stored) else weight
 
 
+@dequantize.register_fake
+def _(stored: list[Tensor], format: str, group_size: int, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return stored[0].new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("orthotrain::quantized_product", mutates_args=())
 def quantized_product(
-    x: Tensor, bias: Tensor | None, stored: list[Tensor], format: str, group_size: int, out_features: int
+    x: Tensor, bias: Tensor | None, stored: list[Tensor], format: str, group_size: int, width: int, transposed: bool
 ) -> Tensor:
     """Return ``x @ W.T + bias`` in the dtype of ``x``; forward and backward each unpack ``W`` for one product.
 
@@ -103,9 +67,34 @@ def quantized_product(
         stored: See :func:`dequantize`.
         format: See :func:`dequantize`.
         group_size: See :func:`dequantize`.
-        out_features: Rows of ``W``.
+        width: Width of the result: ``out``, or ``in`` if transposed.
+        transposed: Whether the product is ``x @ W`` with ``x (..., out)``, as in backward.
 
     Returns:
-        ``(..., out)``.
+        ``(..., width)``.
     """
-    return _product(x, bias, stored, format, group_size, out_features, False)
+    weight = _formats[format](stored, group_size, x.dtype)
+    with without_autocast(x.device.type):
+        return F.linear(x, weight.mT if transposed else weight, bias)
+
+
+@quantized_product.register_fake
+def _(x: Tensor, bias: Any, stored: Any, format: str, group_size: int, width: int, transposed: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], width)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, bias, stored, ctx.format, ctx.group_size, _, ctx.transposed = inputs
+    ctx.width = x.shape[-1]
+    ctx.bias_needs_grad = bias is not None and bias.requires_grad
+    ctx.save_for_backward(*stored)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    stored = list(ctx.saved_tensors)
+    grad_x = quantized_product(grad, None, stored, ctx.format, ctx.group_size, ctx.width, not ctx.transposed)
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.bias_needs_grad else None
+    return grad_x, grad_bias, [None] * len(stored), None, None, None, None
+
+
+quantized_product.register_autograd(_backward, setup_context=_setup_context)

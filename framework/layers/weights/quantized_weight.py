@@ -1,7 +1,7 @@
 """Frozen weights in 4 and 8 bits, whose packed tensors reload bit for bit."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.checks import check_divides
 from orthotrain.layers.weights.frozen_weight import FrozenWeight
-from orthotrain.layers.weights.packing import pack_int8, pack_nf4, quant_state_tensors
+from orthotrain.layers.weights.nf4_and_int8 import pack_int8, pack_nf4, quant_state_tensors
 from orthotrain.layers.weights.quantized_product import dequantize, quantized_product
 from orthotrain.layers.weights.rounding import Noise
 
@@ -24,21 +24,16 @@ class QuantizedWeight(FrozenWeight):
     Args:
         shape: ``(out, in)``.
         group_size: Values that share one scale.
-        compute_dtype: Dtype that ``dequantize()`` returns and that ``matmul`` computes in.
+        compute_dtype: Floating-point dtype that ``dequantize()`` returns and that ``matmul`` computes in.
         stored: The packed tensors by name, in the order of the storage format.
-
-    Raises:
-        ConfigurationError: If ``compute_dtype`` is not a floating-point dtype.
     """
 
     format: ClassVar[str]
 
     def __init__(
-        self, shape: tuple[int, int], group_size: int, compute_dtype: torch.dtype, stored: dict[str, Tensor]
+        self, shape: Sequence[int], group_size: int, compute_dtype: torch.dtype, stored: dict[str, Tensor]
     ) -> None:
         super().__init__(*shape)
-        if not compute_dtype.is_floating_point:
-            raise ConfigurationError(f"compute_dtype={compute_dtype}: a product needs a floating-point dtype")
         self.group_size = group_size
         self.compute_dtype = compute_dtype
         for name, tensor in stored.items():
@@ -58,7 +53,7 @@ class QuantizedWeight(FrozenWeight):
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.compute_dtype
         bias = None if bias is None else bias.to(dtype)
         stored = self._stored()
-        y = quantized_product(x.to(dtype), bias, stored, self.format, self.group_size, self.out_features)
+        y = quantized_product(x.to(dtype), bias, stored, self.format, self.group_size, self.out_features, False)
         return y if autocast else y.to(x.dtype)
 
     @property
@@ -111,9 +106,8 @@ class Nf4Weight(QuantizedWeight):
 
     Args:
         weight: ``(out, in)`` in fp32, bf16 or fp16; ``in`` even.
-        group_size: A power of two from 32 to 4096; None for 64, the paper's.
+        group_size: A power of two from 32 to 4096; None for 64, as in the paper.
         double_quantization: Whether the scales are quantized too.
-        compute_dtype: See :class:`QuantizedWeight`; None for the dtype of ``weight``.
 
     Raises:
         ConfigurationError: For a dtype, width or group size that NF4 does not have, naming it.
@@ -121,20 +115,11 @@ class Nf4Weight(QuantizedWeight):
 
     format = "nf4"
 
-    def __init__(
-        self,
-        weight: Tensor,
-        *,
-        group_size: int | None = None,
-        double_quantization: bool = True,
-        compute_dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, weight: Tensor, *, group_size: int | None = None, double_quantization: bool = True) -> None:
         group_size = 64 if group_size is None else group_size
         if group_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
             raise ConfigurationError(f"group_size={group_size!r}: NF4 takes a power of two from 32 to 4096")
-        out_features, in_features = weight.shape
-        stored = pack_nf4(weight, group_size, double_quantization)
-        super().__init__((out_features, in_features), group_size, compute_dtype or weight.dtype, stored)
+        super().__init__(weight.shape, group_size, weight.dtype, pack_nf4(weight, group_size, double_quantization))
 
     @classmethod
     def from_quant_state(cls, packed: Tensor, state: Any) -> Self:
@@ -149,7 +134,7 @@ class Nf4Weight(QuantizedWeight):
         """
         adopted = cls.__new__(cls)
         stored = quant_state_tensors(packed, state)
-        QuantizedWeight.__init__(adopted, tuple(state.shape), state.blocksize, state.dtype, stored)
+        QuantizedWeight.__init__(adopted, state.shape, state.blocksize, state.dtype, stored)
         return adopted
 
     def quantize(self, weight: Tensor, noise: Noise | None = None) -> dict[str, Tensor]:
@@ -170,7 +155,6 @@ class Int8Weight(QuantizedWeight):
         weight: ``(out, in)``, any floating dtype.
         group_size: Inputs that share a scale; must divide ``in``. None for 256 (arXiv:2603.05500, POET-XQ), or where
             256 does not divide ``in`` the largest power of two that does, if that is at least 32.
-        compute_dtype: See :class:`QuantizedWeight`; None for the dtype of ``weight``.
 
     Raises:
         ConfigurationError: If the weight is not floating point, or the group size does not divide ``in``, naming the
@@ -179,22 +163,18 @@ class Int8Weight(QuantizedWeight):
 
     format = "int8"
 
-    def __init__(
-        self, weight: Tensor, *, group_size: int | None = None, compute_dtype: torch.dtype | None = None
-    ) -> None:
-        out_features, in_features = weight.shape
+    def __init__(self, weight: Tensor, *, group_size: int | None = None) -> None:
+        in_features = weight.shape[1]
         group_size = default_group_size(in_features) if group_size is None else group_size
         check_divides("group_size", group_size, in_features, f"the {in_features} inputs of the weight")
-        stored = pack_int8(weight, group_size)
-        super().__init__((out_features, in_features), group_size, compute_dtype or weight.dtype, stored)
+        super().__init__(weight.shape, group_size, weight.dtype, pack_int8(weight, group_size))
 
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Tensor, compute_dtype: torch.dtype) -> Self:
         """Copy ``codes (out, in)`` int8 and ``scales (out, groups)`` fp32, as :class:`Int8Weight` stores them."""
         adopted = cls.__new__(cls)
         stored = {"codes": codes.detach().clone(), "scales": scales.detach().clone()}
-        shape = (codes.shape[0], codes.shape[1])
-        QuantizedWeight.__init__(adopted, shape, codes.shape[1] // scales.shape[1], compute_dtype, stored)
+        QuantizedWeight.__init__(adopted, codes.shape, codes.shape[1] // scales.shape[1], compute_dtype, stored)
         return adopted
 
     def quantize(self, weight: Tensor, noise: Noise | None = None) -> dict[str, Tensor]:

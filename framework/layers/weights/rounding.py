@@ -88,7 +88,7 @@ def stochastic_round(x: Tensor, noise: Noise) -> Tensor:
     """Round fp32 to bf16 up or down with the probability that makes the expectation exact.
 
     bf16 is the upper half of fp32. Adding 16 random bits to the lower half and cutting the lower half off rounds up
-    with just that probability. Exactly representable values, infinities and NaN do not change.
+    with that probability. Exactly representable values, infinities and NaN do not change.
 
     Args:
         x: fp32 (or wider, then first rounded to fp32), any shape.

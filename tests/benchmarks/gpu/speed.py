@@ -17,7 +17,7 @@ from gpu.recipes import Recipe, methods, trained
 from gpu.record import Case
 from gpu.training import step_of
 from orthotrain.layers.folding import merge_rotations
-from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.modules import BaseModule
 
 ROWS, LENGTH = 32, 256

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orthotrain.layers import StepwiseLinear
 from orthotrain.layers.folding import fold_rotations
-from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.modules import BaseModule
 
 Step = Callable[[], Tensor]

@@ -16,7 +16,7 @@ from gpu.training import step_of
 from orthotrain.kernels.dispatch import use_backend
 from orthotrain.layers import OftLinear
 from orthotrain.layers.folding import merge_rotations
-from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.models import CausalLM
 from orthotrain.modules import (
     BaseModule,

@@ -20,7 +20,7 @@ from orthotrain.callbacks import (
 )
 from orthotrain.distributed.agreement import LateAgreement
 from orthotrain.errors import TrainingDiverged
-from orthotrain.layers.mergeable import mergeable_layers
+from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, Optimization, PoetLayers, PoetModule
 from orthotrain.optimizers import LieOptimizer
 from orthotrain.optimizers.galore import GaLore

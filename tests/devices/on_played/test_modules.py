@@ -6,10 +6,10 @@ from torch import nn
 
 from orthotrain.errors import TrainingDiverged
 from orthotrain.layers.folding import fold_rotations, merge_rotations
-from orthotrain.layers.mergeable import mergeable_layers
 from orthotrain.layers.oft.oft_conv2d import OftConv2d
 from orthotrain.layers.oft.oft_embedding import OftEmbedding
 from orthotrain.layers.oft.oft_layer import OftSettings
+from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.rotation.block_rotation import BlockRotation
 from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, PoetLayers, PoetModule
 from orthotrain.optimizers import LieOptimizer

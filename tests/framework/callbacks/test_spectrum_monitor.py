@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from orthotrain.callbacks import SpectrumMonitor
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import PoetLinear
-from orthotrain.layers.mergeable import Covering
+from orthotrain.layers.protocols import Covering
 from orthotrain.modules import Optimization, PoetLayers, PoetModule
 
 

@@ -131,3 +131,23 @@ def test_a_model_in_4_bits_of_which_some_layers_are_rotated_resumes_and_leaves(b
     import_peft(fresh, tmp_path / "adapter")
     with torch.no_grad():
         torch.testing.assert_close(fresh(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_class_of_a_layer_chooses_its_oft_layer(small_config, tmp_path):
+    config = yaml.safe_load(small_config.read_text())
+    network = config["model"]["init_args"]["model"]["init_args"]
+    layers = {"include": ["*q_proj", "*embed_tokens"], "block_size": 8}
+    init_args = {"model": {"class_path": "CausalLM", "init_args": network}, "layers": layers}
+    config["model"] = {"class_path": "OftModule", "init_args": init_args}
+    config["data"]["class_path"] = "TextData"
+    config["trainer"] |= {"max_steps": 2, "callbacks": config["trainer"]["callbacks"][:1]}
+    path = tmp_path / "embedding.yaml"
+    path.write_text(yaml.safe_dump(config))
+    main(["fit", "-c", str(path)])
+    state = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    rotated = {name: tensor for name, tensor in state.items() if name.endswith(".generators")}
+    assert sorted(rotated) == [
+        "model.model.embed_tokens.rotation_out.generators",
+        "model.model.layers.0.self_attn.q_proj.rotation_in.generators",
+    ]
+    assert all(generators.any() for generators in rotated.values())

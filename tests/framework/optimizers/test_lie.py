@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.skew import skew
-from orthotrain.layers.rotation.generators import mark_generators
+from orthotrain.layers.rotation.generator_marks import mark_generators
 from orthotrain.optimizers import LieOptimizer
 from orthotrain.optimizers.orthogonalize import QUINTIC, orthogonalize
 

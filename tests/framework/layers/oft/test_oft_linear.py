@@ -12,7 +12,7 @@ from torch import nn
 
 from orthotrain.callbacks.project_generators import ProjectGenerators
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import Mergeable, OftLinear, OftRotation
+from orthotrain.layers import Mergeable, OftLinear, OftRotation, OftSettings
 
 DTYPES = [torch.float32, torch.bfloat16]
 BASES = [None, "nf4", "int8"]
@@ -216,7 +216,7 @@ def test_block_share_is_one_rotation_everywhere():
 
 def test_block_dropout_drops_the_stated_share_and_scales_nothing():
     share, blocks, forwards = 0.3, 16, 200
-    rotation = OftRotation(blocks * 4, 4, block_dropout=share)
+    rotation = OftRotation(blocks * 4, OftSettings(4, block_dropout=share))
     nn.init.normal_(rotation.generators, std=0.2)
     x = torch.randn(2, blocks * 4)
     rotated = rotation.eval()(x)

@@ -9,8 +9,8 @@ from torch import nn
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import PoetLinear
-from orthotrain.layers.mergeable import Foldable, Stepwise
 from orthotrain.layers.poet.route_costs import ROUTES, choose_route
+from orthotrain.layers.protocols import Foldable, Stepwise
 from orthotrain.layers.spectrum import singular_values
 
 SHAPES = [(24, 24), (40, 24), (24, 40), (37, 23)]

@@ -8,8 +8,8 @@ from torch import nn
 
 from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.layers import Mergeable, PoetLinear, PoetSettings, StepwiseLinear, initialize_
-from orthotrain.layers.mergeable import Foldable
 from orthotrain.layers.poet.cost_tables import Costs
+from orthotrain.layers.protocols import Foldable
 from orthotrain.layers.spectrum import singular_values
 from orthotrain.layers.weights.bf16_weight import Bf16Weight
 

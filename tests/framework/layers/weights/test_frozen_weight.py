@@ -19,7 +19,7 @@ def test_is_never_trained_and_reloads():
 def test_holds_the_weight_without_a_copy():
     source = torch.randn(4, 6)
     assert DenseWeight(source).dequantize().data_ptr() == source.data_ptr()
-    assert DenseWeight(source, torch.bfloat16).dequantize().dtype == torch.bfloat16
+    assert DenseWeight(source).dequantize(torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("noise", [None, Noise(0)], ids=["nearest", "stochastic"])

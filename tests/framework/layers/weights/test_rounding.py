@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from orthotrain.layers.weights import rounding
 from orthotrain.layers.weights.bf16_weight import pack_bf16
-from orthotrain.layers.weights.packing import pack_int8, pack_nf4
+from orthotrain.layers.weights.nf4_and_int8 import pack_int8, pack_nf4
 from orthotrain.layers.weights.rounding import LEVELS, Noise, stochastic_round
 
 

@@ -84,20 +84,17 @@ def unpack_nf4(stored: list[Tensor], group_size: int, dtype: torch.dtype) -> Ten
     """Return ``W (out, in)`` from the tensors of :func:`pack_nf4`, in their order."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    packed, absmax, *nested = stored
+    packed, *statistics = stored
     if backend_for(packed.new_empty(0, dtype=dtype), "dequant") == "triton":
-        statistics = (*nested, _dynamic_code(packed.device)) if nested else ()
-        return dequant_nf4(packed, absmax, statistics, group_size, dtype)
+        absmax, *nested = statistics
+        nested = [*nested, _dynamic_code(packed.device)] if nested else []
+        return dequant_nf4(packed, absmax, nested, group_size, dtype)
     rows, columns = packed.shape[0], 2 * packed.shape[1]
     # Groups continue from row to row, but the CPU kernel of bitsandbytes starts a new group in every row, an error of
     # up to 40% unless groups divide rows. Where they do not, the matrix is unpacked as one long row.
     shape = torch.Size((rows, columns) if columns % group_size == 0 else (rows * columns,))
     kernel_dtype = dtype if dtype in NF4_DTYPES else torch.float32
-    state = QuantState(absmax, shape, blocksize=group_size, quant_type="nf4", dtype=kernel_dtype)
-    if nested:
-        code = _dynamic_code(absmax.device)
-        state.state2 = QuantState(nested[0], blocksize=NESTED_GROUP, code=code, dtype=torch.float32)
-        state.offset, state.nested = nested[1], True
+    state = QuantState(_absmax(statistics), shape, blocksize=group_size, quant_type="nf4", dtype=kernel_dtype)
     return dequantize_4bit(packed.view(-1, 1), state).reshape(rows, columns).to(dtype)
 
 

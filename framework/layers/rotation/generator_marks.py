@@ -6,7 +6,7 @@ _MARK = "rotated_share"
 
 
 def mark_generators(parameter: Tensor, share: float) -> None:
-    """Mark a parameter as generators.
+    """Mark a parameter as generators, which may have any value: they are new, or loaded.
 
     The mark is an attribute of the tensor, because FSDP and ``torch.compile`` would not keep a subclass of
     ``nn.Parameter``. A copy of the parameter has no mark and must be marked again.
@@ -16,7 +16,7 @@ def mark_generators(parameter: Tensor, share: float) -> None:
         share: Share of the features that lie in a block, in (0, 1].
     """
     setattr(parameter, _MARK, share)
-    forget_zero(parameter)
+    parameter.zero_at, parameter.rests = None, False  # type: ignore[attr-defined]
 
 
 def rotated_share(parameter: Tensor) -> float | None:
@@ -27,12 +27,6 @@ def rotated_share(parameter: Tensor) -> float | None:
 def mark_zero(parameter: Tensor) -> None:
     """Note that generators have just been set to zero."""
     parameter.zero_at = None if parameter.is_inference() else parameter._version  # type: ignore[attr-defined]
-    parameter.rests = False  # type: ignore[attr-defined]
-
-
-def forget_zero(parameter: Tensor) -> None:
-    """Note that generators may have any value: they are new, or loaded."""
-    parameter.zero_at = None  # type: ignore[attr-defined]
     parameter.rests = False  # type: ignore[attr-defined]
 
 

@@ -24,8 +24,7 @@ class FiniteChecks:
     """
 
     def __init__(self) -> None:
-        self._finite: list[Tensor] = []
-        self._errors: list[str] = []
+        self._noted: list[tuple[str, Tensor]] = []
         self._failures: list[str] = []
         self._layer = ""
         self._sent: LateValues | None = None
@@ -43,21 +42,20 @@ class FiniteChecks:
 
     def note(self, finite: Tensor, error: str) -> None:
         """Note whether rotations are finite, a bool ``()`` on the device, and the error if they are not."""
-        self._finite.append(finite)
-        self._errors.append(f"{self._layer}: {error}")
+        self._noted.append((f"{self._layer}: {error}", finite))
 
     def send(self) -> "FiniteChecks":
         """Start to copy all results to the host; reading them a step later does not make the host wait."""
-        if self._finite:
-            device = self._finite[0].device
-            self._sent = LateValues(torch.stack([finite.to(device) for finite in self._finite]))
+        if self._noted:
+            device = self._noted[0][1].device
+            self._sent = LateValues(torch.stack([finite.to(device) for _, finite in self._noted]))
         return self
 
     def failures(self) -> list[str]:
         """Return the errors of the layers whose rotations were not finite, from the results that were sent."""
         if self._sent is not None:
-            results, self._sent = zip(self._errors, self._sent.tolist(), strict=True), None
-            self._failures = [error for error, finite in results if not finite]
+            results, self._sent = self._sent.tolist(), None
+            self._failures = [error for (error, _), finite in zip(self._noted, results, strict=True) if not finite]
         return self._failures
 
     def raise_errors(self) -> None:

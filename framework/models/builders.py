@@ -76,11 +76,7 @@ class CausalLM(ModelBuilder):
         self.config = dict(config or {})
         self.gradient_checkpointing = gradient_checkpointing
 
-    def __call__(self) -> nn.Module:
-        """Return the model in training mode, with weights drawn from torch's global generator."""
-        return self.build()
-
-    def build(self, without: Callable[[nn.Module], Collection[str]] | None = None) -> nn.Module:
+    def __call__(self, without: Callable[[nn.Module], Collection[str]] | None = None) -> nn.Module:
         """Return the model in training mode, with weights drawn from torch's global generator.
 
         Args:

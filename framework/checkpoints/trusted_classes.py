@@ -67,7 +67,14 @@ class TrustedClasses:
             ConfigurationError: As :meth:`check`; or an allowed class cannot be imported.
         """
         self.check(name)
-        return self._allowed(name) if name in self.allowed else _known(name)
+        given = self.allowed[name] if name in self.allowed else _known(name)
+        if not isinstance(given, str):
+            return given
+        module_name, _, attribute = given.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigurationError(f"the allowed {name!r} cannot be imported: {error}") from error
 
     def check_argument(self, name: str, value: Any, position: str) -> None:
         """Refuse a stored argument that would give the file more rights than the caller has given it.
@@ -94,16 +101,6 @@ class TrustedClasses:
         if name == "allow":
             for own in value if isinstance(value, list) else [value] * (value is not None):
                 self.check(own)
-
-    def _allowed(self, name: str) -> Any:
-        given = self.allowed[name]
-        if not isinstance(given, str):
-            return given
-        module_name, _, attribute = given.rpartition(".")
-        try:
-            return getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigurationError(f"the allowed {name!r} cannot be imported: {error}") from error
 
 
 def _advice(name: object) -> str:

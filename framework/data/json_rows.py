@@ -99,19 +99,18 @@ class _Scanner:
         while True:
             try:
                 found, end = _DECODER.raw_decode(self._held, self._start)
+            except RecursionError as error:
+                raise invalid_json(self.where, number, error) from error
+            except ValueError as error:
+                if len(self._held) - self._start <= MAX_ROW_BYTES and (self._ended or self._is_final(error)):
+                    raise invalid_json(self.where, number, error) from error
+            else:
                 # a number at the end of the window may continue behind it
                 if isinstance(found, dict | list | str) or self._ended or not _MAY_CONTINUE.match(self._held, end):
                     if end - self._start > MAX_ROW_BYTES:
                         raise too_long(self.where, number)
                     self._start = end
                     return found
-            except RecursionError as error:
-                raise invalid_json(self.where, number, error) from error
-            except ConfigurationError:
-                raise
-            except ValueError as error:
-                if len(self._held) - self._start <= MAX_ROW_BYTES and (self._ended or self._is_final(error)):
-                    raise invalid_json(self.where, number, error) from error
             held = len(self._held) - self._start
             if held > MAX_ROW_BYTES:
                 raise too_long(self.where, number)

@@ -233,8 +233,6 @@ class TokenCacheWriter:
             digests = (tokenizer_fingerprint, source_fingerprint, checksum(mapped), self._content.hexdigest())
             self._file.seek(0)
             self._file.write(encode_header(Metadata(*counts, *digests)))
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
             publish(self._temporary, self.path)
 

@@ -16,7 +16,7 @@ from orthotrain.layers import OftLinear
 class AdapterSet:
     """Several named adapters on one network with OFT layers.
 
-    The parameters of the network are those of the active adapter, so that training changes the active adapter, and
+    The network holds the parameters of the active adapter, so that training changes the active adapter, and
     :meth:`switch` stores its new values. After a merge no adapter is active: values that are trained then belong to no
     adapter until :meth:`add` is called with them. A switch does not change the optimizer: give each adapter its own
     optimizer, or reset the state of the optimizer.
@@ -125,7 +125,7 @@ class AdapterSet:
             layer.enabled = True
 
     def disable(self) -> None:
-        """Leave the rotations out, so that the network computes what the base network does, until :meth:`enable`.
+        """Leave the rotations out, so that the network computes the function of the base network, until :meth:`enable`.
 
         Raises:
             ConfigurationError: Other parameters than generators are trained: the network would not be the base network.

@@ -38,7 +38,7 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
     does not change the size in its settings. If the adapter is refused, no module and no value is changed.
 
     Args:
-        network: The base network, plain or already wrapped with layers like those of the adapter.
+        network: The base network, plain or already wrapped with the layers that the adapter needs.
         folder: A folder that PEFT or :func:`export_peft` wrote.
         check_base: Whether the name of the base in the adapter must equal the name in the network's config.
 

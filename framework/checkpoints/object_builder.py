@@ -135,7 +135,7 @@ class ObjectBuilder:
         inner = get_args(kind)
         if isinstance(value, dict):
             of_values = inner[1] if len(inner) == 2 else Any
-            if of_values is Any:  # check_plain needs the keys to know what the values are
+            if of_values is Any:  # check_plain needs the keys, because a key tells the kind of its value
                 self.check_plain(value, position)
             return {key: self.build(item, of_values, f"{position}[{key!r:.80}]") for key, item in value.items()}
         if get_origin(kind) is tuple and inner and inner[-1] is not Ellipsis:
@@ -152,7 +152,7 @@ class ObjectBuilder:
 
 
 def parameters_of(owner: Callable) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a class or function by name, with those that ``**kwargs`` passes on to a base class."""
+    """Return the parameters of a class or function by name, with the parameters that ``**kwargs`` passes on."""
     classes = inspect.getmro(owner) if isinstance(owner, type) else ()
     constructors = [vars(cls)["__init__"] for cls in classes if "__init__" in vars(cls)]
     found: dict[str, inspect.Parameter] = {}

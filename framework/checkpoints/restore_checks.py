@@ -1,6 +1,6 @@
 """Checks that a checkpoint has what this run restores from it. They run before anything is restored.
 
-Lightning restores what a file holds without a check: a wrong type raises an error far from its cause, or none at all.
+Lightning restores the values of a file without a check: a value of a wrong type raises an error far away, or no error.
 """
 
 import math
@@ -119,7 +119,7 @@ def _check_loops(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
 
 
 def check_optimizers(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
-    """Refuse a checkpoint whose optimizers or learning-rate schedules are not those of this run.
+    """Refuse a checkpoint whose optimizers or learning-rate schedules differ from this run.
 
     Raises:
         ConfigurationError: The message names the file and the entry.

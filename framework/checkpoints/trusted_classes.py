@@ -25,7 +25,7 @@ HOLDERS = (
 BASES = (ModelBuilder, Optimizer, LRScheduler)
 
 LOADING_FOLDERS = ("cache_dir", "device_map", "offload_folder", "proxies", "token")
-"""Options for loading a pretrained model that choose where files are written, how they are fetched, and as whom."""
+"""Options for loading a pretrained model that choose folders of files, the proxy or the account of a download."""
 
 _DOTTED = re.compile(r"[A-Za-z_]\w{0,99}(\.[A-Za-z_]\w{0,99}){1,9}", re.ASCII)
 

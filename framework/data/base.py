@@ -34,7 +34,7 @@ class BaseData(LightningDataModule, ABC):
 
     @classmethod
     def load_from_checkpoint(cls, *arguments: Any, **options: Any) -> Any:
-        """Refuse: Lightning's own method would build whatever class the file names.
+        """Refuse every call: Lightning's own method would build any class that the file names.
 
         Raises:
             ConfigurationError: Always; the message names the call that works.

@@ -118,7 +118,7 @@ class _Scanner:
             self._read(min(max(held, _BLOCK_BYTES), MAX_ROW_BYTES + 1))
 
     def _is_final(self, error: ValueError) -> bool:
-        """Return whether the error stays, whatever text follows the window."""
+        """Return whether the error would stay with any text after the window."""
         if not isinstance(error, json.JSONDecodeError):
             return True
         # a cut value gives an error at the end of the window, or at the beginning of a string that does not end

@@ -28,7 +28,7 @@ _REFUSED_TENSORS = {
     "_rebuild_from_type_v2": "a tensor of a subclass",
     "_rebuild_parameter_with_state": "a parameter with attributes",
 }
-"""Function of torch that builds a tensor which is not read here -> what the tensor is."""
+"""Function of torch that builds a kind of tensor that is not read here -> name of the kind, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def known_class(module: str, name: str) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """Return what a refused value is, for a message."""
+    """Return the kind of a refused value, for a message."""
     name = value.name if isinstance(value, UnknownName) else f"a {type(value).__name__}"
     return _REFUSED_TENSORS.get(name.rpartition(".")[2], name)
 

@@ -151,7 +151,7 @@ class PretrainedModel(ModelBuilder):
         dtype: ``auto`` for the dtype in the files, or the name of a torch dtype such as ``bfloat16``.
         load_in_4bit: Whether transformers quantizes the weights to NF4 with double quantization while loading.
         options: More arguments of ``from_pretrained``, such as ``num_labels`` and ``revision``, and keys of the model's
-            configuration. Options that would run what a file says are refused.
+            configuration. Options that would run code of a file are refused.
         gradient_checkpointing: Whether activations of layers are computed again in backward instead of kept.
         trust_remote_code: Whether Python code that comes with the model is run. The code has all rights of the user.
 

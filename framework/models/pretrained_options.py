@@ -1,4 +1,4 @@
-"""Options for loading a pretrained model: which are safe with any file, and which would run what a file says."""
+"""Options for loading a pretrained model: options that are safe with any file, and options that would run its code."""
 
 import difflib
 from typing import Any
@@ -28,7 +28,7 @@ _REFUSED_OPTIONS = {
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuse options that would run what a file says.
+    """Refuse options that would run code that comes with a model.
 
     Raises:
         ConfigurationError: The message names the option, and what to do instead.

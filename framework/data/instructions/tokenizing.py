@@ -48,7 +48,7 @@ class RowCounts:
         return self.too_long + self.special
 
     def measure(self, lengths: tuple[int, ...]) -> list[tuple[int, Limit]]:
-        """Record the lengths of a row; return those that exceed their limit, with the limit."""
+        """Record the lengths of a row. Return each length that exceeds its limit, with the limit."""
         self.longest = tuple(map(max, zip(self.longest, lengths, strict=True))) if self.longest else lengths
         return [(n, limit) for n, limit in zip(lengths, self.limits, strict=True) if n > limit.tokens]
 

@@ -68,7 +68,8 @@ def check_model_folder(folder: str | Path) -> None:
             if target.is_symlink() and not target.exists():
                 raise ConfigurationError(f"{str(index)!r} names {name!r}, a link to a missing file")
     for weights in sorted(folder.glob("*.safetensors")):
-        _check_tensor_names(weights)
+        if not weights.is_dir():
+            _check_tensor_names(weights)
 
 
 def check_new_folder(folder: str | Path) -> None:
@@ -116,7 +117,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def _check_tensor_names(file: Path) -> None:
     """Refuse tensor names with control characters: transformers prints the names of tensors that a network lacks.
 
-    A file that is not a safetensors file passes, because loading it raises a clear error.
+    A folder, or a file that is not a safetensors file, passes, because loading it raises a clear error.
     """
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

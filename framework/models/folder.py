@@ -117,7 +117,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def _check_tensor_names(file: Path) -> None:
     """Refuse tensor names with control characters: transformers prints the names of tensors that a network lacks.
 
-    A folder, or a file that is not a safetensors file, passes, because loading it raises a clear error.
+    A file that is not a safetensors file passes, because loading it raises a clear error.
     """
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

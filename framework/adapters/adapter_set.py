@@ -16,7 +16,7 @@ from orthotrain.layers import OftLinear
 class AdapterSet:
     """Several named adapters on one network with OFT layers.
 
-    The parameters of the network are those of the active adapter, so that training changes the active adapter, and
+    The network holds the parameters of the active adapter, so that training changes the active adapter, and
     :meth:`switch` stores its new values. After a merge no adapter is active: values that are trained then belong to no
     adapter until :meth:`add` is called with them. A switch does not change the optimizer: give each adapter its own
     optimizer, or reset the state of the optimizer.
@@ -75,8 +75,7 @@ class AdapterSet:
             rotations = {id(p) for layer in oft_layers(self.network).values() for p in layer.rotation_parameters()}
             parameters = adapter_parameters(self.network)
             state = {key: v.zero_() if id(parameters[key]) in rotations else v for key, v in current.items()}
-        difference = compare_state(dict(state), current)
-        if difference:
+        if difference := compare_state(state, current):
             raise ConfigurationError(f"adapter {name!r} does not fit the network: {difference}")
         self._states[name] = {key: state[key].detach().clone() for key in current}
 
@@ -126,7 +125,7 @@ class AdapterSet:
             layer.enabled = True
 
     def disable(self) -> None:
-        """Leave the rotations out, so that the network computes what the base network does, until :meth:`enable`.
+        """Leave the rotations out, so that the network computes the function of the base network, until :meth:`enable`.
 
         Raises:
             ConfigurationError: Other parameters than generators are trained: the network would not be the base network.
@@ -174,7 +173,12 @@ class AdapterSet:
         self._stale = set(self._states)
         self.merged.append(name)
         self.active, self._after_merge = None, adapter_state(self.network)
-        _log_errors(name, errors)
+        if errors:
+            worst, mean = max(errors, key=errors.__getitem__), sum(errors.values()) / len(errors)
+            rank_zero_info(
+                f"merged {name!r}: {len(errors)} weights were quantized again, with a mean relative error of "
+                f"{mean:.2%} and at most {errors[worst]:.2%} in {worst}"
+            )
         return errors
 
     def _check_nothing_is_lost(self) -> None:
@@ -196,16 +200,6 @@ class AdapterSet:
 
     def _listing(self) -> str:
         return ", ".join(self._states) or "none"
-
-
-def _log_errors(name: str, errors: Mapping[str, float]) -> None:
-    if not errors:
-        return
-    worst, mean = max(errors, key=errors.__getitem__), sum(errors.values()) / len(errors)
-    rank_zero_info(
-        f"merged {name!r}: {len(errors)} weights were quantized again, with a mean relative error of {mean:.2%} and at "
-        f"most {errors[worst]:.2%} in {worst}"
-    )
 
 
 def _equal(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

@@ -65,18 +65,17 @@ def export_peft(network: nn.Module, folder: str | Path, base_model_name: str | N
 
 def _common_settings(layers: Mapping[str, OftLayer]) -> PeftSettings:
     """Return the PEFT settings of all layers, or refuse two layers with different settings."""
-    rotations = [layer.rotation for layer in layers.values()]
-    shared = any(rotation.generators.shape[0] < rotation.blocks for rotation in rotations)
-    first, *others = layers
-    settings = asdict(_settings_of(first, layers[first], shared))
-    for name in others:
-        for key, value in asdict(_settings_of(name, layers[name], shared)).items():
-            if value != settings[key]:
+    shared = any(layer.rotation.generators.shape[0] < layer.rotation.blocks for layer in layers.values())
+    found = {name: _settings_of(name, layer, shared) for name, layer in layers.items()}
+    first, settings = next(iter(found.items()))
+    for name, other in found.items():
+        for key, value in asdict(settings).items():
+            if (needed := getattr(other, key)) != value:
                 raise ConfigurationError(
-                    f"PEFT has one setting for all layers, but {first} needs {key}={settings[key]!r} and {name} "
-                    f"{key}={value!r}: {_INSTEAD}"
+                    f"PEFT has one setting for all layers, but {first} needs {key}={value!r} and {name} "
+                    f"{key}={needed!r}: {_INSTEAD}"
                 )
-    return PeftSettings(**settings)
+    return settings
 
 
 def _settings_of(name: str, layer: OftLayer, shared: bool) -> PeftSettings:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from orthotrain.adapters.state import read_safetensors
 from orthotrain.console.progress import writing
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import read_json
@@ -122,7 +122,11 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ConfigurationError(f"{str(folder)!r} has no {WEIGHTS_FILE}")
     config = read_json(config_path, "adapter settings")
     _check_config(config)
-    tensors, checksum = _read_tensors(weights_path)
+    tensors, metadata = read_safetensors(weights_path)
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise ConfigurationError(f"{str(weights_path)!r}: {name} holds values that are not finite")
+    checksum = metadata.get(_CHECKSUM)
     if checksum is not None and checksum != _digest(PeftSettings.from_config(config), tensors):
         raise ConfigurationError(f"{str(folder)!r} is damaged: its settings or tensors have changed")
     return config, tensors
@@ -143,19 +147,6 @@ def _check_config(config: Any) -> None:
     saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
         raise ConfigurationError(f"{CONFIG_FILE}: modules_to_save={saved!r} is not a list of names")
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            checksum = (file.metadata() or {}).get(_CHECKSUM)
-    except (SafetensorError, OSError, MemoryError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ConfigurationError(f"{str(path)!r} is not a complete safetensors file: {error}") from error
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor.float()).all()):
-            raise ConfigurationError(f"{str(path)!r}: {name} holds values that are not finite")
-    return tensors, checksum
 
 
 def write_folder(folder: Path, config: dict[str, Any], settings: PeftSettings, tensors: dict[str, Tensor]) -> None:

@@ -39,7 +39,7 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
     does not change the size in its settings. If the adapter is refused, no module and no value is changed.
 
     Args:
-        network: The base network, plain or already wrapped with layers like those of the adapter.
+        network: The base network, plain or already wrapped with the layers that the adapter needs.
         folder: A folder that PEFT or :func:`export_peft` wrote.
         check_base: Whether the name of the base in the adapter must equal the name in the network's config.
 
@@ -53,17 +53,16 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
     settings = PeftSettings.from_config(config)
     if check_base:
         _check_base(network, config.get("base_model_name_or_path"))
-    matches = {key: match for key in tensors if (match := _GENERATORS.fullmatch(key))}
+    matches = [match for key in tensors if (match := _GENERATORS.fullmatch(key))]
     if not matches:
         raise ConfigurationError(f"{str(folder)!r} has no tensor {PREFIX}<layer>.oft_R.weight")
-    others = {key: tensor for key, tensor in tensors.items() if key not in matches}
-    trained = _trained_outside(network, others, config.get("modules_to_save") or [])
+    generators = {match["layer"]: tensors.pop(match[0]) for match in matches}
+    trained = _trained_outside(network, tensors, config.get("modules_to_save") or [])
     sign = 1 if settings.use_cayley_neumann else -1
-    generators = {match["layer"]: sign * tensors[key] for key, match in matches.items()}
-    with shown(matches.items(), "wrapping", "layers") as found:
+    with shown(matches, "wrapping", "layers") as found:
         layers = {
-            match["layer"]: _layer_for(network, match["layer"], match["kind"], tensors[key], settings)
-            for key, match in found
+            name: _layer_for(network, name, kind, generators[name], settings)
+            for name, kind in map(re.Match.groups, found)
         }
     _check_no_others(network, set(layers))
     leftover = frozen_linears(network, without={network.get_submodule(name) for name in layers})
@@ -71,7 +70,7 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
     for name, layer in layers.items():
         layer.train(network.get_submodule(name).training)
         network.set_submodule(name, layer)
-        _load(layer.rotation.generators, generators[name])
+        _load(layer.rotation.generators, sign * generators[name])
         # PEFT's COFT projects the generators to the bound in the first forward
         layer.project_()
     swap_modules(network, leftover)
@@ -153,11 +152,15 @@ def _features(module: nn.Module, kind: str) -> int:
     """Return the width that PEFT rotates in a plain or wrapped module."""
     if isinstance(module, nn.Embedding | OftEmbedding) != (kind == "oft_embedding_R"):
         raise ConfigurationError(f"the adapter has {kind} for a {type(module).__name__}")
+    conv = module.conv if isinstance(module, OftConv2d) else module
+    if isinstance(conv, nn.Conv2d) and conv.kernel_size != (1, 1):
+        raise ConfigurationError(
+            "PEFT rotates the patches of a convolution, orthotrain its channels: this is the same only for a 1x1 "
+            f"kernel, not {conv.kernel_size}; merge the adapter with PEFT and load the result"
+        )
     if isinstance(module, OftLayer):
-        _check_kernel(module.conv if isinstance(module, OftConv2d) else None)
         return module.rotation.features
     if isinstance(module, nn.Conv2d):
-        _check_kernel(module)
         return module.in_channels
     if isinstance(module, nn.Embedding):
         return module.embedding_dim
@@ -166,14 +169,6 @@ def _features(module: nn.Module, kind: str) -> int:
     raise ConfigurationError(
         f"a {type(module).__name__} cannot be wrapped, only linear layers, embeddings and 1x1 convolutions"
     )
-
-
-def _check_kernel(conv: nn.Conv2d | None) -> None:
-    if conv is not None and conv.kernel_size != (1, 1):
-        raise ConfigurationError(
-            "PEFT rotates the patches of a convolution, orthotrain its channels: this is the same only for a 1x1 "
-            f"kernel, not {conv.kernel_size}; merge the adapter with PEFT and load the result"
-        )
 
 
 def _rotation_for(features: int, tensor: Tensor, settings: PeftSettings) -> OftRotation:
@@ -208,15 +203,14 @@ def _rotation_for(features: int, tensor: Tensor, settings: PeftSettings) -> OftR
 
 def _compare(here: OftRotation, adapter: OftRotation) -> None:
     """Refuse a wrapped layer in which the generators of the adapter would give another rotation."""
-    bounds = (here.coft_eps, adapter.coft_eps)
-    if bounds[0] is not None and bounds[1] is not None and math.isclose(bounds[0], bounds[1], rel_tol=1e-6):
-        bounds = (None, None)
     pairs = {
         "block_size": (here.block_size, adapter.block_size),
         "parameterization": (here.parameterization, adapter.parameterization),
         "rows of generators": (here.generators.shape[0], adapter.generators.shape[0]),
-        "coft_eps": bounds,
+        "coft_eps": (here.coft_eps, adapter.coft_eps),
     }
+    if math.isclose(here.coft_eps or 0, adapter.coft_eps or 0, rel_tol=1e-6):
+        del pairs["coft_eps"]
     for setting, (found, needed) in pairs.items():
         if found != needed:
             raise ConfigurationError(f"it is wrapped with {setting} {found!r}, the adapter needs {needed!r}")

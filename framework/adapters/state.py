@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from orthotrain.checkpoints.reading import check_finite, compare_state
@@ -75,14 +74,24 @@ def load_adapter(network: nn.Module, path: str | Path) -> None:
     if not path.is_file():
         raise ConfigurationError(f"adapter {str(path)!r} is not a file: give an adapter.safetensors or its folder")
     _check_sum(path)
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError, MemoryError, ValueError, OverflowError, RecursionError) as error:
-        raise ConfigurationError(f"adapter {str(path)!r} is truncated or is not a safetensors file: {error}") from error
+    state, _ = read_safetensors(path)
     try:
         load_adapter_state(network, state)
     except ConfigurationError as error:
         raise ConfigurationError(f"{str(path)!r}: {error}") from error
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file on the CPU by their names, and the metadata of the file.
+
+    Raises:
+        ConfigurationError: The file is truncated or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # a damaged file can raise any exception
+        raise ConfigurationError(f"adapter {str(path)!r} is truncated or is not a safetensors file: {error}") from error
 
 
 def _check_sum(path: Path) -> None:
@@ -125,11 +134,9 @@ def load_adapter_state(network: nn.Module, state: Mapping[str, Tensor], strict: 
         raise ConfigurationError(
             f"the adapter has none of the network's {len(expected)} trained parameters, such as {next(iter(expected))}"
         )
-    if strict:
-        difference = compare_state(dict(state), dict(expected))
-    else:
-        difference = compare_state({name: state[name] for name in common}, {name: expected[name] for name in common})
-    if difference:
+    if not strict:
+        state, expected = {name: state[name] for name in common}, {name: expected[name] for name in common}
+    if difference := compare_state(state, expected):
         raise ConfigurationError(f"the adapter does not fit the network: {difference}")
     check_finite(state, common, "the adapter")
     for name in common:

@@ -53,7 +53,9 @@ class ObjectBuilder:
                 known = ", ".join(parameters) or "none"
                 raise ConfigurationError(f"{position}: {owner.__name__} has no argument {name!r:.80}; known: {known}")
             self.trusted.check_argument(name, value, position)
-        return {name: self.build(value, parameters[name].kind, f"{position}.{name}") for name, value in stored.items()}
+        return {
+            name: self.build(value, parameters[name].annotation, f"{position}.{name}") for name, value in stored.items()
+        }
 
     def check_plain(self, value: Any, position: str) -> None:
         """Refuse names of classes that are not trusted, and values that are not plain, at any depth.
@@ -92,7 +94,7 @@ class ObjectBuilder:
             ConfigurationError: The value does not fit, or names a class that is not trusted.
         """
         members = list(_members(kind))
-        objects = [member for member in members if _is_object(member)]
+        objects = [member for member in members if _is_class(member) or get_origin(member) is Callable]
         if any(_is_plain_of(value, member, maybe_class=bool(objects)) for member in members):
             return value
         if objects and (isinstance(value, str) or (isinstance(value, dict) and "class_path" in value)):
@@ -133,7 +135,7 @@ class ObjectBuilder:
         inner = get_args(kind)
         if isinstance(value, dict):
             of_values = inner[1] if len(inner) == 2 else Any
-            if of_values is Any:  # check_plain needs the keys to know what the values are
+            if of_values is Any:  # check_plain needs the keys, because a key tells the kind of its value
                 self.check_plain(value, position)
             return {key: self.build(item, of_values, f"{position}[{key!r:.80}]") for key, item in value.items()}
         if get_origin(kind) is tuple and inner and inner[-1] is not Ellipsis:
@@ -149,25 +151,20 @@ class ObjectBuilder:
         return ConfigurationError(f"{position}: expected {wanted}, got {value!r:.80}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    """One parameter of a class or function: its annotation, and whether it has no default."""
-
-    kind: Any
-    required: bool
-
-
-def parameters_of(owner: Callable) -> dict[str, Parameter]:
-    """Return the parameters of a class or function by name, with those that ``**kwargs`` passes on to a base class."""
-    if not isinstance(owner, type):
-        return _own_parameters(owner)[0]
-    found: dict[str, Parameter] = {}
-    for cls in inspect.getmro(owner):
-        if "__init__" not in cls.__dict__:
-            continue
-        own, has_kwargs = _own_parameters(cls.__dict__["__init__"])
-        found = {**{name: parameter for name, parameter in own.items() if name != "self"}, **found}
-        if not has_kwargs:
+def parameters_of(owner: Callable) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a class or function by name, with the parameters that ``**kwargs`` passes on."""
+    classes = inspect.getmro(owner) if isinstance(owner, type) else ()
+    constructors = [vars(cls)["__init__"] for cls in classes if "__init__" in vars(cls)]
+    found: dict[str, inspect.Parameter] = {}
+    for function in constructors or [owner]:
+        own = inspect.signature(function).parameters.values()
+        try:
+            hints = typing.get_type_hints(function)
+        except (NameError, TypeError, AttributeError):  # an annotation with a name that exists for type checkers only
+            hints = {}
+        named = [p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "self"]
+        found = {**{p.name: p.replace(annotation=hints.get(p.name, Any)) for p in named}, **found}
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
             break
     return found
 
@@ -175,19 +172,7 @@ def parameters_of(owner: Callable) -> dict[str, Parameter]:
 def missing_arguments(owner: Callable, given: Iterable[str]) -> list[str]:
     """Return the names of the parameters that have no default and are not given."""
     given = set(given)
-    return [name for name, parameter in parameters_of(owner).items() if parameter.required and name not in given]
-
-
-def _own_parameters(function: Callable) -> tuple[dict[str, Parameter], bool]:
-    """Return the parameters of a function by name, and whether it has ``**kwargs``."""
-    parameters = inspect.signature(function).parameters.values()
-    try:
-        hints = typing.get_type_hints(function)
-    except (NameError, TypeError, AttributeError):  # an annotation with a name that exists for type checkers only
-        hints = {}
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    found = {p.name: Parameter(hints.get(p.name, Any), p.default is p.empty) for p in named}
-    return found, any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return [name for name, p in parameters_of(owner).items() if p.default is p.empty and name not in given]
 
 
 def _members(kind: Any) -> Iterable[Any]:
@@ -226,10 +211,6 @@ def _is_container_of(value: Any, kind: Any) -> bool:
 def _is_class(kind: Any) -> bool:
     """Tell whether an annotation is a class, but not a class of plain values or containers."""
     return isinstance(kind, type) and get_origin(kind) is None and kind not in (*PLAIN, Path, dict, list, tuple, Any)
-
-
-def _is_object(kind: Any) -> bool:
-    return _is_class(kind) or get_origin(kind) is Callable
 
 
 def _result_of(kind: Any) -> Any:

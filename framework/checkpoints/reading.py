@@ -126,7 +126,7 @@ def check_finite(state: Mapping[str, Tensor], names: Iterable[str], origin: str 
             raise ConfigurationError(f"{origin} holds {found} in {name}: its run had diverged; take an earlier one")
 
 
-def compare_state(saved: dict[str, Any], expected: dict[str, Any]) -> str | None:
+def compare_state(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
     """Describe in one line how two state dicts differ in names, shapes and integer dtypes; None if they do not."""
     missing = [name for name in expected if name not in saved]
     unknown = [name for name in saved if name not in expected]

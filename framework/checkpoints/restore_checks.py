@@ -1,6 +1,6 @@
 """Checks that a checkpoint has what this run restores from it. They run before anything is restored.
 
-Lightning restores what a file holds without a check: a wrong type raises an error far from its cause, or none at all.
+Lightning restores the values of a file without a check: a value of a wrong type raises an error far away, or no error.
 """
 
 import math
@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.trainer.states import TrainerFn
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 from torch.optim import Optimizer
@@ -21,18 +20,12 @@ from orthotrain.errors import ConfigurationError, visible
 from orthotrain.files.pickle_classes import is_count
 
 _MERGES_BY_HAND = 1000
-_DICTIONARIES = ("state_dict", "loops", "callbacks")
-_LISTS = ("optimizer_states", "lr_schedulers")
 _NEEDED_OF_SCHEDULE = ("last_epoch", "_step_count", "base_lrs", "_last_lr")
 _NEEDED_OF_GROUP = ("lr", "betas", "eps", "weight_decay", "momentum")
 _SHAPED_LIKE_PARAMETER = (
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "exp_inf", "momentum"),
 )
 _COUNTS_OF_LOADER = ("epoch", "batches", "num_replicas", "windows", "batch_size", "document", "token")
-_LOOPS = {
-    TrainerFn.FITTING: "fit_loop", TrainerFn.VALIDATING: "validate_loop",
-    TrainerFn.TESTING: "test_loop", TrainerFn.PREDICTING: "predict_loop",
-}  # fmt: skip
 
 
 class _Unfit(ValueError):
@@ -73,7 +66,7 @@ def check_layout(checkpoint: dict[str, Any], origin: str) -> None:
             raise _Unfit(f"pytorch-lightning_version is {short(version)}, not a version") from error
         for name in ("epoch", "global_step"):
             _require(is_count(checkpoint.get(name, 0)), f"{name} is {short(checkpoint.get(name))}, not a count")
-        for name in _DICTIONARIES:
+        for name in ("state_dict", "loops", "callbacks"):
             values = checkpoint.get(name, {})
             _require(is_named(values), f"{name} is {kind_of(values)}, not a dictionary with strings as keys")
         for name, value in checkpoint.get("state_dict", {}).items():
@@ -81,7 +74,7 @@ def check_layout(checkpoint: dict[str, Any], origin: str) -> None:
         for name in ("loops", "callbacks"):
             for key, value in checkpoint.get(name, {}).items():
                 _require(isinstance(value, dict), f"{name}.{key} is {kind_of(value)}, not a dictionary")
-        for name in _LISTS:
+        for name in ("optimizer_states", "lr_schedulers"):
             values = checkpoint.get(name, [])
             dictionaries = isinstance(values, list) and all(isinstance(value, dict) for value in values)
             _require(dictionaries, f"{name} is {kind_of(values)}, not a list of dictionaries")
@@ -108,9 +101,10 @@ def check_progress(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
 
 
 def _check_loops(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
-    name, saved = _LOOPS.get(trainer.state.fn), checkpoint.get("loops")  # type: ignore[arg-type]
-    if name is None or saved is None:
+    saved = checkpoint.get("loops")
+    if trainer.state.fn is None or saved is None:
         return
+    name = f"{trainer.state.fn.value}_loop"
     expected = dict(getattr(trainer, name).state_dict())
     if not checkpoint.get("global_step"):  # Lightning's Tuner saves a checkpoint before the data is set up
         expected["state_dict"] = {}
@@ -125,7 +119,7 @@ def _check_loops(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
 
 
 def check_optimizers(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
-    """Refuse a checkpoint whose optimizers or learning-rate schedules are not those of this run.
+    """Refuse a checkpoint whose optimizers or learning-rate schedules differ from this run.
 
     Raises:
         ConfigurationError: The message names the file and the entry.
@@ -133,16 +127,15 @@ def check_optimizers(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     origin = str(trainer.ckpt_path or "the checkpoint")
     with _naming_checkpoint(origin):
         for name, own in (("optimizer_states", trainer.optimizers), ("lr_schedulers", trainer.lr_scheduler_configs)):
-            _require(name in checkpoint, f"it has no {name}: it was saved without what training goes on from")
+            _require(name in checkpoint, f"it has no {name}, which training needs to go on")
             saved, here = len(checkpoint[name]), len(own)
             grows = name == "lr_schedulers" and any(
                 isinstance(callback, StochasticWeightAveraging)
                 for callback in trainer.callbacks  # type: ignore[attr-defined]
             )
             _require(saved == here or (saved > here and grows), f"it has {saved} {name} and this run has {here}")
-    for number, optimizer in enumerate(trainer.optimizers):
-        check_optimizer(checkpoint["optimizer_states"][number], optimizer, number, origin)
-    with _naming_checkpoint(origin):
+        for number, optimizer in enumerate(trainer.optimizers):
+            check_optimizer(checkpoint["optimizer_states"][number], optimizer, number, origin)
         for number, config in enumerate(trainer.lr_scheduler_configs):
             state, expected = checkpoint["lr_schedulers"][number], config.scheduler.state_dict()
             position, kind = f"lr_schedulers.{number}", type(config.scheduler).__name__
@@ -166,9 +159,8 @@ def check_optimizer(saved: Any, optimizer: Optimizer, number: int, origin: str) 
     """
     with _naming_checkpoint(origin):
         position = f"optimizer_states.{number}"
-        groups: Any
-        state: Any
-        groups, state = (saved.get(key) if isinstance(saved, dict) else None for key in ("param_groups", "state"))
+        saved = saved if isinstance(saved, dict) else {}
+        groups, state = saved.get("param_groups"), saved.get("state")
         whole = isinstance(groups, list) and isinstance(state, dict) and all(isinstance(g, dict) for g in groups)
         _require(whole, f"{position} does not have the param_groups and state of an optimizer")
         parameters = _parameters_by_number(groups, optimizer, position)

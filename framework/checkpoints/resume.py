@@ -93,15 +93,9 @@ def newest_good_checkpoint(folders: Iterable[Path], resumes: bool = False) -> tu
         else:
             return path, skipped
     if skipped:
-        raise ConfigurationError(
-            f"no checkpoint {'can be resumed' if resumes else 'is whole'}: {_first_reasons(skipped)}"
-        )
+        reasons = skipped[:3] + ([f"and {len(skipped) - 3} more"] if len(skipped) > 3 else [])
+        raise ConfigurationError(f"no checkpoint {'can be resumed' if resumes else 'is whole'}: {'; '.join(reasons)}")
     return None, []
-
-
-def _first_reasons(reasons: list[str], most: int = 3) -> str:
-    more = [f"and {len(reasons) - most} more"] if len(reasons) > most else []
-    return "; ".join([*reasons[:most], *more])
 
 
 def check_resumable(path: str | Path) -> None:

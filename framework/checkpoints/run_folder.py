@@ -2,22 +2,12 @@
 
 import copy
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-
-
-@runtime_checkable
-class SavesItself(Protocol):
-    """A callback that saves its own kind of checkpoints, as ``AdapterCheckpoint`` does."""
-
-    def folder_of(self, trainer: L.Trainer) -> Path:
-        """Return the folder in which the callback saves checkpoints."""
-        ...
 
 
 def is_trial(trainer: L.Trainer) -> bool:
@@ -82,12 +72,15 @@ def run_folder(trainer: L.Trainer) -> Path | None:
 
 
 def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
-    """Return the folders in which the callbacks of a trainer save checkpoints."""
+    """Return the folders in which the callbacks of a trainer save checkpoints.
+
+    A callback that saves its own kind of checkpoints, as ``AdapterCheckpoint`` does, gives its folder by ``folder_of``.
+    """
     folders = []
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             folders.append(checkpoint_folder_of(callback, trainer))
-        elif isinstance(callback, SavesItself):
+        elif hasattr(callback, "folder_of"):
             folders.append(callback.folder_of(trainer))
     return folders
 

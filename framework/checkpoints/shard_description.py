@@ -59,7 +59,7 @@ def read_shard_description(folder: Path) -> Metadata:
             raise ValueError(f"it holds a {getattr(root, 'name', type(root).__name__)}, not a description of shards")
         metadata = Metadata(
             {_text(name): _entry(entry) for name, entry in _table(root["state_dict_metadata"])},
-            {_text(name): _keys(keys) for name, keys in _table(root["planner_data"] or {})},
+            {_text(name): keys for name, keys in _table(root["planner_data"] or {})},
             dict(_location(index, info) for index, info in _table(root["storage_data"])),
             StorageMeta(),
         )
@@ -140,12 +140,6 @@ def _entry(entry: Any) -> Any:
     return TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(_counts(entry["size"])), parts)
 
 
-def _keys(keys: Any) -> tuple[Any, ...]:
-    if not isinstance(keys, tuple) or not 0 < len(keys) <= 64:
-        raise ValueError(f"it names an entry {str(keys)[:80]!r}")
-    return keys
-
-
 def _location(index: Any, info: Any) -> tuple[MetadataIndex, _StorageInfo]:
     require(_is(index, "MetadataIndex") and _is(info, "_StorageInfo") and not info["transform_descriptors"])
     offset = None if index["offset"] is None else _counts(index["offset"])
@@ -158,8 +152,9 @@ def _check_keys(metadata: Metadata) -> None:
     """Refuse an index of a list that is not below the number of entries: torch fills lists up to the largest index."""
     entries = len(metadata.state_dict_metadata)
     for keys in metadata.planner_data.values():
-        if not all(isinstance(key, str) or (type(key) is int and 0 <= key < entries) for key in keys):
-            raise ValueError(f"it names an entry {keys!r}, and has {entries} entries")
+        known = isinstance(keys, tuple) and 0 < len(keys) <= 64
+        if not known or not all(isinstance(key, str) or (is_count(key) and key < entries) for key in keys):
+            raise ValueError(f"it names an entry {str(keys)[:80]!r}, and has {entries} entries")
 
 
 def _check_extents(metadata: Metadata, folder: Path) -> None:

@@ -57,7 +57,10 @@ def save_shards(state: dict[str, Any], rest: dict[str, Any], path: Path, on_any_
     except (OSError, ConfigurationError) as error:
         failure = error
     if not on_any_rank(failure is not None):
-        partial = path.with_name(_of_rank_0(partial.name))
+        names = [partial.name]
+        if dist.is_initialized():
+            dist.broadcast_object_list(names, src=0)  # every rank writes into the folder that rank 0 has made
+        partial = path.with_name(names[0])
         try:
             dcp.save(state, checkpoint_id=partial)
             _write_sums(partial, rest, first)
@@ -87,15 +90,6 @@ def _write_sums(folder: Path, rest: dict[str, Any], first: bool) -> None:
     if first:
         index = {name: entry for part in everyone for name, entry in sorted(part.items())}
         (folder / SUMS).write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-
-def _of_rank_0(name: str) -> str:
-    """Return the name on rank 0. Every rank must call this function."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return name
-    names: list[Any] = [name] * dist.get_world_size()
-    dist.all_gather_object(names, name)
-    return names[0]
 
 
 def check_shards(path: Path) -> Metadata:

@@ -25,7 +25,7 @@ HOLDERS = (
 BASES = (ModelBuilder, Optimizer, LRScheduler)
 
 LOADING_FOLDERS = ("cache_dir", "device_map", "offload_folder", "proxies", "token")
-"""Options for loading a pretrained model that choose where files are written, how they are fetched, and as whom."""
+"""Options for loading a pretrained model that choose folders of files, the proxy or the account of a download."""
 
 _DOTTED = re.compile(r"[A-Za-z_]\w{0,99}(\.[A-Za-z_]\w{0,99}){1,9}", re.ASCII)
 
@@ -67,7 +67,14 @@ class TrustedClasses:
             ConfigurationError: As :meth:`check`; or an allowed class cannot be imported.
         """
         self.check(name)
-        return self._allowed(name) if name in self.allowed else _known(name)
+        given = self.allowed[name] if name in self.allowed else _known(name)
+        if not isinstance(given, str):
+            return given
+        module_name, _, attribute = given.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigurationError(f"the allowed {name!r} cannot be imported: {error}") from error
 
     def check_argument(self, name: str, value: Any, position: str) -> None:
         """Refuse a stored argument that would give the file more rights than the caller has given it.
@@ -94,16 +101,6 @@ class TrustedClasses:
         if name == "allow":
             for own in value if isinstance(value, list) else [value] * (value is not None):
                 self.check(own)
-
-    def _allowed(self, name: str) -> Any:
-        given = self.allowed[name]
-        if not isinstance(given, str):
-            return given
-        module_name, _, attribute = given.rpartition(".")
-        try:
-            return getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigurationError(f"the allowed {name!r} cannot be imported: {error}") from error
 
 
 def _advice(name: object) -> str:

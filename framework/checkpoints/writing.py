@@ -38,14 +38,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     file. Lightning itself writes and reads paths with a protocol (``s3://``).
 
     Args:
-        folders: Returns the checkpoint folders of the run. A checkpoint outside of them is never removed. By default
-            these are the folders that this object has written to.
+        folders: Returns the checkpoint folders of the run. A checkpoint outside of them is removed only if this object
+            has saved it.
     """
 
     def __init__(self, folders: Callable[[], Iterable[str | Path]] | None = None) -> None:
         super().__init__()
         self.folders = folders
-        self._written: set[Path] = set()
         self._own: set[Path] = set()  # a Tuner of Lightning saves a file outside of the folders, and removes it later
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -58,7 +57,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        self._written.add(Path(path).parent)
         self._own.add(Path(path))
         plain = plain_copy(checkpoint)
 
@@ -67,9 +65,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             file.flush()
             check_readable(file, path)
 
-        self._write(path, write)
-
-    def _write(self, path: str | Path, write: Callable[[IO[bytes]], None]) -> None:
         try:
             if self.folders is not None:  # no other run writes to this folder: remove the files of killed runs
                 remove_leftovers(Path(path).parent)
@@ -80,10 +75,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise unwritable(path, reason_of(error)) from error
 
     def load_checkpoint(
-        self,
-        path: str | Path,
-        map_location: Any = lambda storage, loc: storage,
-        weights_only: bool | None = None,
+        self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint file onto the CPU, and compare every byte with its checksum.
 
@@ -105,7 +97,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint of this run, a file or a folder. For any other path, only a warning is printed."""
-        folders = self._written if self.folders is None else self.folders()
+        folders = () if self.folders is None else self.folders()
         if Path(path) not in self._own and not any(is_own_checkpoint(path, folder) for folder in folders):
             rank_zero_warn(f"{str(path)!r} is not a checkpoint in the folder of this run, and is not removed")
         elif "://" in str(path):

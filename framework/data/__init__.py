@@ -3,6 +3,6 @@
 from orthotrain.data.corpus.text_data import TextData
 from orthotrain.data.corpus.token_cache import CorruptCacheError, TokenCache
 from orthotrain.data.instructions.instruction_data import InstructionData
-from orthotrain.data.tokenizer_state import tokenizer_from_state
+from orthotrain.data.tokenizer_state import stored_tokenizer, tokenizer_from_state
 
-__all__ = ["CorruptCacheError", "InstructionData", "TextData", "TokenCache", "tokenizer_from_state"]
+__all__ = ["CorruptCacheError", "InstructionData", "TextData", "TokenCache", "stored_tokenizer", "tokenizer_from_state"]

@@ -34,10 +34,10 @@ class BaseData(LightningDataModule, ABC):
 
     @classmethod
     def load_from_checkpoint(cls, *arguments: Any, **options: Any) -> Any:
-        """Refuse: Lightning's own method would build whatever class the file names.
+        """Refuse every call: Lightning's own method would build any class that the file names.
 
         Raises:
-            ConfigurationError: Always; it names what works.
+            ConfigurationError: Always; the message names the call that works.
         """
         raise ConfigurationError(
             f"{cls.__name__}.load_from_checkpoint: build the data module with its arguments, and give the checkpoint "
@@ -88,7 +88,7 @@ class BaseData(LightningDataModule, ABC):
         """Return the fingerprint of the training data."""
 
     def _predict_splits(self) -> tuple[str, ...]:
-        """Return the splits without which there is nothing to predict."""
+        """Return the splits that prediction needs."""
         return ()
 
     def setup(self, stage: str | None = None) -> None:

@@ -72,4 +72,4 @@ class DataFingerprint:
 
 
 UNKNOWN = DataFingerprint("", "")
-"""Fingerprint of a loader that was not told what it reads."""
+"""Fingerprint of a loader whose data is not known."""

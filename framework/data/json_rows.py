@@ -99,19 +99,18 @@ class _Scanner:
         while True:
             try:
                 found, end = _DECODER.raw_decode(self._held, self._start)
+            except RecursionError as error:
+                raise invalid_json(self.where, number, error) from error
+            except ValueError as error:
+                if len(self._held) - self._start <= MAX_ROW_BYTES and (self._ended or self._is_final(error)):
+                    raise invalid_json(self.where, number, error) from error
+            else:
                 # a number at the end of the window may continue behind it
                 if isinstance(found, dict | list | str) or self._ended or not _MAY_CONTINUE.match(self._held, end):
                     if end - self._start > MAX_ROW_BYTES:
                         raise too_long(self.where, number)
                     self._start = end
                     return found
-            except RecursionError as error:
-                raise invalid_json(self.where, number, error) from error
-            except ConfigurationError:
-                raise
-            except ValueError as error:
-                if len(self._held) - self._start <= MAX_ROW_BYTES and (self._ended or self._is_final(error)):
-                    raise invalid_json(self.where, number, error) from error
             held = len(self._held) - self._start
             if held > MAX_ROW_BYTES:
                 raise too_long(self.where, number)
@@ -119,7 +118,7 @@ class _Scanner:
             self._read(min(max(held, _BLOCK_BYTES), MAX_ROW_BYTES + 1))
 
     def _is_final(self, error: ValueError) -> bool:
-        """Return whether the error stays, whatever text follows the window."""
+        """Return whether the error would stay with any text after the window."""
         if not isinstance(error, json.JSONDecodeError):
             return True
         # a cut value gives an error at the end of the window, or at the beginning of a string that does not end

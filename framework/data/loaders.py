@@ -68,17 +68,15 @@ def _unchanged(batch: Any) -> Any:
 
 def train_loader(dataset: BatchDataset, loading: Loading) -> "ShuffledLoader":
     """Return the loader of batches in the order of seed and epoch, the same number on each rank."""
-    if loading.overfits:
-        return ShuffledLoader(dataset, **loading.options)
-    sampler = dataset.train_sampler(loading.batch_size, loading.rank, loading.world_size, loading.seed)
+    share = (loading.batch_size, loading.rank, loading.world_size, loading.seed)
+    sampler = None if loading.overfits else dataset.train_sampler(*share)
     return ShuffledLoader(dataset, sampler=sampler, **loading.options)
 
 
 def eval_loader(dataset: BatchDataset, loading: Loading) -> DataLoader:
     """Return the loader of every sample once, in the order of the dataset, the same number of batches on each rank."""
-    if loading.overfits:
-        return DataLoader(dataset, **loading.options)
-    sampler = EvalSampler(len(dataset), loading.batch_size, loading.rank, loading.world_size)
+    share = (loading.batch_size, loading.rank, loading.world_size)
+    sampler = None if loading.overfits else EvalSampler(len(dataset), *share)
     return DataLoader(dataset, sampler=sampler, **loading.options)
 
 
@@ -90,9 +88,9 @@ class ResumableLoader(DataLoader, ABC):
     """
 
     trainer: Trainer | None = None
-    """Counts the finished batches; without a trainer, the batches handed out count."""
+    """The trainer counts the finished batches. Without a trainer, the loader counts the batches it has handed out."""
     fingerprint: DataFingerprint = UNKNOWN
-    """What the loader reads; saved with the position, and compared with the checkpoint's."""
+    """Fingerprint of the data. It is saved with the position and compared with the fingerprint in a checkpoint."""
 
     @property
     def processed(self) -> int | None:

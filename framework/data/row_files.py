@@ -1,4 +1,4 @@
-"""Files of rows (JSON Lines, JSON, Parquet, compressed or not): one row at a time, whatever the size of the file."""
+"""Files of rows (JSON Lines, JSON, Parquet, compressed or not): read one row at a time."""
 
 import codecs
 import contextlib

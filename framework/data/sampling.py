@@ -16,8 +16,8 @@ class TrainSampler(DistributedSampler):
     """Batches of indices from a permutation that seed and epoch determine.
 
     Rank r of R takes the positions r, r+R, r+2R, ... of the permutation: two ranks, and one rank that accumulates two
-    batches, see the same samples in each optimizer step. An epoch drops what does not fill a batch on every rank, so
-    that shapes are static. Lightning does not replace the sampler, because it is a `DistributedSampler`.
+    batches, see the same samples in each optimizer step. An epoch leaves out the last samples if they do not fill a
+    batch on every rank, so that shapes are static. Lightning does not replace a `DistributedSampler`.
 
     Args:
         samples: Number of samples.

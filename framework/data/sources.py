@@ -1,4 +1,4 @@
-"""What the name of a source means: local files, a glob of files, or a Hugging Face dataset."""
+"""The meaning of the name of a source: local files, a glob of files, or a Hugging Face dataset."""
 
 import contextlib
 import glob

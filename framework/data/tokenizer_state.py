@@ -15,7 +15,8 @@ from orthotrain.files.torch_files import describe_file
 from orthotrain.models.folder import check_there
 
 _SPECIAL_TOKENS = ("eos_token", "bos_token", "pad_token", "unk_token")
-_TYPES = {"tokenizer": str, "tokenizer_fingerprint": str, "special_tokens": dict, "settings": dict}
+_TEXT, _TABLE = ("tokenizer", "tokenizer_fingerprint", "chat_template"), ("special_tokens", "settings")
+_TYPES: dict[str, Any] = {**dict.fromkeys(_TEXT, str), **dict.fromkeys(_TABLE, dict), "chat_template": str | None}
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -42,11 +43,9 @@ def check_data_state(state: Any) -> dict[str, Any]:
             f"the checkpoint's data state is damaged: it is a {type(state).__name__}, no dictionary"
         )
     for name, kind in _TYPES.items():
-        if not isinstance(state.get(name, kind()), kind):
+        if name in state and not isinstance(state[name], kind):
             found = type(state[name]).__name__
-            raise ConfigurationError(f"the checkpoint's data state is damaged: {name} is a {found}, no {kind.__name__}")
-    if not isinstance(state.get("chat_template"), str | None):
-        raise ConfigurationError("the checkpoint's data state is damaged: chat_template is no text")
+            raise ConfigurationError(f"the checkpoint's data state is damaged: {name} is a {found}")
     return state
 
 
@@ -57,7 +56,7 @@ def tokenizer_from_state(state: dict[str, Any]) -> PreTrainedTokenizerFast:
         state: ``state_dict()`` of a data module, which a checkpoint holds under the name of its class.
 
     Raises:
-        ConfigurationError: The state holds no tokenizer, another one than its fingerprint says, or one that needs very
+        ConfigurationError: The state holds no tokenizer, the tokenizer does not match its fingerprint, or it needs very
             much memory, time or tokens for a short text.
     """
     try:
@@ -83,6 +82,12 @@ def tokenizer_from_state(state: dict[str, Any]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def stored_tokenizer(checkpoint: dict[str, Any]) -> PreTrainedTokenizerFast | None:
+    """Return the tokenizer that a data module has saved in a checkpoint; ``None`` if there is no tokenizer."""
+    states = [state for state in checkpoint.values() if isinstance(state, dict) and "tokenizer_fingerprint" in state]
+    return tokenizer_from_state(states[0]) if states else None
+
+
 def load_model_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a model, as `load_tokenizer` does, or from a checkpoint.
 
@@ -100,19 +105,21 @@ def load_model_tokenizer(name: str) -> PreTrainedTokenizerFast:
         checkpoint = describe_file(local_path(name, "tokenizer"))
     except ConfigurationError as error:
         raise ConfigurationError(f"tokenizer {name!r}: {error}") from error
-    for state in checkpoint.values():
-        if isinstance(state, dict) and "tokenizer_fingerprint" in state:
-            tokenizer = tokenizer_from_state(state)
-            if tokenizer.pad_token_id is None:
-                tokenizer.pad_token = tokenizer.eos_token
-            return tokenizer
-    raise ConfigurationError(f"tokenizer {name!r}: the checkpoint holds no tokenizer; give the folder of its tokenizer")
+    if (tokenizer := stored_tokenizer(checkpoint)) is None:
+        raise ConfigurationError(
+            f"tokenizer {name!r}: the checkpoint holds no tokenizer; give the folder of its tokenizer"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def tokenizer_difference(
     state: dict[str, Any], tokenizer: PreTrainedTokenizerFast, vocab_size: int | None
 ) -> str | None:
-    """Describe how a checkpoint's tokenizer differs from this run's, with which its embedding would mean other tokens.
+    """Describe how the tokenizer of a checkpoint differs from the tokenizer of this run.
+
+    With another tokenizer, the rows of the model's embedding would mean other tokens.
 
     Args:
         state: ``state_dict()`` of the data module in the checkpoint.

@@ -80,14 +80,6 @@ def load_network(
     return network.eval()
 
 
-def load_tokenizer(contents: dict[str, Any]) -> Any:
-    """Return the tokenizer in a checkpoint; None if there is none."""
-    from orthotrain.data import tokenizer_from_state
-
-    state = next((v for k, v in contents.items() if isinstance(v, dict) and "tokenizer_fingerprint" in v), None)
-    return None if state is None else tokenizer_from_state(state)
-
-
 class CheckpointModel(ModelBuilder):
     """Builds the merged network of a checkpoint that ``orthotrain fit`` wrote, as the start of finetuning.
 

@@ -11,7 +11,7 @@ from orthotrain.adapters import export_peft
 from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.console.progress import transformers_bars, waiting, writing
 from orthotrain.errors import ConfigurationError, check_choice
-from orthotrain.export.checkpoint_model import load_network, load_tokenizer, make_plain_
+from orthotrain.export.checkpoint_model import load_network, make_plain_
 from orthotrain.models.folder import check_new_folder, new_folder
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -54,7 +54,9 @@ def export_checkpoint(
     network = load_network(contents, str(checkpoint), allow, trust_remote_code)
     if format == "peft":
         return export_peft(network, out)
-    return export_huggingface(network, out, load_tokenizer(contents), dtype)
+    from orthotrain.data import stored_tokenizer
+
+    return export_huggingface(network, out, stored_tokenizer(contents), dtype)
 
 
 def export_huggingface(network: nn.Module, out: str | Path, tokenizer: Any = None, dtype: Dtype | None = None) -> Path:

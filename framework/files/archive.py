@@ -38,7 +38,8 @@ class Archive:
         found = zipfile.ZipFile(stream).infolist()
         self._entries: dict[str, zipfile.ZipInfo] = {}
         for info in found:
-            self._check_entry(info)
+            if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
+                raise ValueError(f"{info.filename} is compressed or encrypted, which torch.save never does")
             name = info.filename.partition("/")[2]
             if not name or name in self._entries:
                 raise ValueError(f"the entry {info.filename!r} is there twice, or is not in a folder")
@@ -102,7 +103,12 @@ class Archive:
         advance: Callable[[float], None] = lambda more: None,
     ) -> None:
         """Read an entry, one part after the other."""
-        self._seek(entry)
+        self._stream.seek(entry.header_offset)
+        signature, name, extra = _LOCAL.unpack(self._stream.read(_LOCAL.size))
+        begin = entry.header_offset + _LOCAL.size + name + extra
+        if signature != b"PK\3\4" or begin + entry.file_size > self.size:
+            raise ValueError(f"{entry.filename} is not at its place in the file")
+        self._stream.seek(begin)
         crc = 0
         for part in parts:
             if self._stream.readinto(part) != len(part):  # type: ignore[attr-defined]
@@ -116,14 +122,6 @@ class Archive:
         if name not in self._entries:
             raise ValueError(f"it has no entry {name}")
         return self._entries[name]
-
-    def _seek(self, entry: zipfile.ZipInfo) -> None:
-        self._stream.seek(entry.header_offset)
-        signature, name, extra = _LOCAL.unpack(self._stream.read(_LOCAL.size))
-        begin = entry.header_offset + _LOCAL.size + name + extra
-        if signature != b"PK\3\4" or begin + entry.file_size > self.size:
-            raise ValueError(f"{entry.filename} is not at its place in the file")
-        self._stream.seek(begin)
 
     def _check_directory(self) -> int:
         """Check the list of entries before zipfile reads it, and return where the list begins."""
@@ -151,10 +149,6 @@ class Archive:
         if entries > MOST_ENTRIES or size > MOST_DIRECTORY_BYTES:
             raise ValueError(f"it lists {entries:,} entries in {size:,} bytes, more than a checkpoint has")
         return start
-
-    def _check_entry(self, info: zipfile.ZipInfo) -> None:
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
-            raise ValueError(f"{info.filename} is compressed or encrypted, which torch.save never does")
 
 
 def _check_overlap(entries: list[zipfile.ZipInfo], end: int) -> None:

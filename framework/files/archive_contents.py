@@ -8,7 +8,6 @@ larger than the file.
 import gc
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -37,10 +36,15 @@ def describe_contents(archive: Archive) -> Any:
         raise ValueError(f"its pickle has {size:,} bytes, more than a checkpoint needs")
     data = archive.read("data.pkl")
     most = MOST_INSTRUCTIONS + _INSTRUCTIONS_OF_A_TENSOR * len(archive) + archive.size // 256
-    with _without_garbage_collection():
+    collects = gc.isenabled()
+    gc.disable()  # the garbage collector would walk through millions of new objects again and again
+    try:
         root = Interpreter(data, known_class, storage_of, set_state, most=most).run()
         if _Checker(archive).check(root, ())[0] > 16 * len(data) + (1 << 20):
             raise ValueError("its shared parts expand to far more than the size of the file")
+    finally:
+        if collects:
+            gc.enable()
     return root
 
 
@@ -61,18 +65,6 @@ def read_tensors(root: Any, archive: Archive, verify: bool = True) -> Any:
 def dotted(keys: tuple[Any, ...], root: str = "the value in it") -> str:
     """Return the keys of a nested value with dots between them, for messages; ``root`` if there are none."""
     return visible(".".join(str(key)[:80] for key in keys)) or root
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Stop the garbage collector, which would walk through millions of new objects again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Checker:
@@ -105,19 +97,16 @@ class _Checker:
             if found is None:
                 raise ValueError(f"{dotted(keys)} contains itself")
         else:
+            _check_depth(len(keys), keys)
             self.measured[id(value)] = None
-            found = self.measured[id(value)] = self._check_inner(value, keys)
+            size, depth = 1, 0
+            for key, inner in _items(value):
+                inner_size, inner_depth = self.check(inner, (*keys, key))
+                size += inner_size + (len(key) if isinstance(key, str) else 1)
+                depth = max(depth, inner_depth + 1)
+            found = self.measured[id(value)] = (size, depth)
         _check_depth(len(keys) + found[1], keys)
         return found
-
-    def _check_inner(self, value: Any, keys: tuple[Any, ...]) -> tuple[int, int]:
-        _check_depth(len(keys), keys)
-        size, depth = 1, 0
-        for key, inner in _items(value):
-            inner_size, inner_depth = self.check(inner, (*keys, key))
-            size += inner_size + (len(key) if isinstance(key, str) else 1)
-            depth = max(depth, inner_depth + 1)
-        return size, depth
 
 
 class _Reader:

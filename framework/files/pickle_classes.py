@@ -5,7 +5,6 @@ that is missing from the tables becomes an :class:`UnknownName`.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +28,7 @@ _REFUSED_TENSORS = {
     "_rebuild_from_type_v2": "a tensor of a subclass",
     "_rebuild_parameter_with_state": "a parameter with attributes",
 }
-"""Function of torch that builds a tensor which is not read here -> what the tensor is."""
+"""Function of torch that builds a kind of tensor that is not read here -> name of the kind, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +59,13 @@ def is_count(value: Any) -> bool:
 
 def known_class(module: str, name: str) -> Any:
     """Return what stands for a name in the pickle of a checkpoint; for an unknown name an :class:`UnknownName`."""
-    if module == "torch._utils" and name in _TENSORS:
-        return _TENSORS[name]
-    if module == "torch" and name in _DTYPES:
-        return _DTYPES[name]
-    if (module, name) == ("torch.storage", "UntypedStorage"):
-        return torch.uint8
     if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
         return found
-    return _PLAIN.get((module.replace("__builtin__", "builtins"), name)) or UnknownName(f"{module}.{name}")
+    return _KNOWN.get((module.replace("__builtin__", "builtins"), name)) or UnknownName(f"{module}.{name}")
 
 
 def kind_of(value: Any) -> str:
-    """Return what a refused value is, for a message."""
+    """Return the kind of a refused value, for a message."""
     name = value.name if isinstance(value, UnknownName) else f"a {type(value).__name__}"
     return _REFUSED_TENSORS.get(name.rpartition(".")[2], name)
 
@@ -148,12 +141,12 @@ def _set(values: Any = ()) -> set:
     return set(values)
 
 
-_TENSORS: dict[str, Callable[..., Any]] = {
-    "_rebuild_tensor_v2": _tensor,
-    "_rebuild_tensor_v3": _tensor,
-    "_rebuild_parameter": _parameter,
-}
-_PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
+_KNOWN: dict[tuple[str, str], Any] = {
+    **{("torch", storage): dtype for storage, dtype in _DTYPES.items()},
+    ("torch.storage", "UntypedStorage"): torch.uint8,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
     ("collections", "OrderedDict"): _ordered,
     ("collections", "Counter"): _counter,
     ("torch", "Size"): _size,
@@ -161,4 +154,4 @@ _PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
     ("_codecs", "encode"): _bytes,
     ("builtins", "set"): _set,
 }
-"""Module and name of each plain class in checkpoints of torch and Lightning -> function that builds its values."""
+"""Module and name in checkpoints of torch and Lightning -> dtype of a storage, or function that builds a value."""

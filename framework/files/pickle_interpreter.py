@@ -18,7 +18,7 @@ _CONSTANTS: dict[int, Any] = {pickle.NONE[0]: None, pickle.NEWTRUE[0]: True, pic
 _EMPTY: dict[int, type] = {
     pickle.EMPTY_DICT[0]: dict, pickle.EMPTY_LIST[0]: list, pickle.EMPTY_TUPLE[0]: tuple, pickle.EMPTY_SET[0]: set,
 }  # fmt: skip
-_TUPLES = {pickle.TUPLE1[0]: 1, pickle.TUPLE2[0]: 2, pickle.TUPLE3[0]: 3}
+_OPERANDS = {pickle.TUPLE1[0]: 1, pickle.TUPLE2[0]: 2, pickle.TUPLE3[0]: 3, pickle.APPEND[0]: 1, pickle.SETITEM[0]: 2}
 _BYTE, _WORD, _LONG = struct.Struct("<B"), struct.Struct("<I"), struct.Struct("<Q")
 _NUMBERS = {
     pickle.BININT2[0]: struct.Struct("<H"),
@@ -138,7 +138,10 @@ class Interpreter:
         require(value is not _MARK)
         return value
 
-    def _pop_to_mark(self) -> list[Any]:
+    def _operands(self, code: int) -> list[Any]:
+        """Remove a fixed number of values from the stack, or all values above the last mark, and return them."""
+        if code in _OPERANDS:
+            return [self._pop() for _ in range(_OPERANDS[code])][::-1]
         stack = self._stack
         mark = len(stack) - 1
         while stack[mark] is not _MARK:
@@ -162,26 +165,20 @@ class Interpreter:
             self._stack.append(found if code in _BYTES else int.from_bytes(found, "little", signed=True))
 
     def _tuple(self, code: int) -> None:
-        if code in _TUPLES:
-            values = [self._pop() for _ in range(_TUPLES[code])][::-1]
-        else:
-            values = self._pop_to_mark()
-        self._stack.append(tuple(values))
+        self._stack.append(tuple(self._operands(code)))
 
     def _append(self, code: int) -> None:
-        values = [self._pop()] if code == pickle.APPEND[0] else self._pop_to_mark()
-        target = self._stack[-1]
+        values, target = self._operands(code), self._stack[-1]
         require(type(target) is list)
         target.extend(values)
 
     def _add_to_set(self, code: int) -> None:
-        values, target = self._pop_to_mark(), self._stack[-1]
+        values, target = self._operands(code), self._stack[-1]
         require(type(target) is set)
         target.update(self._key(value) for value in values)
 
     def _set_items(self, code: int) -> None:
-        values = [self._pop(), self._pop()][::-1] if code == pickle.SETITEM[0] else self._pop_to_mark()
-        target = self._stack[-1]
+        values, target = self._operands(code), self._stack[-1]
         require(isinstance(target, dict) and len(values) % 2 == 0)
         for key, value in zip(values[::2], values[1::2], strict=True):
             target[self._key(key)] = value

@@ -98,7 +98,7 @@ def unreadable(path: str | Path, error: BaseException) -> ConfigurationError:
 
 
 def file_state(file: int | Path) -> tuple[int, ...]:
-    """Return numbers of which at least one changes when a file is written again.
+    """Return numbers that identify the state of a file. At least one changes when the file is written again.
 
     Args:
         file: A path or an open file descriptor.

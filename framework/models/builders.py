@@ -76,11 +76,7 @@ class CausalLM(ModelBuilder):
         self.config = dict(config or {})
         self.gradient_checkpointing = gradient_checkpointing
 
-    def __call__(self) -> nn.Module:
-        """Return the model in training mode, with weights drawn from torch's global generator."""
-        return self.build()
-
-    def build(self, without: Callable[[nn.Module], Collection[str]] | None = None) -> nn.Module:
+    def __call__(self, without: Callable[[nn.Module], Collection[str]] | None = None) -> nn.Module:
         """Return the model in training mode, with weights drawn from torch's global generator.
 
         Args:
@@ -155,7 +151,7 @@ class PretrainedModel(ModelBuilder):
         dtype: ``auto`` for the dtype in the files, or the name of a torch dtype such as ``bfloat16``.
         load_in_4bit: Whether transformers quantizes the weights to NF4 with double quantization while loading.
         options: More arguments of ``from_pretrained``, such as ``num_labels`` and ``revision``, and keys of the model's
-            configuration. Options that would run what a file says are refused.
+            configuration. Options that would run code of a file are refused.
         gradient_checkpointing: Whether activations of layers are computed again in backward instead of kept.
         trust_remote_code: Whether Python code that comes with the model is run. The code has all rights of the user.
 

@@ -35,7 +35,7 @@ def check_attention(network: nn.Module) -> None:
     """Refuse packing for an implementation of attention that does not separate the rows of a sequence.
 
     Raises:
-        ConfigurationError: The message gives the implementation, and those that work.
+        ConfigurationError: The message gives the implementation, and the implementations that work.
     """
     attention = getattr(getattr(network, "config", None), "_attn_implementation", None)
     if attention not in (None, *_MASKED):

@@ -67,22 +67,20 @@ def check_memory(values: int | None, dtype: torch.dtype, origin: str) -> None:
     Raises:
         ConfigurationError: The message gives both sizes.
     """
-    if values is not None and values > MOST_VALUES:
+    if values is None:
+        return
+    if values > MOST_VALUES:
         raise ConfigurationError(
             f"{origin} describes a network of {values:,} values, more than {MOST_VALUES:,}; lower its sizes"
         )
-    available = _memory()
-    if values is not None and available is not None and values * dtype.itemsize > available:
+    fake = detect_fake_mode() is not None  # tensors then have no storage
+    available = None if fake else total_bytes(torch.get_default_device())
+    if available is not None and values * dtype.itemsize > available:
         needed = f"{values * dtype.itemsize / 2**30:,.1f} GiB in {dtype}"
         raise ConfigurationError(
             f"{origin} describes a network of {values:,} values, {needed}; this machine has {available / 2**30:,.1f} "
             "GiB: take a smaller network"
         )
-
-
-def _memory() -> int | None:
-    """Return the memory of the default device in bytes; None if tensors have no storage."""
-    return None if detect_fake_mode() is not None else total_bytes(torch.get_default_device())
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Options for loading a pretrained model: which are safe with any file, and which would run what a file says."""
+"""Options for loading a pretrained model: options that are safe with any file, and options that would run its code."""
 
 import difflib
 from typing import Any
@@ -15,12 +15,11 @@ LOADING_OPTIONS = frozenset({
 CONFIGURATION_OPTIONS = frozenset({"id2label", "label2id", "num_labels", "subfolder"})
 """Members of :data:`LOADING_OPTIONS` that change the configuration of the network."""
 
-_PICKLES = "it would run pickles; weights are read as plain tensors, leave it out"
-_KERNELS = "it would fetch code and run it; leave it out"
+_CODE = "it would fetch code and run it; leave it out"
 _REFUSED_OPTIONS = {
     "trust_remote_code": "it is an argument of PretrainedModel beside options",
-    "weights_only": _PICKLES,
-    **dict.fromkeys(("use_kernels", "allow_all_kernels", "kernel_config", "auto_map"), _KERNELS),
+    "weights_only": "it would run pickles; weights are read as plain tensors, leave it out",
+    **dict.fromkeys(("use_kernels", "allow_all_kernels", "kernel_config", "auto_map"), _CODE),
     "dtype": "it is an argument of PretrainedModel beside options",
     "torch_dtype": "dtype is an argument of PretrainedModel beside options",
     "quantization_config": "set load_in_4bit of PretrainedModel, or storage of the layers, instead",
@@ -29,7 +28,7 @@ _REFUSED_OPTIONS = {
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuse options that would run what a file says.
+    """Refuse options that would run code that comes with a model.
 
     Raises:
         ConfigurationError: The message names the option, and what to do instead.
@@ -57,7 +56,12 @@ def check_configuration(config: Any, options: dict[str, Any], name: str) -> None
         ConfigurationError: The message names the option and similar known ones; or the attention of the configuration
             is a repository of code.
     """
-    check_attention_of(config, f"the configuration of {name!r}")
+    attention = getattr(config, "_attn_implementation", None)  # the attention of its parts follows from it
+    if _is_code(attention):
+        raise ConfigurationError(
+            f"the configuration of {name!r} has attn_implementation={attention!r}, which would fetch code and run it: "
+            "remove this key from its config.json"
+        )
     known = {*config.to_dict(), *config.attribute_map, *LOADING_OPTIONS}
     for option in options:
         if option not in known:
@@ -68,25 +72,6 @@ def check_configuration(config: Any, options: dict[str, Any], name: str) -> None
             )
 
 
-def check_attention_of(config: Any, origin: str) -> None:
-    """Refuse a configuration whose attention is a repository of code.
-
-    transformers would fetch the repository and run its code when it builds the model.
-
-    Args:
-        config: A configuration of transformers, or a part of one.
-        origin: Where the configuration comes from, for messages.
-
-    Raises:
-        ConfigurationError: The message gives the attention.
-    """
-    attention = getattr(config, "_attn_implementation", None)  # the attention of its parts follows from it
-    if _is_code(attention):
-        raise ConfigurationError(
-            f"{origin} has attn_implementation={attention!r}, which would fetch code and run it: remove this key from "
-            "its config.json"
-        )
-
-
 def _is_code(attention: Any) -> bool:
+    """Tell whether transformers would fetch the attention from a repository and run its code."""
     return isinstance(attention, dict) or "/" in str(attention)

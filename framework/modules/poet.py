@@ -77,8 +77,8 @@ class PoetModule(BaseModule):
         if stepwise:
             if layers.stepwise is False:
                 raise ConfigurationError(
-                    "stepwise=True with layers.stepwise=False: remove the second key, or set it in layers.overrides for "
-                    "the layers that merge"
+                    "stepwise=True with layers.stepwise=False: remove the second key, or set it in layers.overrides "
+                    "for the layers that merge"
                 )
             layers, optimization = replace(layers, stepwise=True), stepwise_optimization(optimization)
             resample_every = RESAMPLE_EVERY if resample_every is None else resample_every
@@ -103,9 +103,9 @@ class PoetModule(BaseModule):
         """Build the network; a :class:`CausalLM` without the weights that :meth:`wrap` replaces by new ones."""
         # not for a network without storage, nor in a subclass, which may wrap other layers
         real = detect_fake_mode() is None and torch.get_default_device().type != "meta"
-        own = type(self).wrap, type(builder).__call__, getattr(type(builder), "build", None)
-        if real and isinstance(builder, CausalLM) and own == (PoetModule.wrap, CausalLM.__call__, CausalLM.build):
-            return builder.build(without=self.layers.drawn_anew)
+        own = type(self).wrap, type(builder).__call__
+        if real and isinstance(builder, CausalLM) and own == (PoetModule.wrap, CausalLM.__call__):
+            return builder(without=self.layers.drawn_anew)
         return super().build(builder)
 
     def wrap(self, model: nn.Module) -> None:

@@ -116,8 +116,12 @@ def _finished_tokenizer(folder: Path, source: str, name: str | None, vocab_size:
             tokenizer = _load_trained(trained)
         else:
             return None
-        inputs = (fingerprint(tokenizer), source)
-        return tokenizer if all(_inputs(folder / f"{split}.tokens") == inputs for split in SPLITS) else None
+        caches = [folder / f"{split}.tokens" for split in SPLITS]
+        if not all(cache.exists() for cache in caches):
+            return None
+        inputs, found = (fingerprint(tokenizer), source), map(TokenCache.read_metadata, caches)
+        same = all((metadata.tokenizer_fingerprint, metadata.source_fingerprint) == inputs for metadata in found)
+        return tokenizer if same else None
     except PermissionError as error:
         raise _unusable(f"the token caches in {folder} cannot be read", error) from error
 
@@ -127,11 +131,3 @@ def _load_trained(path: Path) -> PreTrainedTokenizerFast:
         return load_trained_tokenizer(path)
     except ConfigurationError as error:
         raise CorruptCacheError(f"{error}; delete it and it will be rebuilt") from error
-
-
-def _inputs(cache: Path) -> tuple[str, str] | None:
-    """Return the fingerprints of the tokenizer and the source of a cache; None if there is no cache."""
-    if not cache.exists():
-        return None
-    metadata = TokenCache.read_metadata(cache)
-    return metadata.tokenizer_fingerprint, metadata.source_fingerprint

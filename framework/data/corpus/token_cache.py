@@ -48,7 +48,7 @@ class Metadata:
         tokenizer_fingerprint: Sha256 of the tokenizer that made the tokens.
         source_fingerprint: Fingerprint of the source and the settings that chose the text.
         checksum: Checksum of the tokens, see `checksum`.
-        content: Blake2b of all tokens, by which two corpora are told apart.
+        content: Blake2b of all tokens. Two corpora are equal if it is equal.
     """
 
     dtype: str
@@ -233,8 +233,6 @@ class TokenCacheWriter:
             digests = (tokenizer_fingerprint, source_fingerprint, checksum(mapped), self._content.hexdigest())
             self._file.seek(0)
             self._file.write(encode_header(Metadata(*counts, *digests)))
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
             publish(self._temporary, self.path)
 

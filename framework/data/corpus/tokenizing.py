@@ -60,7 +60,7 @@ def build_caches(
 ) -> None:
     """Tokenize every document once and write ``train.tokens``, ``val.tokens`` and ``test.tokens``.
 
-    Memory is bounded by a chunk of 2 MiB of text (or one row), whatever the size of the corpus.
+    The memory holds one chunk of 2 MiB of text (or one row). It does not grow with the corpus.
 
     Args:
         corpus: The documents.

@@ -9,10 +9,9 @@ from transformers import PreTrainedTokenizerFast
 from orthotrain.data.base import BaseData
 from orthotrain.data.data_fingerprint import DataFingerprint
 from orthotrain.data.instructions.examples import Columns, Example
-from orthotrain.data.instructions.generation_batches import choose_rows, generation_batch
 from orthotrain.data.instructions.layouts import LayoutName, Limit, make_layout
 from orthotrain.data.instructions.packing import PackedRows
-from orthotrain.data.instructions.padding import PaddedRows
+from orthotrain.data.instructions.padding import PaddedRows, choose_rows, generation_batch
 from orthotrain.data.instructions.sources import count_rows, read_examples
 from orthotrain.data.instructions.stdlib_docstrings import STDLIB_DOCSTRINGS
 from orthotrain.data.instructions.token_rows import TokenRows

@@ -1,4 +1,4 @@
-"""Layouts of a row: what the network reads, what it predicts, and how long both may be."""
+"""Layouts of a row: the tokens that the network reads, the tokens that it predicts, and the limits of both."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Several rows in one sequence: which rows share one, and the masks that keep them apart."""
+"""Several rows in one sequence: which rows share a sequence, and the masks that keep the rows apart."""
 
 from collections.abc import Sequence
 

@@ -13,7 +13,7 @@ IGNORED = -100
 
 
 class TokenRows:
-    """Rows of tokens in flat arrays: about 5 bytes a token, whatever the number of rows.
+    """Rows of tokens in flat arrays, with about 5 bytes for a token.
 
     Attributes:
         prompt_padding: The side on which prompts are padded before they are answered.
@@ -48,7 +48,7 @@ class TokenRows:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Inputs of each row, int64: one fewer than its tokens."""
+        """Number of inputs of each row, int64: the number of its tokens minus one."""
         return np.diff(np.frombuffer(self._starts, np.int64)) - 1
 
     @property

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from transformers import PreTrainedTokenizerFast
-
 from orthotrain.console.progress import Progress
 from orthotrain.data.instructions.examples import EncodedExample, Example
 from orthotrain.data.instructions.layouts import Encoder, Layout, Limit
@@ -50,7 +48,7 @@ class RowCounts:
         return self.too_long + self.special
 
     def measure(self, lengths: tuple[int, ...]) -> list[tuple[int, Limit]]:
-        """Record the lengths of a row; return those that exceed their limit, with the limit."""
+        """Record the lengths of a row. Return each length that exceeds its limit, with the limit."""
         self.longest = tuple(map(max, zip(self.longest, lengths, strict=True))) if self.longest else lengths
         return [(n, limit) for n, limit in zip(lengths, self.limits, strict=True) if n > limit.tokens]
 
@@ -99,7 +97,8 @@ def tokenize_rows(
     """
     splits: dict[str, TokenRows] = {}
     counts = RowCounts(layout.limits)
-    special_tokens = _special_tokens(encoder.tokenizer)
+    special = [re.escape(str(token)) for token in encoder.tokenizer.added_tokens_decoder.values() if token.special]
+    special_tokens = re.compile("|".join(special) or r"\Z.")  # without special tokens, a pattern that never matches
     with Progress("tokenizing", total, "rows") as bar:
         for example in examples:
             row = None
@@ -117,12 +116,6 @@ def tokenize_rows(
             f"no row is left: {counts.summary()}; raise {layout.limits[0].argument} or change the rows"
         )
     return splits, counts
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
-    """Return a pattern of the special tokens of a tokenizer, such as ``</s>``."""
-    special = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile("|".join(special) or r"\Z.")  # without special tokens, a pattern that never matches
 
 
 def _tokenize(

@@ -195,4 +195,4 @@ def test_settings_of_overrides_are_checked_where_nobody_else_does():
 
 def test_every_argument_of_our_modules_has_an_annotation_that_is_read():
     for cls in (PoetModule, PoetLayers, CausalLM):
-        assert Any not in [parameter.kind for parameter in parameters_of(cls).values()]
+        assert Any not in [parameter.annotation for parameter in parameters_of(cls).values()]

@@ -139,7 +139,7 @@ def test_a_folder_of_the_right_name_with_other_files_is_kept(tmp_path):
 
 
 def test_the_writer_removes_no_checkpoint_of_others(tmp_path):
-    """Whoever asks: it has been given the folders of the run, or knows those that it has written to."""
+    """Without the folders of a run, it removes only files that it has saved itself."""
     io = AtomicCheckpointIO()
     io.save_checkpoint({"global_step": 1}, tmp_path / "run" / "a.ckpt")
     canaries(tmp_path / "other")

@@ -3,7 +3,8 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from orthotrain.data.instructions.padding import PaddedRows
+from orthotrain.data.instructions.padding import PaddedRows, choose_rows, generation_batch
+from orthotrain.data.instructions.token_rows import TokenRows
 
 PAD = 1
 
@@ -22,3 +23,17 @@ def test_the_model_sees_a_padded_row_as_if_it_were_alone(make_rows):
         for row in range(3):
             tokens = torch.from_numpy(rows.inputs_and_labels(row)[0])
             torch.testing.assert_close(padded[row, : len(tokens)], model(tokens[None]).logits[0], rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_end_together(make_rows):
+    rows = make_rows([6, 12, 9])
+    batch = generation_batch(rows, [0, 1, 2], PAD)
+    assert batch["references"] == ["answer 0", "answer 1", "answer 2"]
+    assert batch["attention_mask"].sum(1).tolist() == [4, 8, 6]
+    for place in range(3):
+        prompt = batch["input_ids"][place][batch["attention_mask"][place].bool()]
+        assert prompt.tolist() == rows.prompt(place)
+        assert batch["attention_mask"][place].diff().min() >= 0
+    assert choose_rows(rows, 2) == [0, 2]
+    assert choose_rows(rows, 10) == [0, 1, 2]
+    assert choose_rows(TokenRows(), 3) == []

@@ -13,9 +13,8 @@ from transformers import BartConfig, BartForConditionalGeneration, DataCollatorF
 
 from orthotrain.data import InstructionData
 from orthotrain.data.instructions.examples import Columns, parse_row
-from orthotrain.data.instructions.generation_batches import generation_batch
 from orthotrain.data.instructions.layouts import Seq2SeqLayout
-from orthotrain.data.instructions.padding import PaddedRows
+from orthotrain.data.instructions.padding import PaddedRows, generation_batch
 from orthotrain.data.instructions.tokenizing import tokenize_rows
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError

@@ -98,7 +98,7 @@ class FiniteGuard(StepCallback):
         if logs_at(trainer, step) or (self._merging and self._merging.needs_finite(step)):
             self.look(trainer, pl_module)
 
-    def look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def look(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kw: Any) -> None:
         """Check all values since the last check, which waits once for the device. Every rank must call this method.
 
         Raises:
@@ -123,11 +123,7 @@ class FiniteGuard(StepCallback):
         )
 
     on_validation_start = look  # a checkpoint may be chosen by the loss of the validation
-    on_train_end = look
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Check the values before a checkpoint is written."""
-        self.look(trainer, pl_module)
+    on_save_checkpoint = on_train_end = look
 
 
 def norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -146,17 +146,15 @@ class MergeRotations(StepCallback):
             if read_waits(pl_module.device):
                 self._watch.measure(self._layers)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Check the weights that the last step has folded, before they are written.
+    def on_save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Check the weights that the last step has folded, before they are written and when training ends.
 
         Raises:
             TrainingDiverged: If a weight was not finite, naming its layer. The layer has kept its old weight.
         """
         self._checks.raise_errors()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check the weights that the last step has folded."""
-        self._checks.raise_errors()
+    on_train_end = on_save_checkpoint
 
     def should_merge(self, step: int) -> bool:
         """Decide whether a period ends with optimizer step ``step`` (counted from 1); override for other periods."""

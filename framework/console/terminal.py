@@ -125,5 +125,4 @@ def _stream_handlers() -> list[logging.StreamHandler]:
 
 
 FOOT = Foot()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: FOOT.forget())
+os.register_at_fork(after_in_child=lambda: FOOT.forget())

@@ -61,7 +61,7 @@ class AdapterCheckpoint(StepCallback, Checkpoint):
         self.last_model_path = self.best_model_path = ""
         self._saved: list[str] = []
         self._fingerprints: dict[str, tuple[str, int]] = {}
-        self._tensors: dict[str, Tensor] | None = None  # those of the checkpoint that is being written
+        self._tensors: dict[str, Tensor] | None = None  # trained tensors of the checkpoint that is being written
 
     def folder_of(self, trainer: L.Trainer) -> Path:
         """Return the folder of the checkpoints, as this rank names it."""
@@ -196,7 +196,7 @@ def restore_frozen(checkpoint: dict[str, Any], module: nn.Module) -> None:
         return
     own = module.state_dict()
     if missing := [name for name in frozen if name not in own]:
-        raise ConfigurationError(f"the adapter checkpoint is of another model: {missing[0]} is not in this one")
+        raise ConfigurationError(f"the adapter checkpoint is of another model: this model has no {missing[0]}")
     for name, (dtype, expected) in frozen.items():
         if fingerprint(own[name], getattr(torch, dtype.removeprefix("torch."))) != expected:
             raise ConfigurationError(

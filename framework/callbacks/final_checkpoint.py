@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint
+from orthotrain.callbacks.run_progress import evaluated_batches
 from orthotrain.callbacks.step_callback import StepCallback
 from orthotrain.console.termination import NAMES, Ended, asked, check, hold, listen
 from orthotrain.distributed.agreement import LateAgreement, least_of_ranks
@@ -79,18 +80,8 @@ class FinalCheckpoint(StepCallback, Checkpoint):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count the batches that every rank has: a rank must not wait for the others after its last batch."""
-        self._count(trainer, trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the batches that every rank has."""
-        self._count(trainer, trainer.num_test_batches)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the batches that every rank has."""
-        self._count(trainer, trainer.num_predict_batches)
-
-    def _count(self, trainer: L.Trainer, batches: list[int | float]) -> None:
-        self._common_batches = least_of_ranks(int(min(sum(batches), 2**31 - 1)), trainer.strategy.root_device)
+        _, own = evaluated_batches(trainer)
+        self._common_batches = least_of_ranks(int(min(own, 2**31 - 1)), trainer.strategy.root_device)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kw: Any) -> None:
         """Stop within an evaluation; within a validation of a run that trains, save first."""
@@ -98,6 +89,7 @@ class FinalCheckpoint(StepCallback, Checkpoint):
         if self._whole_step and self._common_batches >= 0:
             self._end_if_asked(trainer, pl_module)
 
+    on_test_start = on_predict_start = on_validation_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def _end_if_asked(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

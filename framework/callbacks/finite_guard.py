@@ -37,19 +37,19 @@ class Note(NamedTuple):
 
 
 class FiniteGuard(StepCallback):
-    """Stop with the step and the parameter named when the loss, a gradient or a trained parameter is NaN or infinite.
+    """Stop a run, and name the step and the parameter, when the loss, a gradient or a parameter is NaN or infinite.
 
-    Gradients are looked at as they are before clipping, which spreads one NaN over all of them; parameters (generators
-    among them) after the step. On a CPU the guard looks after every batch. On any other device a look waits for the
-    device. There the guard notes the values of every batch on the device, and looks at all notes together: in the steps
-    that the trainer logs, before a merge, before a validation, before a checkpoint is written, and when fitting ends.
-    So rotations are merged and checkpoints are written only after a look, and the last checkpoint is still good.
+    The guard checks the gradients before clipping, which spreads one NaN over all gradients, and the trained parameters
+    (generators included) after the step. On a CPU it checks every batch at once. On any other device the host would
+    wait for each check. There the guard keeps the values of every batch on the device and checks all of them together:
+    in the steps that the trainer logs, before a merge, before a validation, before a checkpoint is written, and when
+    fitting ends. So every merge and every checkpoint comes after a check, and the last checkpoint is still good.
     Layers that fold every step keep values that are not finite out of their weights themselves. The cost is one pass
-    over the gradients and one over the trained parameters. Where a gradient scaler skips steps with infinite gradients
-    (precision 16-mixed), gradients are not looked at.
+    over the gradients and one pass over the trained parameters. Gradients are not checked where a gradient scaler skips
+    steps with infinite gradients (precision 16-mixed).
 
     Raises:
-        TrainingDiverged: At the first look that finds such a value, naming the batch and the step in which it appeared.
+        TrainingDiverged: At the first check that finds such a value; the message names its batch and its step.
         ConfigurationError: When fitting starts, if a :class:`MergeRotations` would come first.
     """
 
@@ -79,12 +79,12 @@ class FiniteGuard(StepCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the loss of the batch, and the gradients and parameters; on a CPU, look at once."""
+        """Keep the loss of the batch, and the norms of gradients and parameters; on a CPU, check them at once."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         trained = {name: p.detach() for name, p in pl_module.named_parameters() if p.requires_grad}
         values = {f"the gradient of {name}": norm for name, norm in self._gradients.items()} | norms(trained)
         if loss is not None:
-            # of whatever shape that backward takes
+            # the loss may have any shape that backward accepts
             values["the loss"] = torch.as_tensor(loss, device=pl_module.device).detach().sum()
         self._gradients = {}
         self._notes.append(Note(trainer.global_step, batch_idx, list(values), stacked(values)))
@@ -98,8 +98,8 @@ class FiniteGuard(StepCallback):
         if logs_at(trainer, step) or (self._merging and self._merging.needs_finite(step)):
             self.look(trainer, pl_module)
 
-    def look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look at all notes since the last look: one wait for the device. Every rank must call this.
+    def look(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kw: Any) -> None:
+        """Check all values since the last check, which waits once for the device. Every rank must call this method.
 
         Raises:
             TrainingDiverged: If a value is not finite, on this rank or another.
@@ -109,7 +109,7 @@ class FiniteGuard(StepCallback):
             return
         found = first_non_finite(notes)
         if not on_any_rank(found is not None, pl_module.device):
-            self._notes = []  # otherwise kept, so that an attempt to save after the error is refused too
+            self._notes = []  # after an error the values are kept, so that an attempt to save is refused too
             return
         if found is None:
             step, batch, culprit = notes[-1].step, notes[-1].batch, "another rank met NaN or infinite values"
@@ -123,11 +123,7 @@ class FiniteGuard(StepCallback):
         )
 
     on_validation_start = look  # a checkpoint may be chosen by the loss of the validation
-    on_train_end = look
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Look before a checkpoint is written."""
-        self.look(trainer, pl_module)
+    on_save_checkpoint = on_train_end = look
 
 
 def norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -159,9 +155,6 @@ def first_non_finite(notes: list[Note]) -> tuple[Note, int, float] | None:
     finite = torch.isfinite(torch.cat([note.values for note in noted]))
     if bool(finite.all()):
         return None
-    index = finite.tolist().index(False)
-    for note in noted:
-        if index < len(note.names):
-            return note, index, float(note.values[index])
-        index -= len(note.names)
-    raise AssertionError("the index lies in no note")
+    places = [(note, index) for note in noted for index in range(len(note.names))]
+    note, index = places[finite.tolist().index(False)]
+    return note, index, float(note.values[index])

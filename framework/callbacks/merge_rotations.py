@@ -68,7 +68,7 @@ class MergeRotations(StepCallback):
         self.resample_every = resample_every or every_n_steps
         self.merges = self.early_folds = 0
         self.last_merge: int | None = None
-        self._decision = 0, False  # step, and whether its end is one of a period
+        self._decision = 0, False  # a step, and whether a period ends with it
         self._layers: dict[str, Mergeable] = {}
         self._watch = NormWatch(max_generator_norm or 0.0)
         self._checks = FiniteChecks()
@@ -128,7 +128,7 @@ class MergeRotations(StepCallback):
     def on_step_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge or fold at the end of a period, and fold layers that have exceeded the norm between two periods."""
         step = trainer.global_step
-        self._checks.raise_errors()  # at the weights that the step before has folded
+        self._checks.raise_errors()  # of the weights that the step before has folded
         if self._ends_period(step):
             self._watch.forget()
             if step % self.resample_every:
@@ -146,17 +146,15 @@ class MergeRotations(StepCallback):
             if read_waits(pl_module.device):
                 self._watch.measure(self._layers)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Look at the weights that the last step has folded, before they are written.
+    def on_save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Check the weights that the last step has folded, before they are written and when training ends.
 
         Raises:
             TrainingDiverged: If a weight was not finite, naming its layer. The layer has kept its old weight.
         """
         self._checks.raise_errors()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look at the weights that the last step has folded."""
-        self._checks.raise_errors()
+    on_train_end = on_save_checkpoint
 
     def should_merge(self, step: int) -> bool:
         """Decide whether a period ends with optimizer step ``step`` (counted from 1); override for other periods."""

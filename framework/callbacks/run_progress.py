@@ -48,9 +48,7 @@ class RunProgress(ProgressBar):
             self._training = Progress("training", total, "steps", self.seconds, first, announce=True, delay=0)
             self._training.start()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kw: Any) -> None:
         """Count an optimizer step, or redraw the line after a micro-batch."""
         if self._training is None:
             return
@@ -63,75 +61,53 @@ class RunProgress(ProgressBar):
         self._training.advance(stepped, lambda: self._note)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the validation."""
-        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        self._start_evaluation("checking the validation" if trainer.sanity_checking else "validation", batches)
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the test."""
-        self._start_evaluation("test", trainer.num_test_batches)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the predictions."""
-        self._start_evaluation("prediction", trainer.num_predict_batches)
-
-    def _start_evaluation(self, name: str, batches: list[int | float]) -> None:
-        if not self._enabled:
-            return
-        total = sum(batches)
-        self._evaluating = Progress(name, None if math.isinf(total) else total, "batches", self.seconds)
-        self._evaluating.start()
+        """Start a validation, a test or the predictions."""
+        if self._enabled:
+            name, total = evaluated_batches(trainer)
+            self._evaluating = Progress(name, None if math.isinf(total) else total, "batches", self.seconds)
+            self._evaluating.start()
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Count a batch."""
-        self._advance()
-
-    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Count a batch."""
-        self._advance()
-
-    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Count a batch."""
-        self._advance()
-
-    def _advance(self) -> None:
         if self._evaluating is not None:
             self._evaluating.advance()
 
+    on_test_start = on_predict_start = on_validation_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the metrics of a validation during training."""
-        self._end_evaluation()
+        self.on_test_end()
         if self._training is not None and not trainer.sanity_checking:
             values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
             metrics = ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
             rank_zero_info(f"step {trainer.global_step}: {metrics}")
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """End the test."""
-        self._end_evaluation()
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """End the predictions."""
-        self._end_evaluation()
-
-    def _end_evaluation(self) -> None:
+    def on_test_end(self, *args: Any, **kwargs: Any) -> None:
+        """Remove the line of the test, the predictions or the validation."""
         if self._evaluating is not None:
             self._evaluating.close()
             self._evaluating = None
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove the bar."""
-        self._close()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Remove the bar, so that the terminal shows its cursor again."""
-        self._close()
-
-    def _close(self) -> None:
-        self._end_evaluation()
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Remove all lines, also after an error."""
+        self.on_test_end()
         if self._training is not None:
             self._training.close()
             self._training = None
+
+    on_predict_end, on_exception = on_test_end, on_train_end
+
+
+def evaluated_batches(trainer: L.Trainer) -> tuple[str, float]:
+    """Return the name of the evaluation that a trainer runs, and its batches on this rank (infinite if not known)."""
+    if trainer.sanity_checking:
+        return "checking the validation", sum(trainer.num_sanity_val_batches)
+    if trainer.testing:
+        return "test", sum(trainer.num_test_batches)
+    if trainer.predicting:
+        return "prediction", sum(trainer.num_predict_batches)
+    return "validation", sum(trainer.num_val_batches)
 
 
 def training_note(trainer: L.Trainer) -> str:

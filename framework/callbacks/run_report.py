@@ -10,10 +10,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from orthotrain.callbacks.spectrum_monitor import spectrum
+from orthotrain.callbacks.step_callback import StepCallback
 from orthotrain.callbacks.throughput import Throughput, logs_at
 from orthotrain.checkpoints.run_folder import run_folder
 from orthotrain.checkpoints.stored_values import stored_count, stored_curves, stored_numbers, stored_tensors
-from orthotrain.devices.memory import describe_peak, forget_peak, peak_bytes
+from orthotrain.devices.accelerators import describe_peak, forget_peak, peak_bytes
 from orthotrain.errors import ConfigurationError, escaped
 from orthotrain.files.atomic_writes import write_text
 from orthotrain.files.paths import read_json
@@ -25,14 +26,14 @@ from orthotrain.layers.spectrum import spectral_drift
 from orthotrain.models.network_checks import evaluating
 
 
-class RunReport(L.Callback):
+class RunReport(StepCallback):
     """Print a summary and draw the curves when fitting ends; the run folder keeps both.
 
     ``summary.json`` has the same values, null where a run has none (``merges`` of a run that never merges). The loss
     before training is the loss of the trainer's sanity check: ``num_sanity_val_steps: -1`` takes the whole validation
     split. Kernels are the implementations that have run in training. The peak of memory is that of the first rank's
-    device and includes the building of the network; the planned bytes stand beside it where the run was planned. The
-    curves are part of the checkpoint, so a resumed run reports from its first step on.
+    device and includes the building of the network; the planned bytes are shown beside the peak if the run was planned.
+    The curves are part of the checkpoint, so a resumed run reports from its first step on.
 
     Args:
         prompt: Text to continue in the sample; empty for no sample.
@@ -56,9 +57,7 @@ class RunReport(L.Callback):
         self.before: dict[str, float] = {}
         self.curves: dict[str, list[tuple[int, float]]] = {"train_loss": [], "val_loss": []}
         self.spectra: dict[str, torch.Tensor] = {}
-        self._throughput: Throughput | None = None
         self._trained = False
-        self._last_step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Measure the peak of memory from here on: the network is built next."""
@@ -70,8 +69,6 @@ class RunReport(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the spectrum at the start; a resumed run has it from its checkpoint."""
-        self._last_step = trainer.global_step
-        self._throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore
         names = [name for name, _ in mergeable_layers(pl_module)][: self.spectrum_layers]
         if self.spectra and set(self.spectra) != set(names):
             raise ConfigurationError("RunReport: the checkpoint has spectra of other layers; take an earlier one")
@@ -86,14 +83,12 @@ class RunReport(L.Callback):
         elif "val_loss" in metrics:
             self.curves["val_loss"].append((trainer.global_step, metrics["val_loss"]))
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Record the training loss at the trainer's cadence."""
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
+        """Record the training loss of the last batch of each step that the trainer logs."""
         self._trained = True
-        stepped, self._last_step = trainer.global_step != self._last_step, trainer.global_step
-        if stepped and logs_at(trainer, trainer.global_step) and isinstance(outputs, dict):
-            self.curves["train_loss"].append((trainer.global_step, float(outputs["loss"])))
+        step = trainer.global_step
+        if step != self.step_before and logs_at(trainer, step) and isinstance(outputs, dict):
+            self.curves["train_loss"].append((step, float(outputs["loss"])))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print and draw on the first rank; a run that had no step left keeps its earlier report."""
@@ -126,17 +121,17 @@ class RunReport(L.Callback):
 
     def _values(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "") or getattr(
-            trainer.checkpoint_callback, "best_model_path", ""
-        )
+        throughput = next((c.mean for c in trainer.callbacks if isinstance(c, Throughput)), 0.0)  # type: ignore
+        saving, planned = trainer.checkpoint_callback, getattr(pl_module, "planned_bytes", None)
+        checkpoint = getattr(saving, "last_model_path", "") or getattr(saving, "best_model_path", "")
         return {
             "steps": trainer.global_step,
             "before": self.before,
             "after": {name: value for name, value in logged.items() if name.startswith("val_")},
-            "tokens_per_second": (self._throughput.mean or None) if self._throughput is not None else None,
+            "tokens_per_second": throughput or None,
             "peak_memory_bytes": peak_bytes(trainer.strategy.root_device),
-            "planned_bytes": getattr(pl_module, "planned_bytes", None),
-            "memory": describe_peak(trainer.strategy.root_device, getattr(pl_module, "planned_bytes", None)),
+            "planned_bytes": planned,
+            "memory": describe_peak(trainer.strategy.root_device, planned),
             "next_token_loss": getattr(pl_module, "loss_described", None),
             "trainable_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
             "total_parameters": sum(p.numel() for p in pl_module.parameters()),
@@ -147,17 +142,16 @@ class RunReport(L.Callback):
         }
 
     def _lines(self, values: dict[str, Any], folder: Path) -> list[str]:
-        rows = [("optimizer steps", f"{values['steps']}")]
+        rows = [("optimizer steps", str(values["steps"]))]
         for key, after in values["after"].items():
             before = f"{self.before[key]:.3f} -> " if key in self.before else ""
             rows.append((f"validation {_metric(key)}", f"{before}{after:.3f}"))
         if values["tokens_per_second"] is not None:
             rows.append(("tokens per second", f"{values['tokens_per_second']:,.0f}"))
-        for name, key in (("peak memory", "memory"), ("next-token loss", "next_token_loss"), ("kernels", "kernels")):
+        names = {"memory": "peak memory", "next_token_loss": "next-token loss"}
+        for key in ("memory", "next_token_loss", "kernels", "compared_with"):
             if values[key] is not None:
-                rows.append((name, values[key]))
-        if values["compared_with"] is not None:
-            rows.append(("compared with", values["compared_with"]))
+                rows.append((names.get(key, key.replace("_", " ")), values[key]))
         rows.append(("parameters", f"{values['trainable_parameters']:,} trained of {values['total_parameters']:,}"))
         early = values["early_folds"]
         if values["merges"] is not None or early is not None:
@@ -201,15 +195,9 @@ class RunReport(L.Callback):
             evaluating(network),
         ):
             torch.manual_seed(0)
-            out = network.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=self.sample_tokens,
-                do_sample=True,
-                temperature=0.8,
-                top_p=0.95,
-                pad_token_id=tokenizer.eos_token_id,
-            )
+            sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "pad_token_id": tokenizer.eos_token_id}
+            mask = torch.ones_like(ids)
+            out = network.generate(ids, attention_mask=mask, max_new_tokens=self.sample_tokens, **sampling)
         return ["sample", *("  " + escaped(line) for line in tokenizer.decode(out[0]).splitlines())]
 
 
@@ -220,8 +208,7 @@ def _metric(name: str) -> str:
 @torch.no_grad()
 def singular_values(model: nn.Module, layers: int) -> dict[str, torch.Tensor]:
     """Return name -> singular values (fp32, descending) of the merged weights of the first mergeable layers."""
-    chosen = list(mergeable_layers(model))[:layers]
-    return {name: spectrum(layer) for name, layer in chosen}
+    return {name: spectrum(layer) for name, layer in list(mergeable_layers(model))[:layers]}
 
 
 def spectrum_drift(model: nn.Module, start: dict[str, torch.Tensor]) -> float:

@@ -23,6 +23,7 @@ from orthotrain.layers.poet.poet_settings import PoetSettings
 
 DTYPES = {"float32": torch.float32, "half": torch.bfloat16}
 
+Shape = tuple[int, int, int]
 CPU_SHAPES = [
     *((4096, 256, 64), (1024, 512, 32), (4096, 512, 64), (4096, 512, 256), (1024, 1024, 128)),
     *((4096, 1024, 128), (512, 2048, 64), (2048, 2048, 256), (512, 4096, 256), (256, 768, 64)),
@@ -38,13 +39,13 @@ class Part(NamedTuple):
     """A measured pass: its kind, how often each cost of :class:`Costs` enters, and its time."""
 
     kind: str
-    shape: tuple[int, int, int]
+    shape: Shape
     features: tuple[float, ...]
     nanoseconds: float
 
 
 def calibrate(
-    device: torch.device, shapes: Sequence[tuple[int, int, int]] | None = None, rounds: int = 5
+    device: torch.device, shapes: Sequence[Shape] | None = None, rounds: int = 5
 ) -> tuple[dict[str, Any], dict[str, list[Part]]]:
     """Measure every route and a plain layer, and fit the costs of their parts.
 
@@ -71,11 +72,7 @@ def calibrate(
 
 
 def measure(
-    shapes: Sequence[tuple[int, int, int]],
-    device: torch.device,
-    dtype: torch.dtype,
-    rounds: int,
-    advance: Callable[[], None] = lambda: None,
+    shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype, rounds: int, advance: Callable[[], None]
 ) -> list[Part]:
     """Time a trained linear layer and every route of each shape, forward and backward, in turns.
 

@@ -92,10 +92,9 @@ def best_checkpoint(trainer: L.Trainer) -> str:
     if newest is None:
         raise ConfigurationError("--ckpt_path best: this run has no checkpoint yet; fit it first")
     states = describe_checkpoint(newest).get("callbacks")
-    best = None
-    for callback in watching:
-        state = states.get(callback.state_key) if isinstance(states, dict) else None
-        best = best or _best_of(state, callback, Path(newest).parent)
+    stored = states if isinstance(states, dict) else {}
+    found = [_best_of(stored.get(callback.state_key), callback, Path(newest).parent) for callback in watching]
+    best = next(filter(None, found), None)
     if best is None:
         raise ConfigurationError(f"--ckpt_path best: {str(newest)!r} names no best checkpoint that exists; take last")
     rank_zero_info(f"--ckpt_path best is {best}")

@@ -35,13 +35,9 @@ USAGE = """usage: orthotrain COMMAND [options]
   orthotrain fit -c CONFIG --run_folder DIR --ckpt_path last    resume from the newest checkpoint in DIR"""
 
 SYNONYMS = {
-    "train": "fit",
-    "finetune": "fit",
-    "pretrain": "fit",
-    "eval": "validate",
-    "evaluate": "validate",
-    "generate": "predict",
-    "merge": "export",
+    **dict.fromkeys(("train", "finetune", "pretrain"), "fit"),
+    **dict.fromkeys(("eval", "evaluate"), "validate"),
+    **{"generate": "predict", "merge": "export"},
 }
 """Names that other programs give to the commands -> our commands."""
 
@@ -185,7 +181,7 @@ def export_command(arguments: list[str]) -> None:
     parser.add_argument("--trust_remote_code", action="store_true",
                         help="run code that comes with the pretrained model, as the run did")  # fmt: skip
     options = parser.parse_args(arguments)
-    from orthotrain.export import export_checkpoint  # takes seconds, which a refused command line does not wait
+    from orthotrain.export import export_checkpoint  # takes seconds, so a wrong command line is refused first
 
     check()
     allowed = {"allow": options.allow, "trust_remote_code": options.trust_remote_code}

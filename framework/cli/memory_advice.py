@@ -14,14 +14,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from orthotrain.cli.plan import GIB, Plan, batch_shape, plan_run
 from orthotrain.console.failures import asked_for, is_out_of_memory
-from orthotrain.devices.memory import total_bytes
+from orthotrain.devices.accelerators import total_bytes
 from orthotrain.errors import ConfigurationError, DeviceMemoryExhausted
 from orthotrain.models import CausalLM
 from orthotrain.modules import BaseModule, OftLayers, PoetLayers
 from orthotrain.modules.head_loss import HeadLoss
 
 
-@dataclass(frozen=True)
+@dataclass
 class Planned:
     """A run that can be planned: its module, before the network is built, and the shape of its batches."""
 
@@ -51,11 +51,10 @@ class Planned:
 
     def with_options(self, options: list["Option"]) -> "Planned":
         """Return the run with more options."""
-        module = copy.deepcopy(self.module)
+        run = copy.deepcopy(self)
         for option in options:
-            option.change(module)
-        small = any(option.text.startswith("--data.batch_size") for option in options)
-        return dataclasses.replace(self, module=module, batch_size=1 if small else self.batch_size)
+            option.change(run)
+        return run
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,12 @@ class Option:
 
     Args:
         text: The option on the command line.
-        change: Applies the option to a module.
+        change: Applies the option to a run, in place.
         resumes: Whether a run can resume from its checkpoints with the option.
     """
 
     text: str
-    change: Callable[[BaseModule], None]
+    change: Callable[[Planned], None]
     resumes: bool = True
 
 
@@ -77,12 +76,12 @@ def options_of(run: Planned) -> Iterator[Option]:
     """Yield the options that a run does not have yet."""
     module: Any = run.module
     layers = getattr(module, "layers", None)
-    if run.batch_size > 1:
-        yield Option("--data.batch_size 1", lambda module: None, resumes=False)  # a position in the data is in batches
+    if run.batch_size > 1:  # a position in the data counts batches, so a run cannot resume with others
+        yield Option("--data.batch_size 1", lambda run: setattr(run, "batch_size", 1), resumes=False)
     if module.head_loss.chunked is False:
-        yield Option("--model.chunked_loss null", lambda module: setattr(module, "head_loss", HeadLoss()))
+        yield Option("--model.chunked_loss null", lambda run: setattr(run.module, "head_loss", HeadLoss()))
     if not module._builder.gradient_checkpointing:
-        yield Option("--model.model.gradient_checkpointing true", _checkpoint)
+        yield Option("--model.model.gradient_checkpointing true", _recompute)
     if isinstance(layers, PoetLayers) and not layers.stepwise:
         if layers.activation_mode == "fast":
             yield Option("--model.layers.activation_mode mem", _with_layers(activation_mode="mem"))
@@ -178,12 +177,12 @@ def _total(run: Planned) -> int | None:
         return None
 
 
-def _checkpoint(module: Any) -> None:
-    module._builder.gradient_checkpointing = True
+def _recompute(run: Any) -> None:
+    run.module._builder.gradient_checkpointing = True
 
 
 def _with_layers(**values: Any) -> Callable[[Any], None]:
-    def change(module: Any) -> None:
-        module.layers = dataclasses.replace(module.layers, **values)
+    def change(run: Any) -> None:
+        run.module.layers = dataclasses.replace(run.module.layers, **values)
 
     return change

@@ -23,7 +23,7 @@ import orthotrain.data
 import orthotrain.export.folder
 import orthotrain.optimizers
 import orthotrain.schedules  # noqa: F401 - a config may name the classes of these modules
-from orthotrain.cli.yaml_check import VALUE_ERRORS, check_yaml
+from orthotrain.cli.config_files import VALUE_ERRORS, check_yaml
 from orthotrain.console.config_errors import one_line
 from orthotrain.errors import ConfigurationError
 from orthotrain.models import ModelBuilder

@@ -23,9 +23,9 @@ PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64
 """Short forms of the trainer's ``precision``, which Lightning accepts."""
 
 PROBE_NUMBERS = 1 << 16
-"""Size of a real parameter, from whose optimizer state that of a larger parameter is extrapolated.
+"""Numbers of a small real parameter, for optimizers that fail on a parameter without storage.
 
-Only optimizers that fail on a parameter without storage need it.
+The optimizer state of a larger parameter is computed from the state of this small parameter.
 """
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -57,7 +58,7 @@ def _lock_folder(folder: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_NAME
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             if not _lock(descriptor, folder):
                 os.close(descriptor)
@@ -76,12 +77,8 @@ def _lock_folder(folder: Path) -> bool:
 
 def _lock(descriptor: int, folder: Path) -> bool:
     try:
-        import fcntl
-
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
-    except ImportError:  # Windows
-        pass
     except OSError as error:
         if error.errno in _TAKEN:
             raise ConfigurationError(

@@ -19,9 +19,14 @@ from orthotrain.cli.ckpt_path import check_path, checkpoint_of, naming_checkpoin
 from orthotrain.cli.memory_advice import check_fits, naming_memory
 from orthotrain.cli.parser import CONFIGURABLE, OneLineParser
 from orthotrain.cli.plan import batch_shape, plan_run
-from orthotrain.cli.run_defaults import add_run_options, place_run, run_callbacks, trainer_defaults
 from orthotrain.cli.run_lock import holding
-from orthotrain.cli.trainer_numbers import check_trainer_numbers
+from orthotrain.cli.trainer_options import (
+    add_run_options,
+    check_trainer_numbers,
+    place_run,
+    run_callbacks,
+    trainer_defaults,
+)
 from orthotrain.console.config_errors import one_line
 from orthotrain.console.termination import check
 from orthotrain.devices.accelerators import check_device

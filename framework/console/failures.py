@@ -1,6 +1,6 @@
 """The known failures, each of which ends a command with one line (the failure and the remedy) and an exit code.
 
-An error that is not in the table is a bug of this package and keeps its traceback.
+An error that :func:`explain` does not know is a bug of this package and keeps its traceback.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from orthotrain.console.streams import reader_is_gone
@@ -44,10 +44,43 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     for link in _causes(error):
         if message := _killed_worker(link) or _lost_rank(link):
             return message, START_AGAIN
-    for describe, code in _TABLE:
-        if message := describe(error):
-            return message, code
-    return None
+    if isinstance(error, ConfigurationError):
+        return str(error), CHANGE_FIRST
+    if isinstance(error, TrainingDiverged | DeviceMemoryExhausted):
+        return str(error), START_AGAIN
+    if is_out_of_memory(error):
+        return (
+            f"the memory of the device has run out ({asked_for(error)}): take --model.model.gradient_checkpointing "
+            "true or --model.layers.activation_mode mem; a run that starts anew and an evaluation can also take a "
+            f"lower --data.batch_size, or weights in int8 or nf4; {_AGAIN}"
+        ), START_AGAIN
+    if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
+        return str(error), CHANGE_FIRST  # Lightning's message about a metric that the run does not log
+    if isinstance(error, MemoryError):
+        reason = str(error) or "the process is given no more"
+        return f"memory has run out ({reason}); {_AGAIN} with more memory", START_AGAIN
+    if is_panic(error):  # raised when a tokenizer decodes; an error of encoding names the tokenizer itself
+        reason = (str(error).splitlines() or ["no message"])[0]
+        return f"a tokenizer or another library in Rust has failed: {reason:.200}; take another tokenizer", CHANGE_FIRST
+    if isinstance(error, BrokenPipeError) and reader_is_gone():
+        return "standard output was closed before everything was written (`| head`): write it to a file", START_AGAIN
+    message = _file_error(error)
+    return None if message is None else (message, CHANGE_FIRST)
+
+
+def _file_error(error: BaseException) -> str | None:
+    """Return the line for an error of the file system, None for any other error."""
+    if isinstance(error, FileNotFoundError):
+        try:
+            check_working_folder()
+        except ConfigurationError as removed:
+            return str(removed)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{str(error.filename)!r} cannot be read or written: {error.strerror}"
+    number = _number(error)
+    if number is None:
+        return None
+    return f"a file cannot be written: {os.strerror(number)}; make room, or name another --run_folder"
 
 
 @contextlib.contextmanager
@@ -115,16 +148,6 @@ def asked_for(error: BaseException) -> str:
     return ". ".join(str(error).partition("\n")[0].split(". ")[:2])
 
 
-def _no_device_memory(error: BaseException) -> str | None:
-    if not is_out_of_memory(error):
-        return None
-    return (
-        f"the memory of the device has run out ({asked_for(error)}): take --model.model.gradient_checkpointing true or "
-        "--model.layers.activation_mode mem; a run that starts anew and an evaluation can also take a lower "
-        f"--data.batch_size, or weights in int8 or nf4; {_AGAIN}"
-    )
-
-
 def _killed_worker(error: BaseException) -> str | None:
     match = _WORKER.search(str(error)) if isinstance(error, RuntimeError) else None
     if match is not None:
@@ -176,54 +199,6 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-def _panic(error: BaseException) -> str | None:
-    """Return the message of a panic. Of texts, decoding can fail so; encoding names the tokenizer itself."""
-    if not is_panic(error):
-        return None
-    reason = (str(error).splitlines() or ["no message"])[0]
-    return f"a tokenizer or another library in Rust has failed: {reason:.200}; take another tokenizer"
-
-
-def _closed_output(error: BaseException) -> str | None:
-    if not isinstance(error, BrokenPipeError) or not reader_is_gone():
-        return None
-    return "standard output was closed before everything was written (`| head`): write it to a file"
-
-
-def _no_metric(error: BaseException) -> str | None:
-    """Return Lightning's message about a callback whose metric the run does not log."""
-    missing = isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric")
-    return str(error) if missing else None
-
-
-def _no_memory(error: BaseException) -> str | None:
-    if not isinstance(error, MemoryError):
-        return None
-    return f"memory has run out ({str(error) or 'the process is given no more'}); {_AGAIN} with more memory"
-
-
-def _no_working_folder(error: BaseException) -> str | None:
-    if isinstance(error, FileNotFoundError):
-        try:
-            check_working_folder()
-        except ConfigurationError as gone:
-            return str(gone)
-    return None
-
-
-def _named_file(error: BaseException) -> str | None:
-    if not isinstance(error, OSError) or error.filename is None:
-        return None
-    return f"{str(error.filename)!r} cannot be read or written: {error.strerror}"
-
-
-def _unnamed_file(error: BaseException) -> str | None:
-    number = _number(error)
-    if number is None:
-        return None
-    return f"a file cannot be written: {os.strerror(number)}; make room, or name another --run_folder"
-
-
 def _number(error: BaseException) -> int | None:
     """Return the error number of the file system that caused an exception; None if there is none."""
     link: BaseException | None = error
@@ -239,17 +214,3 @@ def _number(error: BaseException) -> int | None:
             return errno.EIO
         link = link.__cause__ or link.__context__
     return None
-
-
-_TABLE: tuple[tuple[Callable[[BaseException], str | None], int], ...] = (
-    (lambda error: str(error) if isinstance(error, ConfigurationError) else None, CHANGE_FIRST),
-    (lambda error: str(error) if isinstance(error, TrainingDiverged | DeviceMemoryExhausted) else None, START_AGAIN),
-    (_no_device_memory, START_AGAIN),
-    (_no_metric, CHANGE_FIRST),
-    (_no_memory, START_AGAIN),
-    (_panic, CHANGE_FIRST),
-    (_closed_output, START_AGAIN),
-    (_no_working_folder, CHANGE_FIRST),
-    (_named_file, CHANGE_FIRST),
-    (_unnamed_file, CHANGE_FIRST),
-)

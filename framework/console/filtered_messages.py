@@ -1,8 +1,10 @@
 """Log lines and warnings of libraries that tell a user nothing, hidden in one place."""
 
+import functools
 import logging
 import re
 import warnings
+from collections.abc import Callable
 
 # main prints its own line once a checkpoint is restored
 _RANK_ZERO = r"GPU available: |TPU available: |Tip:|litlogger|Restoring states from"
@@ -24,16 +26,10 @@ WARNINGS = (
 )
 
 
-class HideLines(logging.Filter):
-    """Hides the lines of a logger that contain a pattern."""
-
-    def __init__(self, pattern: str) -> None:
-        super().__init__()
-        self.pattern = re.compile(pattern)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Tell whether a line is shown."""
-        return not self.pattern.search(record.getMessage())
+@functools.cache
+def lines_without(pattern: str) -> Callable[[logging.LogRecord], bool]:
+    """Return the filter of a logger that hides the lines with a pattern; the same filter for the same pattern."""
+    return lambda record: not re.search(pattern, record.getMessage())
 
 
 def hide_messages() -> None:
@@ -41,9 +37,7 @@ def hide_messages() -> None:
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name, pattern in LOG_LINES.items():
-        logger = logging.getLogger(name)
-        if not any(isinstance(known, HideLines) for known in logger.filters):
-            logger.addFilter(HideLines(pattern))
+        logging.getLogger(name).addFilter(lines_without(pattern))  # a filter is added once
 
 
 def hide_lightning() -> None:

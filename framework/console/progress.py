@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from orthotrain.console.terminal import FOOT, is_interactive
@@ -64,9 +63,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def start(self) -> "Progress":

@@ -4,7 +4,6 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -80,12 +79,33 @@ class Foot:
         # without soft wrap rich would cut other lines into pieces, and with them the paths that users copy
         console = Console(stderr=True, soft_wrap=True)
         console.show_cursor = lambda show=True: False  # type: ignore[method-assign] # a killed run would leave it hidden
-        drawn, data = _Drawn(self), not sys.stdout.isatty()
-        self._live = Live(drawn, console=console, auto_refresh=False, transient=True, redirect_stdout=not data)
+        self._live = Live(
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),
+            get_renderable=lambda: self._drawn(console.width),
+        )
         self._live.start()
         self._handlers = [(h, h.stream) for h in _stream_handlers() if h.stream in self._streams and h.stream.isatty()]
         for handler, _ in self._handlers:
             handler.setStream(sys.stderr)
+
+    def _drawn(self, columns: int) -> Any:
+        """Return the line of the innermost step: a bar if the terminal is wide enough, and the text."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        line, room = self.lines[-1], columns - 1  # the last column may wrap the line
+        cells: list[Any] = []
+        if line.fraction is not None and columns >= WIDE_ENOUGH_FOR_A_BAR:
+            cells.append(ProgressBar(1.0, line.fraction, width=BAR_WIDTH))
+            room -= BAR_WIDTH + 1
+        cells.append(Text(line.text(room), no_wrap=True, overflow="crop"))
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_row(*cells)
+        return grid
 
     def forget(self) -> None:
         """In a forked worker: restore the streams, and replace the lock, which a thread of the parent may have held."""
@@ -97,28 +117,6 @@ class Foot:
         self._live, self.lines, self._lock = None, [], threading.RLock()
 
 
-class _Drawn:
-    """Draws the line of the innermost step: a bar if the terminal is wide enough, and the text."""
-
-    def __init__(self, foot: Foot) -> None:
-        self.foot = foot
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        line, room = self.foot.lines[-1], console.width - 1  # the last column may wrap the line
-        cells: list[Any] = []
-        if line.fraction is not None and console.width >= WIDE_ENOUGH_FOR_A_BAR:
-            cells.append(ProgressBar(1.0, line.fraction, width=BAR_WIDTH))
-            room -= BAR_WIDTH + 1
-        cells.append(Text(line.text(room), no_wrap=True, overflow="crop"))
-        grid = Table.grid(padding=(0, 1, 0, 0))
-        grid.add_row(*cells)
-        yield grid
-
-
 def _stream_handlers() -> list[logging.StreamHandler]:
     known = logging.Logger.manager.loggerDict.values()
     loggers = [logging.getLogger(), *(logger for logger in known if isinstance(logger, logging.Logger))]
@@ -127,5 +125,4 @@ def _stream_handlers() -> list[logging.StreamHandler]:
 
 
 FOOT = Foot()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: FOOT.forget())
+os.register_at_fork(after_in_child=lambda: FOOT.forget())

@@ -76,7 +76,7 @@ def give_back(before: dict[int, object], ending: bool = False) -> int:
     """Restore the earlier handlers; return the signal that was recorded, 0 for none.
 
     Args:
-        before: What :func:`listen` returned.
+        before: The handlers that :func:`listen` has returned.
         ending: Let signals end the process instead. Python's own handler of Ctrl-C would raise an exception during the
             interpreter's clean-up, where it is lost.
     """

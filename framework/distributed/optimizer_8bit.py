@@ -88,12 +88,13 @@ def whole_entry(entry: dict[str, Any], parameter: DTensor, optimizer: Any) -> di
 
 def local_entry(entry: dict[str, Any], parameter: DTensor, optimizer: Any) -> dict[str, Any]:
     """Return this rank's part of the state of a parameter; the arguments are those of :func:`whole_entry`."""
+    return {**entry, WRAPPED: _converted(entry[WRAPPED], lambda t: sharded_like(t, parameter).to_local(), optimizer)}
 
-    def local(full: Tensor) -> Tensor:
-        full = full.to(parameter.device)
-        return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
 
-    return {**entry, WRAPPED: _converted(entry[WRAPPED], local, optimizer)}
+def sharded_like(tensor: Tensor, parameter: DTensor) -> DTensor:
+    """Shard a whole tensor, which every rank has, as a parameter is sharded."""
+    on_device = tensor.to(parameter.device)
+    return distribute_tensor(on_device, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _converted(stored: dict[str, Tensor], convert: Callable[[Tensor], Tensor], optimizer: Any) -> dict[str, Tensor]:

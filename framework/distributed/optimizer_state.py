@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from orthotrain.distributed.optimizer_8bit import WRAPPED, local_entry, whole_entry
+from orthotrain.distributed.optimizer_8bit import WRAPPED, local_entry, sharded_like, whole_entry
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.sharding import whole
 
@@ -47,8 +47,7 @@ def like_parameter(value: Any, parameter: Tensor) -> Any:
     is_whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
     if not is_whole or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
-    value = value.to(parameter.device)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return sharded_like(value, parameter)
 
 
 def optimizer_key(number: int) -> str:

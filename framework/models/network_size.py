@@ -11,7 +11,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from orthotrain.console.limited_process import LimitExceeded, call_limited
-from orthotrain.devices.memory import total_bytes
+from orthotrain.devices.accelerators import total_bytes
 from orthotrain.errors import ConfigurationError
 
 MOST_VALUES = 10**13

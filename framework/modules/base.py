@@ -12,6 +12,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from orthotrain.callbacks.batch_seeds import BatchSeeds
 from orthotrain.callbacks.even_predictions import EvenPredictions
@@ -227,12 +228,12 @@ class BaseModule(ResumableModule, EvaluatedModule):
         self.log("train_loss", loss, prog_bar=not read_waits(self.device))
         return loss
 
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Clear the gradients; their memory is kept if CUDA graphs add to it."""
         self.micro_step.check_ran(self)
         optimizer.zero_grad(set_to_none=not self.micro_step.keeps_gradients)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradients before clipping."""
         if logs_at(self.trainer, self.trainer.global_step + 1):
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -246,19 +247,16 @@ class BaseModule(ResumableModule, EvaluatedModule):
         )
 
     def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip as the trainer does, more tightly after a merge if ``optimization.clip_ramp`` is set.
 
         Raises:
             ConfigurationError: If there is a ramp, and no bound that it could scale or nothing that merges.
         """
-        if self.optimization.clip_ramp is None:
-            return self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         ramp = self.optimization.clip_ramp
+        if ramp is None:
+            return self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         clip_after_merges(self.trainer, optimizer, ramp, gradient_clip_val, gradient_clip_algorithm)
 
 

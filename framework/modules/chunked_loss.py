@@ -21,6 +21,12 @@ CHUNK_BYTES = 128 << 20
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes in which the chunked loss can compute."""
 
+Operands = tuple[Tensor, Tensor, Tensor | None]
+"""Inputs of a head, its weight and its bias."""
+
+Wanted = tuple[bool, ...]
+"""Whether the gradient of each operand is computed."""
+
 
 def chunk_rows(classes: int) -> int:
     """Return how many rows of logits make a chunk: a power of two, at least one."""
@@ -84,18 +90,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        rows: int,
-        wanted: tuple[bool, bool, bool],
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: int, wanted: Wanted
     ) -> Tensor:
         """Return the mean loss, fp32."""
         ctx.rows, ctx.wanted, ctx.late = rows, wanted, hidden.dtype == torch.float16
         scale = None if ctx.late or not any(wanted) else torch.ones((), device=hidden.device)
-        loss, *gradients = _by_chunks(hidden, weight, bias, labels, rows, wanted, scale)
+        loss, *gradients = _by_chunks((hidden, weight, bias), labels, rows, wanted, scale)
         ctx.save_for_backward(*((hidden, weight, bias, labels) if ctx.late else gradients))
         return loss
 
@@ -105,7 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Return the gradients of hidden, weight and bias; a second call raises: the first has scaled them in place."""
         if ctx.late:
             hidden, weight, bias, labels = ctx.saved_tensors
-            _, *gradients = _by_chunks(hidden, weight, bias, labels, ctx.rows, ctx.wanted, grad_loss)
+            _, *gradients = _by_chunks((hidden, weight, bias), labels, ctx.rows, ctx.wanted, grad_loss)
         else:
             gradients = [None if g is None else g.mul_(grad_loss) for g in ctx.saved_tensors]
         return (*gradients, None, None, None)
@@ -113,15 +113,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 @torch.no_grad()
 def _by_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    rows: int,
-    wanted: tuple[bool, bool, bool],
-    scale: Tensor | None,
+    operands: Operands, labels: Tensor, rows: int, wanted: Wanted, scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the mean loss, and ``scale`` times those of its gradients that are ``wanted``; None for the others."""
+    """Return the mean loss, and ``scale`` times the gradients that are ``wanted``; None for every other gradient."""
+    hidden, weight, bias = operands
     counted = labels != IGNORED
     number = counted.sum()
     targets = labels.masked_fill(~counted, 0)[:, None]
@@ -132,7 +127,7 @@ def _by_chunks(
         torch.zeros_like(t, dtype=torch.float32 if t is bias else t.dtype)
         if t is not None and asked and scale is not None
         else None
-        for t, asked in zip((hidden, weight, bias), wanted, strict=True)
+        for t, asked in zip(operands, wanted, strict=True)
     )
     # the operands have one dtype, which autocast would change in forward and not in backward
     with torch.autocast(hidden.device.type, enabled=False):

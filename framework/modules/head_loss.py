@@ -85,8 +85,8 @@ class HeadLoss:
             head: Any = network.get_output_embeddings()  # type: ignore[operator]
             if self.rows_for(labels.numel(), head.out_features) is not None:
                 self.probe(network, forward, labels.device)
-        if whole is None and self.obstacle is None:
-            return self._loss_at_head(network, forward, labels.flatten())
+                if self.obstacle is None:
+                    return self._loss_at_head(network, forward, labels.flatten())
         return cross_entropy(logits_of(forward()).flatten(0, 1), labels.flatten())
 
     def rows_for(self, tokens: int, classes: int) -> int | None:
@@ -110,8 +110,9 @@ class HeadLoss:
         used: list[int] = []
 
         def loss_or_logits(hidden: Tensor) -> Tensor:
-            rows = self._rows_of(head, hidden, labels.numel())
-            if rows is None:
+            rows = self.rows_for(labels.numel(), head.out_features)
+            matched = hidden.shape[:-1].numel() == labels.numel() and not isinstance(head.weight, DTensor)
+            if rows is None or not matched or dtype_at(hidden) not in DTYPES:
                 return F.linear(hidden, head.weight, head.bias)
             used.append(rows)
             # as many dimensions as logits have, so that a network that changes its logits can run, and is noticed
@@ -127,11 +128,6 @@ class HeadLoss:
                 "the output for a later batch: set chunked_loss to false"
             )
         return output.view(())
-
-    def _rows_of(self, head: nn.Linear, hidden: Tensor, labels: int) -> int | None:
-        """Return how many rows of a head's inputs make a chunk; None if the head must return logits."""
-        matched = hidden.shape[:-1].numel() == labels and not isinstance(head.weight, DTensor)
-        return self.rows_for(labels, head.out_features) if matched and dtype_at(hidden) in DTYPES else None
 
 
 def loss_of(hidden: Tensor, head: nn.Linear, labels: Tensor, rows: int) -> Tensor:

@@ -62,13 +62,13 @@ class ResumableModule(L.LightningModule):
         """
         for name in ("weights_only", "hparams_file"):
             if given.pop(name, None):
-                raise ConfigurationError(f"load_from_checkpoint({name}=...): the file alone says it; leave {name} out")
+                raise ConfigurationError(f"load_from_checkpoint({name}=...): the file decides this; leave {name} out")
         contents = read_checkpoint(checkpoint_path)
         module = rebuild_module(contents, cls, str(checkpoint_path), allow, trust_remote_code, given, strict)
         return module if map_location is None else module.to(map_location)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let callbacks look at the numbers before the weights are written without the rest of a checkpoint.
+        """Let callbacks check the numbers before the weights are written without the rest of a checkpoint.
 
         Lightning calls ``on_save_checkpoint`` of its callbacks for full checkpoints only.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from orthotrain.devices.memory import peak_bytes
+from orthotrain.devices.accelerators import peak_bytes
 from orthotrain.modules.chunked_loss import chunk_rows, chunked_cross_entropy, cross_entropy
 
 RESULTS = Path(__file__).parent / "results" / "loss.json"

@@ -2,7 +2,7 @@
 
 import torch
 
-from orthotrain.devices.memory import peak_bytes
+from orthotrain.devices.accelerators import peak_bytes
 
 
 def peak_resident_mib() -> float:

@@ -6,12 +6,10 @@ import socket
 import pytest
 import yaml
 
-from orthotrain.cli.config_files import resolve_config_arguments, shipped_configs
+from orthotrain.cli.config_files import check_yaml, resolve_config_arguments, shipped_configs
 from orthotrain.cli.main import main
 from orthotrain.cli.parser import OneLineParser
-from orthotrain.cli.run_defaults import TRAINER
-from orthotrain.cli.trainer_numbers import check_trainer_numbers
-from orthotrain.cli.yaml_check import check_yaml
+from orthotrain.cli.trainer_options import TRAINER, check_trainer_numbers
 from orthotrain.errors import ConfigurationError
 
 HOSTILE = {

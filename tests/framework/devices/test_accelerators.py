@@ -1,14 +1,24 @@
-"""GPUs that cannot do what a run asks of them, played by what PyTorch would say of them."""
+"""GPUs that cannot run a network, with replaced answers of PyTorch, and the memory of a device."""
+
+import re
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 
-from orthotrain.devices.accelerators import check_device, oldest_capability
+from orthotrain.devices.accelerators import (
+    check_device,
+    describe_peak,
+    forget_peak,
+    oldest_capability,
+    peak_bytes,
+    total_bytes,
+)
 from orthotrain.errors import ConfigurationError
 from orthotrain.modules import BaseModule
 
-GPU = torch.device("cuda", 0)
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
 @pytest.fixture
@@ -59,3 +69,27 @@ def test_a_program_of_ones_own_is_refused_before_its_network_is_built(gpu, monke
     monkeypatch.setattr(type(module.trainer.strategy), "root_device", property(lambda self: GPU))
     with pytest.raises(ConfigurationError, match="precision='bf16-mixed': Tesla T4"):
         module.configure_model()
+
+
+def test_of_a_gpu_beside_the_plan(monkeypatch):
+    properties, forgotten = SimpleNamespace(total_memory=80 << 30), []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 22 << 30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
+    forget_peak(GPU)
+    assert forgotten == [GPU] and total_bytes(GPU) == 80 << 30
+    assert describe_peak(GPU) == "22.00 GiB of 80.00"
+    assert describe_peak(GPU, 23 << 30) == "22.00 GiB of 80.00, planned 23.00 GiB"
+
+
+def test_of_a_process_on_the_cpu():
+    before = peak_bytes(CPU)
+    block = torch.ones(64 << 18)  # 64 MiB
+    forget_peak(CPU)
+    assert peak_bytes(CPU) >= max(before, block.nbytes)
+    assert re.fullmatch(r"\d+\.\d\d GiB resident, Python and its libraries included", describe_peak(CPU, 1 << 30))
+    assert total_bytes(CPU) > peak_bytes(CPU)
+
+
+def test_of_other_devices_nothing_is_known():
+    assert peak_bytes(torch.device("meta")) is total_bytes(torch.device("meta")) is describe_peak(torch.device("mps"))

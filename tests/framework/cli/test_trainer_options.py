@@ -6,8 +6,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from orthotrain.callbacks import AdapterCheckpoint, RunProgress, RunReport, Throughput
 from orthotrain.checkpoints.run_folder import checkpoint_folders
-from orthotrain.cli.run_defaults import run_callbacks, trainer_defaults
 from orthotrain.cli.trainer_cli import OrthotrainCLI
+from orthotrain.cli.trainer_options import run_callbacks, trainer_defaults
 
 NETWORK = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
 CONFIG = {

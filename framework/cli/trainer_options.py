@@ -1,17 +1,21 @@
-"""What every run of the command line has unless its config says otherwise: trainer options, callbacks, loggers, folder.
+"""The trainer options of a run: their defaults (callbacks, loggers and run folder too), and checks of their numbers.
 
-All of it is part of ``--print_config`` and of the ``config.yaml`` in the run folder. A ``lightning.Trainer`` that is
-made in Python has none of it.
+The defaults of the command line are part of ``--print_config`` and of the ``config.yaml`` in the run folder. A
+``lightning.Trainer`` that is made in Python has none of them.
 """
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 
 from orthotrain.callbacks import RunReport
+from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import local_path
 
 TRAINER: dict[str, Any] = {
@@ -33,6 +37,20 @@ CALLBACKS: dict[str, dict[str, Any]] = {
     "report": {"class_path": "orthotrain.callbacks.RunReport"},
     "progress": {"class_path": "orthotrain.callbacks.RunProgress"},
 }
+
+_PARTS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
+_FROM_0 = ("min_steps", "min_epochs", "log_every_n_steps", "reload_dataloaders_every_n_epochs", "fast_dev_run")
+_LEAST = {
+    **dict.fromkeys(("max_steps", "max_epochs", "num_sanity_val_steps"), -1),
+    **dict.fromkeys((*_FROM_0, *_PARTS), 0),
+    **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes"), 1),
+}
+"""Options of the trainer -> the smallest number that a run can have."""
+
+MOST_SEED = 2**32 - 1
+MOST_NODES = 100_000
+PROCESSES_A_CORE = 8
+"""Most processes for each core: more of them would fill the memory and make no progress."""
 
 
 def trainer_defaults(arguments: list[str]) -> dict[str, Any]:
@@ -129,3 +147,60 @@ def run_callbacks(trainer: dict[str, Any], defaults: list[L.Callback | None]) ->
         if callback is not None and trainer.get(switches.get(name)) is not False:
             kept.append(callback)
     return [*kept, *given]
+
+
+def check_trainer_numbers(trainer: Any, seed: Any) -> None:
+    """Refuse numbers that no run can have.
+
+    Args:
+        trainer: The trainer's options by name.
+        seed: ``seed_everything``.
+
+    Raises:
+        ConfigurationError: The message names the first such number and its range.
+    """
+    for name in _PARTS:
+        value = trainer.get(name)
+        if isinstance(value, float) and not 0 <= value <= 1:
+            _refuse(name, value, "a fraction from 0.0 to 1.0, or a whole number of batches")
+    for name, least in _LEAST.items():
+        value = trainer.get(name)
+        if _is_number(value) and not value >= least:
+            _refuse(name, value, f"at least {least}")
+    nodes = trainer.get("num_nodes")
+    if _is_number(nodes) and nodes > MOST_NODES:
+        _refuse("num_nodes", nodes, f"at most {MOST_NODES:,}")
+    devices = trainer.get("devices")
+    count, most = _count(devices), max(torch.cuda.device_count(), PROCESSES_A_CORE * (os.cpu_count() or 1))
+    if count > most:
+        _refuse("devices", devices, f"at most {most} on this machine, because each device is a process")
+    interval = trainer.get("val_check_interval")
+    if _is_number(interval) and not 0 < interval <= (1 if isinstance(interval, float) else math.inf):
+        _refuse("val_check_interval", interval, "a part of an epoch, above 0.0 up to 1.0, or a number of batches")
+    clip = trainer.get("gradient_clip_val")
+    if _is_number(clip) and not (clip >= 0 and math.isfinite(clip)):
+        _refuse("gradient_clip_val", clip, "a finite number, at least 0")
+    if _is_number(seed) and not 0 <= seed <= MOST_SEED:
+        raise ConfigurationError(f"seed_everything {seed}: must be from 0 to {MOST_SEED}")
+
+
+def _count(devices: Any) -> float:
+    """Return the number of devices that Lightning reads from a number, a list, or text with either of them."""
+    if isinstance(devices, str):
+        if "," in devices:
+            return len([part for part in devices.split(",") if part.strip()])
+        try:
+            return float(devices)  # as int, but with any number of digits
+        except ValueError:
+            return 0
+    if isinstance(devices, list | tuple):
+        return len(devices)
+    return devices if _is_number(devices) else 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _refuse(name: str, value: Any, wanted: str) -> None:
+    raise ConfigurationError(f"trainer.{name} {value!s:.40}: must be {wanted}")

@@ -142,9 +142,10 @@ def run_callbacks(trainer: dict[str, Any], defaults: list[L.Callback | None]) ->
     for (name, kind), callback in zip(KINDS.items(), defaults, strict=True):
         if any(isinstance(other, kind) for other in given):
             continue
-        if callback is None and name in switches and trainer[switches[name]] is None:
-            trainer[switches[name]] = False
-        if callback is not None and trainer.get(switches.get(name)) is not False:
+        switch = switches.get(name, "")
+        if callback is None and trainer.get(switch, True) is None:
+            trainer[switch] = False
+        if callback is not None and trainer.get(switch) is not False:
             kept.append(callback)
     return [*kept, *given]
 

@@ -120,7 +120,8 @@ def poet_linear(
         deviations = _deviations(x, sides)
         if deviations is None:
             return F.linear(x, fold(weight, *sides, *permutations))
-        folded = fold(weight, *(None if d is None else d.detach() for d in sides), *permutations)
+        constant_out, constant_in = (None if d is None else d.detach() for d in sides)
+        folded = fold(weight, constant_out, constant_in, *permutations)
         return PoetLinearFunction.apply(x, folded, *sides, deviations, permutations)
 
 

@@ -79,7 +79,7 @@ def test_every_environment_variable_is_on_its_page():
 @pytest.mark.parametrize(
     ("page", "words"),
     [
-        ("orthotrain.layers.poet.poet_linear", ["PoetLinear", "activation_mode", "R_out^T W R_in^T"]),
+        ("orthotrain.layers.poet.poet_linear", ["PoetLinear", "settings", "R_out^T W R_in^T"]),
         ("orthotrain.plugins.cayley_neumann", ["CayleyNeumann", "order"]),
         ("orthotrain.kernels.block_rotate.op", ["block_rotate", "Raises"]),
         ("orthotrain.callbacks.merge_rotations", ["MergeRotations", "every_n_steps"]),

@@ -162,7 +162,8 @@ def test_examples_in_docstrings(name):
 
 
 def write(name, config):
-    Path(f"small_{name}.yaml").write_text(yaml.safe_dump(config))
+    Path("trainer").mkdir(exist_ok=True)  # a config in a folder of that name is left out of the name of the run folder
+    Path(f"trainer/small_{name}.yaml").write_text(yaml.safe_dump(config))
 
 
 def small_configs(corpus, cache):
@@ -223,7 +224,7 @@ def shrunk(words):
     name = words[words.index("-c") + 1]
     kind = "wide" if "poet_llama" in name or "stepwise" in name else name.split("/")[0]
     kind = kind if kind in ("wide", "finetune") else "pretrain"
-    return [*words[:last], "-c", f"small_{kind}.yaml", *words[last:]]
+    return [*words[:last], "-c", f"trainer/small_{kind}.yaml", *words[last:]]
 
 
 def ends(words, capsys):

@@ -4,23 +4,23 @@ import pytest
 import torch
 
 from orthotrain.kernels.dequant import dequant_int8, dequant_nf4, naive
-from orthotrain.layers.weights import packing
+from orthotrain.layers.weights import nf4_and_int8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize(("shape", "group_size"), [((16, 64), 64), ((7, 96), 64), ((5, 66), 32), ((300, 128), 64)])
 def test_nf4_equals_bitsandbytes(shape, group_size, double, dtype):
-    stored = list(packing.pack_nf4(torch.randn(shape), group_size, double).values())
+    stored = list(nf4_and_int8.pack_nf4(torch.randn(shape), group_size, double).values())
     packed, absmax, *nested = stored
-    statistics = (*nested, packing._dynamic_code(packed.device)) if double else ()
+    statistics = (*nested, nf4_and_int8._dynamic_code(packed.device)) if double else ()
     found = dequant_nf4(packed, absmax, statistics, group_size=group_size, dtype=dtype)
-    assert torch.equal(found, packing.unpack_nf4(stored, group_size, dtype))
+    assert torch.equal(found, nf4_and_int8.unpack_nf4(stored, group_size, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_int8_is_the_rounded_product(dtype):
-    codes, scales = packing.pack_int8(torch.randn(6, 32), 8).values()
+    codes, scales = nf4_and_int8.pack_int8(torch.randn(6, 32), 8).values()
     exact = codes.double() * scales.double().repeat_interleave(8, dim=1)
     found = dequant_int8(codes, scales, dtype)
     assert torch.equal(found, exact.float().to(dtype)) and torch.equal(found, naive.dequant_int8(codes, scales, dtype))
@@ -28,17 +28,17 @@ def test_int8_is_the_rounded_product(dtype):
 
 @pytest.mark.parametrize("double", [True, False])
 def test_nf4_equals_its_definition(double):
-    packed, absmax, *nested = packing.pack_nf4(torch.randn(5, 66), 32, double).values()
-    statistics = (*nested, packing._dynamic_code(packed.device)) if double else ()
+    packed, absmax, *nested = nf4_and_int8.pack_nf4(torch.randn(5, 66), 32, double).values()
+    statistics = (*nested, nf4_and_int8._dynamic_code(packed.device)) if double else ()
     arguments = (packed, absmax, statistics, 32, torch.bfloat16)
     assert torch.equal(dequant_nf4(*arguments), naive.dequant_nf4(*arguments))
 
 
 def test_opcheck():
-    codes, scales = packing.pack_int8(torch.randn(6, 32), 8).values()
+    codes, scales = nf4_and_int8.pack_int8(torch.randn(6, 32), 8).values()
     torch.library.opcheck(torch.ops.orthotrain_v2.dequant_int8.default, (codes, scales, torch.float32))
-    packed, absmax, *nested = packing.pack_nf4(torch.randn(6, 64), 64, True).values()
-    arguments = (packed, absmax, [*nested, packing._dynamic_code(packed.device)], 64, torch.bfloat16)
+    packed, absmax, *nested = nf4_and_int8.pack_nf4(torch.randn(6, 64), 64, True).values()
+    arguments = (packed, absmax, [*nested, nf4_and_int8._dynamic_code(packed.device)], 64, torch.bfloat16)
     torch.library.opcheck(torch.ops.orthotrain_v2.dequant_nf4.default, arguments)
 
 

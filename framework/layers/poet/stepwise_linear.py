@@ -34,7 +34,7 @@ class StepwiseLinear(TwoSided):
         seed: See :class:`TwoSided`.
 
     Example:
-        >>> layer = StepwiseLinear.from_linear(nn.Linear(64, 32), block_size=16)
+        >>> layer = StepwiseLinear.from_linear(torch.nn.Linear(64, 32), block_size=16)
         >>> layer(torch.ones(2, 64)).sum().backward()
         >>> layer.rotation_in.generators.grad.shape
         torch.Size([4, 120])

@@ -220,10 +220,12 @@ def test_another_word_is_refused_and_a_copy_has_the_mode_alone():
         assert other.mode == "default" and not other.ran
 
 
-def test_a_compiler_that_is_missing_is_one_line(monkeypatch):
+def test_a_compiler_that_is_missing_is_one_line():
     torch._dynamo.reset()
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent/g++"))
-    with pytest.raises(
-        ConfigurationError, match="compile=default: the network of PoetModule cannot be compiled .*/nonex"
+    message = "compile=default: the network of PoetModule cannot be compiled .*/nonex"
+    # not by monkeypatch: it would delete the option afterwards, and nothing compiles in this process any more
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent/g++")}),
+        pytest.raises(ConfigurationError, match=message),
     ):
         fit(small("default"), steps=1)

@@ -124,6 +124,8 @@ class RunReport(StepCallback):
         throughput = next((c.mean for c in trainer.callbacks if isinstance(c, Throughput)), 0.0)  # type: ignore
         saving, planned = trainer.checkpoint_callback, getattr(pl_module, "planned_bytes", None)
         checkpoint = getattr(saving, "last_model_path", "") or getattr(saving, "best_model_path", "")
+        if checkpoint and Path(checkpoint).is_relative_to(Path.cwd()):  # Lightning makes its folder absolute
+            checkpoint = str(Path(checkpoint).relative_to(Path.cwd()))
         return {
             "steps": trainer.global_step,
             "before": self.before,

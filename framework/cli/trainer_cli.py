@@ -24,8 +24,8 @@ from orthotrain.cli.trainer_options import (
     add_run_options,
     check_trainer_numbers,
     place_run,
-    run_callbacks,
     trainer_defaults,
+    with_run_callbacks,
 )
 from orthotrain.console.config_errors import one_line
 from orthotrain.console.termination import check
@@ -110,9 +110,8 @@ class OrthotrainCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> L.Trainer:
         """Build the trainer with the default callbacks that the config does not replace."""
-        callbacks = run_callbacks(config, callbacks)  # turns switches of the config off, so first
         try:
-            return super()._instantiate_trainer({**config, "callbacks": callbacks}, [])
+            return super()._instantiate_trainer(with_run_callbacks(config, callbacks), [])
         except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
             raise ConfigurationError(f"trainer: {error}") from error
 

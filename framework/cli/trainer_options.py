@@ -124,12 +124,12 @@ def place_run(config: Any, default_folder: str) -> None:
         trainer.check_val_every_n_epoch = 1  # Lightning refuses a fraction of an epoch (the default is 1.0) without it
 
 
-def run_callbacks(trainer: dict[str, Any], defaults: list[L.Callback | None]) -> list[L.Callback]:
-    """Return the callbacks of a run: the defaults of the command line, then ``trainer.callbacks``.
+def with_run_callbacks(trainer: dict[str, Any], defaults: list[L.Callback | None]) -> dict[str, Any]:
+    """Return the trainer's options with the callbacks of a run: the defaults of the command line, then its own.
 
     A callback of ``trainer.callbacks`` takes the place of the default of its kind: any ``Checkpoint``, ``RunReport`` or
-    ``ProgressBar``. ``enable_checkpointing: false`` and ``enable_progress_bar: false`` remove the default too. Without
-    any callback of a kind these options become false in ``trainer``, where Lightning would add a callback of its own.
+    ``ProgressBar``. ``enable_checkpointing: false`` and ``enable_progress_bar: false`` remove the default too. Where
+    a default is null and no callback replaces it, the option is false: Lightning would add a callback of its own.
 
     Args:
         trainer: Options of the trainer.
@@ -138,16 +138,16 @@ def run_callbacks(trainer: dict[str, Any], defaults: list[L.Callback | None]) ->
     given = trainer["callbacks"] or []
     given = [given] if isinstance(given, L.Callback) else given
     switches = {"checkpoint": "enable_checkpointing", "progress": "enable_progress_bar"}
-    kept = []
+    options, kept = dict(trainer), []
     for (name, kind), callback in zip(KINDS.items(), defaults, strict=True):
         if any(isinstance(other, kind) for other in given):
             continue
         switch = switches.get(name, "")
         if callback is None and trainer.get(switch, True) is None:
-            trainer[switch] = False
+            options[switch] = False
         if callback is not None and trainer.get(switch) is not False:
             kept.append(callback)
-    return [*kept, *given]
+    return {**options, "callbacks": [*kept, *given]}
 
 
 def check_trainer_numbers(trainer: Any, seed: Any) -> None:

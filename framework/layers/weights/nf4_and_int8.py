@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.dequant import dequant_int8, dequant_nf4
+from orthotrain.kernels.dequant.cpu import NESTED_GROUP
 from orthotrain.kernels.dispatch import backend_for
 from orthotrain.layers.weights.quantized_product import storage_format
 from orthotrain.layers.weights.rounding import LEVELS, Noise, in_parts, round_steps
 
 NF4_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NESTED_GROUP = 256
 
 
 def pack_nf4(

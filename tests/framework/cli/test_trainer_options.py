@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from orthotrain.callbacks import AdapterCheckpoint, RunProgress, RunReport, Throughput
 from orthotrain.checkpoints.run_folder import checkpoint_folders
 from orthotrain.cli.trainer_cli import OrthotrainCLI
-from orthotrain.cli.trainer_options import run_callbacks, trainer_defaults
+from orthotrain.cli.trainer_options import trainer_defaults, with_run_callbacks
 
 NETWORK = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
 CONFIG = {
@@ -75,7 +75,8 @@ OPTIONS = {"callbacks": None, "enable_checkpointing": None, "enable_progress_bar
     ],
 )
 def test_a_callback_of_the_config_takes_the_place_of_the_default_of_its_kind(options, kept):
-    callbacks = run_callbacks({**OPTIONS, **options}, [ModelCheckpoint(), RunReport(), RunProgress()])
+    defaults = [ModelCheckpoint(), RunReport(), RunProgress()]
+    callbacks = with_run_callbacks({**OPTIONS, **options}, defaults)["callbacks"]
     assert [type(callback).__name__ for callback in callbacks] == kept.split()
 
 

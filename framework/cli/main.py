@@ -119,7 +119,7 @@ def _dispatch(arguments: list[str]) -> None:
     check_working_folder()
     check()
     if command in TRAINER_COMMANDS:
-        run_trainer(resolve_config_arguments(arguments))
+        run_trainer([command, *resolve_config_arguments(arguments[1:])])
     elif command in COMMANDS:
         COMMANDS[command](resolve_config_arguments(arguments[1:]))
     else:

@@ -75,8 +75,6 @@ def _name_of_configs(arguments: list[str]) -> str:
         option, _, value = argument.partition("=")
         if option in ("-c", "--config"):
             names.append(Path(value or following))
-        elif option.startswith("-c"):  # argparse takes -cPATH too
-            names.append(Path(argument.removeprefix("-c")))
     return "-".join(path.stem for path in names if path.parent.name != "trainer") or "default"
 
 

@@ -101,7 +101,7 @@ def test_checkpoints_lie_in_the_folder_of_the_run_whatever_the_loggers(trainer_o
             ["fit", "-c", "pretrain/adamw_quickstart.yaml", "-c", "pretrain/options/muon.yaml"],
             "runs/adamw_quickstart-muon",
         ),
-        (["fit", "--config=/a/b.yaml", "-cc.yaml"], "runs/b-c"),
+        (["fit", "--config=/a/b.yaml", "-c", "c.yaml"], "runs/b-c"),
         (["fit"], "runs/default"),
     ],
 )

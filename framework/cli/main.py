@@ -182,10 +182,12 @@ def export_command(arguments: list[str]) -> None:
                         help="run code that comes with the pretrained model, as the run did")  # fmt: skip
     options = parser.parse_args(arguments)
     from orthotrain.export import export_checkpoint  # takes seconds, so a wrong command line is refused first
+    from orthotrain.files.paths import local_path
 
     check()
+    checkpoint, out = local_path(options.ckpt, "--ckpt"), local_path(options.out, "--out")
     allowed = {"allow": options.allow, "trust_remote_code": options.trust_remote_code}
-    print_written(export_checkpoint(options.ckpt, options.out, options.format, options.dtype, **allowed))
+    print_written(export_checkpoint(checkpoint, out, options.format, options.dtype, **allowed))
 
 
 def plan_command(arguments: list[str]) -> None:
@@ -207,9 +209,8 @@ def plugins_command(arguments: list[str]) -> None:
 
 def calibrate_command(arguments: list[str]) -> None:
     """``orthotrain calibrate``: measure the parts of a POET layer; ``route=auto`` uses the result from then on."""
-    from pathlib import Path
-
     from orthotrain.cli.calibrate import calibrate, comparison, usable_device, write_table
+    from orthotrain.files.paths import local_path
 
     parser = _parser("calibrate", "Measure what the parts of a POET layer cost on a device, for route=auto.")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure; by default cpu")
@@ -217,7 +218,7 @@ def calibrate_command(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     entry, parts = calibrate(usable_device(options.device))
     print(comparison(entry, parts))
-    print_written(write_table(entry, options.out and Path(options.out)))
+    print_written(write_table(entry, options.out and local_path(options.out, "--out")))
 
 
 def consolidate_command(arguments: list[str]) -> None:

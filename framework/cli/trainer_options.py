@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -38,6 +39,9 @@ CALLBACKS: dict[str, dict[str, Any]] = {
     "progress": {"class_path": "orthotrain.callbacks.RunProgress"},
 }
 
+CALLBACK_DEFAULTS = {callback["class_path"]: callback.get("init_args", {}) for callback in CALLBACKS.values()}
+"""Class of a callback of every run -> arguments that every run has."""
+
 _PARTS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
 _FROM_0 = ("min_steps", "min_epochs", "log_every_n_steps", "reload_dataloaders_every_n_epochs", "fast_dev_run")
 _LEAST = {
@@ -46,6 +50,9 @@ _LEAST = {
     **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes"), 1),
 }
 """Options of the trainer -> the smallest number that a run can have."""
+
+_PATHS = ("path", "dir", "folder", "file", "filename", "name", "tokenizer")
+"""Ends of the keys of paths. A model and its tokenizer are named by a folder or by a name of the hub."""
 
 MOST_SEED = 2**32 - 1
 MOST_NODES = 100_000
@@ -94,6 +101,22 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         help="Folder of the run: checkpoints, logs, reports. Replaces default_root_dir of the trainer and save_dir of "
         "its loggers.",
     )
+
+
+def expand_home(value: Any, key: str = "") -> Any:
+    """Expand ``~`` in the paths of a config, known by the ends of their keys; a Namespace is changed in place.
+
+    Raises:
+        ConfigurationError: There is no such user.
+    """
+    if isinstance(value, Namespace | dict):
+        for name, item in list(value.items() if isinstance(value, dict) else vars(value).items()):
+            value[name] = expand_home(item, name)
+    elif isinstance(value, list):
+        return [expand_home(item, key) for item in value]
+    elif isinstance(value, str) and value.startswith("~") and key.endswith(_PATHS):
+        return str(local_path(value, key))
+    return value
 
 
 def place_run(config: Any, default_folder: str) -> None:

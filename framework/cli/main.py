@@ -180,14 +180,16 @@ def export_command(arguments: list[str]) -> None:
                         help="your own classes, and loading options, that the checkpoint may name")  # fmt: skip
     parser.add_argument("--trust_remote_code", action="store_true",
                         help="run code that comes with the pretrained model, as the run did")  # fmt: skip
+    parser.add_argument("--base", help="folder of the base model, if it has moved since the run")
     options = parser.parse_args(arguments)
     from orthotrain.export import export_checkpoint  # takes seconds, so a wrong command line is refused first
     from orthotrain.files.paths import local_path
 
     check()
     checkpoint, out = local_path(options.ckpt, "--ckpt"), local_path(options.out, "--out")
-    allowed = {"allow": options.allow, "trust_remote_code": options.trust_remote_code}
-    print_written(export_checkpoint(checkpoint, out, options.format, options.dtype, **allowed))
+    base = options.base and local_path(options.base, "--base")
+    given = {"allow": options.allow, "trust_remote_code": options.trust_remote_code, "base": base}
+    print_written(export_checkpoint(checkpoint, out, options.format, options.dtype, **given))
 
 
 def plan_command(arguments: list[str]) -> None:

@@ -27,6 +27,7 @@ from orthotrain.cli.trainer_options import (
     add_run_options,
     check_trainer_numbers,
     expand_home,
+    move_base,
     place_run,
     trainer_defaults,
     with_run_callbacks,
@@ -93,6 +94,7 @@ class OrthotrainCLI(LightningCLI):
         for line in lines:
             rank_zero_info(line)
         config = expand_home(self._command_config)
+        move_base(config)
         check_trainer_numbers(config.trainer, config.seed_everything)
 
     def _parse_ckpt_path(self) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from orthotrain.callbacks import RunReport
 from orthotrain.errors import ConfigurationError
+from orthotrain.export.checkpoint_model import BASE_KEYS
 from orthotrain.files.paths import local_path
 
 TRAINER: dict[str, Any] = {
@@ -51,7 +52,7 @@ _LEAST = {
 }
 """Options of the trainer -> the smallest number that a run can have."""
 
-_PATHS = ("path", "dir", "folder", "file", "filename", "name", "tokenizer")
+_PATHS = ("path", "base", "dir", "folder", "file", "filename", "name", "tokenizer")
 """Ends of the keys of paths. A model and its tokenizer are named by a folder or by a name of the hub."""
 
 MOST_SEED = 2**32 - 1
@@ -96,11 +97,36 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind | None, default=CALLBACKS[name], help=help_)
         parser.callback_keys.append(name)
     parser.add_argument(
+        "--base", type=str | None, help="Folder of the base model, if it has moved since the config was written."
+    )
+    parser.add_argument(
         "--run_folder",
         type=str | None,
         help="Folder of the run: checkpoints, logs, reports. Replaces default_root_dir of the trainer and save_dir of "
         "its loggers.",
     )
+
+
+def move_base(config: Any) -> None:
+    """Start from the base model in the folder ``base``, for the model and for a tokenizer that has lain beside it.
+
+    Args:
+        config: The parsed config of a command; changed in place.
+
+    Raises:
+        ConfigurationError: The run has no base model.
+    """
+    if config.get("base") is None:
+        return
+    builder = config.model.init_args.get("model")
+    arguments = builder.get("init_args") if isinstance(builder, Namespace) else None
+    key = next((key for key in BASE_KEYS if arguments and key in arguments), None)
+    if key is None:
+        raise ConfigurationError(f"--base {config.base!r}: the config has no base model; leave --base out")
+    data = config.data.get("init_args") or {}
+    if data.get("tokenizer") == arguments[key]:
+        data["tokenizer"] = config.base
+    arguments[key], config.base = config.base, None  # the config in the run folder names the new place
 
 
 def expand_home(value: Any, key: str = "") -> Any:

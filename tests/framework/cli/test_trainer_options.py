@@ -9,7 +9,7 @@ from orthotrain.callbacks import AdapterCheckpoint, RunProgress, RunReport, Thro
 from orthotrain.checkpoints.run_folder import checkpoint_folders
 from orthotrain.cli.main import main
 from orthotrain.cli.trainer_cli import OrthotrainCLI
-from orthotrain.cli.trainer_options import expand_home, trainer_defaults, with_run_callbacks
+from orthotrain.cli.trainer_options import expand_home, move_base, trainer_defaults, with_run_callbacks
 from orthotrain.errors import ConfigurationError
 
 NETWORK = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -143,3 +143,15 @@ def test_commands_expand_a_tilde_in_their_options(command, monkeypatch, tmp_path
     monkeypatch.setattr("orthotrain.cli.calibrate.write_table", lambda entry, path: seen.append(path))
     main([command, "--out", "~/out", *(["--ckpt", "~/a.ckpt"] if command == "export" else [])])
     assert seen == [*([tmp_path / "a.ckpt"] if command == "export" else []), tmp_path / "out"]
+
+
+def test_base_moves_the_model_and_the_tokenizer_beside_it():
+    network = Namespace(class_path="PretrainedModel", init_args=Namespace(name="old"))
+    data = Namespace(init_args=Namespace(tokenizer="old", source="old"))
+    config = Namespace(base="new", model=Namespace(init_args=Namespace(model=network)), data=data)
+    move_base(config)
+    assert (network.init_args.name, data.init_args.tokenizer, data.init_args.source) == ("new", "new", "old")
+    assert config.base is None
+    config.base, network.init_args = "new", Namespace(config=None)
+    with pytest.raises(ConfigurationError, match="--base 'new': the config has no base model"):
+        move_base(config)

@@ -110,6 +110,7 @@ def _dispatch(arguments: list[str]) -> None:
         print(f"orthotrain {metadata.version('orthotrain')}")
         return
     from orthotrain.cli.config_files import resolve_config_arguments
+    from orthotrain.cli.own_modules import add_own_folders
     from orthotrain.console.failures import check_working_folder, quiet_threads
     from orthotrain.console.filtered_messages import hide_messages
     from orthotrain.errors import ConfigurationError
@@ -118,12 +119,14 @@ def _dispatch(arguments: list[str]) -> None:
     quiet_threads()
     check_working_folder()
     check()
-    if command in TRAINER_COMMANDS:
-        run_trainer([command, *resolve_config_arguments(arguments[1:])])
-    elif command in COMMANDS:
-        COMMANDS[command](resolve_config_arguments(arguments[1:]))
-    else:
+    if command not in (*TRAINER_COMMANDS, *COMMANDS):
         raise ConfigurationError(_unknown(command))
+    options = resolve_config_arguments(arguments[1:])
+    add_own_folders(options)
+    if command in TRAINER_COMMANDS:
+        run_trainer([command, *options])
+    else:
+        COMMANDS[command](options)
 
 
 def _unknown(command: str) -> str:
@@ -180,12 +183,16 @@ def export_command(arguments: list[str]) -> None:
                         help="your own classes, and loading options, that the checkpoint may name")  # fmt: skip
     parser.add_argument("--trust_remote_code", action="store_true",
                         help="run code that comes with the pretrained model, as the run did")  # fmt: skip
+    parser.add_argument("--imports", nargs="*", default=[], metavar="MODULE",
+                        help="your modules to import first, such as one that registers a parameterization")  # fmt: skip
     parser.add_argument("--base", help="folder of the base model, if it has moved since the run")
     options = parser.parse_args(arguments)
+    from orthotrain.cli.own_modules import import_modules
     from orthotrain.export import export_checkpoint  # takes seconds, so a wrong command line is refused first
     from orthotrain.files.paths import local_path
 
     check()
+    import_modules(options.imports)
     checkpoint, out = local_path(options.ckpt, "--ckpt"), local_path(options.out, "--out")
     base = options.base and local_path(options.base, "--base")
     given = {"allow": options.allow, "trust_remote_code": options.trust_remote_code, "base": base}

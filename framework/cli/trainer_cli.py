@@ -18,6 +18,7 @@ from orthotrain.checkpoints.run_folder import run_folder, written_folders
 from orthotrain.cli.ckpt_path import check_path, checkpoint_of, naming_checkpoint
 from orthotrain.cli.memory_advice import check_fits, naming_memory
 from orthotrain.cli.overlay import overlaid_values
+from orthotrain.cli.own_modules import import_modules
 from orthotrain.cli.parser import CONFIGURABLE, OneLineParser
 from orthotrain.cli.plan import batch_shape, plan_run
 from orthotrain.cli.run_lock import holding
@@ -94,6 +95,7 @@ class OrthotrainCLI(LightningCLI):
         for line in lines:
             rank_zero_info(line)
         config = expand_home(self._command_config)
+        import_modules(config.imports)
         move_base(config)
         check_trainer_numbers(config.trainer, config.seed_everything)
 

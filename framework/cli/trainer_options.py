@@ -112,6 +112,11 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind | None, default=CALLBACKS[name], help=help_)
         parser.callback_keys.append(name)
     parser.add_argument(
+        "--imports",
+        type=list[str] | None,
+        help="Modules to import first, such as a file beside the config that registers a parameterization.",
+    )
+    parser.add_argument(
         "--base", type=str | None, help="Folder of the base model, if it has moved since the config was written."
     )
     parser.add_argument(

@@ -31,7 +31,6 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.layers.sharding import shard_network, whole
-from orthotrain.metrics import TokenLoss
 from orthotrain.models import ModelBuilder, check_vocabulary
 from orthotrain.modules.attached_callbacks import clip_after_merges, unless_given
 from orthotrain.modules.chunked_loss import cross_entropy
@@ -47,7 +46,8 @@ class BaseModule(ResumableModule, EvaluatedModule):
     """A LightningModule around any network; a language model unless :meth:`loss` is overridden.
 
     It logs ``train_loss`` and ``grad_norm`` (before clipping). For each evaluation split it logs the loss; if
-    :attr:`logs_perplexity`, also the perplexity, and bits per byte if the data module has ``bytes_per_token(split)``.
+    :attr:`logs_perplexity`, also the perplexity, and bits per byte if the data module has ``text_bytes(labels,
+    split)``: the UTF-8 bytes of the text that the labels of a batch stand for.
 
     Args:
         model: The network, or a callable without arguments that builds it when the strategy is set up.
@@ -78,7 +78,6 @@ class BaseModule(ResumableModule, EvaluatedModule):
         self.optimization = optimization
         self.head_loss = HeadLoss(chunked_loss)
         self._wrapped = self._sharded = False
-        self.evaluation_loss = nn.ModuleDict({split: TokenLoss() for split in ("val", "test")})
 
     def build(self, builder: Callable[[], nn.Module]) -> nn.Module:
         """Return the network that ``builder`` builds; a method that draws weights anew leaves them out here."""

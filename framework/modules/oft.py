@@ -12,7 +12,7 @@ from orthotrain.checkpoints.run_folder import run_folder
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.files.atomic_writes import open_to_append
-from orthotrain.metrics import GenerationMetrics, TokenAccuracy, count_targets
+from orthotrain.metrics import GenerationMetrics, TokenAccuracy
 from orthotrain.models import ModelBuilder
 from orthotrain.models.network_checks import (
     check_attention,
@@ -153,7 +153,7 @@ class OftModule(BaseModule):
     def _evaluate(self, split: str, batch: Any) -> None:
         loss, logits = self.outputs(batch)
         labels = self.targets(batch)
-        self.split_loss(split).update(loss, count_targets({"labels": labels}))
+        self._count(split, loss, labels)
         if logits is None or labels is None:
             return
         # classes have an accuracy; numbers to predict (regression, several labels at once) have none

@@ -16,7 +16,8 @@ from orthotrain.data.corpus.token_cache import TokenCache
 from orthotrain.data.corpus.token_windows import TokenWindows, document_beginnings
 from orthotrain.data.data_fingerprint import DataFingerprint
 from orthotrain.data.loaders import ResumableLoader
-from orthotrain.data.splits import SPLITS, Splitter
+from orthotrain.data.splits import Splitter
+from orthotrain.data.token_bytes import token_bytes
 from orthotrain.data.tokenizer_checks import encoding_with, max_characters
 from orthotrain.data.tokenizers import check_vocabulary_size
 from orthotrain.errors import ConfigurationError
@@ -94,6 +95,7 @@ class TextData(BaseData):
         self.batch_size = batch_size
         self._splitter = Splitter(seed, val_fraction, test_fraction)
         self._caches: dict[str, TokenCache] = {}
+        self._byte_tables: dict[str, tuple[torch.Tensor, float]] = {}
         if tokenizer is None:
             check_vocabulary_size(vocab_size)
         self._check_arguments("sequence_length", limit_bytes=1)
@@ -132,6 +134,7 @@ class TextData(BaseData):
         if given["streaming"]:
             limit = min(limit or STREAM_HEAD_BYTES, STREAM_HEAD_BYTES)
         self._caches.clear()
+        self._byte_tables.clear()
         folder, corpus = self.cache_folder, self._corpus(limit)
         return prepare_folder(folder, corpus, self._splitter, given["tokenizer"], self.vocab_size)
 
@@ -148,18 +151,24 @@ class TextData(BaseData):
         length = self.sequence_length
         return f"{tokens} tokens, enough for {len(self._dataset(split))} sequences of sequence_length {length}"
 
-    def bytes_per_token(self, split: str) -> float:
-        """Return the UTF-8 bytes of a split's text over its tokens (of a stream: of its first 64 MiB).
+    def text_bytes(self, labels: torch.Tensor, split: str) -> float:
+        """Return the UTF-8 bytes of the text that labels stand for.
 
-        Bits per byte are the mean loss in nats over ``ln(2) * bytes_per_token(split)``.
+        Bits per byte are the sum of the losses in nats over ``ln(2)`` times these bytes. The bytes of each token come
+        from the tokenizer. If the tokenizer changes the text, they are scaled to add up to the text of the split.
 
         Args:
+            labels: Tokens, of any shape; -100 has no bytes.
             split: ``train``, ``val`` or ``test``.
         """
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
-        metadata = self._cache(split).metadata
-        return metadata.text_bytes / max(metadata.tokens, 1)
+        if split not in self._byte_tables:
+            cache, table = self._cache(split), token_bytes(self.tokenizer)
+            self._byte_tables[split] = table, cache.metadata.text_bytes / max(1, cache.total(table.numpy()))
+        table, scale = self._byte_tables[split]
+        if table.device != labels.device:
+            table = table.to(labels.device)
+            self._byte_tables[split] = table, scale
+        return int(table[labels[labels != -100]].sum()) * scale
 
     def _train_loader(self) -> ResumableLoader:
         given = self.hparams

@@ -166,7 +166,9 @@ class InstructionData(BaseData):
         rows, padding = self._split_rows(split), self.tokenizer.pad_token_id
         if self.packing:
             return PackedRows(rows, self.max_length, padding)
-        return PaddedRows(rows, padding, None if split == "train" else rows.lengths.argsort(kind="stable"))
+        # sorted rows need little padding; overfit_batches reads the first rows, which would be the shortest
+        is_sorted = split != "train" and not self._loading.overfits
+        return PaddedRows(rows, padding, rows.lengths.argsort(kind="stable") if is_sorted else None)
 
     def _amount(self, split: str) -> str:
         unit = f"sequences packed to max_length {self.max_length}" if self.packing else "rows"

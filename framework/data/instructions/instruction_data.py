@@ -158,8 +158,8 @@ class InstructionData(BaseData):
         def split_of(example: Example) -> str:
             return splits[0] if len(splits) == 1 else splitter(example.key)
 
-        names = (given[f"{name}_column"] for name in ("prompt", "response", "messages"))
-        columns, faults = Columns(*names, tuple(given["ignored_keys"] or ())), RowFaults()
+        names = {name: given[f"{name}_column"] for name in ("prompt", "response", "messages")}
+        columns, faults = Columns(**names, ignored=tuple(given["ignored_keys"] or ())), RowFaults()
         encoder = self._layout.encoder(self.tokenizer, given["prompt_template"])
         rank_zero_info(f"tokenizing the rows of {source!r}")
         examples, total = read_examples(source, columns, faults), count_rows(source)
@@ -230,8 +230,7 @@ class InstructionData(BaseData):
     def _tokenizer_difference(self, state: dict[str, Any]) -> str | None:
         if difference := super()._tokenizer_difference(state):
             return difference
-        template = self.tokenizer.chat_template
-        if state.get("chat_template") == (template if isinstance(template, str) else None):
+        if state.get("chat_template") == self.tokenizer.chat_template:
             return None
         return (
             f"tokenizer {self.hparams['tokenizer']!r}: its chat template differs from the checkpoint's; use the "

@@ -15,7 +15,7 @@ SECONDS, SECONDS_PER_ROW, SECONDS_PER_CHARACTER = 20.0, 0.01, 2e-6
 MAX_CHARACTERS = 16 << 20
 """Longest text that a template may write."""
 
-Request = tuple[list[dict[str, Any]], bool]
+Request = tuple[Sequence[dict[str, Any]], bool]
 """A conversation, and whether the text ends with the generation prompt."""
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -93,7 +93,10 @@ def _serve(connection: Connection, tokenizer: Any) -> None:
             return
         limit_seconds(seconds)
         try:
-            answer: tuple[bool, Any] = True, [_render(tokenizer, *request, tools) for request in requests]
+            answer: tuple[bool, Any] = (
+                True,
+                [_render(tokenizer, chat, prompt, tools) for chat, prompt in requests],
+            )
         except MemoryError:
             answer = False, f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"
         except Exception as error:  # templates are programs: they raise errors of jinja2 and of their own
@@ -101,19 +104,22 @@ def _serve(connection: Connection, tokenizer: Any) -> None:
         connection.send(answer)
 
 
-def _render(tokenizer: Any, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: list[Any]) -> Rendered:
+def _render(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, tools: list[Any]
+) -> Rendered:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = tokenizer.get_chat_template(None, tools or None)
     marked = bool(_GENERATION.search(template))
-    (text,), spans = render_jinja_template(
-        [messages],
+    written: Any = render_jinja_template(
+        [list(messages)],
         tools=tools or None,
         chat_template=template,
         return_assistant_tokens_mask=marked,
         add_generation_prompt=add_generation_prompt,
         **tokenizer.special_tokens_map,
     )
+    (text,), spans = written
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"it writes {len(text):,} characters, more than {MAX_CHARACTERS:,}")
     return Rendered(str(text), [(int(start), int(end)) for start, end in spans[0]] if marked else None)

@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from orthotrain.data.instructions.examples import Example
 from orthotrain.data.instructions.messages import Message
 from orthotrain.data.instructions.row_faults import RowFault
-from orthotrain.data.instructions.template_renderer import Request
 from orthotrain.data.instructions.turns import ChatTurns
 
 _LINKS = {("tool", "tool_call_id"), ("tool", "name")}
@@ -78,9 +77,9 @@ class UsedKeys:
 
     def _same(self, example: Example, messages: Sequence[Message], others: Sequence[Message], tools: Any) -> bool:
         """Tell whether the template writes the same text for other messages and tools."""
-        (text,) = self._turns.render([cast(Request, (messages, False))], example)
+        (text,) = self._turns.render([(messages, False)], example)
         try:
-            return text == self._turns.render([cast(Request, (others, False))], example, tools)[0]
+            return text == self._turns.render([(others, False)], example, tools)[0]
         except RowFault:
             return False
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 
 from orthotrain.callbacks import RunReport
 from orthotrain.errors import ConfigurationError
+from orthotrain.export.checkpoint_model import BASE_KEYS
 from orthotrain.files.paths import local_path
 
 TRAINER: dict[str, Any] = {
@@ -38,6 +40,9 @@ CALLBACKS: dict[str, dict[str, Any]] = {
     "progress": {"class_path": "orthotrain.callbacks.RunProgress"},
 }
 
+CALLBACK_DEFAULTS = {callback["class_path"]: callback.get("init_args", {}) for callback in CALLBACKS.values()}
+"""Class of a callback of every run -> arguments that every run has."""
+
 _PARTS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
 _FROM_0 = ("min_steps", "min_epochs", "log_every_n_steps", "reload_dataloaders_every_n_epochs", "fast_dev_run")
 _LEAST = {
@@ -46,6 +51,9 @@ _LEAST = {
     **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes"), 1),
 }
 """Options of the trainer -> the smallest number that a run can have."""
+
+_PATHS = ("path", "base", "dir", "folder", "file", "filename", "name", "tokenizer")
+"""Ends of the keys of paths. A model and its tokenizer are named by a folder or by a name of the hub."""
 
 MOST_SEED = 2**32 - 1
 MOST_NODES = 100_000
@@ -75,8 +83,6 @@ def _name_of_configs(arguments: list[str]) -> str:
         option, _, value = argument.partition("=")
         if option in ("-c", "--config"):
             names.append(Path(value or following))
-        elif option.startswith("-c"):  # argparse takes -cPATH too
-            names.append(Path(argument.removeprefix("-c")))
     return "-".join(path.stem for path in names if path.parent.name != "trainer") or "default"
 
 
@@ -91,11 +97,52 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind | None, default=CALLBACKS[name], help=help_)
         parser.callback_keys.append(name)
     parser.add_argument(
+        "--base", type=str | None, help="Folder of the base model, if it has moved since the config was written."
+    )
+    parser.add_argument(
         "--run_folder",
         type=str | None,
         help="Folder of the run: checkpoints, logs, reports. Replaces default_root_dir of the trainer and save_dir of "
         "its loggers.",
     )
+
+
+def move_base(config: Any) -> None:
+    """Start from the base model in the folder ``base``, for the model and for a tokenizer that has lain beside it.
+
+    Args:
+        config: The parsed config of a command; changed in place.
+
+    Raises:
+        ConfigurationError: The run has no base model.
+    """
+    if config.get("base") is None:
+        return
+    builder = config.model.init_args.get("model")
+    arguments = builder.get("init_args") if isinstance(builder, Namespace) else None
+    key = next((key for key in BASE_KEYS if arguments and key in arguments), None)
+    if key is None:
+        raise ConfigurationError(f"--base {config.base!r}: the config has no base model; leave --base out")
+    data = config.data.get("init_args") or {}
+    if data.get("tokenizer") == arguments[key]:
+        data["tokenizer"] = config.base
+    arguments[key], config.base = config.base, None  # the config in the run folder names the new place
+
+
+def expand_home(value: Any, key: str = "") -> Any:
+    """Expand ``~`` in the paths of a config, known by the ends of their keys; a Namespace is changed in place.
+
+    Raises:
+        ConfigurationError: There is no such user.
+    """
+    if isinstance(value, Namespace | dict):
+        for name, item in list(value.items() if isinstance(value, dict) else vars(value).items()):
+            value[name] = expand_home(item, name)
+    elif isinstance(value, list):
+        return [expand_home(item, key) for item in value]
+    elif isinstance(value, str) and value.startswith("~") and key.endswith(_PATHS):
+        return str(local_path(value, key))
+    return value
 
 
 def place_run(config: Any, default_folder: str) -> None:

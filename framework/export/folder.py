@@ -28,6 +28,7 @@ def export_checkpoint(
     dtype: Dtype | None = None,
     allow: Iterable[str | type] = (),
     trust_remote_code: bool = False,
+    base: str | Path | None = None,
 ) -> Path:
     """Write the network of a checkpoint as a folder for other tools.
 
@@ -39,6 +40,7 @@ def export_checkpoint(
         dtype: Dtype of the merged model; None for the dtype of the network. An adapter keeps its dtype.
         allow: As for :func:`load_network`.
         trust_remote_code: As for :func:`load_network`.
+        base: As for :func:`load_network`.
 
     Returns:
         The folder.
@@ -55,7 +57,7 @@ def export_checkpoint(
     check_new_folder(out)
     with waiting("reading the checkpoint"):
         contents = read_checkpoint(checkpoint)
-    network = load_network(contents, str(checkpoint), allow, trust_remote_code)
+    network = load_network(contents, str(checkpoint), allow, trust_remote_code, base)
     if format == "peft":
         return export_peft(network, out)
     from orthotrain.data import stored_tokenizer

@@ -2,12 +2,15 @@
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from orthotrain.callbacks import AdapterCheckpoint, RunProgress, RunReport, Throughput
 from orthotrain.checkpoints.run_folder import checkpoint_folders
+from orthotrain.cli.main import main
 from orthotrain.cli.trainer_cli import OrthotrainCLI
-from orthotrain.cli.trainer_options import trainer_defaults, with_run_callbacks
+from orthotrain.cli.trainer_options import expand_home, move_base, trainer_defaults, with_run_callbacks
+from orthotrain.errors import ConfigurationError
 
 NETWORK = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
 CONFIG = {
@@ -101,9 +104,54 @@ def test_checkpoints_lie_in_the_folder_of_the_run_whatever_the_loggers(trainer_o
             ["fit", "-c", "pretrain/adamw_quickstart.yaml", "-c", "pretrain/options/muon.yaml"],
             "runs/adamw_quickstart-muon",
         ),
-        (["fit", "--config=/a/b.yaml", "-cc.yaml"], "runs/b-c"),
+        (["fit", "--config=/a/b.yaml", "-c", "c.yaml"], "runs/b-c"),
         (["fit"], "runs/default"),
     ],
 )
 def test_the_configs_name_the_folder(arguments, folder):
     assert trainer_defaults(arguments)["default_root_dir"] == folder
+
+
+def test_a_tilde_is_the_home_folder_in_every_path_of_a_config(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    logger = Namespace(class_path="CSVLogger", init_args=Namespace(save_dir="~/runs", prefix="~/x"))
+    config = Namespace(
+        run_folder="~/run",
+        ckpt_path="~/a.ckpt",
+        trainer=Namespace(default_root_dir="~", logger=[logger], callbacks=[{"init_args": {"dirpath": "~/c"}}]),
+        model=Namespace(init_args=Namespace(model=Namespace(init_args=Namespace(name="~/m", path="/a/~")))),
+        data=Namespace(init_args=Namespace(cache_dir="~/cache", prompt_template="~/{prompt}")),
+    )
+    expand_home(config)
+    assert (config.run_folder, config.ckpt_path) == ("/home/me/run", "/home/me/a.ckpt")
+    assert config.trainer.default_root_dir == "/home/me" and logger.init_args.save_dir == "/home/me/runs"
+    assert config.trainer.callbacks[0]["init_args"]["dirpath"] == "/home/me/c"
+    network = config.model.init_args.model.init_args
+    assert (network.name, network.path) == ("/home/me/m", "/a/~")
+    assert config.data.init_args.cache_dir == "/home/me/cache"
+    assert (logger.init_args.prefix, config.data.init_args.prompt_template) == ("~/x", "~/{prompt}")
+    with pytest.raises(ConfigurationError, match="run_folder '~nobody-of-this-name': there is no such user"):
+        expand_home(Namespace(run_folder="~nobody-of-this-name"))
+
+
+@pytest.mark.parametrize("command", ["export", "calibrate"])
+def test_commands_expand_a_tilde_in_their_options(command, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("orthotrain.export.export_checkpoint", lambda *given, **allowed: seen.extend(given[:2]))
+    monkeypatch.setattr("orthotrain.cli.calibrate.calibrate", lambda device: ({}, {}))
+    monkeypatch.setattr("orthotrain.cli.calibrate.write_table", lambda entry, path: seen.append(path))
+    main([command, "--out", "~/out", *(["--ckpt", "~/a.ckpt"] if command == "export" else [])])
+    assert seen == [*([tmp_path / "a.ckpt"] if command == "export" else []), tmp_path / "out"]
+
+
+def test_base_moves_the_model_and_the_tokenizer_beside_it():
+    network = Namespace(class_path="PretrainedModel", init_args=Namespace(name="old"))
+    data = Namespace(init_args=Namespace(tokenizer="old", source="old"))
+    config = Namespace(base="new", model=Namespace(init_args=Namespace(model=network)), data=data)
+    move_base(config)
+    assert (network.init_args.name, data.init_args.tokenizer, data.init_args.source) == ("new", "new", "old")
+    assert config.base is None
+    config.base, network.init_args = "new", Namespace(config=None)
+    with pytest.raises(ConfigurationError, match="--base 'new': the config has no base model"):
+        move_base(config)

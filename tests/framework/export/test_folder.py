@@ -6,9 +6,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.export import export_checkpoint, export_huggingface, make_plain_
+from orthotrain.export import export_checkpoint, export_huggingface, load_network, make_plain_
 from orthotrain.models import CausalLM, PretrainedModel
-from orthotrain.modules import OftLayers
+from orthotrain.modules import OftLayers, OftModule
 
 IDS = torch.arange(24).view(2, 12)
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "initializer_range": 0.2}
@@ -71,3 +71,20 @@ def test_a_plain_network_has_no_new_parameters_left(tiny_llama):
     network.fresh_parameters = ["lm_head.weight"]
     make_plain_(network)
     assert not hasattr(network, "fresh_parameters")
+
+
+def test_a_base_model_that_has_moved_is_named(base, tmp_path):
+    module = OftModule(PretrainedModel(base, dtype="float32"), OftLayers(block_size=16))
+    module.configure_model()
+    network = {"class_path": "orthotrain.PretrainedModel", "init_args": {"name": base, "dtype": "float32"}}
+    described = {"class_path": "orthotrain.OftModule", "init_args": {"model": network, "layers": {"block_size": 16}}}
+    contents = {"state_dict": module.state_dict(), "hyper_parameters": described}
+    module.on_save_checkpoint(contents)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ConfigurationError, match="base': give an existing path .--base for a base model"):
+        load_network(contents)
+    loaded = load_network(contents, base=tmp_path / "moved")
+    assert torch.equal(logits(loaded), logits(module.model)) and network["init_args"]["name"] == base
+    network["class_path"], network["init_args"] = "orthotrain.CausalLM", {}
+    with pytest.raises(ConfigurationError, match="--base 'x': checkpoint is of a run without a base model"):
+        load_network(contents, base="x")

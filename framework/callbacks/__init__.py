@@ -4,6 +4,7 @@ from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint, restore_f
 from orthotrain.callbacks.batch_seeds import BatchSeeds
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
+from orthotrain.callbacks.limit_generators import LimitGenerators
 from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.callbacks.movement_monitor import MovementMonitor
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
@@ -18,6 +19,7 @@ __all__ = [
     "BatchSeeds",
     "FinalCheckpoint",
     "FiniteGuard",
+    "LimitGenerators",
     "MergeRotations",
     "MovementMonitor",
     "OrthogonalityMonitor",

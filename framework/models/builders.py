@@ -248,8 +248,7 @@ class PretrainedModel(ModelBuilder):
 
 
 def enable_checkpointing(model: Any, wanted: bool) -> Any:
-    """Switch gradient checkpointing on and the cache for generation off, if ``wanted``; return ``model``."""
+    """Switch gradient checkpointing on, if ``wanted``; return ``model``, whose config stays as it is for an export."""
     if wanted:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.config.use_cache = False
     return model

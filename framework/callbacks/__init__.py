@@ -2,6 +2,7 @@
 
 from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint, restore_frozen
 from orthotrain.callbacks.batch_seeds import BatchSeeds
+from orthotrain.callbacks.causality_check import CausalityCheck
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
 from orthotrain.callbacks.limit_generators import LimitGenerators
@@ -17,6 +18,7 @@ from orthotrain.callbacks.throughput import Throughput
 __all__ = [
     "AdapterCheckpoint",
     "BatchSeeds",
+    "CausalityCheck",
     "FinalCheckpoint",
     "FiniteGuard",
     "LimitGenerators",

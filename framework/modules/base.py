@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from orthotrain.callbacks.batch_seeds import BatchSeeds
+from orthotrain.callbacks.causality_check import CausalityCheck
 from orthotrain.callbacks.even_predictions import EvenPredictions
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
@@ -155,7 +156,7 @@ class BaseModule(ResumableModule, EvaluatedModule):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self.micro_step.check(self.trainer.strategy, self.automatic_optimization)
         wanted = [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard()]
-        return [*leave_nothing(self._trainer), *unless_given(self._trainer, wanted)]
+        return [*leave_nothing(self._trainer), *unless_given(self._trainer, [*wanted, CausalityCheck()])]
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule over the network's parameter groups."""

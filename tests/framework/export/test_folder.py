@@ -53,6 +53,16 @@ def test_dtype_decides_what_is_saved(base, tmp_path, randomize, dtype):
     assert off_by(logits(loaded), expected) < {"float32": 1e-5, "bfloat16": 6e-2, "float16": 5e-3}[dtype]
 
 
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"options": {"attn_implementation": "eager"}}])
+def test_the_exported_config_is_that_of_the_base(base, tmp_path, randomize, options):
+    network = PretrainedModel(base, **options)()
+    OftLayers(block_size=16).apply_(network)
+    randomize(network)(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    folder = export_huggingface(network, tmp_path / "merged")
+    for name in ("config.json", "generation_config.json"):
+        assert (folder / name).read_text() == (tmp_path / "base" / name).read_text()
+
+
 def test_refuses_what_a_dtype_cannot_hold_and_unknown_ones(tiny_llama, tmp_path):
     network = CausalLM(tiny_llama)()
     with torch.no_grad():

@@ -21,11 +21,12 @@ from orthotrain.models.pretrained_options import (
     check_options,
 )
 
-Task = Literal["causal_lm", "seq2seq_lm", "sequence_classification"]
+Task = Literal["causal_lm", "seq2seq_lm", "sequence_classification", "token_classification"]
 AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
     "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
 }
 
 _FINDING_OPTIONS = ("cache_dir", "revision", "subfolder", "token")
@@ -147,7 +148,8 @@ class PretrainedModel(ModelBuilder):
 
     Args:
         name: Folder or hub name.
-        task: ``causal_lm``, ``seq2seq_lm`` or ``sequence_classification``.
+        task: ``causal_lm``, ``seq2seq_lm``, ``sequence_classification`` or ``token_classification``. A regression is a
+            ``sequence_classification`` with the options ``num_labels: 1`` and ``problem_type: regression``.
         dtype: ``auto`` for the dtype in the files, or the name of a torch dtype such as ``bfloat16``.
         load_in_4bit: Whether transformers quantizes the weights to NF4 with double quantization while loading.
         options: More arguments of ``from_pretrained``, such as ``num_labels`` and ``revision``, and keys of the model's

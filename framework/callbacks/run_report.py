@@ -35,8 +35,9 @@ class RunReport(StepCallback):
     ``summary.json`` has the same values, null where a run has none (``merges`` of a run that never merges), and the
     points of the curves. Their steps and values are those of the loggers: the tenth step has number 9. The loss before
     training is the loss of the trainer's sanity check, at step 0: ``num_sanity_val_steps: -1`` takes the whole
-    validation split. Kernels are the implementations that have run in training. The peak of memory is that of the first rank's
-    device and includes the building of the network; the planned bytes are shown beside the peak if the run was planned.
+    validation split. Kernels are the implementations that have run in training. The peak of memory is that of the first
+    rank's device and includes the building of the network; the planned bytes are shown beside the peak if the run was
+    planned.
     The wall time begins when the network is built. Curves, tokens and time are part of the checkpoint, so a resumed run
     reports from its first step on.
 

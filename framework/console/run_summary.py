@@ -48,7 +48,7 @@ def metric_name(name: str) -> str:
 
 
 def amount_text(amount: dict[str, int]) -> str:
-    """Return an amount of data as text: ``{"documents": 590, "tokens": 3000}`` gives ``590 documents, 3,000 tokens``."""
+    """Return an amount of data as text: ``{"rows": 590, "tokens": 3000}`` gives ``590 rows, 3,000 tokens``."""
     return ", ".join(f"{count:,} {unit}" for unit, count in amount.items())
 
 

@@ -1,6 +1,7 @@
 """The report at the end of a run: a summary of a few lines and a picture of the loss."""
 
 import json
+import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -215,6 +216,10 @@ class RunReport(StepCallback):
         if not prompt:
             return []
         ids = torch.tensor([prompt], device=pl_module.device)
+        positions = getattr(getattr(network, "config", None), "max_position_embeddings", None)
+        new_tokens = min(self.sample_tokens, (positions or sys.maxsize) - len(prompt))
+        if new_tokens < 1:
+            return []
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         with (
             torch.random.fork_rng(devices),
@@ -225,7 +230,7 @@ class RunReport(StepCallback):
             torch.manual_seed(0)
             sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "pad_token_id": tokenizer.eos_token_id}
             mask = torch.ones_like(ids)
-            out = network.generate(ids, attention_mask=mask, max_new_tokens=self.sample_tokens, **sampling)
+            out = network.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **sampling)
         new = generated_tokens(network, out[0], len(prompt))
         return sample_lines(tokenizer.decode(prompt), tokenizer.decode(new))
 

@@ -139,7 +139,7 @@ class SpectrumMonitor(StepCallback):
             statistics["scale"] = factor
         if isinstance(layer, Covering):
             pairs = statistics["pair_coverage"] = min(side.pairs for side in layer.coverage().values())
-            self.coverage.setdefault(name, []).append((step, pairs))
+            self.coverage.setdefault(name, []).append((step - 1, pairs))  # the step of the loggers
         return statistics
 
     def _write_values(self, trainer: L.Trainer) -> None:

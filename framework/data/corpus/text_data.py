@@ -151,6 +151,16 @@ class TextData(BaseData):
         length = self.sequence_length
         return f"{tokens} tokens, enough for {len(self._dataset(split))} sequences of sequence_length {length}"
 
+    def amounts(self) -> dict[str, dict[str, int]]:
+        """Return documents and tokens of each split. The train split of a stream has no known size."""
+        known = [split for split in SPLITS if self._has(split) and not (split == "train" and self.hparams["streaming"])]
+        sizes = {split: self._cache(split).metadata for split in known}
+        return {split: {"documents": size.documents, "tokens": size.tokens} for split, size in sizes.items()}
+
+    def sample_prompt(self) -> list[int]:
+        """Return the beginning of a held-out document."""
+        return next(iter(self._document_beginnings(tokens=16)), [])
+
     def text_bytes(self, labels: torch.Tensor, split: str) -> float:
         """Return the UTF-8 bytes of the text that labels stand for.
 
@@ -189,10 +199,14 @@ class TextData(BaseData):
         """Return the loader of texts to continue, one in a batch: ``{"input_ids"}`` of shape ``(1, length)``."""
         if texts := self.hparams["predict_prompts"]:
             prompts = self._encode_prompts(texts)
-        else:  # without held-out text, the prompts come from the train split
-            split = next(name for name in ("test", "val", "train") if self._has(name))
-            prompts = document_beginnings(self._cache(split), self.tokenizer.eos_token_id)
+        else:
+            prompts = self._document_beginnings(tokens=32)
         return DataLoader([{"input_ids": torch.tensor(prompt)} for prompt in prompts], batch_size=1)  # type: ignore[arg-type]
+
+    def _document_beginnings(self, tokens: int) -> list[list[int]]:
+        # without held-out text, the train split has to serve
+        split = next(name for name in ("test", "val", "train") if self._has(name))
+        return document_beginnings(self._cache(split), self.tokenizer.eos_token_id, tokens=tokens)
 
     def _encode_prompts(self, texts: list[str]) -> list[list[int]]:
         most = max_characters(self.sequence_length)

@@ -181,6 +181,16 @@ class InstructionData(BaseData):
         unit = f"sequences packed to max_length {self.max_length}" if self.packing else "rows"
         return f"{len(self._dataset(split))} {unit}"
 
+    def amounts(self) -> dict[str, dict[str, int]]:
+        """Return rows and tokens of each split that was read."""
+        return {name: {"rows": len(rows), "tokens": int(rows.lengths.sum())} for name, rows in self._rows.items()}
+
+    def sample_prompt(self) -> list[int]:
+        """Return a held-out prompt."""
+        split = next(name for name in ("test", "val", "train") if self._has(name))
+        chosen = choose_rows(self._split_rows(split), 1)
+        return self._split_rows(split).prompt(chosen[0]) if chosen else []
+
     def _fingerprint(self) -> DataFingerprint:
         given, rows = self.hparams, self._split_rows("train")
         settings = {name: given[name] for name in _DECIDES_CONTENT} | {"tokenizer": self.tokenizer_fingerprint[:12]}

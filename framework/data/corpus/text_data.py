@@ -16,7 +16,7 @@ from orthotrain.data.corpus.token_cache import TokenCache
 from orthotrain.data.corpus.token_windows import TokenWindows, document_beginnings
 from orthotrain.data.data_fingerprint import DataFingerprint
 from orthotrain.data.loaders import ResumableLoader
-from orthotrain.data.splits import Splitter
+from orthotrain.data.splits import SPLITS, Splitter
 from orthotrain.data.token_bytes import token_bytes
 from orthotrain.data.tokenizer_checks import encoding_with, max_characters
 from orthotrain.data.tokenizers import check_vocabulary_size

@@ -8,31 +8,39 @@ from orthotrain.data.instructions.examples import Columns, Example, parse_row
 from orthotrain.data.instructions.stdlib_docstrings import STDLIB_DOCSTRINGS, docstring_examples
 from orthotrain.data.json_rows import MAX_ROW_BYTES
 from orthotrain.data.row_files import file_rows, holds_rows
-from orthotrain.data.sources import SourceKind
+from orthotrain.data.sources import SourceKind, with_columns
 from orthotrain.errors import ConfigurationError
 
-_ROWS = SourceKind(STDLIB_DOCSTRINGS, ".jsonl .json .parquet .jsonl.gz .json.gz", holds_rows)
+_ROWS = SourceKind(STDLIB_DOCSTRINGS, ".jsonl .json .parquet .arrow .jsonl.gz .json.gz", holds_rows)
+_KNOWN_KEYS = (
+    *("completion", "instruction", "input", "output", "conversations", "conversation", "system", "system_prompt"),
+    *("tools", "functions", "history", "chat_template_kwargs"),
+)
+"""Keys of rows that `parse_row` may read beside those of `Columns`; other columns of a file are not read."""
 
 
 def read_examples(source: str | list[str], columns: Columns) -> Iterator[Example]:
     """Yield the examples of a source, in an order that does not depend on the machine.
 
     Args:
-        source: ``python-stdlib-docstrings``, a file, folder or glob of .jsonl .json (.gz) .parquet, a Hugging Face
-            dataset ``org/name[:config][@split]`` (split ``train`` by default), or a list of these.
+        source: ``python-stdlib-docstrings``, a file, folder or glob of .jsonl .json (.gz) .parquet .arrow, a folder
+            of ``save_to_disk``, a Hugging Face dataset ``org/name[:config][@split]`` (split ``train`` by default), or
+            a list of these.
         columns: Keys of a row.
 
     Raises:
         ConfigurationError: No such file, an unknown format, a file without rows, or a row that cannot be used.
     """
+    wanted = (columns.prompt, columns.response, columns.messages, *_KNOWN_KEYS)
     for name in _ROWS.names(source):
         if name == STDLIB_DOCSTRINGS:
             yield from docstring_examples()
         elif (files := _ROWS.find_files(name)) is None:
-            yield from _examples(enumerate(_ROWS.load_dataset(name), start=1), f"dataset {name!r}", columns)
+            rows = with_columns(_ROWS.load_dataset(name), wanted)
+            yield from _examples(enumerate(rows, start=1), f"dataset {name!r}", columns)
         else:
             for path in sorted(path for path, _ in files):
-                yield from _examples(file_rows(path), str(path), columns)
+                yield from _examples(file_rows(path, wanted), str(path), columns)
 
 
 def _examples(rows: Iterable[tuple[int, Any]], where: str, columns: Columns) -> Iterator[Example]:

@@ -1,6 +1,7 @@
 """Folders that ``save_to_disk`` of ``datasets`` wrote: the Arrow files that hold the rows."""
 
 from pathlib import Path
+from typing import Any
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import check_regular_file, is_file_name, read_json
@@ -33,7 +34,7 @@ def _names(described: Path, key: str) -> list[str]:
     content = read_json(described, "source")
     entries = content.get(key) if isinstance(content, dict) else None
     entries = entries if isinstance(entries, list) else []
-    names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
+    names: list[Any] = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
     if not names or not all(map(is_file_name, names)):
         raise ConfigurationError(f"source {str(described)!r}: is damaged; save the dataset again")
     return names

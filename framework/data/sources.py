@@ -5,12 +5,13 @@ import glob
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orthotrain.console.limited_process import first_line
+from orthotrain.data.saved_datasets import saved_files
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import check_regular_file, local_path
 
@@ -67,6 +68,8 @@ class SourceKind:
         """
         path = local_path(name, "source")
         if path.is_dir():
+            if (saved := saved_files(path)) is not None:
+                return saved
             return self._files_of_folder(path, name)
         if path.exists():
             files = [(path, path.name)]
@@ -123,6 +126,12 @@ class SourceKind:
                 f"source {name!r}: there is no such file or folder, and it cannot be loaded as a Hugging Face dataset "
                 f"({first_line(error)}); {self.advice}"
             ) from error
+
+
+def with_columns(dataset: Any, wanted: Sequence[str]) -> Any:
+    """Return a dataset of ``datasets`` with only the wanted columns; with all, if it has none or does not know them."""
+    columns = [name for name in dataset.column_names or [] if name in wanted]
+    return dataset.select_columns(columns) if columns else dataset
 
 
 def location(name: str) -> str:

@@ -42,7 +42,8 @@ class TextData(BaseData):
 
     Args:
         source: ``python-stdlib`` (the standard library's own sources), a file, folder or glob of .txt .md .py .jsonl
-            .json .parquet (.gz), a Hugging Face dataset ``org/name[:config][@split]``, or a list of these.
+            .json .parquet .arrow (.gz), a folder of ``save_to_disk``, a Hugging Face dataset
+            ``org/name[:config][@split]``, or a list of these.
         text_column: Key of the text in rows of jsonl, json, parquet and Hugging Face datasets.
         streaming: Train from the stream of documents in the order of the source, without a cache of all tokens. The
             tokenizer, validation and test then come from the first 64 MiB. At most one worker.

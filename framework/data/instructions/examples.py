@@ -37,6 +37,13 @@ class Columns:
     ignored: tuple[str, ...] = ()
 
 
+def keys_of_rows(columns: Columns) -> tuple[str, ...]:
+    """Return all keys that `parse_row` reads; a file's other columns need not be read."""
+    pairs = (key for pair in _PAIRS for key in pair)
+    named = (columns.prompt, columns.response, columns.messages)
+    return (*named, *pairs, *_CHATS, *_SYSTEM, *_REFUSED, "input", "tools")
+
+
 @dataclass(frozen=True)
 class Example:
     """One conversation that ends with the assistant.

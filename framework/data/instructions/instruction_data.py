@@ -44,7 +44,8 @@ class InstructionData(BaseData):
     Args:
         tokenizer: The tokenizer of the model: a tokenizer.json, a folder with one, a Hugging Face name, or a .ckpt.
         source: ``python-stdlib-docstrings`` (functions of the standard library and their docstrings), a file, folder or
-            glob of .jsonl .json (.gz) .parquet, a Hugging Face dataset ``org/name[:config][@split]``, or a list.
+            glob of .jsonl .json (.gz) .parquet .arrow, a folder of ``save_to_disk``, a Hugging Face dataset
+            ``org/name[:config][@split]``, or a list.
         val_source: Source of the validation rows; by default a share of ``source``.
         test_source: Source of the test rows; by default there are no test rows.
         prompt_column: Key of a row's prompt.

@@ -5,39 +5,42 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from orthotrain.data.instructions.examples import Columns, Example, parse_row
+from orthotrain.data.instructions.examples import Columns, Example, keys_of_rows, parse_row
 from orthotrain.data.instructions.row_faults import RowFaults
 from orthotrain.data.instructions.stdlib_docstrings import STDLIB_DOCSTRINGS, docstring_examples
 from orthotrain.data.json_rows import MAX_ROW_BYTES
 from orthotrain.data.row_files import file_rows, holds_rows
-from orthotrain.data.sources import SourceKind
+from orthotrain.data.sources import SourceKind, with_columns
 from orthotrain.errors import ConfigurationError
 
-_ROWS = SourceKind(STDLIB_DOCSTRINGS, ".jsonl .json .parquet .jsonl.gz .json.gz", holds_rows)
+_ROWS = SourceKind(STDLIB_DOCSTRINGS, ".jsonl .json .parquet .arrow .jsonl.gz .json.gz", holds_rows)
 
 
 def read_examples(source: str | list[str], columns: Columns, faults: RowFaults | None = None) -> Iterator[Example]:
     """Yield the examples of a source, in an order that does not depend on the machine.
 
     Args:
-        source: ``python-stdlib-docstrings``, a file, folder or glob of .jsonl .json (.gz) .parquet, a Hugging Face
-            dataset ``org/name[:config][@split]`` (split ``train`` by default), or a list of these.
+        source: ``python-stdlib-docstrings``, a file, folder or glob of .jsonl .json (.gz) .parquet .arrow, a folder
+            of ``save_to_disk``, a Hugging Face dataset ``org/name[:config][@split]`` (split ``train`` by default), or
+            a list of these.
         columns: Keys of a row.
         faults: Collects the faults of rows, which are left out. Without it, the first fault is raised.
 
     Raises:
         ConfigurationError: No such file, an unknown format, a file without rows, or a row that cannot be used.
     """
+    wanted = keys_of_rows(columns)
     for name in _ROWS.names(source):
         if name == STDLIB_DOCSTRINGS:
             yield from docstring_examples()
         elif (files := _ROWS.find_files(name)) is None:
-            rows = ((number, _typed_row(row)) for number, row in enumerate(_ROWS.load_dataset(name), start=1))
-            yield from _examples(rows, f"dataset {name!r}", columns, faults)
+            rows = with_columns(_ROWS.load_dataset(name), wanted)
+            numbered = ((number, _typed_row(row)) for number, row in enumerate(rows, start=1))
+            yield from _examples(numbered, f"dataset {name!r}", columns, faults)
         else:
             for path in sorted(path for path, _ in files):
-                typed = path.suffix.lower() == ".parquet"
-                rows = ((number, _typed_row(row) if typed else row) for number, row in file_rows(path))
+                typed = path.suffix.lower() in (".parquet", ".arrow")
+                rows = ((number, _typed_row(row) if typed else row) for number, row in file_rows(path, wanted))
                 yield from _examples(rows, str(path), columns, faults)
 
 

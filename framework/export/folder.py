@@ -59,6 +59,11 @@ def export_checkpoint(
         contents = read_checkpoint(checkpoint)
     network = load_network(contents, str(checkpoint), allow, trust_remote_code, base)
     if format == "peft":
+        if rows := getattr(network, "enlarged_to", None):
+            rank_zero_warn(
+                f"the run has enlarged the embedding: call base.resize_token_embeddings({rows}) before PEFT loads the "
+                "adapter"
+            )
         return export_peft(network, out)
     from orthotrain.data import stored_tokenizer
 

@@ -32,7 +32,8 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.layers.sharding import shard_network, whole
-from orthotrain.models import ModelBuilder, check_vocabulary
+from orthotrain.models import ModelBuilder
+from orthotrain.models.vocabulary import RESIZE, SAME_NUMBER, check_vocabulary, enlarge_embeddings_
 from orthotrain.modules.attached_callbacks import clip_after_merges, unless_given
 from orthotrain.modules.chunked_loss import cross_entropy
 from orthotrain.modules.evaluation import EvaluatedModule
@@ -121,12 +122,25 @@ class BaseModule(ResumableModule, EvaluatedModule):
             self.model = self.build(self._builder)
         check()
         data = getattr(self._trainer, "datamodule", None)
-        embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
-        check_vocabulary(getattr(data, "vocab_size", None), getattr(embedding, "num_embeddings", None))
+        self._fit_vocabulary(getattr(data, "vocab_size", None))
         self.wrap(self.model)
         self.head_loss.check(self.model)
         DisplacementPool(self.model)
         self.micro_step.prepare(self.model)
+
+    def _fit_vocabulary(self, tokens: int | None) -> None:
+        """Enlarge the embedding of a pretrained model if the user wants it; refuse more tokens than rows."""
+        resizes = getattr(self._builder, "resize_vocabulary", None)
+        if resizes and tokens is not None:
+            enlarge_embeddings_(self.model, tokens)
+            described = self.hparams.get("init_args", {}).get("model")
+            if (
+                isinstance(described, dict) and "init_args" in described
+            ):  # a checkpoint is rebuilt without the data: it needs the number
+                described["init_args"]["resize_vocabulary"] = max(tokens, int(resizes))
+        embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
+        advice = SAME_NUMBER if resizes is None else RESIZE
+        check_vocabulary(tokens, getattr(embedding, "num_embeddings", None), advice)
 
     def _shard(self, strategy: ModelParallelStrategy) -> None:
         assert self.model is not None

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 from jsonargparse import Namespace, _typehints
+from lightning.pytorch.loggers import Logger
 
 REPLACE = "_replace_"
 """Key of a dict that replaces the earlier dict as a whole, where the key's value is true."""
@@ -22,13 +23,21 @@ _CONTAINERS = {*_typehints.sequence_or_mapping_origin_types, _typehints.Union}
 
 
 @contextlib.contextmanager
-def overlaid_values(defaults: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
+def overlaid_values(
+    defaults: Mapping[str, Mapping[str, Any]], loggers: Mapping[str, Mapping[str, Any]] | None = None
+) -> Iterator[list[str]]:
     """Merge dicts while the block parses a command line; yield a list that gets a line for each change of a class.
 
     Args:
         defaults: Class path -> arguments that no user has given. The lines do not name them, nor defaults of classes.
+        loggers: Name of a logger's class -> arguments of a logger without a ``save_dir``.
     """
     lines: list[str] = []
+
+    def adapt(value: Any, kind: Any, *args: Any, **kwargs: Any) -> Any:
+        if kind is Logger and loggers:
+            value = _with_folder(value, kwargs.get("prev_val"), loggers)
+        return _adapt_merged(value, kind, *args, **kwargs)
 
     def discard(parser: Any, before: Any, given: Any) -> None:
         arguments = _arguments(before)
@@ -44,9 +53,24 @@ def overlaid_values(defaults: Mapping[str, Mapping[str, Any]]) -> Iterator[list[
         if names and line not in lines:
             lines.append(line)
 
-    replaced = {"adapt_typehints": _adapt_merged, "discard_init_args_on_class_path_change": discard}
+    replaced = {"adapt_typehints": adapt, "discard_init_args_on_class_path_change": discard}
     with mock.patch.multiple(_typehints, **replaced):
         yield lines
+
+
+def _with_folder(value: Any, before: Any, loggers: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Return a new logger with the arguments of a logger in the run folder, where it has no folder of its own."""
+    spec = {"class_path": value} if isinstance(value, str) else value
+    if not isinstance(spec, dict | Namespace) or "class_path" not in spec:
+        return value
+    name = str(spec["class_path"]).rpartition(".")[2]
+    arguments = dict(Namespace(spec.get("init_args") or {}).items(branches=True, nested=False))
+    old = (
+        str(before["class_path"]).rpartition(".")[2] if isinstance(before, Namespace) and "class_path" in before else ""
+    )
+    if name not in loggers or name == old or "save_dir" in arguments:
+        return value
+    return {"class_path": spec["class_path"], "init_args": {**loggers[name], **arguments}}
 
 
 def _arguments(spec: Any) -> dict[str, Any]:
@@ -74,6 +98,8 @@ def _adapt_merged(value: Any, kind: Any, *args: Any, **kwargs: Any) -> Any:
             value = merged(before, value)
             # what is merged now is not merged once more when the values of the dict are checked one by one
             kwargs["prev_val"] = {key: item if _is_plain(item) else before.get(key) for key, item in value.items()}
+    elif isinstance(value, list) and not kwargs.get("append"):
+        kwargs["prev_val"] = None  # a list is replaced as a whole, and not element by element
     elif nested and origin not in _CONTAINERS and isinstance(text, _typehints.NestedArg):
         value = text._replace(key=value.key)  # an option of a class parses the text itself, as every other option does
     return _adapt(value, kind, *args, **kwargs)

@@ -5,7 +5,6 @@ import re
 import signal
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from orthotrain.callbacks.sample_writer import SampleWriter
-from orthotrain.checkpoints.run_folder import written_folders
+from orthotrain.checkpoints.run_folder import run_folder, written_folders
 from orthotrain.cli.ckpt_path import check_path, checkpoint_of, naming_checkpoint
 from orthotrain.cli.memory_advice import check_fits, naming_memory
 from orthotrain.cli.overlay import overlaid_values
@@ -27,6 +26,7 @@ from orthotrain.cli.trainer_options import (
     add_run_options,
     check_trainer_numbers,
     expand_home,
+    logger_arguments,
     move_base,
     place_run,
     trainer_defaults,
@@ -89,7 +89,7 @@ class OrthotrainCLI(LightningCLI):
         """Parse without LightningCLI's warning about arguments that do not come from ``sys.argv``."""
         assert isinstance(parser, OneLineParser)
         parser.prefer_whole_numbers()
-        with overlaid_values(CALLBACK_DEFAULTS) as lines:
+        with overlaid_values(CALLBACK_DEFAULTS, logger_arguments(self._default_folder)) as lines:
             self.config = parser.parse_args(args)
         for line in lines:
             rank_zero_info(line)
@@ -172,9 +172,9 @@ class RunConfig(SaveConfigCallback):
         """Write ``config.yaml`` when fitting begins."""
         if stage != "fit" or self.already_saved:
             return
-        folder = trainer.log_dir  # a broadcast, in which every rank takes part
+        folder = run_folder(trainer)  # a broadcast, in which every rank takes part
         if folder is not None and trainer.is_global_zero:
-            write_text(Path(folder) / self.config_filename, self.parser.dump(self.config, skip_none=False))
+            write_text(folder / self.config_filename, self.parser.dump(self.config, skip_none=False))
         self.already_saved = True
 
 

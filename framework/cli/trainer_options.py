@@ -68,7 +68,8 @@ PROCESSES_A_CORE = 8
 def trainer_defaults(arguments: list[str]) -> dict[str, Any]:
     """Return the trainer's options of a run, whose folder is ``runs/NAME`` by the names of its configs.
 
-    A config that only says where a run computes (the folder ``trainer``) is left out of the name.
+    A config that only says where a run computes or logs (the folders ``trainer`` and ``logger``) is left out of the
+    name.
 
     Args:
         arguments: The command line, in which configs are given as ``-c PATH`` or ``--config=PATH``.
@@ -81,13 +82,27 @@ def trainer_defaults(arguments: list[str]) -> dict[str, Any]:
     return {**TRAINER, "default_root_dir": folder, "logger": loggers}
 
 
+def logger_arguments(folder: str) -> dict[str, dict[str, str]]:
+    """Return the arguments of loggers that write to a run folder: class name -> arguments.
+
+    Args:
+        folder: The folder of :func:`trainer_defaults`, in whose place :func:`place_run` puts the folder of the run.
+    """
+    numbered = {"save_dir": folder, "name": "", "version": ""}  # a numbered version is a new folder at each start
+    mlflow = {"save_dir": folder}
+    if "MLFLOW_TRACKING_URI" not in os.environ:  # MLflow 3 refuses its old store of plain files
+        mlflow |= {"tracking_uri": f"sqlite:///{folder}/mlflow.db", "artifact_location": f"{folder}/artifacts"}
+    own = {"WandbLogger": {"save_dir": folder}, "MLFlowLogger": mlflow}
+    return {"CSVLogger": numbered, "TensorBoardLogger": numbered, **own}
+
+
 def _name_of_configs(arguments: list[str]) -> str:
     names = []
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         option, _, value = argument.partition("=")
         if option in ("-c", "--config"):
             names.append(Path(value or following))
-    return "-".join(path.stem for path in names if path.parent.name != "trainer") or "default"
+    return "-".join(path.stem for path in names if path.parent.name not in ("trainer", "logger")) or "default"
 
 
 def _logger(name: str, options: dict[str, str]) -> dict[str, Any]:
@@ -168,9 +183,12 @@ def place_run(config: Any, default_folder: str) -> None:
     if "dirpath" in saving and saving["dirpath"] is None:  # the folder of a logger changes with each version
         saving["dirpath"] = str(Path(trainer.default_root_dir or default_folder) / "checkpoints")
     for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
-        options = getattr(logger, "init_args", {})
-        if "save_dir" in options and (config.run_folder or options["save_dir"] == default_folder):
-            options["save_dir"] = trainer.default_root_dir or default_folder
+        options, name = getattr(logger, "init_args", {}), getattr(logger, "class_path", "").rpartition(".")[2]
+        if config.run_folder and "save_dir" in options:
+            options["save_dir"] = config.run_folder
+        for key, value in logger_arguments(default_folder).get(name, {}).items():
+            if options.get(key) == value:
+                options[key] = value.replace(default_folder, str(trainer.default_root_dir or default_folder))
     place_validations(config)
 
 

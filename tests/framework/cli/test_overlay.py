@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import yaml
 from jsonargparse import ActionConfigFile
+from lightning.pytorch.callbacks import Callback
 
 from orthotrain.cli.config_files import resolve_config_arguments
 from orthotrain.cli.overlay import merged, overlaid_values
@@ -105,6 +106,19 @@ def test_null_is_null_in_a_dataclass_inside_a_class(parse):
 def test_a_text_option_keeps_its_text(parse):
     for text in ("007", "{a} ###"):
         assert parse("--model.model.model_type", text)["model"]["init_args"]["model_type"] == text
+
+
+def test_a_list_is_replaced_as_a_whole(parse):
+    found = parse("--model.layers.include", "['*q*', '*k*']", "--model.layers.include", "['*v*', '*o*']")
+    assert found["layers"]["include"] == ["*v*", "*o*"]
+    parser = OneLineParser()
+    parser.add_argument("--callbacks", type=list[Callback])
+    first, second = (
+        f"[{{class_path: EarlyStopping, init_args: {{monitor: {given}}}}}]" for given in ("a, patience: 9", "b")
+    )
+    with overlaid_values({}):
+        stopping = parser.parse_args(["--callbacks", first, "--callbacks", second]).callbacks[0].init_args
+    assert stopping.monitor == "b" and stopping.patience == 3
 
 
 def test_what_a_change_of_class_drops_is_said(parse):

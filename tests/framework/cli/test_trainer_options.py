@@ -1,19 +1,26 @@
 """The defaults of every run of the command line, and how a config replaces them."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import Logger
 
 from orthotrain.callbacks import AdapterCheckpoint, RunProgress, RunReport, Throughput
 from orthotrain.checkpoints.run_folder import checkpoint_folders
+from orthotrain.cli.config_files import shipped_configs
 from orthotrain.cli.main import main
+from orthotrain.cli.overlay import overlaid_values
+from orthotrain.cli.parser import OneLineParser
 from orthotrain.cli.trainer_cli import OrthotrainCLI
 from orthotrain.cli.trainer_options import (
     expand_home,
+    logger_arguments,
     move_base,
+    place_run,
     place_validations,
     trainer_defaults,
     with_run_callbacks,
@@ -190,3 +197,33 @@ def test_base_moves_the_model_and_the_tokenizer_beside_it():
     config.base, network.init_args = "new", Namespace(config=None)
     with pytest.raises(ConfigurationError, match="--base 'new': the config has no base model"):
         move_base(config)
+
+
+def test_a_logger_without_a_folder_takes_the_one_of_the_run(trainer_of, tmp_path):
+    for name in ("CSVLogger", "TensorBoardLogger"):
+        logger = trainer_of("--trainer.logger", name, "--run_folder", str(tmp_path)).logger
+        assert type(logger).__name__ == name and Path(logger.log_dir) == tmp_path
+    both = trainer_of("--trainer.logger", "[{class_path: CSVLogger, init_args: {name: x}}, TensorBoardLogger]").loggers
+    assert [Path(logger.log_dir) for logger in both] == [Path("runs/mine/x"), Path("runs/mine")]
+    own = trainer_of("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(tmp_path / "own")).logger
+    assert Path(own.root_dir) == tmp_path / "own"
+
+
+@pytest.mark.parametrize("name", ["csv", "tensorboard", "wandb", "mlflow"])
+def test_the_configs_of_loggers_write_to_the_run_folder(name, monkeypatch):
+    """Weights & Biases and MLflow are not needed here: their loggers are named and placed, not built."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    given = yaml.safe_load(shipped_configs()[f"logger/{name}.yaml"].read_text())["trainer"]["logger"]
+    parser = OneLineParser()
+    parser.add_argument("--trainer.logger", type=Logger | list[Logger])
+    with overlaid_values({}, logger_arguments("runs/mine")):
+        found = parser.parse_args(["--trainer.logger", yaml.safe_dump(given, default_flow_style=True)])
+    config = Namespace(run_folder="/run", checkpoint=None, trainer=found.trainer)
+    config.trainer.default_root_dir, config.trainer.check_val_every_n_epoch = "runs/mine", 1
+    place_run(config, "runs/mine")
+    loggers = found.trainer.logger if isinstance(given, list) else [found.trainer.logger]
+    assert name in loggers[0].class_path.lower()
+    assert "runs/mine" not in str(loggers) and all(each.init_args.save_dir == "/run" for each in loggers)
+    if name == "mlflow":
+        assert loggers[0].init_args.tracking_uri == "sqlite:////run/mlflow.db"
+    assert trainer_defaults(["-c", "a.yaml", "-c", f"logger/{name}.yaml"])["default_root_dir"] == "runs/a"

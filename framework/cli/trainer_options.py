@@ -25,8 +25,12 @@ TRAINER: dict[str, Any] = {
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
     "check_val_every_n_epoch": None,  # val_check_interval counts the batches of the whole run
+    "num_sanity_val_steps": -1,  # the value before training is that of the whole validation split
     "enable_model_summary": False,
 }
+
+VALIDATIONS = 10
+"""Validations of a run whose config does not say how many."""
 
 KINDS: dict[str, type] = {"checkpoint": Checkpoint, "report": RunReport, "progress": ProgressBar}
 """Keys of a config that name a callback of every run -> base class of the callback."""
@@ -190,8 +194,34 @@ def place_run(config: Any, default_folder: str) -> None:
         for key, value in logger_arguments(default_folder).get(name, {}).items():
             if options.get(key) == value:
                 options[key] = value.replace(default_folder, str(trainer.default_root_dir or default_folder))
+    place_validations(config)
+
+
+def place_validations(config: Any) -> None:
+    """Spread validations evenly over a run whose config does not place them: ten, or up to twenty that end with it.
+
+    A run by epochs has at least one validation an epoch; a part of an epoch needs data with a length, which the data
+    modules of this package have.
+
+    Args:
+        config: The parsed config of a command; changed in place.
+    """
+    trainer = config.trainer
+    steps, epochs = trainer.max_steps or -1, trainer.max_epochs or -1
+    if trainer.val_check_interval is None and trainer.check_val_every_n_epoch is None:
+        if steps > 0:
+            most = max(1, steps // VALIDATIONS)
+            between = next((n for n in range(most, most // 2, -1) if steps % n == 0), most)
+            trainer.val_check_interval = between * (trainer.accumulate_grad_batches or 1)
+        elif 0 < epochs < VALIDATIONS and _has_length(config.data):
+            trainer.val_check_interval = 1 / math.ceil(VALIDATIONS / epochs)
     if trainer.check_val_every_n_epoch is None and isinstance(trainer.val_check_interval, float | None):
         trainer.check_val_every_n_epoch = 1  # Lightning refuses a fraction of an epoch (the default is 1.0) without it
+
+
+def _has_length(data: Any) -> bool:
+    ours = str(data.class_path).startswith("orthotrain.data.")
+    return ours and not getattr(data.init_args, "streaming", False)
 
 
 def with_run_callbacks(trainer: dict[str, Any], defaults: list[L.Callback | None]) -> dict[str, Any]:

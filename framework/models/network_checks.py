@@ -5,8 +5,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from orthotrain.devices.host_reads import read_waits
 from orthotrain.errors import ConfigurationError
 
 _MASKED = ("sdpa", "eager")
@@ -104,3 +106,24 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def same_draws(device: torch.device) -> Iterator[None]:
+    """Restore the states of all generators (PyTorch's, numpy's, Python's) after the ``with`` block."""
+    devices = [device] if read_waits(device) else []
+    with (
+        isolate_rng(include_cuda=False),
+        torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def same_buffers(network: nn.Module) -> Iterator[None]:
+    """Restore the buffers of a network, such as running statistics, after the ``with`` block."""
+    # the version of a buffer does not tell whether it has changed: batch normalization writes without a new version
+    before = [(buffer, buffer.clone()) for buffer in network.buffers() if not buffer.is_inference()]
+    yield
+    for buffer, values in before:
+        buffer.copy_(values)

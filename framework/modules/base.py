@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from orthotrain.callbacks.batch_seeds import BatchSeeds
+from orthotrain.callbacks.causality_check import CausalityCheck
 from orthotrain.callbacks.even_predictions import EvenPredictions
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
@@ -31,8 +32,8 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.layers.sharding import shard_network, whole
-from orthotrain.metrics import TokenLoss
-from orthotrain.models import ModelBuilder, check_vocabulary
+from orthotrain.models import ModelBuilder
+from orthotrain.models.vocabulary import RESIZE, SAME_NUMBER, check_vocabulary, enlarge_embeddings_
 from orthotrain.modules.attached_callbacks import clip_after_merges, unless_given
 from orthotrain.modules.chunked_loss import cross_entropy
 from orthotrain.modules.evaluation import EvaluatedModule
@@ -47,7 +48,8 @@ class BaseModule(ResumableModule, EvaluatedModule):
     """A LightningModule around any network; a language model unless :meth:`loss` is overridden.
 
     It logs ``train_loss`` and ``grad_norm`` (before clipping). For each evaluation split it logs the loss; if
-    :attr:`logs_perplexity`, also the perplexity, and bits per byte if the data module has ``bytes_per_token(split)``.
+    :attr:`logs_perplexity`, also the perplexity, and bits per byte if the data module has ``text_bytes(labels,
+    split)``: the UTF-8 bytes of the text that the labels of a batch stand for.
 
     Args:
         model: The network, or a callable without arguments that builds it when the strategy is set up.
@@ -78,7 +80,6 @@ class BaseModule(ResumableModule, EvaluatedModule):
         self.optimization = optimization
         self.head_loss = HeadLoss(chunked_loss)
         self._wrapped = self._sharded = False
-        self.evaluation_loss = nn.ModuleDict({split: TokenLoss() for split in ("val", "test")})
 
     def build(self, builder: Callable[[], nn.Module]) -> nn.Module:
         """Return the network that ``builder`` builds; a method that draws weights anew leaves them out here."""
@@ -121,12 +122,25 @@ class BaseModule(ResumableModule, EvaluatedModule):
             self.model = self.build(self._builder)
         check()
         data = getattr(self._trainer, "datamodule", None)
-        embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
-        check_vocabulary(getattr(data, "vocab_size", None), getattr(embedding, "num_embeddings", None))
+        self._fit_vocabulary(getattr(data, "vocab_size", None))
         self.wrap(self.model)
         self.head_loss.check(self.model)
         DisplacementPool(self.model)
         self.micro_step.prepare(self.model)
+
+    def _fit_vocabulary(self, tokens: int | None) -> None:
+        """Enlarge the embedding of a pretrained model if the user wants it; refuse more tokens than rows."""
+        resizes = getattr(self._builder, "resize_vocabulary", None)
+        if resizes and tokens is not None:
+            enlarge_embeddings_(self.model, tokens)
+            described = self.hparams.get("init_args", {}).get("model")
+            if (
+                isinstance(described, dict) and "init_args" in described
+            ):  # a checkpoint is rebuilt without the data: it needs the number
+                described["init_args"]["resize_vocabulary"] = max(tokens, int(resizes))
+        embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
+        advice = SAME_NUMBER if resizes is None else RESIZE
+        check_vocabulary(tokens, getattr(embedding, "num_embeddings", None), advice)
 
     def _shard(self, strategy: ModelParallelStrategy) -> None:
         assert self.model is not None
@@ -156,7 +170,7 @@ class BaseModule(ResumableModule, EvaluatedModule):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self.micro_step.check(self.trainer.strategy, self.automatic_optimization)
         wanted = [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard()]
-        return [*leave_nothing(self._trainer), *unless_given(self._trainer, wanted)]
+        return [*leave_nothing(self._trainer), *unless_given(self._trainer, [*wanted, CausalityCheck()])]
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule over the network's parameter groups."""

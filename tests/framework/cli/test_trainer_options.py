@@ -1,6 +1,7 @@
 """The defaults of every run of the command line, and how a config replaces them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -20,6 +21,7 @@ from orthotrain.cli.trainer_options import (
     logger_arguments,
     move_base,
     place_run,
+    place_validations,
     trainer_defaults,
     with_run_callbacks,
 )
@@ -57,7 +59,8 @@ def test_a_config_without_them_has_loggers_checkpoints_report_and_progress(train
     assert sum(isinstance(callback, RunReport) for callback in trainer.callbacks) == 1
     assert isinstance(trainer.progress_bar_callback, RunProgress)
     assert trainer.gradient_clip_val == 1.0 and trainer.log_every_n_steps == 10
-    assert trainer.check_val_every_n_epoch == 1, "without a whole number of batches between validations"
+    assert trainer.num_sanity_val_steps == float("inf"), "the value before training is that of the whole split"
+    assert trainer.check_val_every_n_epoch is None and trainer.val_check_interval == 1
 
 
 def test_each_of_them_can_be_changed(trainer_of, tmp_path):
@@ -75,6 +78,32 @@ def test_the_loggers_follow_the_folder_of_the_run(trainer_of, tmp_path):
     assert saved_in(trainer_of("--trainer.default_root_dir", "elsewhere")) == ["elsewhere"] * 2
     both = ("--trainer.default_root_dir", "elsewhere", "--run_folder", str(tmp_path))
     assert saved_in(trainer_of(*both)) == [str(tmp_path)] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "interval", "every"),
+    [
+        ({"max_steps": 400}, 40, None),
+        ({"max_steps": 407}, 37, None),  # the last validation is at the end
+        ({"max_steps": 401}, 40, None),
+        ({"max_steps": 4}, 1, None),
+        ({"max_steps": 100, "accumulate_grad_batches": 4}, 40, None),  # the interval counts batches
+        ({"max_steps": 400, "val_check_interval": 400}, 400, None),
+        ({"max_steps": 400, "check_val_every_n_epoch": 2}, None, 2),
+        ({"max_epochs": 3}, 0.25, 1),
+        ({"max_epochs": 12}, None, 1),
+        ({"max_epochs": 3, "streaming": True}, None, 1),
+        ({"max_epochs": 3, "class_path": "mine.Data"}, None, 1),
+    ],
+    ids=str,
+)
+def test_a_run_is_validated_ten_times_unless_its_config_says_how_often(given, interval, every):
+    names = ("max_steps", "max_epochs", "val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches")
+    options = SimpleNamespace(streaming=given.get("streaming", False))
+    data = SimpleNamespace(class_path=given.get("class_path", "orthotrain.data.TextData"), init_args=options)
+    trainer = SimpleNamespace(**{name: given.get(name) for name in names})
+    place_validations(SimpleNamespace(trainer=trainer, data=data))
+    assert (trainer.val_check_interval, trainer.check_val_every_n_epoch) == (interval, every)
 
 
 OPTIONS = {"callbacks": None, "enable_checkpointing": None, "enable_progress_bar": None}

@@ -121,6 +121,13 @@ def test_options_that_describe_such_a_network(tiny_llama, low_limits, tmp_path, 
         PretrainedModel(str(tmp_path), task=task, options={"num_labels": 10**9})()
 
 
+def test_a_head_for_tokens(tiny_llama, tmp_path):
+    CausalLM(tiny_llama)().save_pretrained(tmp_path)
+    network = PretrainedModel(str(tmp_path), task="token_classification", options={"num_labels": 5})()
+    assert network(input_ids=torch.ones(2, 3, dtype=torch.long)).logits.shape == (2, 3, 5)
+    assert network.fresh_parameters == ["score.bias", "score.weight"]
+
+
 def test_the_configuration_of_a_subfolder_is_counted(tiny_llama, tmp_path):
     CausalLM(tiny_llama)().save_pretrained(tmp_path)
     CausalLM(tiny_llama)().save_pretrained(tmp_path / "inner")

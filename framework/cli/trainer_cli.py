@@ -22,14 +22,12 @@ from orthotrain.cli.own_modules import import_modules
 from orthotrain.cli.parser import CONFIGURABLE, OneLineParser
 from orthotrain.cli.plan import batch_shape, plan_run
 from orthotrain.cli.run_lock import holding
+from orthotrain.cli.run_paths import expand_home, logger_arguments, move_base, place_run
 from orthotrain.cli.trainer_options import (
     CALLBACK_DEFAULTS,
     add_run_options,
     check_trainer_numbers,
-    expand_home,
-    logger_arguments,
-    move_base,
-    place_run,
+    place_validations,
     trainer_defaults,
     with_run_callbacks,
 )
@@ -107,6 +105,7 @@ class OrthotrainCLI(LightningCLI):
         """Put all files of the run into its folder."""
         check()
         place_run(self._command_config, self._default_folder)
+        place_validations(self._command_config)
 
     def instantiate_classes(self) -> None:
         """Build module, data and trainer; an error of a constructor becomes one line."""

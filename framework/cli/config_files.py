@@ -46,7 +46,7 @@ def resolve_config(name: str) -> str:
     local_path(name, "config")
     path = Path(name) if _is_there(name) else shipped.get(name)
     if path is not None:
-        _check_syntax(path)
+        read_config(path)
         return str(path)
     # the last part of the name (quickstart.yaml), or the name without its suffix (pretrain/quickstart, quickstart)
     same = [full for full in shipped if Path(name).name in (Path(full).name, Path(full).stem)]
@@ -63,7 +63,12 @@ def _is_there(name: str) -> bool:
         raise ConfigurationError(f"config {name!r} cannot be read: {error.strerror or error}") from error
 
 
-def _check_syntax(path: Path) -> None:
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the keys of a config file.
+
+    Raises:
+        ConfigurationError: The file cannot be read, is not valid YAML of bounded size, or has no keys.
+    """
     where = f"config {str(path)!r}"
     check_regular_file(path, "config")
     try:
@@ -78,6 +83,7 @@ def _check_syntax(path: Path) -> None:
     if not isinstance(content, dict):
         found = "is empty" if content is None else f"holds a {type(content).__name__}"
         raise ConfigurationError(f"{where} {found}: it must have keys, such as trainer, model and data")
+    return content
 
 
 def _check_argument(argument: str) -> None:

@@ -20,6 +20,7 @@ USAGE = """usage: orthotrain COMMAND [options]
             continue own prompts:     orthotrain predict --ckpt_path CHECKPOINT --prompts "Once upon a time" prompts.txt
   chat      talk with a model:        orthotrain chat --ckpt CHECKPOINT
   export    write a merged model:     orthotrain export --ckpt CHECKPOINT --out DIR [--format hf|peft]
+  compare RUN RUN ...        print a table of several runs, and draw their curves in one picture
   plan      count the parameters and bytes of a config before anything is allocated
   plugins   list the registered parameterizations
   calibrate measure what the parts of a POET layer cost on this device, for route=auto

@@ -32,9 +32,11 @@ def export_command(arguments: list[str]) -> None:
 
 def plan_command(arguments: list[str]) -> None:
     """``orthotrain plan``: count parameters and bytes of a config without allocating them."""
+    from orthotrain.cli.plan import plan_adamw
     from orthotrain.cli.trainer_cli import PlanCLI
 
-    print(PlanCLI(args=arguments, run=False).plan.table())
+    cli = PlanCLI(args=arguments, run=False)
+    print(cli.plan.table(plan_adamw(cli.model, *cli.shape)))
 
 
 def plugins_command(arguments: list[str]) -> None:

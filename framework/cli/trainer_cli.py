@@ -215,4 +215,5 @@ class PlanCLI(OrthotrainCLI):
                 f"{self.config['data']['class_path']} has no batch_size and sequence_length (or max_length), from "
                 "which a plan knows the shape of its batches"
             )
-        self.plan = plan_run(self.model, *shape, self.config["trainer"]["precision"])
+        self.shape = (*shape, self.config["trainer"]["precision"])
+        self.plan = plan_run(self.model, *self.shape)

@@ -241,6 +241,8 @@ def test_plan_counts_without_allocating(small_config, capsys):
     printed = capsys.readouterr().out
     for category in ("frozen", "trainable, rotations", "gradients", "optimizer state", "activations"):
         assert category in printed
+    totals = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith(("total", "all trained by"))]
+    assert len(totals) == 2 and "planned to fit on       16, 24, 48, 80 GB; AdamW: 16, 24, 48, 80 GB" in printed
 
 
 def test_plugins_lists_a_line_each(capsys):

@@ -26,6 +26,7 @@ from orthotrain.cli.run_paths import expand_home, logger_arguments, move_base, p
 from orthotrain.cli.trainer_options import (
     CALLBACK_DEFAULTS,
     add_run_options,
+    check_checkpoint_period,
     check_trainer_numbers,
     place_validations,
     trainer_defaults,
@@ -95,6 +96,7 @@ class OrthotrainCLI(LightningCLI):
         config = expand_home(self._command_config)
         import_modules(config.imports)
         move_base(config)
+        check_checkpoint_period(config.checkpoint)
         check_trainer_numbers(config.trainer, config.seed_everything)
 
     def _parse_ckpt_path(self) -> None:

@@ -86,8 +86,11 @@ def _classes_hint(name: str, classes: list[type], bases: Collection[type]) -> st
 def _option_hint(name: str, classes: list[type], options: Iterable[str]) -> str:
     if name.endswith((".yaml", ".yml")):
         return f"; a config is given as -c {name}"
-    known = {*(o.removeprefix("--") for o in options), *(p for c in classes for p in _parameters(c))}
-    return _near(name.removeprefix("--"), known)
+    options = [option.removeprefix("--") for option in options if not option.endswith(".help")]
+    known = {*options, *(p for c in classes for p in _parameters(c))}
+    name = name.removeprefix("--")
+    # of modl.class_path and --chekpoint.monitor only the first part is misspelt
+    return _near(name, known) or _near(name.partition(".")[0], [option for option in options if "." not in option])
 
 
 def loaded_subclasses(bases: Iterable[type]) -> list[type]:

@@ -125,6 +125,7 @@ BAD = [
     (["--model.merge_every", "0"], "merge_every=0: take an integer of at least 1"),
     (["--model.merge_evry", "3"], "'merge_evry' is not accepted; did you mean merge_every"),
     (["--trainer.max_stepss", "3"], "did you mean trainer.max_steps"),
+    (["--chekpoint.monitor", "x"], "unrecognized arguments: --chekpoint.monitor x; did you mean checkpoint"),
     (["--model", "PoetModul"], "unknown class 'PoetModul'; did you mean PoetModule"),
     (["--model.layers.parameterization", "caley"], "unknown parameterization 'caley' (did you mean 'cayley'?)"),
     (

@@ -76,6 +76,7 @@ def read_config(path: Path) -> dict[str, Any]:
             text = file.read(MAX_CHARACTERS + 1)
         check_yaml(text, where)
         content = yaml.safe_load(text)
+        _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader), where)
     except ConfigurationError:
         raise
     except VALUE_ERRORS as error:
@@ -84,6 +85,25 @@ def read_config(path: Path) -> dict[str, Any]:
         found = "is empty" if content is None else f"holds a {type(content).__name__}"
         raise ConfigurationError(f"{where} {found}: it must have keys, such as trainer, model and data")
     return content
+
+
+def _refuse_repeated(node: Any, where: str) -> None:
+    """Refuse a key that a mapping has twice: YAML would drop the first value without a word."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated(item, where)
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in lines:
+                    raise ConfigurationError(
+                        f"{where}, line {line}: {key.value!r:.60} stands in line {lines[key.value]} already; write its "
+                        "values in one place"
+                    )
+                lines[key.value] = line
+            _refuse_repeated(value, where)
 
 
 def _check_argument(argument: str) -> None:

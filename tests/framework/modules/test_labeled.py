@@ -61,7 +61,8 @@ def test_from_yaml_to_an_exported_folder(tiny_bert, make_data, tmp_path, method,
     module, arguments = METHODS[method]
     network = {"name": str(tiny_bert), "task": head_of(task)}
     config = {
-        "trainer": {"accelerator": "cpu", "max_steps": 4, "logger": False, "enable_progress_bar": False},
+        "trainer": {"accelerator": "cpu", "max_steps": 4, "max_epochs": None, "precision": "32-true"}
+        | {"logger": False, "enable_progress_bar": False},
         "checkpoint": {"every_n_train_steps": 4},
         "report": {"spectrum_layers": 0},
         "model": {
@@ -75,12 +76,12 @@ def test_from_yaml_to_an_exported_folder(tiny_bert, make_data, tmp_path, method,
         "data": {
             "class_path": "LabeledData",
             "init_args": {"tokenizer": str(tiny_bert), "source": source, "val_source": source, "task": task}
-            | {"max_length": 16, "batch_size": 4},
+            | {"max_length": 16, "batch_size": 4, "text_column": "text"},
         },
     }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
     run, out = tmp_path / "run", tmp_path / "out"
-    command = ["-c", str(tmp_path / "mine.yaml"), "--run_folder", str(run)]
+    command = ["-c", "finetune/classification.yaml", "-c", str(tmp_path / "mine.yaml"), "--run_folder", str(run)]
     main(["fit", *command])
     printed = capsys.readouterr().out
     assert "validation f1 macro" in printed and "validation accuracy" in printed and "perplexity" not in printed

@@ -125,17 +125,18 @@ def stored_tokenizer(checkpoint: dict[str, Any]) -> PreTrainedTokenizerFast | No
     return tokenizer_from_state(states[0]) if states else None
 
 
-def load_model_tokenizer(name: str) -> PreTrainedTokenizerFast:
+def load_model_tokenizer(name: str, joins: bool = True) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a model, as `load_tokenizer` does, or from a checkpoint.
 
     Args:
         name: A tokenizer.json, a folder with one, a Hugging Face name, or a checkpoint (.ckpt) of an orthotrain run.
+        joins: As for `load_tokenizer`.
 
     Raises:
         ConfigurationError: The tokenizer cannot be loaded, or it has no end-of-text token.
     """
     if not name.endswith(".ckpt"):
-        return load_tokenizer(name)
+        return load_tokenizer(name, joins=joins)
     check_there(name)
     check_regular_file(name, "tokenizer")
     try:

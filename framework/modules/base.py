@@ -36,15 +36,15 @@ from orthotrain.models import ModelBuilder
 from orthotrain.models.vocabulary import RESIZE, SAME_NUMBER, check_vocabulary, enlarge_embeddings_
 from orthotrain.modules.attached_callbacks import clip_after_merges, unless_given
 from orthotrain.modules.chunked_loss import cross_entropy
-from orthotrain.modules.evaluation import EvaluatedModule
 from orthotrain.modules.head_loss import HeadLoss, logits_of
+from orthotrain.modules.labeled import LabeledModule
 from orthotrain.modules.micro_step import CompileMode, MicroStep
 from orthotrain.modules.optimization import Optimization
 from orthotrain.modules.resuming import ResumableModule
 from orthotrain.modules.transformers_masks import masks_without_reads
 
 
-class BaseModule(ResumableModule, EvaluatedModule):
+class BaseModule(ResumableModule, LabeledModule):
     """A LightningModule around any network; a language model unless :meth:`loss` is overridden.
 
     It logs ``train_loss`` and ``grad_norm`` (before clipping). For each evaluation split it logs the loss; if
@@ -119,8 +119,10 @@ class BaseModule(ResumableModule, EvaluatedModule):
     def _build_and_wrap(self) -> None:
         if self.model is None:
             assert self._builder is not None
+            self.expect_labels(self._builder)
             self.model = self.build(self._builder)
         check()
+        self.check_labels(self.model)
         data = getattr(self._trainer, "datamodule", None)
         self._fit_vocabulary(getattr(data, "vocab_size", None))
         self.wrap(self.model)
@@ -192,9 +194,10 @@ class BaseModule(ResumableModule, EvaluatedModule):
 
         The default is next-token cross-entropy in nats: ``batch["input_ids"]`` and ``batch["labels"]``, both
         ``(B, T)``; the label at t is the token that follows the input at t; labels of -100 do not count. Everything
-        else in the batch (``attention_mask``, ``position_ids``) is passed to the network by name.
+        else in the batch (``attention_mask``, ``position_ids``) is passed to the network by name. With labeled data it
+        is the network's own loss (:class:`LabeledModule`).
         """
-        return self.next_token_loss(batch)
+        return self.labeled_outputs(batch)[0] if self.labeled else self.next_token_loss(batch)
 
     def next_token_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the mean next-token cross-entropy of a batch in nats, without whole logits where that is possible."""
@@ -228,7 +231,7 @@ class BaseModule(ResumableModule, EvaluatedModule):
     @property
     def has_next_token_loss(self) -> bool:
         """Whether the loss is :meth:`next_token_loss`, and not one of a subclass or of the network."""
-        return type(self).loss is BaseModule.loss
+        return type(self).loss is BaseModule.loss and not self.labeled
 
     @property
     def logs_perplexity(self) -> bool:

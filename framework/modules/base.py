@@ -34,6 +34,7 @@ from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.metrics import TokenLoss
 from orthotrain.models import ModelBuilder, check_vocabulary
+from orthotrain.models.network_checks import check_sequence_length
 from orthotrain.modules.attached_callbacks import clip_after_merges, unless_given
 from orthotrain.modules.chunked_loss import cross_entropy
 from orthotrain.modules.evaluation import EvaluatedModule
@@ -124,6 +125,7 @@ class BaseModule(ResumableModule, EvaluatedModule):
         data = getattr(self._trainer, "datamodule", None)
         embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
         check_vocabulary(getattr(data, "vocab_size", None), getattr(embedding, "num_embeddings", None))
+        check_sequence_length(data, self.model)
         self.wrap(self.model)
         self.head_loss.check(self.model)
         DisplacementPool(self.model)

@@ -119,7 +119,7 @@ def _dispatch(arguments: list[str]) -> None:
     check_working_folder()
     check()
     if command in TRAINER_COMMANDS:
-        run_trainer(resolve_config_arguments(arguments))
+        run_trainer([command, *resolve_config_arguments(arguments[1:])])
     elif command in COMMANDS:
         COMMANDS[command](resolve_config_arguments(arguments[1:]))
     else:
@@ -180,12 +180,16 @@ def export_command(arguments: list[str]) -> None:
                         help="your own classes, and loading options, that the checkpoint may name")  # fmt: skip
     parser.add_argument("--trust_remote_code", action="store_true",
                         help="run code that comes with the pretrained model, as the run did")  # fmt: skip
+    parser.add_argument("--base", help="folder of the base model, if it has moved since the run")
     options = parser.parse_args(arguments)
     from orthotrain.export import export_checkpoint  # takes seconds, so a wrong command line is refused first
+    from orthotrain.files.paths import local_path
 
     check()
-    allowed = {"allow": options.allow, "trust_remote_code": options.trust_remote_code}
-    print_written(export_checkpoint(options.ckpt, options.out, options.format, options.dtype, **allowed))
+    checkpoint, out = local_path(options.ckpt, "--ckpt"), local_path(options.out, "--out")
+    base = options.base and local_path(options.base, "--base")
+    given = {"allow": options.allow, "trust_remote_code": options.trust_remote_code, "base": base}
+    print_written(export_checkpoint(checkpoint, out, options.format, options.dtype, **given))
 
 
 def plan_command(arguments: list[str]) -> None:
@@ -207,9 +211,8 @@ def plugins_command(arguments: list[str]) -> None:
 
 def calibrate_command(arguments: list[str]) -> None:
     """``orthotrain calibrate``: measure the parts of a POET layer; ``route=auto`` uses the result from then on."""
-    from pathlib import Path
-
     from orthotrain.cli.calibrate import calibrate, comparison, usable_device, write_table
+    from orthotrain.files.paths import local_path
 
     parser = _parser("calibrate", "Measure what the parts of a POET layer cost on a device, for route=auto.")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure; by default cpu")
@@ -217,7 +220,7 @@ def calibrate_command(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     entry, parts = calibrate(usable_device(options.device))
     print(comparison(entry, parts))
-    print_written(write_table(entry, options.out and Path(options.out)))
+    print_written(write_table(entry, options.out and local_path(options.out, "--out")))
 
 
 def consolidate_command(arguments: list[str]) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 
 from orthotrain.callbacks import RunReport
 from orthotrain.errors import ConfigurationError
+from orthotrain.export.checkpoint_model import BASE_KEYS
 from orthotrain.files.paths import local_path
 
 TRAINER: dict[str, Any] = {
@@ -23,8 +25,12 @@ TRAINER: dict[str, Any] = {
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
     "check_val_every_n_epoch": None,  # val_check_interval counts the batches of the whole run
+    "num_sanity_val_steps": -1,  # the value before training is that of the whole validation split
     "enable_model_summary": False,
 }
+
+VALIDATIONS = 10
+"""Validations of a run whose config does not say how many."""
 
 KINDS: dict[str, type] = {"checkpoint": Checkpoint, "report": RunReport, "progress": ProgressBar}
 """Keys of a config that name a callback of every run -> base class of the callback."""
@@ -38,6 +44,9 @@ CALLBACKS: dict[str, dict[str, Any]] = {
     "progress": {"class_path": "orthotrain.callbacks.RunProgress"},
 }
 
+CALLBACK_DEFAULTS = {callback["class_path"]: callback.get("init_args", {}) for callback in CALLBACKS.values()}
+"""Class of a callback of every run -> arguments that every run has."""
+
 _PARTS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
 _FROM_0 = ("min_steps", "min_epochs", "log_every_n_steps", "reload_dataloaders_every_n_epochs", "fast_dev_run")
 _LEAST = {
@@ -46,6 +55,9 @@ _LEAST = {
     **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes"), 1),
 }
 """Options of the trainer -> the smallest number that a run can have."""
+
+_PATHS = ("path", "base", "dir", "folder", "file", "filename", "name", "tokenizer")
+"""Ends of the keys of paths. A model and its tokenizer are named by a folder or by a name of the hub."""
 
 MOST_SEED = 2**32 - 1
 MOST_NODES = 100_000
@@ -56,7 +68,8 @@ PROCESSES_A_CORE = 8
 def trainer_defaults(arguments: list[str]) -> dict[str, Any]:
     """Return the trainer's options of a run, whose folder is ``runs/NAME`` by the names of its configs.
 
-    A config that only says where a run computes (the folder ``trainer``) is left out of the name.
+    A config that only says where a run computes or logs (the folders ``trainer`` and ``logger``) is left out of the
+    name.
 
     Args:
         arguments: The command line, in which configs are given as ``-c PATH`` or ``--config=PATH``.
@@ -69,15 +82,27 @@ def trainer_defaults(arguments: list[str]) -> dict[str, Any]:
     return {**TRAINER, "default_root_dir": folder, "logger": loggers}
 
 
+def logger_arguments(folder: str) -> dict[str, dict[str, str]]:
+    """Return the arguments of loggers that write to a run folder: class name -> arguments.
+
+    Args:
+        folder: The folder of :func:`trainer_defaults`, in whose place :func:`place_run` puts the folder of the run.
+    """
+    numbered = {"save_dir": folder, "name": "", "version": ""}  # a numbered version is a new folder at each start
+    mlflow = {"save_dir": folder}
+    if "MLFLOW_TRACKING_URI" not in os.environ:  # MLflow 3 refuses its old store of plain files
+        mlflow |= {"tracking_uri": f"sqlite:///{folder}/mlflow.db", "artifact_location": f"{folder}/artifacts"}
+    own = {"WandbLogger": {"save_dir": folder}, "MLFlowLogger": mlflow}
+    return {"CSVLogger": numbered, "TensorBoardLogger": numbered, **own}
+
+
 def _name_of_configs(arguments: list[str]) -> str:
     names = []
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         option, _, value = argument.partition("=")
         if option in ("-c", "--config"):
             names.append(Path(value or following))
-        elif option.startswith("-c"):  # argparse takes -cPATH too
-            names.append(Path(argument.removeprefix("-c")))
-    return "-".join(path.stem for path in names if path.parent.name != "trainer") or "default"
+    return "-".join(path.stem for path in names if path.parent.name not in ("trainer", "logger")) or "default"
 
 
 def _logger(name: str, options: dict[str, str]) -> dict[str, Any]:
@@ -91,11 +116,52 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind | None, default=CALLBACKS[name], help=help_)
         parser.callback_keys.append(name)
     parser.add_argument(
+        "--base", type=str | None, help="Folder of the base model, if it has moved since the config was written."
+    )
+    parser.add_argument(
         "--run_folder",
         type=str | None,
         help="Folder of the run: checkpoints, logs, reports. Replaces default_root_dir of the trainer and save_dir of "
         "its loggers.",
     )
+
+
+def move_base(config: Any) -> None:
+    """Start from the base model in the folder ``base``, for the model and for a tokenizer that has lain beside it.
+
+    Args:
+        config: The parsed config of a command; changed in place.
+
+    Raises:
+        ConfigurationError: The run has no base model.
+    """
+    if config.get("base") is None:
+        return
+    builder = config.model.init_args.get("model")
+    arguments = builder.get("init_args") if isinstance(builder, Namespace) else None
+    key = next((key for key in BASE_KEYS if arguments and key in arguments), None)
+    if key is None:
+        raise ConfigurationError(f"--base {config.base!r}: the config has no base model; leave --base out")
+    data = config.data.get("init_args") or {}
+    if data.get("tokenizer") == arguments[key]:
+        data["tokenizer"] = config.base
+    arguments[key], config.base = config.base, None  # the config in the run folder names the new place
+
+
+def expand_home(value: Any, key: str = "") -> Any:
+    """Expand ``~`` in the paths of a config, known by the ends of their keys; a Namespace is changed in place.
+
+    Raises:
+        ConfigurationError: There is no such user.
+    """
+    if isinstance(value, Namespace | dict):
+        for name, item in list(value.items() if isinstance(value, dict) else vars(value).items()):
+            value[name] = expand_home(item, name)
+    elif isinstance(value, list):
+        return [expand_home(item, key) for item in value]
+    elif isinstance(value, str) and value.startswith("~") and key.endswith(_PATHS):
+        return str(local_path(value, key))
+    return value
 
 
 def place_run(config: Any, default_folder: str) -> None:
@@ -117,11 +183,40 @@ def place_run(config: Any, default_folder: str) -> None:
     if "dirpath" in saving and saving["dirpath"] is None:  # the folder of a logger changes with each version
         saving["dirpath"] = str(Path(trainer.default_root_dir or default_folder) / "checkpoints")
     for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
-        options = getattr(logger, "init_args", {})
-        if "save_dir" in options and (config.run_folder or options["save_dir"] == default_folder):
-            options["save_dir"] = trainer.default_root_dir or default_folder
+        options, name = getattr(logger, "init_args", {}), getattr(logger, "class_path", "").rpartition(".")[2]
+        if config.run_folder and "save_dir" in options:
+            options["save_dir"] = config.run_folder
+        for key, value in logger_arguments(default_folder).get(name, {}).items():
+            if options.get(key) == value:
+                options[key] = value.replace(default_folder, str(trainer.default_root_dir or default_folder))
+    place_validations(config)
+
+
+def place_validations(config: Any) -> None:
+    """Spread validations evenly over a run whose config does not place them: ten, or up to twenty that end with it.
+
+    A run by epochs has at least one validation an epoch; a part of an epoch needs data with a length, which the data
+    modules of this package have.
+
+    Args:
+        config: The parsed config of a command; changed in place.
+    """
+    trainer = config.trainer
+    steps, epochs = trainer.max_steps or -1, trainer.max_epochs or -1
+    if trainer.val_check_interval is None and trainer.check_val_every_n_epoch is None:
+        if steps > 0:
+            most = max(1, steps // VALIDATIONS)
+            between = next((n for n in range(most, most // 2, -1) if steps % n == 0), most)
+            trainer.val_check_interval = between * (trainer.accumulate_grad_batches or 1)
+        elif 0 < epochs < VALIDATIONS and _has_length(config.data):
+            trainer.val_check_interval = 1 / math.ceil(VALIDATIONS / epochs)
     if trainer.check_val_every_n_epoch is None and isinstance(trainer.val_check_interval, float | None):
         trainer.check_val_every_n_epoch = 1  # Lightning refuses a fraction of an epoch (the default is 1.0) without it
+
+
+def _has_length(data: Any) -> bool:
+    ours = str(data.class_path).startswith("orthotrain.data.")
+    return ours and not getattr(data.init_args, "streaming", False)
 
 
 def with_run_callbacks(trainer: dict[str, Any], defaults: list[L.Callback | None]) -> dict[str, Any]:

@@ -153,6 +153,14 @@ class BaseData(LightningDataModule, ABC):
     def _train_loader(self) -> ResumableLoader:
         return train_loader(self._dataset("train"), self._loading)
 
+    def amounts(self) -> dict[str, dict[str, int]]:
+        """Return the size of each split that is set up: split -> unit -> number, for the summary of a run."""
+        return {}
+
+    def sample_prompt(self) -> list[int]:
+        """Return tokens for a network to continue in the summary of a run; an empty list for no sample."""
+        return []
+
     def train_dataloader(self) -> ResumableLoader:
         """Return the loader of training batches, which resumes in the middle of an epoch."""
         loader = self._train_loader()

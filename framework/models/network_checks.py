@@ -96,6 +96,14 @@ def with_usable_mask(batch: dict[str, Any], network: nn.Module | None) -> dict[s
     return {**batch, "attention_mask": additive.masked_fill(~mask, torch.finfo(dtype).min)}
 
 
+def input_embedding(network: nn.Module) -> nn.Module | None:
+    """Return the embedding of the tokens of a network of transformers; None if it takes no tokens, or does not say."""
+    with contextlib.suppress(NotImplementedError, AttributeError):  # images and sound have no embedding
+        embedding: nn.Module | None = network.get_input_embeddings()  # type: ignore[operator]
+        return embedding
+    return None
+
+
 def shifts_labels(network: nn.Module | None) -> bool:
     """Tell whether a network's loss compares logits at t with the label at t + 1, as causal LMs of transformers do."""
     if not hasattr(network, "config") or is_encoder_decoder(network):

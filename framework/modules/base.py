@@ -32,9 +32,9 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.layers.sharding import shard_network, whole
-from orthotrain.metrics import TokenLoss
-from orthotrain.models import ModelBuilder, check_vocabulary
-from orthotrain.models.network_checks import check_sequence_length
+from orthotrain.models import ModelBuilder
+from orthotrain.models.network_checks import check_sequence_length, input_embedding
+from orthotrain.models.vocabulary import RESIZE, SAME_NUMBER, check_vocabulary, enlarge_embeddings_
 from orthotrain.modules.attached_callbacks import clip_after_merges, unless_given
 from orthotrain.modules.chunked_loss import cross_entropy
 from orthotrain.modules.evaluation import EvaluatedModule
@@ -49,7 +49,8 @@ class BaseModule(ResumableModule, EvaluatedModule):
     """A LightningModule around any network; a language model unless :meth:`loss` is overridden.
 
     It logs ``train_loss`` and ``grad_norm`` (before clipping). For each evaluation split it logs the loss; if
-    :attr:`logs_perplexity`, also the perplexity, and bits per byte if the data module has ``bytes_per_token(split)``.
+    :attr:`logs_perplexity`, also the perplexity, and bits per byte if the data module has ``text_bytes(labels,
+    split)``: the UTF-8 bytes of the text that the labels of a batch stand for.
 
     Args:
         model: The network, or a callable without arguments that builds it when the strategy is set up.
@@ -80,7 +81,6 @@ class BaseModule(ResumableModule, EvaluatedModule):
         self.optimization = optimization
         self.head_loss = HeadLoss(chunked_loss)
         self._wrapped = self._sharded = False
-        self.evaluation_loss = nn.ModuleDict({split: TokenLoss() for split in ("val", "test")})
 
     def build(self, builder: Callable[[], nn.Module]) -> nn.Module:
         """Return the network that ``builder`` builds; a method that draws weights anew leaves them out here."""
@@ -123,13 +123,25 @@ class BaseModule(ResumableModule, EvaluatedModule):
             self.model = self.build(self._builder)
         check()
         data = getattr(self._trainer, "datamodule", None)
-        embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
-        check_vocabulary(getattr(data, "vocab_size", None), getattr(embedding, "num_embeddings", None))
+        self._fit_vocabulary(getattr(data, "vocab_size", None))
         check_sequence_length(data, self.model)
         self.wrap(self.model)
         self.head_loss.check(self.model)
         DisplacementPool(self.model)
         self.micro_step.prepare(self.model)
+
+    def _fit_vocabulary(self, tokens: int | None) -> None:
+        """Enlarge the embedding of a pretrained model if the user wants it; refuse more tokens than rows."""
+        resizes = getattr(self._builder, "resize_vocabulary", None)
+        if resizes and tokens is not None:
+            enlarge_embeddings_(self.model, tokens)
+            described = self.hparams.get("init_args", {}).get("model")
+            # a checkpoint is rebuilt without the data: it needs the number
+            if isinstance(described, dict) and "init_args" in described:
+                described["init_args"]["resize_vocabulary"] = max(tokens, int(resizes))
+        embedding = input_embedding(self.model)
+        advice = SAME_NUMBER if resizes is None else RESIZE
+        check_vocabulary(tokens, getattr(embedding, "num_embeddings", None), advice)
 
     def _shard(self, strategy: ModelParallelStrategy) -> None:
         assert self.model is not None

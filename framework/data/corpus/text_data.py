@@ -17,6 +17,7 @@ from orthotrain.data.corpus.token_windows import TokenWindows, document_beginnin
 from orthotrain.data.data_fingerprint import DataFingerprint
 from orthotrain.data.loaders import ResumableLoader
 from orthotrain.data.splits import SPLITS, Splitter
+from orthotrain.data.token_bytes import token_bytes
 from orthotrain.data.tokenizer_checks import encoding_with, max_characters
 from orthotrain.data.tokenizers import check_vocabulary_size
 from orthotrain.errors import ConfigurationError
@@ -41,7 +42,8 @@ class TextData(BaseData):
 
     Args:
         source: ``python-stdlib`` (the standard library's own sources), a file, folder or glob of .txt .md .py .jsonl
-            .json .parquet (.gz), a Hugging Face dataset ``org/name[:config][@split]``, or a list of these.
+            .json .parquet .arrow (.gz), a folder of ``save_to_disk``, a Hugging Face dataset
+            ``org/name[:config][@split]``, or a list of these.
         text_column: Key of the text in rows of jsonl, json, parquet and Hugging Face datasets.
         streaming: Train from the stream of documents in the order of the source, without a cache of all tokens. The
             tokenizer, validation and test then come from the first 64 MiB. At most one worker.
@@ -94,6 +96,7 @@ class TextData(BaseData):
         self.batch_size = batch_size
         self._splitter = Splitter(seed, val_fraction, test_fraction)
         self._caches: dict[str, TokenCache] = {}
+        self._byte_tables: dict[str, tuple[torch.Tensor, float]] = {}
         if tokenizer is None:
             check_vocabulary_size(vocab_size)
         self._check_arguments("sequence_length", limit_bytes=1)
@@ -132,6 +135,7 @@ class TextData(BaseData):
         if given["streaming"]:
             limit = min(limit or STREAM_HEAD_BYTES, STREAM_HEAD_BYTES)
         self._caches.clear()
+        self._byte_tables.clear()
         folder, corpus = self.cache_folder, self._corpus(limit)
         return prepare_folder(folder, corpus, self._splitter, given["tokenizer"], self.vocab_size)
 
@@ -148,18 +152,34 @@ class TextData(BaseData):
         length = self.sequence_length
         return f"{tokens} tokens, enough for {len(self._dataset(split))} sequences of sequence_length {length}"
 
-    def bytes_per_token(self, split: str) -> float:
-        """Return the UTF-8 bytes of a split's text over its tokens (of a stream: of its first 64 MiB).
+    def amounts(self) -> dict[str, dict[str, int]]:
+        """Return documents and tokens of each split. The train split of a stream has no known size."""
+        known = [split for split in SPLITS if self._has(split) and not (split == "train" and self.hparams["streaming"])]
+        sizes = {split: self._cache(split).metadata for split in known}
+        return {split: {"documents": size.documents, "tokens": size.tokens} for split, size in sizes.items()}
 
-        Bits per byte are the mean loss in nats over ``ln(2) * bytes_per_token(split)``.
+    def sample_prompt(self) -> list[int]:
+        """Return the beginning of a held-out document."""
+        return next(iter(self._document_beginnings(tokens=16)), [])
+
+    def text_bytes(self, labels: torch.Tensor, split: str) -> float:
+        """Return the UTF-8 bytes of the text that labels stand for.
+
+        Bits per byte are the sum of the losses in nats over ``ln(2)`` times these bytes. The bytes of each token come
+        from the tokenizer. If the tokenizer changes the text, they are scaled to add up to the text of the split.
 
         Args:
+            labels: Tokens, of any shape; -100 has no bytes.
             split: ``train``, ``val`` or ``test``.
         """
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
-        metadata = self._cache(split).metadata
-        return metadata.text_bytes / max(metadata.tokens, 1)
+        if split not in self._byte_tables:
+            cache, table = self._cache(split), token_bytes(self.tokenizer)
+            self._byte_tables[split] = table, cache.metadata.text_bytes / max(1, cache.total(table.numpy()))
+        table, scale = self._byte_tables[split]
+        if table.device != labels.device:
+            table = table.to(labels.device)
+            self._byte_tables[split] = table, scale
+        return int(table[labels[labels != -100]].sum()) * scale
 
     def _train_loader(self) -> ResumableLoader:
         given = self.hparams
@@ -180,10 +200,14 @@ class TextData(BaseData):
         """Return the loader of texts to continue, one in a batch: ``{"input_ids"}`` of shape ``(1, length)``."""
         if texts := self.hparams["predict_prompts"]:
             prompts = self._encode_prompts(texts)
-        else:  # without held-out text, the prompts come from the train split
-            split = next(name for name in ("test", "val", "train") if self._has(name))
-            prompts = document_beginnings(self._cache(split), self.tokenizer.eos_token_id)
+        else:
+            prompts = self._document_beginnings(tokens=32)
         return DataLoader([{"input_ids": torch.tensor(prompt)} for prompt in prompts], batch_size=1)  # type: ignore[arg-type]
+
+    def _document_beginnings(self, tokens: int) -> list[list[int]]:
+        # without held-out text, the train split has to serve
+        split = next(name for name in ("test", "val", "train") if self._has(name))
+        return document_beginnings(self._cache(split), self.tokenizer.eos_token_id, tokens=tokens)
 
     def _encode_prompts(self, texts: list[str]) -> list[list[int]]:
         most = max_characters(self.sequence_length)

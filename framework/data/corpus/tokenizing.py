@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.console.progress import Progress
@@ -71,15 +72,18 @@ def build_caches(
         source: The source fingerprint for the headers.
     """
     size = corpus.size()
+    without_text: list[str] = []
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(Progress("tokenizing", size))
         paths = {split: folder / f"{split}.tokens" for split in SPLITS}
         writers = {name: stack.enter_context(TokenCacheWriter(path, vocab_size)) for name, path in paths.items()}
-        for document, tokens, text_bytes in encode_documents(corpus.documents(), tokenizer):
+        for document, tokens, text_bytes in encode_documents(corpus.documents(without_text.append), tokenizer):
             writers[splitter(document.key)].append(tokens, text_bytes, int(document.complete))
             bar.advance(text_bytes, tokens=len(tokens))
         for writer in writers.values():
             writer.commit(fingerprint(tokenizer), source)
+    if without_text:
+        rank_zero_info(f"{len(without_text):,} rows whose text is null are left out (the first: {without_text[0]})")
 
 
 def encode_documents(

@@ -33,6 +33,7 @@ from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.layers.sharding import shard_network, whole
 from orthotrain.models import ModelBuilder
+from orthotrain.models.network_checks import check_sequence_length, input_embedding
 from orthotrain.models.vocabulary import RESIZE, SAME_NUMBER, check_vocabulary, enlarge_embeddings_
 from orthotrain.modules.attached_callbacks import clip_after_merges, unless_given
 from orthotrain.modules.chunked_loss import cross_entropy
@@ -125,6 +126,7 @@ class BaseModule(ResumableModule, LabeledModule):
         self.check_labels(self.model)
         data = getattr(self._trainer, "datamodule", None)
         self._fit_vocabulary(getattr(data, "vocab_size", None))
+        check_sequence_length(data, self.model)
         self.wrap(self.model)
         self.head_loss.check(self.model)
         DisplacementPool(self.model)
@@ -136,11 +138,10 @@ class BaseModule(ResumableModule, LabeledModule):
         if resizes and tokens is not None:
             enlarge_embeddings_(self.model, tokens)
             described = self.hparams.get("init_args", {}).get("model")
-            if (
-                isinstance(described, dict) and "init_args" in described
-            ):  # a checkpoint is rebuilt without the data: it needs the number
+            # a checkpoint is rebuilt without the data: it needs the number
+            if isinstance(described, dict) and "init_args" in described:
                 described["init_args"]["resize_vocabulary"] = max(tokens, int(resizes))
-        embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
+        embedding = input_embedding(self.model)
         advice = SAME_NUMBER if resizes is None else RESIZE
         check_vocabulary(tokens, getattr(embedding, "num_embeddings", None), advice)
 

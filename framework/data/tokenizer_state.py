@@ -15,7 +15,7 @@ from orthotrain.files.paths import check_regular_file, local_path
 from orthotrain.files.torch_files import describe_file
 from orthotrain.models.folder import check_there
 
-_SIDES = ("left", "right")
+_SIDES, _SIDED = ("left", "right"), ("padding_side", "truncation_side")
 _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "model_max_length": lambda value: type(value) is int and 0 < value <= MAX_LENGTH,
     "padding_side": lambda value: value in _SIDES,
@@ -36,8 +36,9 @@ _TYPES |= {"chat_template": str | dict | None, "extra_special_tokens": list, "ha
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Return a tokenizer as plain values, for a checkpoint. Inverse of `tokenizer_from_state`."""
-    given = {name: getattr(tokenizer, name, None) for name in _SETTINGS if name in tokenizer.init_kwargs}
-    given |= {name: getattr(tokenizer, name) for name in ("model_max_length", "padding_side", "truncation_side")}
+    given = {name for name in _SETTINGS if name in tokenizer.init_kwargs}
+    given |= {side for side in _SIDED if getattr(tokenizer, side) != getattr(type(tokenizer), side)}
+    settings = {name: getattr(tokenizer, name, None) for name in sorted({*given, "model_max_length"})}
     return {
         "tokenizer": canonical_json(tokenizer),
         "tokenizer_fingerprint": fingerprint(tokenizer),
@@ -45,7 +46,7 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
             name: str(token) for name, token in tokenizer.special_tokens_map.items() if _is_special_name(name)
         },
         "extra_special_tokens": [str(token) for token in tokenizer.extra_special_tokens],
-        "tokenizer_settings": {name: value for name, value in given.items() if _SETTINGS[name](value)},
+        "tokenizer_settings": {name: value for name, value in settings.items() if _SETTINGS[name](value)},
         "has_own_padding": getattr(tokenizer, "has_own_padding", True),
         "chat_template": tokenizer.chat_template,
     }

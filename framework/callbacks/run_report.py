@@ -84,11 +84,13 @@ class RunReport(StepCallback):
             self.curves["val_loss"].append((trainer.global_step, metrics["val_loss"]))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
-        """Record the training loss of the last batch of each step that the trainer logs."""
+        """Record the training loss of each step that the trainer logs."""
         self._trained = True
         step = trainer.global_step
         if step != self.step_before and logs_at(trainer, step) and isinstance(outputs, dict):
-            self.curves["train_loss"].append((step, float(outputs["loss"])))
+            # with accumulation, Lightning's output is the loss of the last micro-batch, divided by their number
+            loss = trainer.callback_metrics.get("train_loss", outputs["loss"])
+            self.curves["train_loss"].append((step, float(loss)))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print and draw on the first rank; a run that had no step left keeps its earlier report."""

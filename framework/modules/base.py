@@ -12,14 +12,13 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from orthotrain.callbacks.batch_seeds import BatchSeeds
 from orthotrain.callbacks.even_predictions import EvenPredictions
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
 from orthotrain.callbacks.merge_rotations import check_merging
-from orthotrain.callbacks.throughput import Throughput, logs_at
+from orthotrain.callbacks.throughput import Throughput
 from orthotrain.checkpoints.run_folder import checkpoint_folders, leave_nothing
 from orthotrain.checkpoints.writing import AtomicCheckpointIO
 from orthotrain.console.termination import check
@@ -30,20 +29,21 @@ from orthotrain.distributed.strategy import ShardedStrategy
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.rotation.displacement_pool import DisplacementPool
-from orthotrain.layers.sharding import shard_network, whole
+from orthotrain.layers.sharding import shard_network
 from orthotrain.metrics import TokenLoss
 from orthotrain.models import ModelBuilder, check_vocabulary
-from orthotrain.modules.attached_callbacks import clip_after_merges, unless_given
+from orthotrain.modules.attached_callbacks import unless_given
 from orthotrain.modules.chunked_loss import cross_entropy
 from orthotrain.modules.evaluation import EvaluatedModule
 from orthotrain.modules.head_loss import HeadLoss, logits_of
 from orthotrain.modules.micro_step import CompileMode, MicroStep
 from orthotrain.modules.optimization import Optimization
 from orthotrain.modules.resuming import ResumableModule
+from orthotrain.modules.training import TrainedModule
 from orthotrain.modules.transformers_masks import masks_without_reads
 
 
-class BaseModule(ResumableModule, EvaluatedModule):
+class BaseModule(ResumableModule, EvaluatedModule, TrainedModule):
     """A LightningModule around any network; a language model unless :meth:`loss` is overridden.
 
     It logs ``train_loss`` and ``grad_norm`` (before clipping). For each evaluation split it logs the loss; if
@@ -221,43 +221,12 @@ class BaseModule(ResumableModule, EvaluatedModule):
         """Whether the loss is a cross-entropy in nats per token; override if a :meth:`loss` of your own is."""
         return self.has_next_token_loss
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of one micro-batch."""
-        loss = self.micro_step.loss(self, batch)
-        # Lightning reads the values of its progress bar at every step, for which the host would wait on a device
-        self.log("train_loss", loss, prog_bar=not read_waits(self.device))
-        return loss
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Clear the gradients; their memory is kept if CUDA graphs add to it."""
-        self.micro_step.check_ran(self)
-        optimizer.zero_grad(set_to_none=not self.micro_step.keeps_gradients)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the norm of the gradients before clipping."""
-        if logs_at(self.trainer, self.trainer.global_step + 1):
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self.log("grad_norm", whole(torch.nn.utils.get_total_norm(gradients)))
-
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Continue the prompts ``batch["input_ids"]`` ``(B, T)`` by up to 64 sampled tokens: ``(B, T + new)``."""
         assert self.model is not None
         return self.model.generate(  # type: ignore[operator]
             batch["input_ids"], max_new_tokens=64, do_sample=True, temperature=0.8, top_p=0.95
         )
-
-    def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """Clip as the trainer does, more tightly after a merge if ``optimization.clip_ramp`` is set.
-
-        Raises:
-            ConfigurationError: If there is a ramp, and no bound that it could scale or nothing that merges.
-        """
-        ramp = self.optimization.clip_ramp
-        if ramp is None:
-            return self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        clip_after_merges(self.trainer, optimizer, ramp, gradient_clip_val, gradient_clip_algorithm)
 
 
 def constant_buffers(module: nn.Module) -> list[str]:

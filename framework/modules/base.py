@@ -39,6 +39,7 @@ from orthotrain.modules.head_loss import HeadLoss, logits_of
 from orthotrain.modules.micro_step import CompileMode, MicroStep
 from orthotrain.modules.optimization import Optimization
 from orthotrain.modules.resuming import ResumableModule
+from orthotrain.modules.trainer_checks import check_callbacks, check_half_precision
 from orthotrain.modules.training import TrainedModule
 from orthotrain.modules.transformers_masks import masks_without_reads
 
@@ -151,12 +152,23 @@ class BaseModule(ResumableModule, EvaluatedModule, TrainedModule):
         """Attach the callbacks that every run needs, unless the trainer has them; a subclass adds its own.
 
         Raises:
-            ConfigurationError: If the strategy cannot run the ``compile`` mode; raised before data are prepared.
+            ConfigurationError: If the strategy cannot run the ``compile`` mode, or if a callback of the trainer would
+                give wrong weights; raised before data are prepared.
         """
+        check_callbacks(self._trainer, type(self).wrap is not BaseModule.wrap)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self.micro_step.check(self.trainer.strategy, self.automatic_optimization)
         wanted = [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard()]
         return [*leave_nothing(self._trainer), *unless_given(self._trainer, wanted)]
+
+    def on_fit_start(self) -> None:
+        """Compare the optimizers of a checkpoint with those of the run; refuse steps that would underflow in fp16.
+
+        Raises:
+            ConfigurationError: Naming the difference, or the parameter and a precision that works.
+        """
+        super().on_fit_start()
+        check_half_precision(self, self.trainer.optimizers)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule over the network's parameter groups."""

@@ -123,7 +123,7 @@ def _dispatch(arguments: list[str]) -> None:
         raise ConfigurationError(_unknown(command))
     options = resolve_config_arguments(arguments[1:])
     add_own_folders(options)
-    if command == "predict" and "--prompts" in options:
+    if command == "predict" and any(option.partition("=")[0] == "--prompts" for option in options):
         prompts_command(options)
     elif command in TRAINER_COMMANDS:
         run_trainer([command, *options])

@@ -80,7 +80,10 @@ def _arguments(spec: Any) -> dict[str, Any]:
 
 
 def _defaults(class_path: str) -> dict[str, Any]:
-    parameters = inspect.signature(_typehints.import_object(class_path)).parameters
+    try:
+        parameters = inspect.signature(_typehints.import_object(class_path)).parameters
+    except Exception:  # a class of an extension without a signature, or whose import fails; the parser reports that
+        return {}
     return {name: parameter.default for name, parameter in parameters.items()}
 
 

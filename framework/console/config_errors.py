@@ -53,6 +53,7 @@ def one_line(message: str, bases: Collection[type] = (), options: Iterable[str] 
     elif match := _REQUIRED.search(cause):
         names = re.sub(r"\b(fit|validate|test|predict)\.", "", match.group(1))
         cause = f"no {names.replace(', ', ' and no ')} given: name a config, such as -c pretrain/quickstart.yaml"
+        cause += " (predict with --prompts needs none)" if "predict." in match.group(1) else ""
     elif "did you mean" not in cause and (match := _OPTION.search(cause)):
         cause += _option_hint(match.group(1), classes, options)
     return f"{address}: {cause}" if address else cause

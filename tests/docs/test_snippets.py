@@ -177,7 +177,8 @@ def small_configs(corpus, cache):
     data |= {"cache_dir": str(cache), "tokenizer": None, "streaming": False}
     # the papers' blocks and groups are 256 wide
     for kind, width in (("pretrain", 64), ("wide", 256)):
-        network = {"init_args": {"config": small_network | {"hidden_size": width, "intermediate_size": width}}}
+        sizes = {"_replace_": True, **small_network, "hidden_size": width, "intermediate_size": width}
+        network = {"init_args": {"config": sizes}}
         write(kind, {"trainer": short, "model": {"init_args": {"model": network}}, "data": {"init_args": data}})
     rows_of = {"source": "rows.jsonl", "max_length": 64, "val_fraction": 0.2, "generation_samples": 2}
     write("finetune", {"trainer": short, "model": {"init_args": {"max_new_tokens": 4}}, "data": {"init_args": rows_of}})

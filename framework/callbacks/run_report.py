@@ -166,7 +166,7 @@ class RunReport(StepCallback):
 
     def _values(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        clock, data = _throughput(trainer), getattr(trainer, "datamodule", None)
+        clock, data = _throughput(trainer), _data(trainer)
         saving, planned = trainer.checkpoint_callback, getattr(pl_module, "planned_bytes", None)
         checkpoint = getattr(saving, "last_model_path", "") or getattr(saving, "best_model_path", "")
         if checkpoint and Path(checkpoint).is_relative_to(Path.cwd()):  # Lightning makes its folder absolute
@@ -206,8 +206,8 @@ class RunReport(StepCallback):
         return f"{summary.parent}: {figures} after {steps} steps"
 
     def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
-        data = getattr(trainer, "datamodule", None)
-        tokenizer, network = getattr(data, "tokenizer", None), getattr(pl_module, "model", None)
+        data, network = _data(trainer), _network(pl_module)
+        tokenizer = getattr(data, "tokenizer", None)
         if self.prompt == "" or tokenizer is None or not hasattr(network, "generate"):
             return []
         if is_sharded(network):  # one rank alone cannot compute
@@ -238,6 +238,14 @@ class RunReport(StepCallback):
 def _throughput(trainer: L.Trainer) -> Throughput | None:
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
+
+
+def _data(trainer: L.Trainer) -> Any:
+    return getattr(trainer, "datamodule", None)
+
+
+def _network(pl_module: L.LightningModule) -> Any:
+    return getattr(pl_module, "model", None)
 
 
 def _unit(pl_module: L.LightningModule) -> str:

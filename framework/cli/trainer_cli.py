@@ -18,17 +18,16 @@ from orthotrain.checkpoints.run_folder import run_folder, written_folders
 from orthotrain.cli.ckpt_path import check_path, checkpoint_of, naming_checkpoint
 from orthotrain.cli.memory_advice import check_fits, naming_memory
 from orthotrain.cli.overlay import overlaid_values
+from orthotrain.cli.own_modules import import_modules
 from orthotrain.cli.parser import CONFIGURABLE, OneLineParser
 from orthotrain.cli.plan import batch_shape, plan_run
 from orthotrain.cli.run_lock import holding
+from orthotrain.cli.run_paths import expand_home, logger_arguments, move_base, place_run
 from orthotrain.cli.trainer_options import (
     CALLBACK_DEFAULTS,
     add_run_options,
     check_trainer_numbers,
-    expand_home,
-    logger_arguments,
-    move_base,
-    place_run,
+    place_validations,
     trainer_defaults,
     with_run_callbacks,
 )
@@ -94,6 +93,7 @@ class OrthotrainCLI(LightningCLI):
         for line in lines:
             rank_zero_info(line)
         config = expand_home(self._command_config)
+        import_modules(config.imports)
         move_base(config)
         check_trainer_numbers(config.trainer, config.seed_everything)
 
@@ -105,6 +105,7 @@ class OrthotrainCLI(LightningCLI):
         """Put all files of the run into its folder."""
         check()
         place_run(self._command_config, self._default_folder)
+        place_validations(self._command_config)
 
     def instantiate_classes(self) -> None:
         """Build module, data and trainer; an error of a constructor becomes one line."""

@@ -121,6 +121,7 @@ class BaseData(LightningDataModule, ABC):
         if len(self._dataset(split)) < needed:
             remedies = [f"{split}_{name}" for name in ("fraction", "source") if f"{split}_{name}" in self.hparams]
             remedy = "lower batch_size" if split == "train" else f"set another {' or '.join(remedies)}"
+            remedy += f" ({split}_fraction 0: no {split} split)" if f"{split}_fraction" in remedies else ""
             problem = f"the {split} split has {self._amount(split)}, but {needed} are needed"
             raise ConfigurationError(f"{problem}: give more data or {remedy}")
 

@@ -15,7 +15,7 @@ from orthotrain.files.paths import check_regular_file, local_path
 from orthotrain.files.torch_files import describe_file
 from orthotrain.models.folder import check_there
 
-_SIDES = ("left", "right")
+_SIDES, _SIDED = ("left", "right"), ("padding_side", "truncation_side")
 _SETTINGS: dict[str, Callable[[Any], bool]] = {
     "model_max_length": lambda value: type(value) is int and 0 < value <= MAX_LENGTH,
     "padding_side": lambda value: value in _SIDES,
@@ -36,8 +36,9 @@ _TYPES |= {"chat_template": str | dict | None, "extra_special_tokens": list, "ha
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Return a tokenizer as plain values, for a checkpoint. Inverse of `tokenizer_from_state`."""
-    given = {name: getattr(tokenizer, name, None) for name in _SETTINGS if name in tokenizer.init_kwargs}
-    given |= {name: getattr(tokenizer, name) for name in ("model_max_length", "padding_side", "truncation_side")}
+    given = {name for name in _SETTINGS if name in tokenizer.init_kwargs}
+    given |= {side for side in _SIDED if getattr(tokenizer, side) != getattr(type(tokenizer), side)}
+    settings = {name: getattr(tokenizer, name, None) for name in sorted({*given, "model_max_length"})}
     return {
         "tokenizer": canonical_json(tokenizer),
         "tokenizer_fingerprint": fingerprint(tokenizer),
@@ -45,7 +46,7 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
             name: str(token) for name, token in tokenizer.special_tokens_map.items() if _is_special_name(name)
         },
         "extra_special_tokens": [str(token) for token in tokenizer.extra_special_tokens],
-        "tokenizer_settings": {name: value for name, value in given.items() if _SETTINGS[name](value)},
+        "tokenizer_settings": {name: value for name, value in settings.items() if _SETTINGS[name](value)},
         "has_own_padding": getattr(tokenizer, "has_own_padding", True),
         "chat_template": tokenizer.chat_template,
     }
@@ -125,17 +126,18 @@ def stored_tokenizer(checkpoint: dict[str, Any]) -> PreTrainedTokenizerFast | No
     return tokenizer_from_state(states[0]) if states else None
 
 
-def load_model_tokenizer(name: str) -> PreTrainedTokenizerFast:
+def load_model_tokenizer(name: str, joins: bool = True) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a model, as `load_tokenizer` does, or from a checkpoint.
 
     Args:
         name: A tokenizer.json, a folder with one, a Hugging Face name, or a checkpoint (.ckpt) of an orthotrain run.
+        joins: As for `load_tokenizer`.
 
     Raises:
         ConfigurationError: The tokenizer cannot be loaded, or it has no end-of-text token.
     """
     if not name.endswith(".ckpt"):
-        return load_tokenizer(name)
+        return load_tokenizer(name, joins=joins)
     check_there(name)
     check_regular_file(name, "tokenizer")
     try:

@@ -24,6 +24,7 @@ MIN_VOCABULARY = 256 + 2 + 1
 MAX_VOCABULARY = 1 << 22
 """Training reserves memory for all tokens before it begins; the largest vocabularies in use have 2^18 tokens."""
 
+_KNOWN_PADDING = (PADDING, "[PAD]", "<pad>")
 _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
 
@@ -91,7 +92,7 @@ def check_vocabulary_size(vocab_size: int) -> None:
         )
 
 
-def load_tokenizer(name: str, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str, vocab_size: int | None = None, joins: bool = True) -> PreTrainedTokenizerFast:
     """Load a tokenizer and check that it fits the model.
 
     A ``tokenizer.json`` alone decides the tokens, with the settings of the ``tokenizer_config.json`` beside it. The
@@ -100,9 +101,10 @@ def load_tokenizer(name: str, vocab_size: int | None = None) -> PreTrainedTokeni
     Args:
         name: A ``tokenizer.json``, a folder with one or with files that transformers converts, or a Hugging Face name.
         vocab_size: Rows of the model's embedding; ``None`` allows any number of tokens.
+        joins: Whether documents are joined by an end-of-text token, which an encoder's tokenizer does not have.
 
     Raises:
-        ConfigurationError: The tokenizer cannot be loaded, has no end-of-text token, has more tokens than
+        ConfigurationError: The tokenizer cannot be loaded, has no end-of-text token or no padding, has more tokens than
             ``vocab_size``, or needs very much memory, time or tokens for a short text; or the settings change the
             tokens of the ``tokenizer.json``.
     """
@@ -121,7 +123,7 @@ def load_tokenizer(name: str, vocab_size: int | None = None) -> PreTrainedTokeni
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigurationError(f"tokenizer {name!r}: {type(tokenizer).__name__} has no tokenizer.json (fast) form")
-    _complete_special_tokens(tokenizer, name)
+    _complete_special_tokens(tokenizer, name, joins)
     if vocab_size is not None and (size := number_of_tokens(tokenizer)) > vocab_size:
         raise ConfigurationError(
             f"tokenizer {name!r}: {size} tokens do not fit vocab_size {vocab_size}; set vocab_size to at least {size}"
@@ -142,9 +144,11 @@ def _load(name: str, path: Path) -> tuple[Any, Path | None]:
     return PreTrainedTokenizerFast.from_pretrained(source), Path(str(file))
 
 
-def _complete_special_tokens(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    if tokenizer.eos_token_id is None:
-        vocabulary = tokenizer.get_vocab()
+def _complete_special_tokens(tokenizer: PreTrainedTokenizerFast, name: str, joins: bool) -> None:
+    vocabulary = tokenizer.get_vocab()
+    if not joins and tokenizer.pad_token_id is None:
+        tokenizer.pad_token = next((token for token in _KNOWN_PADDING if token in vocabulary), None)
+    if tokenizer.eos_token_id is None and (joins or tokenizer.pad_token_id is None):
         end = next((token for token in _KNOWN_ENDS if token in vocabulary), None)
         if end is None:
             raise ConfigurationError(

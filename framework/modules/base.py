@@ -12,7 +12,6 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from orthotrain.callbacks.batch_seeds import BatchSeeds
 from orthotrain.callbacks.causality_check import CausalityCheck
@@ -20,7 +19,7 @@ from orthotrain.callbacks.even_predictions import EvenPredictions
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
 from orthotrain.callbacks.merge_rotations import check_merging
-from orthotrain.callbacks.throughput import Throughput, logs_at
+from orthotrain.callbacks.throughput import Throughput
 from orthotrain.checkpoints.run_folder import checkpoint_folders, leave_nothing
 from orthotrain.checkpoints.writing import AtomicCheckpointIO
 from orthotrain.console.termination import check
@@ -31,21 +30,23 @@ from orthotrain.distributed.strategy import ShardedStrategy
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.rotation.displacement_pool import DisplacementPool
-from orthotrain.layers.sharding import shard_network, whole
+from orthotrain.layers.sharding import shard_network
 from orthotrain.models import ModelBuilder
 from orthotrain.models.network_checks import check_sequence_length, input_embedding
 from orthotrain.models.vocabulary import RESIZE, SAME_NUMBER, check_vocabulary, enlarge_embeddings_
-from orthotrain.modules.attached_callbacks import clip_after_merges, unless_given
+from orthotrain.modules.attached_callbacks import unless_given
 from orthotrain.modules.chunked_loss import cross_entropy
-from orthotrain.modules.evaluation import EvaluatedModule
 from orthotrain.modules.head_loss import HeadLoss, logits_of
+from orthotrain.modules.labeled import LabeledModule
 from orthotrain.modules.micro_step import CompileMode, MicroStep
 from orthotrain.modules.optimization import Optimization
 from orthotrain.modules.resuming import ResumableModule
+from orthotrain.modules.trainer_checks import check_callbacks, check_half_precision
+from orthotrain.modules.training import TrainedModule
 from orthotrain.modules.transformers_masks import masks_without_reads
 
 
-class BaseModule(ResumableModule, EvaluatedModule):
+class BaseModule(ResumableModule, LabeledModule, TrainedModule):
     """A LightningModule around any network; a language model unless :meth:`loss` is overridden.
 
     It logs ``train_loss`` and ``grad_norm`` (before clipping). For each evaluation split it logs the loss; if
@@ -120,8 +121,10 @@ class BaseModule(ResumableModule, EvaluatedModule):
     def _build_and_wrap(self) -> None:
         if self.model is None:
             assert self._builder is not None
+            self.expect_labels(self._builder)
             self.model = self.build(self._builder)
         check()
+        self.check_labels(self.model)
         data = getattr(self._trainer, "datamodule", None)
         self._fit_vocabulary(getattr(data, "vocab_size", None))
         check_sequence_length(data, self.model)
@@ -166,12 +169,23 @@ class BaseModule(ResumableModule, EvaluatedModule):
         """Attach the callbacks that every run needs, unless the trainer has them; a subclass adds its own.
 
         Raises:
-            ConfigurationError: If the strategy cannot run the ``compile`` mode; raised before data are prepared.
+            ConfigurationError: If the strategy cannot run the ``compile`` mode, or if a callback of the trainer would
+                give wrong weights; raised before data are prepared.
         """
+        check_callbacks(self._trainer, type(self).wrap is not BaseModule.wrap)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self.micro_step.check(self.trainer.strategy, self.automatic_optimization)
         wanted = [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard()]
         return [*leave_nothing(self._trainer), *unless_given(self._trainer, [*wanted, CausalityCheck()])]
+
+    def on_fit_start(self) -> None:
+        """Compare the optimizers of a checkpoint with those of the run; refuse steps that would underflow in fp16.
+
+        Raises:
+            ConfigurationError: Naming the difference, or the parameter and a precision that works.
+        """
+        super().on_fit_start()
+        check_half_precision(self, self.trainer.optimizers)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule over the network's parameter groups."""
@@ -193,9 +207,10 @@ class BaseModule(ResumableModule, EvaluatedModule):
 
         The default is next-token cross-entropy in nats: ``batch["input_ids"]`` and ``batch["labels"]``, both
         ``(B, T)``; the label at t is the token that follows the input at t; labels of -100 do not count. Everything
-        else in the batch (``attention_mask``, ``position_ids``) is passed to the network by name.
+        else in the batch (``attention_mask``, ``position_ids``) is passed to the network by name. With labeled data it
+        is the network's own loss (:class:`LabeledModule`).
         """
-        return self.next_token_loss(batch)
+        return self.labeled_outputs(batch)[0] if self.labeled else self.next_token_loss(batch)
 
     def next_token_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the mean next-token cross-entropy of a batch in nats, without whole logits where that is possible."""
@@ -229,30 +244,12 @@ class BaseModule(ResumableModule, EvaluatedModule):
     @property
     def has_next_token_loss(self) -> bool:
         """Whether the loss is :meth:`next_token_loss`, and not one of a subclass or of the network."""
-        return type(self).loss is BaseModule.loss
+        return type(self).loss is BaseModule.loss and not self.labeled
 
     @property
     def logs_perplexity(self) -> bool:
         """Whether the loss is a cross-entropy in nats per token; override if a :meth:`loss` of your own is."""
         return self.has_next_token_loss
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of one micro-batch."""
-        loss = self.micro_step.loss(self, batch)
-        # Lightning reads the values of its progress bar at every step, for which the host would wait on a device
-        self.log("train_loss", loss, prog_bar=not read_waits(self.device))
-        return loss
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Clear the gradients; their memory is kept if CUDA graphs add to it."""
-        self.micro_step.check_ran(self)
-        optimizer.zero_grad(set_to_none=not self.micro_step.keeps_gradients)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the norm of the gradients before clipping."""
-        if logs_at(self.trainer, self.trainer.global_step + 1):
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self.log("grad_norm", whole(torch.nn.utils.get_total_norm(gradients)))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Continue the prompts ``batch["input_ids"]`` ``(B, T)`` by up to 64 sampled tokens: ``(B, T + new)``."""
@@ -260,19 +257,6 @@ class BaseModule(ResumableModule, EvaluatedModule):
         return self.model.generate(  # type: ignore[operator]
             batch["input_ids"], max_new_tokens=64, do_sample=True, temperature=0.8, top_p=0.95
         )
-
-    def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """Clip as the trainer does, more tightly after a merge if ``optimization.clip_ramp`` is set.
-
-        Raises:
-            ConfigurationError: If there is a ramp, and no bound that it could scale or nothing that merges.
-        """
-        ramp = self.optimization.clip_ramp
-        if ramp is None:
-            return self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        clip_after_merges(self.trainer, optimizer, ramp, gradient_clip_val, gradient_clip_algorithm)
 
 
 def constant_buffers(module: nn.Module) -> list[str]:

@@ -95,6 +95,8 @@ class OftModule(BaseModule):
 
     def _check_layout(self, model: nn.Module) -> None:
         data = getattr(self._trainer, "datamodule", None)
+        if self.labeled:
+            return
         layout = getattr(data, "layout", None)
         wanted = "seq2seq" if is_encoder_decoder(model) else "causal"
         if layout not in (None, wanted):
@@ -118,6 +120,8 @@ class OftModule(BaseModule):
 
     def outputs(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Return the mean loss of a batch and its logits, which line up with :meth:`targets`; None without logits."""
+        if self.labeled:
+            return self.labeled_outputs(batch)
         if self.objective == "model":
             output = self(**batch)
             logits = getattr(output, "logits", None)
@@ -149,12 +153,14 @@ class OftModule(BaseModule):
     @property
     def has_next_token_loss(self) -> bool:
         """Whether the loss is :meth:`next_token_loss`, and not the loss of a subclass or of the network."""
-        return self._has_own_loss and self.objective == "next_token" and not is_encoder_decoder(self.model)
+        causal = self.objective == "next_token" and not is_encoder_decoder(self.model)
+        return self._has_own_loss and causal and not self.labeled
 
     @property
     def logs_perplexity(self) -> bool:
         """Whether the loss is a cross-entropy in nats per token; the loss of a classification head is not."""
-        return self._has_own_loss and (self.objective == "next_token" or is_encoder_decoder(self.model))
+        predicts_tokens = self.objective == "next_token" or is_encoder_decoder(self.model)
+        return self._has_own_loss and predicts_tokens and not self.labeled
 
     @property
     def _has_own_loss(self) -> bool:

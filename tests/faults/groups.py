@@ -63,12 +63,20 @@ class Record(L.Callback):
     def __init__(self, counts_bytes=True):
         self.counts_bytes = counts_bytes
         self.losses, self.batches, self.bytes, self.traffic, self.before = {}, [], {}, Traffic(), {}
+        self.step_losses, self.gradients = [], []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if hasattr(module, "masks"):
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            self.gradients.append(torch.cat([whole(gradient).flatten() for gradient in gradients]))
 
     def on_train_start(self, trainer, module):
         if self.counts_bytes:  # a network cannot be compiled under the mode that counts bytes
             self.traffic.__enter__()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if len(self.gradients) > len(self.step_losses):
+            self.step_losses.append(float(trainer.callback_metrics["train_loss"]))
         self.losses.setdefault(trainer.global_step, []).append(outputs["loss"].item())
         self.batches.append([trainer.global_step, [zlib.crc32(row.numpy().tobytes()) for row in batch["input_ids"]]])
 
@@ -85,6 +93,18 @@ class Record(L.Callback):
         now = dict(self.traffic.totals)
         self.bytes[step] = {n: b - self.before.get(n, 0) for n, b in now.items() if b != self.before.get(n, 0)}
         self.before = now
+
+
+class Masked(PoetModule):
+    """Trains on a part of each row only, from 1 to 20 targets, as a chat does."""
+
+    masks = True
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        labels = batch["labels"].clone()
+        for row, ids in zip(labels, batch["input_ids"], strict=True):
+            row[1 + int(ids.sum()) % 20 :] = -100
+        return {**batch, "labels": labels}
 
 
 def strategy_of(name, distributed):
@@ -104,6 +124,8 @@ def fit(
     distributed=False,
     stepwise=False,
     eight_bit=False,
+    masked=False,
+    batches=None,
     **module_options,
 ):
     L.seed_everything(0, verbose=False)
@@ -116,7 +138,9 @@ def fit(
     # 8-bit moments for the largest matrices; 32 bits for smaller ones, and for parts that are small on two ranks
     if eight_bit:
         options["optimizer"] = partial(bnb.optim.AdamW8bit, min_8bit_size=1024)
-    module = PoetModule(
+    if masked:  # a gradient moves the weights in proportion, so that rounding stays rounding
+        options |= {"optimizer": torch.optim.SGD, "scheduler": None}
+    module = (Masked if masked else PoetModule)(
         CausalLM(NETWORK),
         PoetLayers(block_size=8, stepwise=stepwise, trained_scale=stepwise, **(layers or {})),
         merge_every=1 if stepwise else 2,
@@ -131,7 +155,7 @@ def fit(
     save = [ModelCheckpoint(folder, every_n_train_steps=step, save_top_k=-1, filename="{step}")] if folder else []
     trainer = L.Trainer(
         accelerator="cpu", devices=JOB["ranks"], strategy=strategy_of(strategy or "auto", distributed), max_steps=8,
-        precision=precision, accumulate_grad_batches=accumulate, limit_train_batches=steps * accumulate,
+        precision=precision, accumulate_grad_batches=accumulate, limit_train_batches=batches or steps * accumulate,
         max_epochs=1, logger=False, enable_checkpointing=bool(save), enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=2, gradient_clip_val=1.0,
         log_every_n_steps=1, callbacks=[record, *save], default_root_dir=JOB["out"],
@@ -206,6 +230,8 @@ def main():
             "bytes": dict(record.bytes),
             "state": state,
             "loss": module.loss_described,
+            "step losses": record.step_losses,
+            "step gradients": record.gradients,
         }
         results[name]["graphs"] = counters["stats"]["unique_graphs"]
         results[name]["merges"] = {n: int(layer.merge_count) for n, layer in mergeable_layers(module)}

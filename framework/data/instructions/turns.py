@@ -70,17 +70,18 @@ class ChatTurns:
         both = [((messages[:turn], True), (messages[: turn + 1], False)) for turn in example.turns]
         rendered = self.render([request for pair in both for request in pair], example)
         found: list[Conversation] = []
-        for turn, prompt, answered in zip(example.turns, rendered[::2], rendered[1::2], strict=True):
-            spans = self._marked(prompt.text, answered, messages[turn]["content"])
+        for turn, (prompt, _), answered in zip(example.turns, rendered[::2], rendered[1::2], strict=True):
+            text, spans = answered.text, self._marked(prompt, answered, messages[turn]["content"])
             marked = spans is not None
             if spans is None:
-                spans = [(self._start(example, messages[:turn], prompt.text, answered.text), len(answered.text))]
-            kept = self._shared(found[-1].text, answered.text) if found else None
+                text, start = self._split(example, messages[:turn], prompt, answered.text)
+                spans = [(start, len(text))]
+            kept = self._shared(found[-1].text, text) if found else None
             if kept is None:
-                found.append(Conversation(answered.text, spans, turn, marked))
+                found.append(Conversation(text, spans, turn, marked))
             else:
                 earlier = [(start, min(end, kept)) for start, end in found[-1].responses]
-                found[-1] = Conversation(answered.text, earlier + spans, turn, marked)
+                found[-1] = Conversation(text, earlier + spans, turn, marked)
         return found
 
     def render(
@@ -111,20 +112,29 @@ class ChatTurns:
         written = " ".join(answered.text[start:end] for start, end in spans)
         return spans if spans and all(word in written for word in content.split()[-1:]) else None
 
-    def _start(self, example: Example, history: Sequence[dict[str, Any]], prompt: str, answered: str) -> int:
-        """Return the first character of the last response."""
+    def _split(
+        self, example: Example, history: Sequence[dict[str, Any]], prompt: str, answered: str
+    ) -> tuple[str, int]:
+        """Return the text that ends with the last response, and the first character of this response.
+
+        A template that changes the messages before the last one still writes the generation prompt before the response:
+        the response then moves behind the prompt that inference gives.
+        """
         if answered.startswith(prompt):
-            return len(prompt)
+            return answered, len(prompt)
         (before,) = self.render([(history, False)], example)
         (asked, _), (plain, _), (whole, offsets) = map(self._encode, (prompt, before.text, answered))
         same = _shared_length(asked, whole)
-        if same < _shared_length(asked, plain) or same == len(whole):
-            raise RowFault(
-                f"{example.where}: the chat template cannot be split before message {len(history) + 1}, because it "
-                "changes the messages before it; give rows of prompt and response, or a tokenizer whose template only "
-                "appends or has generation blocks"
-            )
-        return offsets[same][0]
+        if _shared_length(asked, plain) <= same < len(whole):
+            return answered, offsets[same][0]
+        added = prompt.removeprefix(before.text)
+        if added and added != prompt and added in answered:
+            return prompt + answered[answered.rindex(added) + len(added) :], len(prompt)
+        raise RowFault(
+            f"{example.where}: the chat template cannot be split before message {len(history) + 1}, because it changes "
+            "the messages before it; give rows of prompt and response, or a tokenizer whose template only appends or "
+            "has generation blocks"
+        )
 
     def _shared(self, earlier: str, later: str) -> int | None:
         """Return how much of a text the next text keeps; None if it changes more than the tokens behind the end.

@@ -15,16 +15,9 @@ from orthotrain.cli.config_files import shipped_configs
 from orthotrain.cli.main import main
 from orthotrain.cli.overlay import overlaid_values
 from orthotrain.cli.parser import OneLineParser
+from orthotrain.cli.run_paths import expand_home, logger_arguments, move_base, place_run
 from orthotrain.cli.trainer_cli import OrthotrainCLI
-from orthotrain.cli.trainer_options import (
-    expand_home,
-    logger_arguments,
-    move_base,
-    place_run,
-    place_validations,
-    trainer_defaults,
-    with_run_callbacks,
-)
+from orthotrain.cli.trainer_options import place_validations, trainer_defaults, with_run_callbacks
 from orthotrain.errors import ConfigurationError
 
 NETWORK = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}

@@ -65,7 +65,7 @@ def rich_folder(tokenizer, tmp_path_factory):
         tokenizer_object=tokenizer.backend_tokenizer,
         **{f"{name}_token": f"<{name}>" for name in ("eos", "bos", "unk", "sep", "cls", "mask", "image")},
         **{"extra_special_tokens": ["<extra>"], "model_max_length": 128, "padding_side": "left"},
-        **{"truncation_side": "left", "model_input_names": ["input_ids"], "clean_up_tokenization_spaces": True},
+        **{"model_input_names": ["input_ids"], "clean_up_tokenization_spaces": True},
     )
     rich.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     folder = tmp_path_factory.mktemp("rich") / "base"

@@ -16,6 +16,7 @@ from orthotrain.errors import ConfigurationError
 FAULTS = Path(__file__).parents[2] / "faults"
 RANKS = runpy.run_path(str(FAULTS / "ranks.py"))
 STEPS, MIDDLE = 6, 3
+STRATEGIES = ("ddp", "fsdp2")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 # Relative difference of a step's loss and of the largest weight: another order of summing gradients, six steps long.
@@ -64,7 +65,9 @@ def all_runs(folder, start):
         return str(folder / name / f"step={MIDDLE}.ckpt")
 
     one = {"one": at("one", accumulate=2)}
+    one["masked twice"] = {"steps": 3, "accumulate": 2, "masked": True}
     one |= {p: {"steps": 3, "accumulate": 2, "precision": p} for p in PRECISIONS[1:]}
+    one["masked"] = {"steps": 3, "accumulate": 4, "masked": True, "batches": 10}
     single = start("a", 1, one)
     two = {"ddp": at("ddp", strategy="ddp"), "fsdp2": at("fsdp2", strategy="fsdp2")}
     two |= {f"ddp {p}": {"steps": 3, "strategy": "ddp", "precision": p} for p in PRECISIONS[1:]}
@@ -72,6 +75,10 @@ def all_runs(folder, start):
     two |= {f"{s} compiled": {"steps": 3, "strategy": s, "compile": "default"} for s in ("ddp", "fsdp2")}
     two |= {f"one to {s}": {"steps": STEPS, "strategy": s, "resume": saved("one")} for s in ("ddp", "fsdp2")}
     two |= {f"{s} chunked": {"steps": 3, "strategy": s, "chunked_loss": True} for s in ("ddp", "fsdp2")}
+    two |= {
+        f"{s} masked": {"steps": 3, "strategy": s, "accumulate": 2, "masked": True, "batches": 5} for s in STRATEGIES
+    }
+    two |= {f"{s} masked once": {"steps": 3, "strategy": s, "masked": True} for s in STRATEGIES}
     two["distributed"] = at("distributed", strategy="fsdp2", distributed=True)
     two["stepwise"] = {"steps": 4, "strategy": "ddp", "stepwise": True}
     two["stepwise fsdp2"] = at("stepwise", steps=4, strategy="fsdp2", stepwise=True)
@@ -176,6 +183,19 @@ def test_stepwise_poet_is_the_same_on_every_rank(runs, name):
         assert not any(t.any() for n, t in state.items() if n.endswith("generators") and not n.startswith("momentum"))
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("masked", "single"), [("masked", "masked"), ("masked once", "masked twice")])
+def test_a_step_follows_the_mean_over_the_targets_of_all_ranks(runs, strategy, masked, single):
+    """Also in a last window of one micro-batch a rank."""
+    (expected,) = [result[single] for result in runs["one"] if single in result]
+    for result in runs["two"]:
+        found = result[f"{strategy} {masked}"]
+        assert found["step losses"] == pytest.approx(expected["step losses"], rel=1e-5)
+        assert len(found["step gradients"]) == 3
+        for mine, theirs in zip(found["step gradients"], expected["step gradients"], strict=True):
+            assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+
+
 def test_stepwise_poet_shards_and_resumes(runs):
     close(losses(runs["two"], "stepwise fsdp2"), losses(runs["two"], "stepwise"), LOSS_TOLERANCE["32-true"])
     whole, resumed = losses(runs["two"], "stepwise fsdp2"), losses(runs["two"], "stepwise resumed")
@@ -232,7 +252,8 @@ def test_ddp_sends_gradients_and_nothing_else(runs, ranks):
             # whether all ranks are finite; in the second step DDP sends the order of its buckets once. Steps 2 and 4
             # end with a merge.
             assert sent.pop("broadcast", 0) <= (148 if step == 2 else 0), (step, sent)
-            assert sent == {"allreduce": trained + 4 + 4}
+            # and eight for the targets of the step and their loss
+            assert sent == {"allreduce": trained + 4 + 4 + 8}
 
 
 def test_fsdp2_reduces_no_gradient_of_a_frozen_weight(runs):

@@ -140,12 +140,6 @@ def test_a_tokenizer_that_begins_texts_begins_plain_rows_too():
     assert not row.targets[0]
 
 
-def test_a_template_that_changes_the_prompt_of_a_response_is_refused():
-    template = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'] | upper }}")
-    with pytest.raises(ConfigurationError, match=r"cannot be split before message 2.*rows of prompt and response"):
-        CausalEncoder(make_tokenizer(template))(chat("one", "two", "three", "four"))
-
-
 def test_a_template_that_cannot_be_split_in_tokens_is_refused():
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()

@@ -96,7 +96,20 @@ def test_conversations_that_become_several_rows_are_counted(make_tokenizer):
     assert "1 conversations became several rows, as the chat template changes earlier messages" in counts.summary()
 
 
+CAPITALS = LOOP + "{{ m.content if loop.last else m.content | upper }}<|end|>{% endfor %}"
+
+
+def test_a_response_moves_behind_the_prompt_that_inference_gives(make_tokenizer):
+    tokenizer = make_tokenizer(CAPITALS + PROMPT)
+    rows = CausalEncoder(tokenizer)(example_of(""))
+    assert [tokenizer.decode(row.tokens) for row in rows] == [
+        "<|user|>what<|end|><|assistant|>one<|end|><|endoftext|>",
+        "<|user|>WHAT<|end|><|assistant|>ONE<|end|><|user|>why<|end|><|assistant|>two<|end|><|endoftext|>",
+    ]
+    assert [counted_texts(tokenizer, row) for row in rows] == [["one<|end|><|endoftext|>"], ["two<|end|><|endoftext|>"]]
+
+
 def test_a_response_that_cannot_be_found_is_refused(make_tokenizer):
-    template = LOOP + "{{ m.content if loop.last else m.content | upper }}<|end|>{% endfor %}" + PROMPT
+    encoder = CausalEncoder(make_tokenizer(CAPITALS + PROMPT.replace("t|>{%", "t|><think>{%")))
     with pytest.raises(ConfigurationError, match=r"^row: the chat template cannot be split before message 2, because"):
-        CausalEncoder(make_tokenizer(template))(example_of(""))
+        encoder(example_of(""))

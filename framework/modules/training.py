@@ -1,0 +1,90 @@
+"""The part of a module that trains: the loss of a micro-batch, the gradient of an optimizer step, and clipping."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from orthotrain.callbacks.throughput import logs_at
+from orthotrain.devices.host_reads import read_waits
+from orthotrain.layers.sharding import whole
+from orthotrain.modules.attached_callbacks import clip_after_merges
+from orthotrain.modules.micro_step import MicroStep
+from orthotrain.modules.optimization import Optimization
+from orthotrain.modules.target_mean import TargetMean, count_of
+
+
+class TrainedModule(L.LightningModule):
+    """A LightningModule whose optimizer steps follow the mean loss over all targets of all micro-batches and ranks.
+
+    Attributes:
+        micro_step: Computes the loss of a training batch.
+        optimization: Learning rates, optimizer, schedule and clipping.
+        target_mean: Weighs the micro-batches of an optimizer step.
+    """
+
+    micro_step: MicroStep
+    optimization: Optimization
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.target_mean = TargetMean()
+
+    def targets(self, batch: Any) -> Any:
+        """Return the labels over which the loss of a batch is a mean; those of -100 do not count.
+
+        An optimizer step follows the mean over the targets of all its micro-batches and ranks. Override this for a
+        :meth:`loss` that is a mean over something else. None, or labels that are no tensor: every batch counts as one.
+        """
+        return batch.get("labels") if isinstance(batch, Mapping) else None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of one micro-batch, and note its number of targets, by which :meth:`backward` weighs it.
+
+        A subclass that computes its loss here, without this method, keeps Lightning's mean: every micro-batch and every
+        rank counts the same, and a last window with fewer micro-batches is divided by the number of a full one.
+        """
+        loss = self.micro_step.loss(self, batch)
+        if self.target_mean.applies(self):
+            return self.target_mean.note(loss, count_of(self.targets(batch), loss))
+        self._log_train_loss(loss)
+        return loss
+
+    def _log_train_loss(self, loss: Tensor) -> None:
+        # Lightning reads the values of its progress bar at every step, for which the host would wait on a device
+        self.log("train_loss", loss, prog_bar=not read_waits(self.device))
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run the backward pass of a micro-batch, so that the step gets the gradient of the mean over its targets."""
+        run = super().backward
+        self.target_mean.backward(loss, self, lambda weighed: run(weighed, *args, **kwargs))
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Clear the gradients; their memory is kept if CUDA graphs add to it."""
+        self.micro_step.check_ran(self)
+        self.target_mean.forget()
+        optimizer.zero_grad(set_to_none=not self.micro_step.keeps_gradients)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the norm of the gradients before clipping, and the loss of a step of several micro-batches or ranks."""
+        if (loss := self.target_mean.take_loss()) is not None:
+            self._log_train_loss(loss)
+        if logs_at(self.trainer, self.trainer.global_step + 1):
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self.log("grad_norm", whole(torch.nn.utils.get_total_norm(gradients)))
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip as the trainer does, more tightly after a merge if ``optimization.clip_ramp`` is set.
+
+        Raises:
+            ConfigurationError: If there is a ramp, and no bound that it could scale or nothing that merges.
+        """
+        ramp = self.optimization.clip_ramp
+        if ramp is None:
+            return self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        clip_after_merges(self.trainer, optimizer, ramp, gradient_clip_val, gradient_clip_algorithm)

@@ -2,6 +2,7 @@
 
     nice -n 19 .venv/bin/python tests/benchmarks/model_types.py            # every type; writes the results
     .venv/bin/python tests/benchmarks/model_types.py llama bert            # these alone, printed
+    .venv/bin/python tests/benchmarks/model_types.py llama bert --write    # their rows of the results anew
 
 POET: 3 steps with a merge, export, reload. OFT: 3 steps, the merged model and the PEFT adapter, both reloaded. The
 outputs before and after must differ by less than 1e-4 of the largest. Where a network is refused with a remedy, the
@@ -144,18 +145,19 @@ class PoetWithModelLoss(PoetModule):
         return self(**batch).loss
 
 
-def train(name: str, method: str, exclude: list[str], more: dict[str, Any]) -> L.LightningModule:
+def train(name: str, method: str, followed: dict[str, Any]) -> L.LightningModule:
     """Train a network of a type for 3 steps and return the module."""
-    network = network_of(name, more)
+    network = network_of(name, followed.get("config", {}))
+    patterns = {key: followed[key] for key in ("include", "exclude") if key in followed}
     batch, rate = batch_of(name, network), Optimization(lr=1e-2)
     module: L.LightningModule
     if method == "POET":
         kind = PoetModule if TYPES[name][0] == "CausalLM" else PoetWithModelLoss
-        module = kind(network, PoetLayers(8, init="keep", exclude=exclude), merge_every=2, optimization=rate)
+        module = kind(network, PoetLayers(8, init="keep", **patterns), merge_every=2, optimization=rate)
         if kind is PoetModule:
             batch = {"input_ids": batch["input_ids"][:, :-1], "labels": batch["labels"][:, 1:]}
     else:
-        module = OftModule(network, OftLayers(8, exclude=exclude), rate, objective="model", max_new_tokens=0)
+        module = OftModule(network, OftLayers(8, **patterns), rate, objective="model", max_new_tokens=0)
     trainer = L.Trainer(
         accelerator="cpu", max_steps=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tempfile.gettempdir(),
@@ -171,12 +173,12 @@ def outputs(network: Any, batch: dict[str, Any]) -> torch.Tensor:
     return found["logits"] if "logits" in found else found["logits_per_image"]
 
 
-def compare(name: str, method: str, exclude: list[str], more: dict[str, Any], folder: Path) -> dict[str, Any]:
+def compare(name: str, method: str, followed: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train, export and reload; return the result, and the differences of the outputs relative to the largest."""
     torch.manual_seed(1)
-    module: Any = train(name, method, exclude, more)
+    module: Any = train(name, method, followed)
     batch = batch_of(name, module.model)
-    expected, base = outputs(module.model, batch), network_of(name, more)
+    expected, base = outputs(module.model, batch), network_of(name, followed.get("config", {}))
     if not bool((expected != outputs(base, batch)).any()):
         raise AssertionError("training has changed nothing")
     experts = any(p.ndim == 3 and len(p) > 1 for n, p in base.named_parameters() if "conv" not in n)
@@ -194,38 +196,45 @@ def compare(name: str, method: str, exclude: list[str], more: dict[str, Any], fo
     return {"result": result, "off": {how: float(f"{x:.1e}") for how, x in off.items()}, **found}
 
 
-def remedy(message: str) -> tuple[str, Any] | None:
-    """Return what a refusal says to do: a pattern to exclude, or a key of the configuration."""
-    if found := re.search(
-        r"add '([^']+)'(?: or '([^']+)')? to exclude|exclude such layers, for example '([^']+)'", message
+def remedied(message: str, method: str, followed: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the settings that follow what a refusal says to do; None if it says nothing new."""
+    excluded = "exclude", followed.get("exclude", {"POET": PoetLayers, "OFT": OftLayers}[method]().exclude)
+    for key, before, shape in (
+        (*excluded, r"add '([^']+)' to exclude"),
+        (*excluded, r"exclude such layers, for example '([^']+)'"),
+        (*excluded, r"^layer (\S+) .*(?:exclude|block_size)"),
+        (
+            "include",
+            followed.get("include", []),
+            r"OFT also rotates convolutions that include names, such as '([^']+)'",
+        ),
     ):
-        pattern = found[2] or found[1] or found[3]
-        return "exclude", re.sub(r"\.\d+\.", ".*.", pattern)
-    if "is_decoder: true" in message:
-        return "is_decoder", True
-    if found := re.search(r"^layer (\S+?) .*block_size", message):
-        return "exclude", re.sub(r"\.\d+\.", ".*.", found[1])
+        if (found := re.search(shape, message)) and not (key == "include" and method == "POET"):
+            last = f"*{found[1].rpartition('.')[2]}" if key == "include" else re.sub(r"\.\d+\.", ".*.", found[1])
+            return None if last in before else {**followed, key: [*before, last]}
+    if "is_decoder: true" in message and "config" not in followed:
+        return {**followed, "config": {"is_decoder": True}}
     return None
 
 
 def tried(name: str, method: str) -> dict[str, Any]:
     """Return the result of a method on a model type: ``passes``, ``refused`` or ``fails``, and what was followed."""
-    defaults = {"POET": PoetLayers, "OFT": OftLayers}[method]().exclude
-    exclude, more, followed = list(defaults), {}, []
+    followed: dict[str, Any] = {}
+    first = None
     for _ in range(MOST_REMEDIES):
         try:
             with tempfile.TemporaryDirectory() as folder:
-                return {"followed": followed, **compare(name, method, exclude, more, Path(folder))}
+                return {"followed": followed, **compare(name, method, followed, Path(folder))}
         except ConfigurationError as error:
-            found = remedy(str(error))
-            if found is None or f"{found[0]}: {found[1]}" in followed:
-                return {"result": "refused", "followed": followed, "message": str(error)}
-            followed.append(f"{found[0]}: {found[1]}" if found[0] == "exclude" else "is_decoder: true")
-            exclude, more = ([*exclude, found[1]], more) if found[0] == "exclude" else (exclude, {found[0]: found[1]})
+            first = first or str(error)
+            again = remedied(str(error), method, followed)
+            if again is None:
+                break
+            followed = again
         except Exception as error:
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             return {"result": "fails", "followed": followed, "message": f"{type(error).__name__}: {line[:200]}"}
-    return {"result": "refused", "followed": followed, "message": "too many remedies"}
+    return {"result": "refused", "followed": {}, "message": first}
 
 
 @contextlib.contextmanager
@@ -241,13 +250,15 @@ def main() -> None:
     """Try the named types, or all; print them, and write them if they are all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types; none for all")
-    names, results = parser.parse_args().types, {}
-    for name in names or TYPES:
+    parser.add_argument("--write", action="store_true", help="write the rows of the named types")
+    options = parser.parse_args()
+    results = json.loads(RESULTS.read_text())["results"] if options.types else {}
+    for name in options.types or TYPES:
         with quiet():
             results[name] = {method: tried(name, method) for method in ("POET", "OFT")}
         print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
-    if not names:
-        document = {"transformers": transformers.__version__, "results": results}
+    if options.write or not options.types:
+        document = {"transformers": transformers.__version__, "results": {name: results[name] for name in TYPES}}
         RESULTS.write_text(json.dumps(document, indent=1) + "\n")
 
 

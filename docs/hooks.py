@@ -23,6 +23,7 @@ GUIDE = {
     "Configuration": "configuration.md",
     "Extending": "extending.md",
     "Export": "export.md",
+    "Model types": "models.md",
     "Results": "results.md",
     "Faults": "faults.md",
 }

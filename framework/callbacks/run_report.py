@@ -89,7 +89,7 @@ class RunReport(StepCallback):
         step = trainer.global_step
         if step != self.step_before and logs_at(trainer, step) and isinstance(outputs, dict):
             # with accumulation, Lightning's output is the loss of the last micro-batch, divided by their number
-            loss = trainer.callback_metrics.get("train_loss", outputs["loss"])
+            loss: Any = trainer.callback_metrics.get("train_loss", outputs["loss"])
             self.curves["train_loss"].append((step, float(loss)))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from orthotrain.adapters import load_adapter as load_adapter
     from orthotrain.callbacks import MergeRotations as MergeRotations
     from orthotrain.data import InstructionData as InstructionData
+    from orthotrain.data import LabeledData as LabeledData
     from orthotrain.data import TextData as TextData
     from orthotrain.export import CheckpointModel as CheckpointModel
     from orthotrain.export import export_huggingface as export_huggingface
@@ -36,7 +37,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "adapters": ("load_adapter",),
     "callbacks": ("MergeRotations",),
-    "data": ("InstructionData", "TextData"),
+    "data": ("InstructionData", "LabeledData", "TextData"),
     "export": ("CheckpointModel", "export_huggingface"),
     "layers": ("OftLinear", "PoetLinear", "StepwiseLinear"),
     "models": ("CausalLM", "PretrainedModel"),

@@ -1,6 +1,6 @@
 """Metrics of language models: loss and accuracy per token, and scores of generated texts.
 
-:func:`bits_per_byte` and :func:`count_targets` convert and weight the losses.
+:class:`BytesPerToken` and :func:`bits_per_byte` make losses comparable, and :func:`count_targets` weights them.
 """
 
 import math
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.text.rouge import ROUGEScore
 
 
@@ -30,6 +30,27 @@ class TokenLoss(MeanMetric):
         if targets:  # not MeanMetric.update, which drops NaN values, or else the weights
             self.mean_value += torch.as_tensor(loss, dtype=self.dtype, device=self.device) * targets
             self.weight += targets
+
+
+class BytesPerToken(Metric):
+    """UTF-8 bytes of the text of the evaluated tokens over their number, synchronized over ranks."""
+
+    text_bytes: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("text_bytes", "tokens"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, text_bytes: float, tokens: int) -> None:
+        """Add the bytes of some tokens."""
+        self.text_bytes += round(text_bytes)
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        """Return the quotient; NaN without tokens."""
+        return self.text_bytes / self.tokens
 
 
 class TokenAccuracy(MeanMetric):
@@ -113,9 +134,10 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
 
     Args:
         nats_per_token: Mean negative log-likelihood.
-        bytes_per_token: Bytes of the text divided by its number of tokens.
+        bytes_per_token: Bytes of the text of the evaluated tokens divided by their number. With 0 bytes (only special
+            tokens) the result is infinite.
     """
-    return nats_per_token / math.log(2) / bytes_per_token
+    return nats_per_token / math.log(2) / bytes_per_token if bytes_per_token else math.inf
 
 
 def count_targets(batch: object, ignore_index: int = -100) -> int:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from orthotrain.kernels.checks import debug_permutation
 from orthotrain.kernels.dispatch import implementation, traced
+from orthotrain.kernels.outputs import unviewed
 
 NAMESPACE = "orthotrain_v2"
 """Namespace of the custom ops. torch keeps compiled backward graphs on disk and finds them by the forward graph alone.
@@ -122,7 +123,7 @@ def _add_gradient(
         return tuple(placed)
 
     def eager_forward(ctx: Any, *arguments: Any) -> Tensor:
-        output = forward(*arguments)
+        output = unviewed(forward(*arguments))
         save(ctx, arguments, output)
         return output
 

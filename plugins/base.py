@@ -1,5 +1,6 @@
 """The base class of the orthogonal parameterizations."""
 
+import math
 from abc import ABC, abstractmethod
 from inspect import signature
 from typing import Any
@@ -59,6 +60,14 @@ class Parameterization(ABC):
             D of shape ``(n, b, b)`` in ``dtype``, off by little more than the rounding to it.
         """
         return self.displacement(generators, block_size).to(dtype)
+
+    def largest_norm(self, error: float) -> float:
+        """Return the largest ``||Q||_2`` of a block at which every singular value of R is within ``error`` of 1.
+
+        The base class says infinity, which holds for a map that is orthogonal at every norm; a map that is not
+        overrides this.
+        """
+        return math.inf
 
     def config(self) -> dict[str, Any]:
         """Return the plain values from which ``create`` builds an equal object, as checkpoints store them.

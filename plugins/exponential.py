@@ -23,3 +23,7 @@ class Exponential(Parameterization):
     def displacement(self, generators: Tensor, block_size: int) -> Tensor:
         """Return D = exp(2Q) - I, shape ``(n, b, b)``; see the base class."""
         return exponential(skew(generators, block_size))
+
+    def largest_norm(self, error: float) -> float:
+        """Return 3, up to which R is orthogonal to the working precision, whatever the ``error``."""
+        return 3.0

@@ -18,6 +18,18 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _environment():
+    """Restore the environment: Lightning leaves LOCAL_RANK of a run with DDP behind, and a later run would wait."""
+    before = dict(os.environ)
+    yield
+    for name in {*before, *os.environ} - {"PYTEST_CURRENT_TEST"}:
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder with some sources of the standard library."""

@@ -10,7 +10,7 @@ from orthotrain.adapters.state import adapter_parameters, adapter_state, load_ad
 from orthotrain.checkpoints.reading import compare_state
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import OftLinear
+from orthotrain.layers import OftLayer, OftLinear
 
 
 class AdapterSet:
@@ -156,13 +156,21 @@ class AdapterSet:
             Layer name -> relative error (Frobenius norm) of quantizing the rotated weight. The errors are logged too.
 
         Raises:
-            ConfigurationError: As :meth:`switch`; or the rotations are disabled.
+            ConfigurationError: As :meth:`switch`; the rotations are disabled; or a rotation of the adapter is not
+                finite. Then nothing is folded.
         """
         self._check(name)
         layers = oft_layers(self.network)
         if not all(layer.enabled for layer in layers.values()):
             raise ConfigurationError(f"the rotations are disabled: call enable() before merging adapter {name!r}")
+        before = self.active, adapter_state(self.network), set(self._stale)
         self.switch(name, force)
+        try:
+            _check_rotations(name, layers)
+        except ConfigurationError:
+            self.active, state, self._stale = before
+            _write(self.network, state)
+            raise
         errors = {}
         with shown(layers.items(), "merging", "layers") as named:
             for layer_name, layer in named:
@@ -200,6 +208,22 @@ class AdapterSet:
 
     def _listing(self) -> str:
         return ", ".join(self._states) or "none"
+
+
+@torch.no_grad()
+def _check_rotations(name: str, layers: Mapping[str, OftLayer]) -> None:
+    for layer_name, layer in layers.items():
+        if not all(bool(torch.isfinite(d).all()) for d in layer.displacements()):
+            raise ConfigurationError(
+                f"adapter {name!r}: the rotation of {layer_name} holds NaN or infinite values, and nothing was merged; "
+                "take values from before its run diverged"
+            )
+
+
+@torch.no_grad()
+def _write(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    for name, parameter in adapter_parameters(network).items():
+        parameter.copy_(state[name])
 
 
 def _equal(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

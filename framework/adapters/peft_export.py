@@ -1,5 +1,6 @@
 """Exports OFT layers as a folder that ``PeftModel.from_pretrained`` loads."""
 
+import inspect
 import math
 import re
 from collections.abc import Mapping
@@ -15,8 +16,10 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftConv2d, OftEmbedding, OftLayer, OftLinear, OftRotation
 from orthotrain.plugins import Cayley, CayleyNeumann
 
-TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
-"""End of the name of a transformers class -> PEFT's name for its task."""
+_PASSED = ("input_ids", "attention_mask", "inputs_embeds", "labels", "output_attentions", "output_hidden_states",
+           "return_dict")  # fmt: skip
+_PASSED_TO_DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+"""What PEFT's classes for a task pass to ``forward``; without a task, PEFT passes the caller's arguments on."""
 
 _INSTEAD = "merge and export the network instead"
 
@@ -52,7 +55,7 @@ def export_peft(network: nn.Module, folder: str | Path, base_model_name: str | N
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
     config = {
         "base_model_name_or_path": base_model_name or getattr(getattr(network, "config", None), "_name_or_path", None),
-        "task_type": next((t for end, t in TASK_TYPES.items() if type(network).__name__.endswith(end)), None),
+        "task_type": task_type(network),
         "inference_mode": True,
         "target_modules": _targets(network, layers),
         "modules_to_save": saved or None,
@@ -70,12 +73,34 @@ def _common_settings(layers: Mapping[str, OftLayer]) -> PeftSettings:
     first, settings = next(iter(found.items()))
     for name, other in found.items():
         for key, value in asdict(settings).items():
-            if (needed := getattr(other, key)) != value:
+            if (needed := getattr(other, key)) != value and not _same_bound(needed, value):
                 raise ConfigurationError(
                     f"PEFT has one setting for all layers, but {first} needs {key}={value!r} and {name} "
                     f"{key}={needed!r}: {_INSTEAD}"
                 )
     return settings
+
+
+def _same_bound(a: Any, b: Any) -> bool:
+    """Tell whether two numbers differ by rounding alone: bounds are multiplied by roots."""
+    return isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-6)
+
+
+def task_type(network: nn.Module) -> str | None:
+    """Return PEFT's name for the task of a network; None where PEFT's class for the task would not work.
+
+    PEFT's classes for a task pass arguments by name that not every network takes (Whisper has no ``input_ids``). Its
+    class without a task works with every network.
+    """
+    decodes = bool(getattr(getattr(network, "config", None), "is_encoder_decoder", False))
+    end, task = ("ForConditionalGeneration", "SEQ_2_SEQ_LM") if decodes else ("ForCausalLM", "CAUSAL_LM")
+    if not type(network).__name__.endswith(end) or not hasattr(network, "prepare_inputs_for_generation"):
+        return None
+    parameters = inspect.signature(network.forward).parameters
+    passed = (*_PASSED, *_PASSED_TO_DECODER) if decodes else _PASSED
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    missing = [name for name in passed if name not in parameters]
+    return None if (missing and not takes_any) or "input_ids" in missing else task
 
 
 def _settings_of(name: str, layer: OftLayer, shared: bool) -> PeftSettings:

@@ -58,6 +58,7 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
         raise ConfigurationError(f"{str(folder)!r} has no tensor {PREFIX}<layer>.oft_R.weight")
     generators = {match["layer"]: tensors.pop(match[0]) for match in matches}
     trained = _trained_outside(network, tensors, config.get("modules_to_save") or [])
+    targets = _targets(network, trained, set(generators))
     sign = 1 if settings.use_cayley_neumann else -1
     with shown(matches, "wrapping", "layers") as found:
         layers = {
@@ -74,7 +75,6 @@ def import_peft(network: nn.Module, folder: str | Path, *, check_base: bool = Tr
         # PEFT's COFT projects the generators to the bound in the first forward
         layer.project_()
     swap_modules(network, leftover)
-    targets = dict(network.named_parameters()) | dict(network.named_buffers())
     for name, tensor in trained.items():
         _load(targets[name], tensor)
     return [name for name, _ in network.named_modules() if name in layers]
@@ -121,6 +121,29 @@ def _trained_outside(network: nn.Module, tensors: Mapping[str, Tensor], saved: l
             )
         found[name] = tensor
     return found
+
+
+def _targets(network: nn.Module, trained: Mapping[str, Tensor], rotated: set[str]) -> dict[str, Tensor]:
+    """Return the parameters and buffers that get the tensors of ``modules_to_save``, before anything is changed.
+
+    Raises:
+        ConfigurationError: A tensor lies in a rotated layer, or its parameter is tied to another one. PEFT trains a
+            copy of the module, so that the two are no longer tied.
+    """
+    own = dict(network.named_parameters(remove_duplicate=False)) | dict(network.named_buffers(remove_duplicate=False))
+    for name in trained:
+        module, _, attribute = name.rpartition(".")
+        if any(module == layer or module.startswith(f"{layer}.") for layer in rotated):
+            raise ConfigurationError(f"modules_to_save holds {name}, which the adapter rotates too")
+        if name not in own:
+            raise ConfigurationError(f"modules_to_save holds {name}, which is no parameter or buffer of the network")
+        if tied := [other for other, tensor in own.items() if tensor is own[name] and other != name]:
+            raise ConfigurationError(
+                f"{name} is tied to {tied[0]} and PEFT has trained a copy of it, so that they are no longer tied: "
+                f"untie them first (network.{module}.{attribute} = nn.Parameter(network.{module}.{attribute}."
+                "detach().clone()), and tie_word_embeddings of the config to False)"
+            )
+    return {name: own[name] for name in trained}
 
 
 def _layer_for(network: nn.Module, name: str, kind: str, tensor: Tensor, settings: PeftSettings) -> OftLayer:

@@ -2,8 +2,10 @@
 
 from orthotrain.callbacks.adapter_checkpoint import AdapterCheckpoint, restore_frozen
 from orthotrain.callbacks.batch_seeds import BatchSeeds
+from orthotrain.callbacks.causality_check import CausalityCheck
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
+from orthotrain.callbacks.limit_generators import LimitGenerators
 from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.callbacks.movement_monitor import MovementMonitor
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
@@ -16,8 +18,10 @@ from orthotrain.callbacks.throughput import Throughput
 __all__ = [
     "AdapterCheckpoint",
     "BatchSeeds",
+    "CausalityCheck",
     "FinalCheckpoint",
     "FiniteGuard",
+    "LimitGenerators",
     "MergeRotations",
     "MovementMonitor",
     "OrthogonalityMonitor",

@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -15,11 +16,15 @@ from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.sharding import gathered
 from orthotrain.layers.spectrum import spectral_bound
 
+WARNING_ERROR = 1e-2
+"""Entry of ``|R^T R - I|`` from which on a run is warned."""
+
 
 class OrthogonalityMonitor(L.Callback):
     """Log ``generator_norm`` and ``orthogonality_error`` every N steps, and draw both as ``orthogonality.png``.
 
-    ``max_generator_norm`` is a bound of ``generator_norm``. Nothing is computed between measurements.
+    ``max_generator_norm`` is a bound of ``generator_norm``. Nothing is computed between measurements. One warning tells
+    when the rotations are no longer orthogonal: an error of more than 1e-2.
 
     Args:
         every_n_steps: Optimizer steps between measurements; None for the trainer's ``log_every_n_steps``.
@@ -35,6 +40,7 @@ class OrthogonalityMonitor(L.Callback):
             check_count("OrthogonalityMonitor: every_n_steps", every_n_steps)
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
+        self._told = False
         self.curves: dict[str, list[tuple[int, float]]] = {"generator_norm": [], "orthogonality_error": []}
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -48,6 +54,18 @@ class OrthogonalityMonitor(L.Callback):
                 curve.append((trainer.global_step, largest))
                 if self.per_layer:
                     pl_module.log_dict({f"{name}/{layer}": state[index] for layer, state in states.items()})
+            self._warn(states)
+
+    def _warn(self, states: dict[str, tuple[float, float]]) -> None:
+        worst = max(states, key=lambda name: states[name][1], default=None)
+        if self._told or worst is None or not states[worst][1] > WARNING_ERROR:
+            return
+        self._told = True
+        norm, error = states[worst]
+        rank_zero_warn(
+            f"the rotations of {worst} are not orthogonal: an entry of R^T R - I is {error:.2g}, with generators of "
+            f"norm {norm:.2g}: set max_generator_norm, lower their learning rate, or take parameterization: cayley"
+        )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the curves, on the first rank of a run that writes a folder."""

@@ -1,42 +1,50 @@
 """The report at the end of a run: a summary of a few lines and a picture of the loss."""
 
 import json
+import sys
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
+from torch.optim import Optimizer
 
 from orthotrain.callbacks.spectrum_monitor import spectrum
-from orthotrain.callbacks.step_callback import StepCallback
-from orthotrain.callbacks.throughput import Throughput, logs_at
+from orthotrain.callbacks.step_callback import StepCallback, logged_step
+from orthotrain.callbacks.throughput import Throughput, count_inputs, logs_at
 from orthotrain.checkpoints.run_folder import run_folder
 from orthotrain.checkpoints.stored_values import stored_count, stored_curves, stored_numbers, stored_tensors
+from orthotrain.console.run_summary import metric_name, sample_lines, summary_lines
 from orthotrain.devices.accelerators import describe_peak, forget_peak, peak_bytes
-from orthotrain.errors import ConfigurationError, escaped
+from orthotrain.errors import ConfigurationError
 from orthotrain.files.atomic_writes import write_text
 from orthotrain.files.paths import read_json
-from orthotrain.files.pictures import draw_lines, panels, save
+from orthotrain.files.pictures import draw_curves
 from orthotrain.kernels.dispatch import describe, forget_ran
 from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.sharding import is_sharded
 from orthotrain.layers.spectrum import spectral_drift
-from orthotrain.models.network_checks import evaluating
+from orthotrain.models.network_checks import evaluating, generated_tokens
 
 
 class RunReport(StepCallback):
     """Print a summary and draw the curves when fitting ends; the run folder keeps both.
 
-    ``summary.json`` has the same values, null where a run has none (``merges`` of a run that never merges). The loss
-    before training is the loss of the trainer's sanity check: ``num_sanity_val_steps: -1`` takes the whole validation
-    split. Kernels are the implementations that have run in training. The peak of memory is that of the first rank's
-    device and includes the building of the network; the planned bytes are shown beside the peak if the run was planned.
-    The curves are part of the checkpoint, so a resumed run reports from its first step on.
+    ``summary.json`` has the same values, null where a run has none (``merges`` of a run that never merges), and the
+    points of the curves. Their steps and values are those of the loggers: the tenth step has number 9. The loss before
+    training is the loss of the trainer's sanity check, at step 0: ``num_sanity_val_steps: -1`` takes the whole
+    validation split. Kernels are the implementations that have run in training. The peak of memory is that of the first
+    rank's device and includes the building of the network; the planned bytes are shown beside the peak if the run was
+    planned.
+    The wall time begins when the network is built. Curves, tokens and time are part of the checkpoint, so a resumed run
+    reports from its first step on.
 
     Args:
-        prompt: Text to continue in the sample; empty for no sample.
+        prompt: Text to continue in the sample; None for the beginning of a held-out document, as the data module's
+            ``sample_prompt()`` gives it; empty for no sample.
         sample_tokens: Tokens of the sample.
         spectrum_layers: How many mergeable layers, from the first one, are watched for spectrum drift; 0 for none.
         compared_with: Config of a run to compare with, such as ``pretrain/adamw_quickstart.yaml``. The summary shows
@@ -45,7 +53,7 @@ class RunReport(StepCallback):
 
     def __init__(
         self,
-        prompt: str = "def __init__(self, ",
+        prompt: str | None = None,
         sample_tokens: int = 64,
         spectrum_layers: int = 8,
         compared_with: str | None = None,
@@ -57,15 +65,20 @@ class RunReport(StepCallback):
         self.before: dict[str, float] = {}
         self.curves: dict[str, list[tuple[int, float]]] = {"train_loss": [], "val_loss": []}
         self.spectra: dict[str, torch.Tensor] = {}
+        self.spent: dict[str, float] = {"tokens": 0, "seconds": 0.0}
+        self._since = perf_counter()
+        self._counted: tuple[int, float] = (0, 0.0)
         self._trained = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Measure the peak of memory from here on: the network is built next."""
+        """Measure time and the peak of memory from here on: the network is built next."""
         forget_peak(trainer.strategy.root_device)
+        self._since = perf_counter()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record which kernels run from here on."""
         forget_ran()
+        self._counted = (0, 0.0)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the spectrum at the start; a resumed run has it from its checkpoint."""
@@ -81,16 +94,34 @@ class RunReport(StepCallback):
         if trainer.sanity_checking:
             self.before = self.before or metrics
         elif "val_loss" in metrics:
-            self.curves["val_loss"].append((trainer.global_step, metrics["val_loss"]))
+            self._add("val_loss", logged_step(trainer), metrics["val_loss"])
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
-        """Record the training loss of each step that the trainer logs."""
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Record the learning rates of a step that the trainer logs; after the step they are those of the next one."""
+        if logs_at(trainer, trainer.global_step + 1):
+            for name, rate in learning_rates(optimizer).items():
+                self._add(f"lr/{name}", logged_step(trainer), rate)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        """Count tokens; record the loss and the speed of each step that the trainer logs."""
         self._trained = True
-        step = trainer.global_step
-        if step != self.step_before and logs_at(trainer, step) and isinstance(outputs, dict):
-            # with accumulation, Lightning's output is the loss of the last micro-batch, divided by their number
-            loss: Any = trainer.callback_metrics.get("train_loss", outputs["loss"])
-            self.curves["train_loss"].append((step, float(loss)))
+        self.spent["tokens"] += count_inputs(batch) * trainer.world_size
+        if trainer.global_step == self.step_before or not logs_at(trainer, trainer.global_step):
+            return
+        # not outputs["loss"], which is divided by the number of accumulated batches
+        if "train_loss" in trainer.callback_metrics:
+            self._add("train_loss", logged_step(trainer), float(trainer.callback_metrics["train_loss"]))
+        clock = _throughput(trainer)
+        if clock is not None:
+            (tokens, seconds), self._counted = self._counted, clock.counted
+            if clock.counted[0] > tokens:
+                rate = (clock.counted[0] - tokens) / (clock.counted[1] - seconds)
+                self._add("tokens_per_second", logged_step(trainer), rate)
+
+    def _add(self, curve: str, step: int, value: float) -> None:
+        self.curves.setdefault(curve, []).append((step, value))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print and draw on the first rank; a run that had no step left keeps its earlier report."""
@@ -107,23 +138,35 @@ class RunReport(StepCallback):
         values = self._values(trainer, pl_module) | {"spectrum_drift": drift, "kernels": kernels}
         values["compared_with"] = self._compared(folder)
         write_text(folder / "summary.json", json.dumps(values, indent=1))
-        text = "\n".join([*self._lines(values, folder), *self._sample(trainer, pl_module)])
+        draw_curves(self._drawn(), folder / "curves.png", _unit(pl_module))
+        text = "\n".join([*summary_lines(values, folder), *self._sample(trainer, pl_module)])
         write_text(folder / "summary.txt", text + "\n")
         print("\n" + text, flush=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Save spectra, curves and the loss before training, as plain values and tensors."""
-        return {"before": self.before, "curves": self.curves, "spectra": self.spectra}
+        """Save spectra, curves, tokens, time and the loss before training, as plain values and tensors."""
+        spent = {**self.spent, "seconds": self._seconds}
+        return {"before": self.before, "curves": self.curves, "spectra": self.spectra, "spent": spent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` has saved."""
         self.before = stored_numbers(state_dict, "before")
         self.curves = {**self.curves, **stored_curves(state_dict, "curves")}
         self.spectra = stored_tensors(state_dict, "spectra")
+        self.spent = {**self.spent, **stored_numbers({"spent": self.spent, **state_dict}, "spent")}
+
+    @property
+    def _seconds(self) -> float:
+        return self.spent["seconds"] + perf_counter() - self._since
+
+    def _drawn(self) -> dict[str, list[tuple[int, float]]]:
+        """Return the curves with the value before training as the first point."""
+        before = [(0, self.before["val_loss"])] if "val_loss" in self.before else []
+        return {**self.curves, "val_loss": [*before, *self.curves["val_loss"]]}
 
     def _values(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        throughput = next((c.mean for c in trainer.callbacks if isinstance(c, Throughput)), 0.0)  # type: ignore
+        clock, data = _throughput(trainer), _data(trainer)
         saving, planned = trainer.checkpoint_callback, getattr(pl_module, "planned_bytes", None)
         checkpoint = getattr(saving, "last_model_path", "") or getattr(saving, "best_model_path", "")
         if checkpoint and Path(checkpoint).is_relative_to(Path.cwd()):  # Lightning makes its folder absolute
@@ -132,7 +175,10 @@ class RunReport(StepCallback):
             "steps": trainer.global_step,
             "before": self.before,
             "after": {name: value for name, value in logged.items() if name.startswith("val_")},
-            "tokens_per_second": throughput or None,
+            "data": data.amounts() if hasattr(data, "amounts") else {},
+            "tokens": int(self.spent["tokens"]) or None,
+            "tokens_per_second": (clock.mean if clock else 0.0) or None,
+            "wall_seconds": round(self._seconds, 3),
             "peak_memory_bytes": peak_bytes(trainer.strategy.root_device),
             "planned_bytes": planned,
             "memory": describe_peak(trainer.strategy.root_device, planned),
@@ -145,30 +191,6 @@ class RunReport(StepCallback):
             "curves": self.curves,
         }
 
-    def _lines(self, values: dict[str, Any], folder: Path) -> list[str]:
-        rows = [("optimizer steps", str(values["steps"]))]
-        for key, after in values["after"].items():
-            before = f"{self.before[key]:.3f} -> " if key in self.before else ""
-            rows.append((f"validation {_metric(key)}", f"{before}{after:.3f}"))
-        if values["tokens_per_second"] is not None:
-            rows.append(("tokens per second", f"{values['tokens_per_second']:,.0f}"))
-        names = {"memory": "peak memory", "next_token_loss": "next-token loss"}
-        for key in ("memory", "next_token_loss", "kernels", "compared_with"):
-            if values[key] is not None:
-                rows.append((names.get(key, key.replace("_", " ")), values[key]))
-        rows.append(("parameters", f"{values['trainable_parameters']:,} trained of {values['total_parameters']:,}"))
-        early = values["early_folds"]
-        if values["merges"] is not None or early is not None:
-            # a run shorter than a period may have folded single layers only
-            folds = "" if early is None else f", and {early} early folds of single layers"
-            rows.append(("merges", f"{values['merges'] or 0}{folds}"))
-        if values["spectrum_drift"] is not None:
-            rows.append(("spectrum drift", f"{values['spectrum_drift']:.1e} (largest, relative)"))
-        rows.append(("curves", str(draw_curves(self.curves, folder / "curves.png"))))
-        rows.append(("checkpoint", values["checkpoint"] or "none was written"))
-        rows.append(("run folder", str(folder)))
-        return [f"{name:<26}{value}" for name, value in rows]
-
     def _compared(self, folder: Path) -> str | None:
         """Return the validation of the run to compare with, or the command that trains it."""
         if self.compared_with is None:
@@ -180,17 +202,24 @@ class RunReport(StepCallback):
             steps, after = stored_count(values, "steps"), stored_numbers(values, "after")
         except (ConfigurationError, AttributeError):  # no such run yet, or no summary of a run
             return f"{command} (not run yet)"
-        figures = ", ".join(f"{_metric(name)} {value:.3f}" for name, value in after.items())
+        figures = ", ".join(f"{metric_name(name)} {value:.3f}" for name, value in after.items())
         return f"{summary.parent}: {figures} after {steps} steps"
 
     def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
-        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        network = getattr(pl_module, "model", None)
-        if not self.prompt or tokenizer is None or network is None or not hasattr(network, "generate"):
+        data, network = _data(trainer), _network(pl_module)
+        tokenizer = getattr(data, "tokenizer", None)
+        if self.prompt == "" or tokenizer is None or not hasattr(network, "generate"):
             return []
         if is_sharded(network):  # one rank alone cannot compute
             return []
-        ids = torch.tensor([tokenizer.encode(self.prompt)], device=pl_module.device)
+        prompt = tokenizer.encode(self.prompt) if self.prompt else getattr(data, "sample_prompt", list)()
+        if not prompt:
+            return []
+        ids = torch.tensor([prompt], device=pl_module.device)
+        positions = getattr(getattr(network, "config", None), "max_position_embeddings", None)
+        new_tokens = min(self.sample_tokens, (positions or sys.maxsize) - len(prompt))
+        if new_tokens < 1:
+            return []
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
         with (
             torch.random.fork_rng(devices),
@@ -201,12 +230,36 @@ class RunReport(StepCallback):
             torch.manual_seed(0)
             sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "pad_token_id": tokenizer.eos_token_id}
             mask = torch.ones_like(ids)
-            out = network.generate(ids, attention_mask=mask, max_new_tokens=self.sample_tokens, **sampling)
-        return ["sample", *("  " + escaped(line) for line in tokenizer.decode(out[0]).splitlines())]
+            out = network.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **sampling)
+        new = generated_tokens(network, out[0], len(prompt))
+        return sample_lines(tokenizer.decode(prompt), tokenizer.decode(new))
 
 
-def _metric(name: str) -> str:
-    return name.removeprefix("val_").replace("_", " ")
+def _throughput(trainer: L.Trainer) -> Throughput | None:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
+
+
+def _data(trainer: L.Trainer) -> Any:
+    return getattr(trainer, "datamodule", None)
+
+
+def _network(pl_module: L.LightningModule) -> Any:
+    return getattr(pl_module, "model", None)
+
+
+def _unit(pl_module: L.LightningModule) -> str:
+    return "nats per token" if getattr(pl_module, "logs_perplexity", False) else "loss"
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """Return the learning rates of an optimizer by the names of its groups; a name that comes again gets a number."""
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        name = str(group.get("name", "parameters"))
+        same = sum(known == name or known.startswith(f"{name} ") for known in rates)
+        rates[f"{name} {same + 1}" if same else name] = float(group["lr"])
+    return rates
 
 
 @torch.no_grad()
@@ -219,11 +272,3 @@ def spectrum_drift(model: nn.Module, start: dict[str, torch.Tensor]) -> float:
     """Return the largest :func:`spectral_drift` of the watched layers."""
     now = singular_values(model, len(start))
     return max(spectral_drift(now[name], values) for name, values in start.items())
-
-
-def draw_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> Path:
-    """Draw loss over optimizer steps as a PNG and return its path."""
-    figure, (axes,) = panels(["loss"])
-    lines = {name.replace("_", " "): points for name, points in curves.items()}
-    draw_lines(axes, lines, xlabel="optimizer step", ylabel="nats per token")
-    return save(figure, path)

@@ -16,7 +16,7 @@ from orthotrain.checkpoints.stored_values import stored_curves, stored_tensors
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError, check_count
 from orthotrain.files.atomic_writes import open_to_append
-from orthotrain.files.pictures import draw_lines, panels, save
+from orthotrain.files.pictures import draw_lines, new_figure, panels, save
 from orthotrain.layers.protocols import Covering, Mergeable, Scaled, mergeable_layers
 from orthotrain.layers.sharding import gathered
 from orthotrain.layers.spectrum import singular_values, spectral_drift, svd_entropy
@@ -40,7 +40,8 @@ class SpectrumMonitor(StepCallback):
     ``spectrum/drift`` is the largest drift of all layers. A measurement takes a singular value decomposition of each
     layer; steps between measurements cost nothing.
 
-    Pictures in the run folder: ``spectrum.png``, the start against now, and ``coverage.png``. With ``values`` the
+    Pictures in the run folder: ``spectrum.png``, the start against now and their difference, layer by layer, and
+    ``coverage.png``. With ``values`` the
     singular values themselves are written too: as histograms to TensorBoard loggers, and to ``spectra.csv``, one row
     for each value.
 
@@ -138,7 +139,7 @@ class SpectrumMonitor(StepCallback):
             statistics["scale"] = factor
         if isinstance(layer, Covering):
             pairs = statistics["pair_coverage"] = min(side.pairs for side in layer.coverage().values())
-            self.coverage.setdefault(name, []).append((step, pairs))
+            self.coverage.setdefault(name, []).append((step - 1, pairs))  # the step of the loggers
         return statistics
 
     def _write_values(self, trainer: L.Trainer) -> None:
@@ -161,13 +162,7 @@ class SpectrumMonitor(StepCallback):
 
     def draw(self, folder: Path) -> None:
         """Write ``spectrum.png`` and, if layers count their coverage, ``coverage.png``."""
-        figure, (axes,) = panels(["singular values: start (dashed) and now"])
-        for name, values in self.now.items():
-            (line,) = axes.plot(values.tolist(), label=name)
-            axes.plot(self.start[name].tolist(), "--", color=line.get_color(), alpha=0.7)
-        axes.set(xlabel="index", ylabel="singular value")
-        axes.legend(fontsize="small")
-        save(figure, folder / "spectrum.png")
+        draw_spectra(self.start, self.now, folder / "spectrum.png")
         if self.coverage:
             figure, (axes,) = panels(["pairs of coordinates that have shared a block since the start"])
             draw_lines(axes, self.coverage, xlabel="optimizer step", ylabel="part of all pairs", ylim=(0, 1.02))
@@ -190,3 +185,40 @@ def spectrum(layer: Mergeable) -> Tensor:
         values = singular_values(layer.merged_weight().float().flatten(1)).cpu()
         factor = layer.trained_factor() if isinstance(layer, Scaled) else None
     return values if factor is None else values / factor
+
+
+def draw_spectra(start: dict[str, Tensor], now: dict[str, Tensor], path: Path) -> Path:
+    """Draw singular values at the start and now as a PNG, and return its path.
+
+    Each layer has a column. Above are both spectra: the start as a broad pale line, now as a thin line on it. Below is
+    the change of each singular value, in units of the largest one at the start.
+
+    Args:
+        start: Name of a layer -> singular values at the start, descending.
+        now: The same layers at the end.
+        path: File to write.
+    """
+    columns = min(len(now), 4)
+    bands = -(-len(now) // columns)
+    figure = new_figure(1.2 + 3.2 * columns, 4.6 * bands)
+    grid = figure.add_gridspec(2 * bands, columns, height_ratios=[3, 2] * bands)
+    for place, (name, values) in enumerate(now.items()):
+        band, column = divmod(place, columns)
+        above = figure.add_subplot(grid[2 * band, column], ylabel="" if column else "singular value")
+        below = figure.add_subplot(grid[2 * band + 1, column], ylabel="" if column else "change / largest")
+        _draw_layer(above, below, start[name].double(), values.double())
+        above.set_title(name.removeprefix("model."), fontsize="small")
+    return save(figure, path)
+
+
+def _draw_layer(above: Any, below: Any, start: Tensor, now: Tensor) -> None:
+    above.plot(start.tolist(), color="C0", alpha=0.3, linewidth=6, label="start")
+    above.plot(now.tolist(), color="black", linewidth=1, label="now")
+    above.legend(fontsize="small")
+    above.set(ylim=(0, None))
+    below.axhline(0, color="C0", alpha=0.3, linewidth=3)
+    below.plot(((now - start) / start[0].clamp_min(1e-30)).tolist(), color="black", linewidth=1)
+    below.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    below.set(xlabel="index")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)

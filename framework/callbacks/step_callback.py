@@ -29,3 +29,8 @@ class StepCallback(L.Callback):
 
     def on_step_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Act after an optimizer step, which ``trainer.global_step`` counts already."""
+
+
+def logged_step(trainer: L.Trainer) -> int:
+    """Return the number that loggers give to the current step: Lightning counts from 0, so 9 for the tenth step."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -36,6 +36,11 @@ class Throughput(L.Callback):
         """Tokens per second over the training steps so far; 0 before the second one has ended."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
+    @property
+    def counted(self) -> tuple[int, float]:
+        """Tokens and seconds so far, without the first step."""
+        return self._tokens, self._seconds
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset the clock, and stop it while a checkpoint is written, for which Lightning has no hook."""
         self._begin(trainer.global_step)

@@ -96,25 +96,33 @@ def _check_argument(argument: str) -> None:
 
 
 def resolve_config_arguments(arguments: list[str]) -> list[str]:
-    """Resolve the value of every ``-c``/``--config`` on a command line.
+    """Resolve the configs of a command line (``-c NAME``, ``-cNAME``, ``--config NAME``) and put them first.
+
+    The parser applies the arguments in their order. With the configs first, an option overrides a config that is named
+    after the option.
+
+    Args:
+        arguments: The arguments after the command.
 
     Raises:
         ConfigurationError: As :func:`resolve_config`; or if the last option has no value.
     """
-    resolved, expects = [], False
-    for argument in arguments:
+    configs, options = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
         _check_argument(argument)
-        option, equals, value = argument.partition("=")
-        if expects:
-            argument, expects = resolve_config(argument), False
-        elif argument in ("-c", "--config"):
-            expects = True
-        elif equals and option in ("-c", "--config"):
-            argument = f"--config={resolve_config(value)}"
-        resolved.append(argument)
-    if expects:
-        raise ConfigurationError(f"{arguments[-1]} needs the name of a config, such as pretrain/quickstart.yaml")
-    return resolved
+        option, equals, name = argument.partition("=")
+        if argument.startswith("-c") and option != "-c":
+            option, equals, name = "-c", "=", argument.removeprefix("-c")
+        if option not in ("-c", "--config"):
+            options.append(argument)
+            continue
+        name = name if equals else next(remaining, "")
+        if not name:
+            raise ConfigurationError(f"{argument} needs the name of a config, such as pretrain/quickstart.yaml")
+        _check_argument(name)
+        configs.append(f"--config={resolve_config(name)}")
+    return [*configs, *options]
 
 
 @dataclass

@@ -5,14 +5,11 @@ imported where it is needed, so that a signal at any later moment ends the comma
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from orthotrain.cli.commands import COMMANDS, prompts_command
 from orthotrain.console.streams import open_standard_streams, reader_is_gone, silence_standard_output
 from orthotrain.console.termination import INTERRUPTED, NAMES, Ended, check, give_back, listen
-
-TYPE_CHECKING = False  # as typing.TYPE_CHECKING, whose import takes as long as this whole module
-if TYPE_CHECKING:
-    from argparse import ArgumentParser
 
 USAGE = """usage: orthotrain COMMAND [options]
 
@@ -20,6 +17,8 @@ USAGE = """usage: orthotrain COMMAND [options]
   validate  evaluate a checkpoint:    orthotrain validate -c CONFIG --ckpt_path last
   test      the same on the test split
   predict   write generated samples:  orthotrain predict -c CONFIG --ckpt_path last
+            continue own prompts:     orthotrain predict --ckpt_path CHECKPOINT --prompts "Once upon a time" prompts.txt
+  chat      talk with a model:        orthotrain chat --ckpt CHECKPOINT
   export    write a merged model:     orthotrain export --ckpt CHECKPOINT --out DIR [--format hf|peft]
   plan      count the parameters and bytes of a config before anything is allocated
   plugins   list the registered parameterizations
@@ -110,6 +109,7 @@ def _dispatch(arguments: list[str]) -> None:
         print(f"orthotrain {metadata.version('orthotrain')}")
         return
     from orthotrain.cli.config_files import resolve_config_arguments
+    from orthotrain.cli.own_modules import add_own_folders
     from orthotrain.console.failures import check_working_folder, quiet_threads
     from orthotrain.console.filtered_messages import hide_messages
     from orthotrain.errors import ConfigurationError
@@ -118,12 +118,16 @@ def _dispatch(arguments: list[str]) -> None:
     quiet_threads()
     check_working_folder()
     check()
-    if command in TRAINER_COMMANDS:
-        run_trainer(resolve_config_arguments(arguments))
-    elif command in COMMANDS:
-        COMMANDS[command](resolve_config_arguments(arguments[1:]))
-    else:
+    if command not in (*TRAINER_COMMANDS, *COMMANDS):
         raise ConfigurationError(_unknown(command))
+    options = resolve_config_arguments(arguments[1:])
+    add_own_folders(options)
+    if command == "predict" and "--prompts" in options:
+        prompts_command(options)
+    elif command in TRAINER_COMMANDS:
+        run_trainer([command, *options])
+    else:
+        COMMANDS[command](options)
 
 
 def _unknown(command: str) -> str:
@@ -147,13 +151,6 @@ def exit_with_error(message: str, code: int = 2) -> None:
     sys.exit(code)
 
 
-def print_written(path: object) -> None:
-    """Print which file or folder a command has written, with control characters of its name made visible."""
-    from orthotrain.errors import visible
-
-    print(f"wrote {visible(str(path))}")
-
-
 def run_trainer(arguments: list[str]) -> None:
     """Run one of LightningCLI's commands."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -168,89 +165,4 @@ def run_trainer(arguments: list[str]) -> None:
         raise ConfigurationError(str(error)) from error
 
 
-def export_command(arguments: list[str]) -> None:
-    """``orthotrain export``: write a merged Hugging Face folder or a PEFT adapter from a checkpoint."""
-    parser = _parser("export", "Write a merged Hugging Face folder (safetensors, config, tokenizer) or a PEFT adapter.")
-    parser.add_argument("--format", default="hf", choices=["hf", "peft"], help="merged model, or OFT adapter for PEFT")
-    parser.add_argument("--ckpt", required=True, help="checkpoint of a run")
-    parser.add_argument("--out", required=True, help="folder to write; must be new or empty")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                        help="dtype of the merged model; by default the network's")  # fmt: skip
-    parser.add_argument("--allow", nargs="*", default=[], metavar="MODULE.CLASS",
-                        help="your own classes, and loading options, that the checkpoint may name")  # fmt: skip
-    parser.add_argument("--trust_remote_code", action="store_true",
-                        help="run code that comes with the pretrained model, as the run did")  # fmt: skip
-    options = parser.parse_args(arguments)
-    from orthotrain.export import export_checkpoint  # takes seconds, so a wrong command line is refused first
-
-    check()
-    allowed = {"allow": options.allow, "trust_remote_code": options.trust_remote_code}
-    print_written(export_checkpoint(options.ckpt, options.out, options.format, options.dtype, **allowed))
-
-
-def plan_command(arguments: list[str]) -> None:
-    """``orthotrain plan``: count parameters and bytes of a config without allocating them."""
-    from orthotrain.cli.trainer_cli import PlanCLI
-
-    print(PlanCLI(args=arguments, run=False).plan.table())
-
-
-def plugins_command(arguments: list[str]) -> None:
-    """``orthotrain plugins``: list the registered parameterizations, one line for each."""
-    _parser("plugins", "List the registered parameterizations.").parse_args(arguments)
-    from orthotrain.plugins import get, known
-
-    for name in known():
-        cls = get(name)
-        print(f"{name:<18}{(cls.__doc__ or '').strip().splitlines()[0]}  [{cls.__module__}.{cls.__qualname__}]")
-
-
-def calibrate_command(arguments: list[str]) -> None:
-    """``orthotrain calibrate``: measure the parts of a POET layer; ``route=auto`` uses the result from then on."""
-    from pathlib import Path
-
-    from orthotrain.cli.calibrate import calibrate, comparison, usable_device, write_table
-
-    parser = _parser("calibrate", "Measure what the parts of a POET layer cost on a device, for route=auto.")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure; by default cpu")
-    parser.add_argument("--out", help="file to write; by default routes.json in the cache folder, which layers read")
-    options = parser.parse_args(arguments)
-    entry, parts = calibrate(usable_device(options.device))
-    print(comparison(entry, parts))
-    print_written(write_table(entry, options.out and Path(options.out)))
-
-
-def consolidate_command(arguments: list[str]) -> None:
-    """``orthotrain consolidate``: write a distributed checkpoint as one file."""
-    description = "Write a distributed checkpoint as one file, which every strategy and export can read."
-    parser = _parser("consolidate", description)
-    parser.add_argument("folder", metavar="FOLDER", help="the distributed checkpoint")
-    parser.add_argument("file", metavar="FILE", help="file to write; must not exist")
-    options = parser.parse_args(arguments)
-    from orthotrain.distributed.consolidate import consolidate
-
-    print_written(consolidate(options.folder, options.file))
-
-
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "export": export_command,
-    "plan": plan_command,
-    "plugins": plugins_command,
-    "calibrate": calibrate_command,
-    "consolidate": consolidate_command,
-}
-
-
-def _parser(command: str, description: str) -> "ArgumentParser":
-    """Return a parser whose errors are a single line, as all errors of the commands are."""
-    from argparse import ArgumentParser
-    from typing import NoReturn
-
-    from orthotrain.errors import ConfigurationError
-
-    class Parser(ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ConfigurationError(f"{self.prog.removeprefix('orthotrain ')}: {message}; see {self.prog} --help")
-
-    return Parser(prog=f"orthotrain {command}", description=description, allow_abbrev=False)

@@ -5,25 +5,29 @@ import re
 import signal
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from orthotrain.callbacks.sample_writer import SampleWriter
-from orthotrain.checkpoints.run_folder import written_folders
+from orthotrain.checkpoints.run_folder import run_folder, written_folders
 from orthotrain.cli.ckpt_path import check_path, checkpoint_of, naming_checkpoint
 from orthotrain.cli.memory_advice import check_fits, naming_memory
+from orthotrain.cli.overlay import overlaid_values
+from orthotrain.cli.own_modules import import_modules
 from orthotrain.cli.parser import CONFIGURABLE, OneLineParser
 from orthotrain.cli.plan import batch_shape, plan_run
 from orthotrain.cli.run_lock import holding
+from orthotrain.cli.run_paths import expand_home, logger_arguments, move_base, place_run
 from orthotrain.cli.trainer_options import (
+    CALLBACK_DEFAULTS,
     add_run_options,
     check_trainer_numbers,
-    place_run,
+    place_validations,
     trainer_defaults,
     with_run_callbacks,
 )
@@ -84,8 +88,13 @@ class OrthotrainCLI(LightningCLI):
         """Parse without LightningCLI's warning about arguments that do not come from ``sys.argv``."""
         assert isinstance(parser, OneLineParser)
         parser.prefer_whole_numbers()
-        self.config = parser.parse_args(args)
-        config = self._command_config
+        with overlaid_values(CALLBACK_DEFAULTS, logger_arguments(self._default_folder)) as lines:
+            self.config = parser.parse_args(args)
+        for line in lines:
+            rank_zero_info(line)
+        config = expand_home(self._command_config)
+        import_modules(config.imports)
+        move_base(config)
         check_trainer_numbers(config.trainer, config.seed_everything)
 
     def _parse_ckpt_path(self) -> None:
@@ -96,6 +105,7 @@ class OrthotrainCLI(LightningCLI):
         """Put all files of the run into its folder."""
         check()
         place_run(self._command_config, self._default_folder)
+        place_validations(self._command_config)
 
     def instantiate_classes(self) -> None:
         """Build module, data and trainer; an error of a constructor becomes one line."""
@@ -121,7 +131,12 @@ class OrthotrainCLI(LightningCLI):
         check_kernels(self.trainer.strategy.root_device)
         check_device(self.trainer.strategy.root_device, str(self.trainer.precision))
         if isinstance(self.model._builder, CausalLM):  # others know their vocabulary only once they are built
-            check_vocabulary(getattr(self.datamodule, "vocab_size", None), self.model._builder.vocab_size)
+            tokens, rows = getattr(self.datamodule, "vocab_size", None), self.model._builder.vocab_size
+            check_vocabulary(tokens, rows)
+            if isinstance(tokens, int) and isinstance(rows, int) and rows > tokens:
+                rank_zero_info(
+                    f"the data has {tokens:,} tokens: {rows - tokens:,} of the model's {rows:,} are never used"
+                )
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         self.model.save_hyperparameters(config.get(str(self.subcommand), config)["model"])
 
@@ -158,9 +173,9 @@ class RunConfig(SaveConfigCallback):
         """Write ``config.yaml`` when fitting begins."""
         if stage != "fit" or self.already_saved:
             return
-        folder = trainer.log_dir  # a broadcast, in which every rank takes part
+        folder = run_folder(trainer)  # a broadcast, in which every rank takes part
         if folder is not None and trainer.is_global_zero:
-            write_text(Path(folder) / self.config_filename, self.parser.dump(self.config, skip_none=False))
+            write_text(folder / self.config_filename, self.parser.dump(self.config, skip_none=False))
         self.already_saved = True
 
 

@@ -16,15 +16,18 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from orthotrain.callbacks import RunReport
 from orthotrain.errors import ConfigurationError
-from orthotrain.files.paths import local_path
 
 TRAINER: dict[str, Any] = {
     "devices": 1,
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
     "check_val_every_n_epoch": None,  # val_check_interval counts the batches of the whole run
+    "num_sanity_val_steps": -1,  # the value before training is that of the whole validation split
     "enable_model_summary": False,
 }
+
+VALIDATIONS = 10
+"""Validations of a run whose config does not say how many."""
 
 KINDS: dict[str, type] = {"checkpoint": Checkpoint, "report": RunReport, "progress": ProgressBar}
 """Keys of a config that name a callback of every run -> base class of the callback."""
@@ -37,6 +40,9 @@ CALLBACKS: dict[str, dict[str, Any]] = {
     "report": {"class_path": "orthotrain.callbacks.RunReport"},
     "progress": {"class_path": "orthotrain.callbacks.RunProgress"},
 }
+
+CALLBACK_DEFAULTS = {callback["class_path"]: callback.get("init_args", {}) for callback in CALLBACKS.values()}
+"""Class of a callback of every run -> arguments that every run has."""
 
 _PARTS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
 _FROM_0 = ("min_steps", "min_epochs", "log_every_n_steps", "reload_dataloaders_every_n_epochs", "fast_dev_run")
@@ -56,7 +62,8 @@ PROCESSES_A_CORE = 8
 def trainer_defaults(arguments: list[str]) -> dict[str, Any]:
     """Return the trainer's options of a run, whose folder is ``runs/NAME`` by the names of its configs.
 
-    A config that only says where a run computes (the folder ``trainer``) is left out of the name.
+    A config that only says where a run computes or logs (the folders ``trainer`` and ``logger``) is left out of the
+    name.
 
     Args:
         arguments: The command line, in which configs are given as ``-c PATH`` or ``--config=PATH``.
@@ -75,9 +82,7 @@ def _name_of_configs(arguments: list[str]) -> str:
         option, _, value = argument.partition("=")
         if option in ("-c", "--config"):
             names.append(Path(value or following))
-        elif option.startswith("-c"):  # argparse takes -cPATH too
-            names.append(Path(argument.removeprefix("-c")))
-    return "-".join(path.stem for path in names if path.parent.name != "trainer") or "default"
+    return "-".join(path.stem for path in names if path.parent.name not in ("trainer", "logger")) or "default"
 
 
 def _logger(name: str, options: dict[str, str]) -> dict[str, Any]:
@@ -91,6 +96,14 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind | None, default=CALLBACKS[name], help=help_)
         parser.callback_keys.append(name)
     parser.add_argument(
+        "--imports",
+        type=list[str] | None,
+        help="Modules to import first, such as a file beside the config that registers a parameterization.",
+    )
+    parser.add_argument(
+        "--base", type=str | None, help="Folder of the base model, if it has moved since the config was written."
+    )
+    parser.add_argument(
         "--run_folder",
         type=str | None,
         help="Folder of the run: checkpoints, logs, reports. Replaces default_root_dir of the trainer and save_dir of "
@@ -98,30 +111,31 @@ def add_run_options(parser: LightningArgumentParser) -> None:
     )
 
 
-def place_run(config: Any, default_folder: str) -> None:
-    """Put all files of a run into one folder: ``run_folder``, or the trainer's ``default_root_dir``.
+def place_validations(config: Any) -> None:
+    """Spread validations evenly over a run whose config does not place them: ten, or up to twenty that end with it.
+
+    A run by epochs has at least one validation an epoch; a part of an epoch needs data with a length, which the data
+    modules of this package have.
 
     Args:
         config: The parsed config of a command; changed in place.
-        default_folder: The folder of :func:`trainer_defaults`, which loggers still have where the config names another.
-
-    Raises:
-        ConfigurationError: If no folder can have the path.
     """
     trainer = config.trainer
-    for name, path in (("run_folder", config.run_folder), ("default_root_dir", trainer.default_root_dir)):
-        if path is not None:
-            local_path(path, name)
-    trainer.default_root_dir = config.run_folder or trainer.default_root_dir
-    saving = getattr(config.checkpoint, "init_args", {})
-    if "dirpath" in saving and saving["dirpath"] is None:  # the folder of a logger changes with each version
-        saving["dirpath"] = str(Path(trainer.default_root_dir or default_folder) / "checkpoints")
-    for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
-        options = getattr(logger, "init_args", {})
-        if "save_dir" in options and (config.run_folder or options["save_dir"] == default_folder):
-            options["save_dir"] = trainer.default_root_dir or default_folder
+    steps, epochs = trainer.max_steps or -1, trainer.max_epochs or -1
+    if trainer.val_check_interval is None and trainer.check_val_every_n_epoch is None:
+        if steps > 0:
+            most = max(1, steps // VALIDATIONS)
+            between = next((n for n in range(most, most // 2, -1) if steps % n == 0), most)
+            trainer.val_check_interval = between * (trainer.accumulate_grad_batches or 1)
+        elif 0 < epochs < VALIDATIONS and _has_length(config.data):
+            trainer.val_check_interval = 1 / math.ceil(VALIDATIONS / epochs)
     if trainer.check_val_every_n_epoch is None and isinstance(trainer.val_check_interval, float | None):
         trainer.check_val_every_n_epoch = 1  # Lightning refuses a fraction of an epoch (the default is 1.0) without it
+
+
+def _has_length(data: Any) -> bool:
+    ours = str(data.class_path).startswith("orthotrain.data.")
+    return ours and not getattr(data.init_args, "streaming", False)
 
 
 def with_run_callbacks(trainer: dict[str, Any], defaults: list[L.Callback | None]) -> dict[str, Any]:

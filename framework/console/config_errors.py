@@ -64,7 +64,8 @@ def _wrong_type(lines: list[str], message: str) -> str:
     for match in filter(None, map(_TYPE.match, lines)):
         found += [match["plain"]] if match["plain"] else match["words"].replace("'", "").split(", ")
     given = _GIVEN.findall(message)
-    return f"expected {' or '.join(dict.fromkeys(found))}" + (f", got {given[-1]!r}" if given else "")
+    text = f"expected {' or '.join(dict.fromkeys(found))}" + (f", got {given[-1]!r}" if given else "")
+    return text + ("; none is written null" if given and given[-1] in ("None", "none") else "")
 
 
 def _needs_class(base: str, classes: list[type]) -> str:

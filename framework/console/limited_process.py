@@ -146,4 +146,4 @@ def _lacks_memory(error: BaseException | None) -> bool:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, shortened, or its class if the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]

@@ -121,6 +121,7 @@ class BaseData(LightningDataModule, ABC):
         if len(self._dataset(split)) < needed:
             remedies = [f"{split}_{name}" for name in ("fraction", "source") if f"{split}_{name}" in self.hparams]
             remedy = "lower batch_size" if split == "train" else f"set another {' or '.join(remedies)}"
+            remedy += f" ({split}_fraction 0: no {split} split)" if f"{split}_fraction" in remedies else ""
             problem = f"the {split} split has {self._amount(split)}, but {needed} are needed"
             raise ConfigurationError(f"{problem}: give more data or {remedy}")
 
@@ -152,6 +153,14 @@ class BaseData(LightningDataModule, ABC):
 
     def _train_loader(self) -> ResumableLoader:
         return train_loader(self._dataset("train"), self._loading)
+
+    def amounts(self) -> dict[str, dict[str, int]]:
+        """Return the size of each split that is set up: split -> unit -> number, for the summary of a run."""
+        return {}
+
+    def sample_prompt(self) -> list[int]:
+        """Return tokens for a network to continue in the summary of a run; an empty list for no sample."""
+        return []
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the loader of training batches, which resumes in the middle of an epoch."""

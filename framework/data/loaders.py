@@ -42,7 +42,7 @@ class Loading:
         rank: This rank.
         world_size: Number of ranks.
         num_workers: Processes that prepare batches.
-        seed: Seed of the order of training samples.
+        seed: Seed of the order of training samples and of evaluation batches.
         overfits: Whether Lightning will replace the samplers by sequential samplers (``overfit_batches``).
     """
 
@@ -74,8 +74,8 @@ def train_loader(dataset: BatchDataset, loading: Loading) -> "ShuffledLoader":
 
 
 def eval_loader(dataset: BatchDataset, loading: Loading) -> DataLoader:
-    """Return the loader of every sample once, in the order of the dataset, the same number of batches on each rank."""
-    share = (loading.batch_size, loading.rank, loading.world_size)
+    """Return the loader of every sample once; any first batches are a fair sample (see `EvalSampler`)."""
+    share = (loading.batch_size, loading.rank, loading.world_size, loading.seed)
     sampler = None if loading.overfits else EvalSampler(len(dataset), *share)
     return DataLoader(dataset, sampler=sampler, **loading.options)
 

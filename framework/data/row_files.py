@@ -1,4 +1,4 @@
-"""Files of rows (JSON Lines, JSON, Parquet, compressed or not): read one row at a time."""
+"""Files of rows (JSON Lines, JSON, Parquet, Arrow, compressed or not): read one row at a time."""
 
 import codecs
 import contextlib
@@ -6,23 +6,17 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from orthotrain.console.limited_process import first_line
+from orthotrain.data.column_files import FREE_EXPANSION_BYTES, MAX_EXPANSION, arrow_rows, parquet_rows
 from orthotrain.data.json_rows import MAX_ROW_BYTES, invalid_json, json_rows, too_long
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import check_regular_file
 
-ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
-
-MAX_EXPANSION = 100
-"""Most times that a gzip file or a Parquet column may expand: text and JSON seldom expand more than 20 times."""
-FREE_EXPANSION_BYTES = 16 << 20
-"""Below this size, any expansion is allowed."""
-
-_BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 30
+ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
+_COLUMN_READERS = {".parquet": parquet_rows, ".arrow": arrow_rows}
 
 
 def suffix_of(path: Path) -> str:
@@ -33,17 +27,17 @@ def suffix_of(path: Path) -> str:
 
 def holds_rows(path: Path) -> bool:
     """Return whether the file's suffix is a format that `file_rows` reads."""
-    return suffix_of(path) in ROW_SUFFIXES and not path.name.lower().endswith(".parquet.gz")
+    return suffix_of(path) in ROW_SUFFIXES and not path.name.lower().endswith((".parquet.gz", ".arrow.gz"))
 
 
-def file_rows(path: Path, column: str | None = None) -> Iterator[tuple[int, Any]]:
+def file_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a file, each with its number, counted from 1. In JSON Lines, empty lines count too.
 
     A file named ``.json`` may hold an array of rows, JSON Lines or one row.
 
     Args:
         path: The file.
-        column: The column to read from a Parquet file; by default all columns.
+        columns: The columns to read from a Parquet or Arrow file; by default all. The others are ``None``.
 
     Raises:
         ConfigurationError: No regular file, a damaged file, bad JSON, a row longer than 32 MiB, or a gzip file or a
@@ -51,8 +45,8 @@ def file_rows(path: Path, column: str | None = None) -> Iterator[tuple[int, Any]
     """
     suffix = suffix_of(path)
     with reading(path):
-        if suffix == ".parquet":
-            yield from _parquet_rows(path, column)
+        if suffix in _COLUMN_READERS:
+            yield from enumerate(_COLUMN_READERS[suffix](path, columns), start=1)
             return
         with open_file(path) as file:
             yield from _lines(file, str(path)) if suffix == ".jsonl" else json_rows(file, str(path))
@@ -128,55 +122,6 @@ def _lines(file: BinaryIO, where: str) -> Iterator[tuple[int, Any]]:
                 raise invalid_json(where, number, error) from error
 
 
-def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    check_regular_file(path, "source")
-    try:
-        # read page by page: a row group may be larger than memory
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
-            names = table.schema_arrow.names
-            if column is not None and column not in names:
-                raise missing_column(str(path), column, names)
-            columns = None if column is None else [column]
-            batches = table.iter_batches(batch_size=_batch_rows(table.metadata, path, column), columns=columns)
-            yield from enumerate(_bounded_rows(batches, path), start=1)
-    except pyarrow.ArrowException as error:
-        raise ConfigurationError(f"{path}: not a readable parquet file ({first_line(error)})") from error
-
-
-def _bounded_rows(batches: Iterable[Any], path: Path) -> Iterator[Any]:
-    expanded, size = 0, path.stat().st_size
-    for batch in batches:
-        expanded += batch.nbytes
-        if expanded > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * size):  # a dictionary stores a repeated value once
-            raise ConfigurationError(
-                f"{path}: expands to more than {MAX_EXPANSION} times its size, because it repeats long values; "
-                "write it without a dictionary if you trust it"
-            )
-        yield from batch.to_pylist()
-
-
-def _batch_rows(metadata: Any, path: Path, column: str | None) -> int:
-    """Return how many rows to read at once: one value may fill its column, and a dictionary repeats values."""
-    largest = 1
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        chunks = [group.column(index) for index in range(group.num_columns)]
-        wanted = [chunk for chunk in chunks if column in (None, chunk.path_in_schema.split(".")[0])]
-        for chunk in wanted:
-            size, packed = chunk.total_uncompressed_size, chunk.total_compressed_size
-            if size > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * packed):
-                raise ConfigurationError(
-                    f"{path}, row group {number + 1}: column {chunk.path_in_schema!r} expands to more than "
-                    f"{MAX_EXPANSION} times its size ({size:,} bytes from {packed:,}); write it without compression "
-                    "if you trust it"
-                )
-        largest = max(largest, sum(chunk.total_uncompressed_size for chunk in wanted))
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // largest))
-
-
 def missing_column(where: str, column: str, present: Any) -> ConfigurationError:
     """Return the error for a row or a table without the text column."""
     return ConfigurationError(
@@ -188,12 +133,19 @@ def check_text(value: Any, where: str) -> str:
     """Return a value of a row that is text.
 
     Args:
-        value: The value.
+        value: The value. Bytes are text in UTF-8.
         where: File, row and key, for messages.
 
     Raises:
         ConfigurationError: The value is no string, or UTF-8 cannot store it.
     """
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(
+                f"{where}: is not UTF-8 text (byte {error.start}: {error.reason}); convert it, or remove the row"
+            ) from error
     if not isinstance(value, str):
         raise ConfigurationError(
             f"{where}: must be a string, found {type(value).__name__}; make it text or name another column"

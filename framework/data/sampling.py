@@ -11,6 +11,8 @@ from torch.utils.data import DistributedSampler
 
 from orthotrain.errors import ConfigurationError
 
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+
 
 class TrainSampler(DistributedSampler):
     """Batches of indices from a permutation that seed and epoch determine.
@@ -82,8 +84,22 @@ class LengthGroupedSampler(TrainSampler):
         return batches[torch.randperm(len(batches), generator=generator)]
 
 
+def spread_order(count: int, seed: int) -> np.ndarray:
+    """Return a permutation of ``range(count)`` whose every beginning is spread evenly over the whole range.
+
+    The places are the multiples of the golden ratio modulo 1 (a sequence of low discrepancy), from a start that the
+    seed decides. The first n places are spread more evenly than n random ones.
+    """
+    digest = hashlib.sha256(f"evaluation {seed}".encode()).digest()
+    start = int.from_bytes(digest[:8], "little") / 2**64
+    return ((start + np.arange(count) * _GOLDEN_RATIO) % 1.0).argsort().argsort()
+
+
 class EvalSampler(DistributedSampler):
-    """Batches of indices of one rank: every sample once, in order, and the same number of batches on each rank.
+    """Batches of indices of one rank: every sample once, and the same number of batches on each rank.
+
+    A batch holds neighbors, which a dataset may sort by length. The batches come in `spread_order`: an evaluation that
+    stops early (``limit_val_batches``) reads a fair sample. The order is the same in each epoch and each resumed run.
 
     PyTorch's own sampler repeats samples until all ranks have the same number, which biases a metric. Unequal numbers
     of batches would block collectives. Here the last round shares the remaining samples evenly. A batch of the last
@@ -94,12 +110,13 @@ class EvalSampler(DistributedSampler):
         batch_size: Samples of one batch on one rank.
         rank: This rank.
         world_size: Number of ranks.
+        seed: Seed of the order of the batches.
 
     Raises:
         ConfigurationError: There are fewer samples than ranks.
     """
 
-    def __init__(self, samples: int, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(self, samples: int, batch_size: int, rank: int, world_size: int, seed: int = 0) -> None:
         super().__init__(range(samples), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
         if samples < world_size:
             raise ConfigurationError(f"{samples} samples cannot be shared by {world_size} ranks; use fewer devices")
@@ -109,7 +126,7 @@ class EvalSampler(DistributedSampler):
         edges = [number * batch_size for number in range(full * world_size)]
         edges += [samples - rest + rest * number // world_size for number in range(world_size + 1)]
         batches = [list(range(start, end)) for start, end in pairwise(edges)]
-        self.batches = batches[rank::world_size]
+        self.batches = [batches[number] for number in spread_order(len(batches), seed)[rank::world_size]]
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -5,12 +5,13 @@ import glob
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orthotrain.console.limited_process import first_line
+from orthotrain.data.saved_datasets import saved_files
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import check_regular_file, local_path
 
@@ -67,12 +68,9 @@ class SourceKind:
         """
         path = local_path(name, "source")
         if path.is_dir():
-            files = [file for file in files_in(path, {"__pycache__", ".git"}) if self.is_readable(file[0])]
-            if not files:
-                raise ConfigurationError(
-                    f"source {name!r}: the folder holds no file of a known format: {self.suffixes}"
-                )
-            return files
+            if (saved := saved_files(path)) is not None:
+                return saved
+            return self._files_of_folder(path, name)
         if path.exists():
             files = [(path, path.name)]
         elif _HUB_NAME.fullmatch(name) and not self.is_readable(path):
@@ -89,6 +87,20 @@ class SourceKind:
                     f"source {str(file)!r}: unknown format {file.suffix!r}; known: {self.suffixes}"
                 )
             check_regular_file(file, "source")
+        return files
+
+    def _files_of_folder(self, path: Path, name: str) -> list[tuple[Path, str]]:
+        files = []
+        for file, relative in files_in(path, {"__pycache__", "__MACOSX"}):
+            if self.is_readable(file):
+                files.append((file, relative))
+            elif not file.exists():  # maybe a folder of text that was moved
+                raise ConfigurationError(f"source {name!r}: the link {str(file)!r} leads nowhere; mend it or remove it")
+        if not files:
+            raise ConfigurationError(
+                f"source {name!r}: the folder holds no file of a known format: {self.suffixes} (names that begin "
+                "with a dot are left out)"
+            )
         return files
 
     def load_dataset(self, name: str, streaming: bool = False) -> Any:
@@ -116,6 +128,12 @@ class SourceKind:
             ) from error
 
 
+def with_columns(dataset: Any, wanted: Sequence[str]) -> Any:
+    """Return a dataset of ``datasets`` with only the wanted columns; with all, if it has none or does not know them."""
+    columns = [name for name in dataset.column_names or [] if name in wanted]
+    return dataset.select_columns(columns) if columns else dataset
+
+
 def location(name: str) -> str:
     """Return an absolute path for a name of files, and any other name as it is."""
     path = local_path(name, "source")
@@ -130,24 +148,45 @@ def stdlib_root() -> Path:
 
 def stdlib_files() -> Iterator[tuple[Path, str]]:
     """Yield path and relative name of the modules of the Python standard library, without its tests."""
-    for path, name in files_in(stdlib_root(), _STDLIB_SKIPPED):
+    for path, name in files_in(stdlib_root(), _STDLIB_SKIPPED, follow_links=False):
         if path.suffix == ".py" and path.is_file():
             yield path, name
 
 
-def files_in(root: Path, skipped: set[str]) -> Iterator[tuple[Path, str]]:
-    """Yield path and relative name of each file in a folder, sorted. Links to folders are not followed.
+def files_in(root: Path, skipped: set[str], follow_links: bool = True) -> Iterator[tuple[Path, str]]:
+    """Yield path and relative name of each file in a folder, sorted.
+
+    Names that begin with a dot are left out: editors and other systems keep copies of files there. Each folder counts
+    once, however many links lead to it; links to a folder above the root are left out.
 
     Args:
         root: The folder.
         skipped: Names of folders to leave out. Folders of token caches are left out too.
+        follow_links: Whether links to folders are followed.
+
+    Raises:
+        ConfigurationError: A folder cannot be read, or there are more than `MAX_FOLDERS`.
     """
-    for folder, folders, files in os.walk(root):
+
+    def refuse(error: OSError) -> None:
+        raise ConfigurationError(f"source: {error.filename!r} cannot be read ({error.strerror})")
+
+    seen = {root.resolve(), *root.resolve().parents}
+    for folder, folders, files in os.walk(root, followlinks=follow_links, onerror=refuse):
         if CACHE_MARK in files:  # a token cache inside its own source would become part of the source
             folders.clear()
             continue
-        folders[:] = sorted(name for name in folders if name not in skipped)
-        for file in sorted(files):
+        wanted = sorted(name for name in folders if name not in skipped and not name.startswith("."))
+        folders.clear()
+        for name in wanted:
+            if (real := Path(folder, name).resolve()) not in seen:
+                seen.add(real)
+                folders.append(name)
+        if len(seen) > MAX_FOLDERS:
+            raise ConfigurationError(
+                f"source: {str(root)!r} has over {MAX_FOLDERS:,} folders; name the folders to read"
+            )
+        for file in sorted(name for name in files if not name.startswith(".")):
             path = Path(folder, file)
             yield path, path.relative_to(root).as_posix()
 

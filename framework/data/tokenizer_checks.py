@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from orthotrain.console.failures import is_panic
 from orthotrain.console.limited_process import LimitExceeded, call_limited, first_line
 from orthotrain.errors import ConfigurationError
@@ -61,7 +63,7 @@ def encoding_with(tokenizer: Any) -> Iterator[None]:
         ) from error
 
 
-def check_encoding(tokenizer: Any, where: str) -> None:
+def check_encoding(tokenizer: Any, where: str, file: Path | None = None) -> None:
     """Encode an empty text and a short text, in a process of bounded memory and time.
 
     A tokenizer that cannot encode the text for another reason (its characters are not in the vocabulary) passes: other
@@ -70,18 +72,23 @@ def check_encoding(tokenizer: Any, where: str) -> None:
     Args:
         tokenizer: A tokenizer of transformers.
         where: Its name, for messages.
+        file: The tokenizer.json that the tokenizer was loaded from, which alone must give the same tokens.
 
     Raises:
-        ConfigurationError: The tokenizer exceeds a limit, panics, or makes very many tokens from a short text.
+        ConfigurationError: The tokenizer exceeds a limit, panics, makes very many tokens from a short text, or makes
+            other tokens than the file.
     """
     backend = tokenizer.backend_tokenizer
+    plain = None if file is None else Tokenizer.from_file(str(file))
 
-    def lengths() -> list[int] | str:
+    def lengths() -> list[int] | str | None:
         # a library in Rust prints lines of its own when it panics or gets no memory
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         backend.no_truncation()
         backend.no_padding()
         try:
+            if plain is not None and _tokens(backend) != _tokens(plain):
+                return None
             return [len(backend.encode(text, add_special_tokens=True).ids) for text in ("", SAMPLE)]
         except BaseException as error:
             if is_panic(error):
@@ -94,6 +101,11 @@ def check_encoding(tokenizer: Any, where: str) -> None:
         found = str(error)
     except RuntimeError:
         return
+    if found is None:
+        raise ConfigurationError(
+            f"tokenizer {where}: the settings in its tokenizer_config.json change the tokens of its tokenizer.json; "
+            "correct the settings, or give a copy of the tokenizer.json in another folder"
+        )
     if isinstance(found, str):
         raise ConfigurationError(f"tokenizer {where}: cannot encode a text of {len(SAMPLE)} characters: {found}")
     for count, text in zip(found, ("", SAMPLE), strict=True):
@@ -102,6 +114,10 @@ def check_encoding(tokenizer: Any, where: str) -> None:
                 f"tokenizer {where}: makes {count:,} tokens from a text of {len(text)} characters, more than "
                 f"{MAX_TOKENS} for each; take another tokenizer"
             )
+
+
+def _tokens(backend: Tokenizer) -> list[int]:
+    return backend.encode(SAMPLE, add_special_tokens=False).ids
 
 
 def check_tokenizer_files(path: Path) -> None:

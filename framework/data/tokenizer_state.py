@@ -1,6 +1,7 @@
 """A tokenizer inside a checkpoint: plain values, the tokenizer rebuilt from them, and its difference to another."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -8,27 +9,46 @@ from transformers import PreTrainedTokenizerFast
 
 from orthotrain.console.failures import is_panic
 from orthotrain.data.tokenizer_checks import check_encoding, check_tokenizer_json
-from orthotrain.data.tokenizers import canonical_json, fingerprint, load_tokenizer
+from orthotrain.data.tokenizers import canonical_json, complete_padding, fingerprint, load_tokenizer
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import check_regular_file, local_path
 from orthotrain.files.torch_files import describe_file
 from orthotrain.models.folder import check_there
 
-_SPECIAL_TOKENS = ("eos_token", "bos_token", "pad_token", "unk_token")
-_TEXT, _TABLE = ("tokenizer", "tokenizer_fingerprint", "chat_template"), ("special_tokens", "settings")
-_TYPES: dict[str, Any] = {**dict.fromkeys(_TEXT, str), **dict.fromkeys(_TABLE, dict), "chat_template": str | None}
+_SIDES, _SIDED = ("left", "right"), ("padding_side", "truncation_side")
+_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "model_max_length": lambda value: type(value) is int and 0 < value <= MAX_LENGTH,
+    "padding_side": lambda value: value in _SIDES,
+    "truncation_side": lambda value: value in _SIDES,
+    "clean_up_tokenization_spaces": lambda value: type(value) is bool,
+    "split_special_tokens": lambda value: type(value) is bool,
+    "add_prefix_space": lambda value: type(value) is bool,
+    "model_input_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+}
+"""Settings of a tokenizer that are kept -> whether a value is possible."""
+MAX_LENGTH = 1 << 62
+"""A larger ``model_max_length`` means that there is no limit, and is left out."""
+
+_TEXT, _TABLE = ("tokenizer", "tokenizer_fingerprint"), ("special_tokens", "settings", "tokenizer_settings")
+_TYPES: dict[str, Any] = {**dict.fromkeys(_TEXT, str), **dict.fromkeys(_TABLE, dict)}
+_TYPES |= {"chat_template": str | dict | None, "extra_special_tokens": list, "has_own_padding": bool}
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Return a tokenizer as plain values, for a checkpoint. Inverse of `tokenizer_from_state`."""
-    template = tokenizer.chat_template
+    given = {name for name in _SETTINGS if name in tokenizer.init_kwargs}
+    given |= {side for side in _SIDED if getattr(tokenizer, side) != getattr(type(tokenizer), side)}
+    settings = {name: getattr(tokenizer, name, None) for name in sorted({*given, "model_max_length"})}
     return {
         "tokenizer": canonical_json(tokenizer),
         "tokenizer_fingerprint": fingerprint(tokenizer),
         "special_tokens": {
-            name: str(token) for name in _SPECIAL_TOKENS if (token := getattr(tokenizer, name)) is not None
+            name: str(token) for name, token in tokenizer.special_tokens_map.items() if _is_special_name(name)
         },
-        "chat_template": template if isinstance(template, str) else None,
+        "extra_special_tokens": [str(token) for token in tokenizer.extra_special_tokens],
+        "tokenizer_settings": {name: value for name, value in settings.items() if _SETTINGS[name](value)},
+        "has_own_padding": getattr(tokenizer, "has_own_padding", True),
+        "chat_template": tokenizer.chat_template,
     }
 
 
@@ -63,11 +83,7 @@ def tokenizer_from_state(state: dict[str, Any]) -> PreTrainedTokenizerFast:
         check_data_state(state)
         check_tokenizer_json(json.loads(state["tokenizer"]), "of the checkpoint")
         backend = Tokenizer.from_str(state["tokenizer"])
-        vocabulary = backend.get_vocab()
-        for name, token in state["special_tokens"].items():
-            if name not in _SPECIAL_TOKENS or token not in vocabulary:
-                raise ConfigurationError(f"special token {name!s:.40} {token!s:.40} is not in its vocabulary")
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **state["special_tokens"])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **_checked_options(state, backend.get_vocab()))
         expected = state["tokenizer_fingerprint"]
     except BaseException as error:  # tokenizers raises bare Exception, and panics
         if not isinstance(error, Exception) and not is_panic(error):
@@ -79,7 +95,29 @@ def tokenizer_from_state(state: dict[str, Any]) -> PreTrainedTokenizerFast:
         )
     check_encoding(tokenizer, "of the checkpoint")
     tokenizer.chat_template = state.get("chat_template")
+    tokenizer.has_own_padding = state.get("has_own_padding", True)
     return tokenizer
+
+
+def _is_special_name(name: str) -> bool:
+    """Tell whether an argument is the name of a special token, also one of a single model such as ``image_token``."""
+    return name.endswith("_token") and not name.startswith("add_")
+
+
+def _checked_options(state: dict[str, Any], vocabulary: dict[str, int]) -> dict[str, Any]:
+    """Return the special tokens and the settings of a tokenizer as arguments of its class."""
+    special, extra = state["special_tokens"], state.get("extra_special_tokens", [])
+    for name, token in [*special.items(), *(("extra_token", token) for token in extra)]:
+        if not _is_special_name(name) or token not in vocabulary:
+            raise ConfigurationError(f"special token {name!s:.40} {token!s:.40} is not in its vocabulary")
+    settings = state.get("tokenizer_settings", {})
+    for name, value in settings.items():
+        if name not in _SETTINGS or not _SETTINGS[name](value):
+            raise ConfigurationError(f"a tokenizer has no setting {name!s:.40} {value!s:.40}")
+    templates = state.get("chat_template")
+    if isinstance(templates, dict) and not all(isinstance(text, str) for item in templates.items() for text in item):
+        raise ConfigurationError("a chat template is no text")
+    return {**special, **settings, "extra_special_tokens": extra}
 
 
 def stored_tokenizer(checkpoint: dict[str, Any]) -> PreTrainedTokenizerFast | None:
@@ -88,17 +126,18 @@ def stored_tokenizer(checkpoint: dict[str, Any]) -> PreTrainedTokenizerFast | No
     return tokenizer_from_state(states[0]) if states else None
 
 
-def load_model_tokenizer(name: str) -> PreTrainedTokenizerFast:
+def load_model_tokenizer(name: str, joins: bool = True) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a model, as `load_tokenizer` does, or from a checkpoint.
 
     Args:
         name: A tokenizer.json, a folder with one, a Hugging Face name, or a checkpoint (.ckpt) of an orthotrain run.
+        joins: As for `load_tokenizer`.
 
     Raises:
         ConfigurationError: The tokenizer cannot be loaded, or it has no end-of-text token.
     """
     if not name.endswith(".ckpt"):
-        return load_tokenizer(name)
+        return load_tokenizer(name, joins=joins)
     check_there(name)
     check_regular_file(name, "tokenizer")
     try:
@@ -109,8 +148,7 @@ def load_model_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise ConfigurationError(
             f"tokenizer {name!r}: the checkpoint holds no tokenizer; give the folder of its tokenizer"
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    complete_padding(tokenizer)
     return tokenizer
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from orthotrain.console.failures import is_panic
 from orthotrain.console.limited_process import first_line
@@ -23,6 +24,7 @@ MIN_VOCABULARY = 256 + 2 + 1
 MAX_VOCABULARY = 1 << 22
 """Training reserves memory for all tokens before it begins; the largest vocabularies in use have 2^18 tokens."""
 
+_KNOWN_PADDING = (PADDING, "[PAD]", "<pad>")
 _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
 
@@ -90,27 +92,28 @@ def check_vocabulary_size(vocab_size: int) -> None:
         )
 
 
-def load_tokenizer(name: str, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str, vocab_size: int | None = None, joins: bool = True) -> PreTrainedTokenizerFast:
     """Load a tokenizer and check that it fits the model.
 
+    A ``tokenizer.json`` alone decides the tokens, with the settings of the ``tokenizer_config.json`` beside it. The
+    tokenizer class that the settings name would rebuild parts of some tokenizers, and make other tokens.
+
     Args:
-        name: A ``tokenizer.json``, a folder with one, or a Hugging Face model name.
+        name: A ``tokenizer.json``, a folder with one or with files that transformers converts, or a Hugging Face name.
         vocab_size: Rows of the model's embedding; ``None`` allows any number of tokens.
+        joins: Whether documents are joined by an end-of-text token, which an encoder's tokenizer does not have.
 
     Raises:
-        ConfigurationError: The tokenizer cannot be loaded, has no end-of-text token, has more tokens than
-            ``vocab_size``, or needs very much memory, time or tokens for a short text.
+        ConfigurationError: The tokenizer cannot be loaded, has no end-of-text token or no padding, has more tokens than
+            ``vocab_size``, or needs very much memory, time or tokens for a short text; or the settings change the
+            tokens of the ``tokenizer.json``.
     """
     check_there(name)
     path = local_path(name, "tokenizer")
     if path.exists():
         check_tokenizer_files(path)
     try:
-        if path.is_file():
-            tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(path))
-        else:
-            source = str(path) if path.is_dir() else name
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer, file = _load(name, path)
     except BaseException as error:  # tokenizers raises bare Exception and panics, the hub client many classes
         if not isinstance(error, Exception) and not is_panic(error):
             raise
@@ -120,18 +123,32 @@ def load_tokenizer(name: str, vocab_size: int | None = None) -> PreTrainedTokeni
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigurationError(f"tokenizer {name!r}: {type(tokenizer).__name__} has no tokenizer.json (fast) form")
-    _complete_special_tokens(tokenizer, name)
+    _complete_special_tokens(tokenizer, name, joins)
     if vocab_size is not None and (size := number_of_tokens(tokenizer)) > vocab_size:
         raise ConfigurationError(
             f"tokenizer {name!r}: {size} tokens do not fit vocab_size {vocab_size}; set vocab_size to at least {size}"
         )
-    check_encoding(tokenizer, repr(name))
+    check_encoding(tokenizer, repr(name), file)
     return tokenizer
 
 
-def _complete_special_tokens(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    if tokenizer.eos_token_id is None:
-        vocabulary = tokenizer.get_vocab()
+def _load(name: str, path: Path) -> tuple[Any, Path | None]:
+    """Return a tokenizer and its tokenizer.json, if it has one."""
+    if path.is_file() and not (path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").is_file()):
+        return PreTrainedTokenizerFast(tokenizer_file=str(path)), None
+    source = str(path.parent) if path.is_file() else str(path) if path.is_dir() else name
+    try:
+        file = cached_file(source, "tokenizer.json")
+    except OSError:  # none there, or the hub cannot be reached, which the next call explains
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False), None
+    return PreTrainedTokenizerFast.from_pretrained(source), Path(str(file))
+
+
+def _complete_special_tokens(tokenizer: PreTrainedTokenizerFast, name: str, joins: bool) -> None:
+    vocabulary = tokenizer.get_vocab()
+    if not joins and tokenizer.pad_token_id is None:
+        tokenizer.pad_token = next((token for token in _KNOWN_PADDING if token in vocabulary), None)
+    if tokenizer.eos_token_id is None and (joins or tokenizer.pad_token_id is None):
         end = next((token for token in _KNOWN_ENDS if token in vocabulary), None)
         if end is None:
             raise ConfigurationError(
@@ -139,8 +156,14 @@ def _complete_special_tokens(tokenizer: PreTrainedTokenizerFast, name: str) -> N
                 f"tokenizer_config.json, or add one of {', '.join(_KNOWN_ENDS)}"
             )
         tokenizer.eos_token = end
+    complete_padding(tokenizer)
+
+
+def complete_padding(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Pad with the end-of-text token if the tokenizer has no token for padding. An export does not keep this token."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.has_own_padding = False
 
 
 def number_of_tokens(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -1,5 +1,6 @@
 """Rebuilds the network of a checkpoint with its weights, and merges its rotations."""
 
+import copy
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,9 @@ from orthotrain.layers.replacement import unwrap_mergeables
 from orthotrain.layers.weights.bitsandbytes_linear import compute_dtype_of
 from orthotrain.models import ModelBuilder
 from orthotrain.modules import BaseModule
+
+BASE_KEYS = ("name", "path")
+"""Arguments of PretrainedModel and CheckpointModel that say where the model is."""
 
 
 def make_plain_(network: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -62,6 +66,7 @@ def load_network(
     origin: str = "checkpoint",
     allow: Iterable[str | type] = (),
     trust_remote_code: bool = False,
+    base: str | Path | None = None,
 ) -> nn.Module:
     """Rebuild the network of a checkpoint with its weights.
 
@@ -71,13 +76,28 @@ def load_network(
         allow: Your own classes, or their dotted names, that the checkpoint may name.
         trust_remote_code: Whether code that comes with a pretrained model may run, if the run of the checkpoint has run
             it.
+        base: Place of the pretrained model, or of the checkpoint, that the run started from; None for the place that it
+            had then.
 
     Raises:
-        ConfigurationError: See :func:`~orthotrain.checkpoints.rebuild.rebuild_module`.
+        ConfigurationError: See :func:`~orthotrain.checkpoints.rebuild.rebuild_module`; or the run has no base model.
     """
+    if base is not None:
+        contents = {**contents, "hyper_parameters": _moved(contents.get("hyper_parameters"), str(base), origin)}
     network = rebuild_module(contents, BaseModule, origin, allow, trust_remote_code).model
     assert network is not None
     return network.eval()
+
+
+def _moved(description: Any, base: str, origin: str) -> Any:
+    """Return the description of a module whose base model is in another place."""
+    description = copy.deepcopy(description)
+    try:
+        arguments = description["init_args"]["model"]["init_args"]
+        arguments[next(key for key in BASE_KEYS if key in arguments)] = base
+    except (KeyError, TypeError, StopIteration):
+        raise ConfigurationError(f"--base {base!r}: {origin} is of a run without a base model; leave it out") from None
+    return description
 
 
 class CheckpointModel(ModelBuilder):

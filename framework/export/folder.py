@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
+from transformers import AutoTokenizer
 
 from orthotrain.adapters import export_peft
 from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.console.progress import transformers_bars, waiting, writing
+from orthotrain.data.tokenizer_checks import SAMPLE
 from orthotrain.errors import ConfigurationError, check_choice
 from orthotrain.export.checkpoint_model import load_network, make_plain_
 from orthotrain.models.folder import check_new_folder, new_folder
@@ -24,6 +28,7 @@ def export_checkpoint(
     dtype: Dtype | None = None,
     allow: Iterable[str | type] = (),
     trust_remote_code: bool = False,
+    base: str | Path | None = None,
 ) -> Path:
     """Write the network of a checkpoint as a folder for other tools.
 
@@ -35,6 +40,7 @@ def export_checkpoint(
         dtype: Dtype of the merged model; None for the dtype of the network. An adapter keeps its dtype.
         allow: As for :func:`load_network`.
         trust_remote_code: As for :func:`load_network`.
+        base: As for :func:`load_network`.
 
     Returns:
         The folder.
@@ -51,8 +57,13 @@ def export_checkpoint(
     check_new_folder(out)
     with waiting("reading the checkpoint"):
         contents = read_checkpoint(checkpoint)
-    network = load_network(contents, str(checkpoint), allow, trust_remote_code)
+    network = load_network(contents, str(checkpoint), allow, trust_remote_code, base)
     if format == "peft":
+        if rows := getattr(network, "enlarged_to", None):
+            rank_zero_warn(
+                f"the run has enlarged the embedding: call base.resize_token_embeddings({rows}) before PEFT loads the "
+                "adapter"
+            )
         return export_peft(network, out)
     from orthotrain.data import stored_tokenizer
 
@@ -86,5 +97,26 @@ def export_huggingface(network: nn.Module, out: str | Path, tokenizer: Any = Non
         with writing("writing the model", temporary, total), transformers_bars():
             network.save_pretrained(temporary)  # type: ignore[operator]
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            _save_tokenizer(tokenizer, temporary)
     return folder
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer beside its model; warn if AutoTokenizer reads other tokens from the folder.
+
+    AutoTokenizer rebuilds the tokenizer in the class of some model types, and ignores the rules of tokenizer.json.
+    """
+    if not getattr(tokenizer, "has_own_padding", True):
+        tokenizer.pad_token = None
+        tokenizer.init_kwargs.pop("pad_token", None)
+    tokenizer.save_pretrained(folder)
+    try:
+        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        same = again(SAMPLE, verbose=False)["input_ids"] == tokenizer(SAMPLE, verbose=False)["input_ids"]
+    except Exception:  # a class of transformers does not take the tokenizer
+        same = False
+    if not same:
+        rank_zero_warn(
+            f"AutoTokenizer of transformers {transformers.__version__} makes other tokens from this folder than the "
+            "run was trained on: load its tokenizer with PreTrainedTokenizerFast.from_pretrained"
+        )

@@ -1,10 +1,11 @@
 """Singular values of a weight, which orthogonal training keeps, and bounds of the norm of generators."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from orthotrain.kernels.skew import block_size_of, skew
 from orthotrain.layers.protocols import Mergeable
@@ -89,6 +90,30 @@ def largest_bounds(layers: Mapping[str, Mergeable]) -> Tensor:
         bounds = spectral_bound(torch.cat([p.detach().to(device) for _, p in batch]))
         largest.scatter_reduce_(0, indices, bounds, "amax")
     return largest
+
+
+@torch.no_grad()
+def limit_norms_(generators: Sequence[Tensor], limit: float) -> Tensor:
+    """Scale every block of generators whose :func:`spectral_bound` is larger than ``limit`` down to it, in place.
+
+    Nothing waits for a device. Of sharded generators each rank scales its own blocks.
+
+    Args:
+        generators: ``(n, b(b-1)/2)`` each, on one device.
+        limit: Largest ``||Q||_2`` of a block.
+
+    Returns:
+        Whether any block was scaled, a bool ``()`` on the device. A block within the limit keeps its bits.
+    """
+    local = [(i, p.to_local() if isinstance(p, DTensor) else p) for i, p in enumerate(generators)]
+    largest = []
+    for batch in _batches(sorted(local, key=lambda owner: owner[1].shape[1])):
+        parts = [p for _, p in batch]
+        bounds = spectral_bound(torch.cat(parts))
+        factors = (limit / bounds).clamp(max=1)[:, None].split([len(p) for p in parts])
+        torch._foreach_mul_(parts, [factor.to(p.dtype) for factor, p in zip(factors, parts, strict=True)])
+        largest.append(bounds.max() if len(bounds) else bounds.new_zeros(()))
+    return torch.stack(largest).amax() > limit
 
 
 def _batches(owners: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:

@@ -20,12 +20,14 @@ from orthotrain.models.pretrained_options import (
     check_configuration,
     check_options,
 )
+from orthotrain.models.vocabulary import check_embeddings_loaded, enlarge_embeddings_
 
-Task = Literal["causal_lm", "seq2seq_lm", "sequence_classification"]
+Task = Literal["causal_lm", "seq2seq_lm", "sequence_classification", "token_classification"]
 AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
     "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
 }
 
 _FINDING_OPTIONS = ("cache_dir", "revision", "subfolder", "token")
@@ -129,31 +131,21 @@ class CausalLM(ModelBuilder):
         return CONFIG_MAPPING[self.model_type](**self.config)
 
 
-def check_vocabulary(tokens: Any, rows: Any) -> None:
-    """Refuse a vocabulary that is larger than the embedding. A size that is not an integer is unknown, and passes.
-
-    Raises:
-        ConfigurationError: The message gives both sizes.
-    """
-    if isinstance(tokens, int) and isinstance(rows, int) and tokens > rows:
-        raise ConfigurationError(
-            f"the tokenizer's vocabulary of {tokens} does not fit the model's embedding of {rows} rows: "
-            "set the model's vocab_size and the data's to the same number"
-        )
-
-
 class PretrainedModel(ModelBuilder):
     """A pretrained Hugging Face model with the head of a task.
 
     Args:
         name: Folder or hub name.
-        task: ``causal_lm``, ``seq2seq_lm`` or ``sequence_classification``.
+        task: ``causal_lm``, ``seq2seq_lm``, ``sequence_classification`` or ``token_classification``. A regression is a
+            ``sequence_classification`` with the options ``num_labels: 1`` and ``problem_type: regression``.
         dtype: ``auto`` for the dtype in the files, or the name of a torch dtype such as ``bfloat16``.
         load_in_4bit: Whether transformers quantizes the weights to NF4 with double quantization while loading.
         options: More arguments of ``from_pretrained``, such as ``num_labels`` and ``revision``, and keys of the model's
             configuration. Options that would run code of a file are refused.
         gradient_checkpointing: Whether activations of layers are computed again in backward instead of kept.
         trust_remote_code: Whether Python code that comes with the model is run. The code has all rights of the user.
+        resize_vocabulary: Whether the embedding is enlarged if the tokenizer of the data has more tokens than it has
+            rows; or the number of rows. New rows are the mean of the others, in the output layer too.
 
     Raises:
         ConfigurationError: The task, the dtype or an option is refused. The call of the builder also raises it if the
@@ -169,6 +161,7 @@ class PretrainedModel(ModelBuilder):
         options: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
+        resize_vocabulary: bool | int = False,
     ) -> None:
         check_choice("task", task, Task)
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -181,6 +174,7 @@ class PretrainedModel(ModelBuilder):
         check_options(self.options)
         self.gradient_checkpointing = gradient_checkpointing
         self.trust_remote_code = trust_remote_code
+        self.resize_vocabulary = resize_vocabulary
 
     def __call__(self) -> nn.Module:
         """Load and return the model in training mode.
@@ -222,6 +216,9 @@ class PretrainedModel(ModelBuilder):
             raise ConfigurationError(f"model {self.name!r} cannot be loaded: {first}") from error
         resized = {name for name, *_ in report["mismatched_keys"]}
         model.fresh_parameters = sorted({*report["missing_keys"], *resized})
+        check_embeddings_loaded(model, resized)
+        if self.resize_vocabulary is not True:
+            enlarge_embeddings_(model, int(self.resize_vocabulary))
         return enable_checkpointing(model, self.gradient_checkpointing).train()
 
     def _check_size(self) -> None:
@@ -246,8 +243,7 @@ class PretrainedModel(ModelBuilder):
 
 
 def enable_checkpointing(model: Any, wanted: bool) -> Any:
-    """Switch gradient checkpointing on and the cache for generation off, if ``wanted``; return ``model``."""
+    """Switch gradient checkpointing on, if ``wanted``; return ``model``, whose config stays as it is for an export."""
     if wanted:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.config.use_cache = False
     return model

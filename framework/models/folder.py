@@ -34,7 +34,11 @@ def check_there(name: str | Path) -> None:
     named = path.is_absolute() or str(name).startswith(".") or path.suffix == ".ckpt"
     local = named or len(rest) > 1 or (bool(rest) and ours)
     if local and not path.exists():
-        hint = MADE_BY.get(str(name), "give an existing path, or a model of the hub in the form org/name")
+        hint = MADE_BY.get(
+            str(name),
+            "give an existing path (--base for a base model that has moved), or a model "
+            "of the hub in the form org/name",
+        )
         raise ConfigurationError(f"no file or folder {str(name)!r}: {hint}")
 
 

@@ -2,11 +2,13 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from orthotrain.devices.host_reads import read_waits
 from orthotrain.errors import ConfigurationError
 
 _MASKED = ("sdpa", "eager")
@@ -22,13 +24,43 @@ def check_positions(limits: Iterable[Any], network: nn.Module) -> None:
     Raises:
         ConfigurationError: The message gives the argument, its value and the largest value that works.
     """
-    positions = getattr(getattr(network, "config", None), "max_position_embeddings", None)
-    for limit in limits if isinstance(positions, int) else ():
+    positions = _positions(network)
+    for limit in limits if positions is not None else ():
         if limit.tokens > positions:
             raise ConfigurationError(
                 f"{limit.argument} {limit.tokens} is more than the {positions} positions of {type(network).__name__} "
                 f"(max_position_embeddings): set {limit.argument} to at most {positions}"
             )
+
+
+def check_sequence_length(data: Any, network: nn.Module) -> None:
+    """Refuse a data module with a ``sequence_length`` above the positions of a network; any other object passes.
+
+    Raises:
+        ConfigurationError: See :func:`check_positions`.
+    """
+    if isinstance(length := getattr(data, "sequence_length", None), int):
+        check_positions([_Limit("sequence_length", length)], network)
+
+
+class _Limit(NamedTuple):
+    argument: str
+    tokens: int
+
+
+def _positions(network: nn.Module) -> int | None:
+    """Return the number of positions of a network; None if its configuration has none."""
+    config = getattr(network, "config", None)
+    text = getattr(config, "text_config", None)  # of a network that takes pictures too
+    rows = getattr(config, "max_position_embeddings", getattr(text, "max_position_embeddings", None))
+    if not isinstance(rows, int):
+        return None
+    # RoBERTa and similar networks count positions from the row after the row of padding
+    tables = (
+        table for name, table in network.named_modules() if "position" in name and isinstance(table, nn.Embedding)
+    )
+    skipped = [t.padding_idx + 1 for t in tables if t.num_embeddings == rows and t.padding_idx is not None]
+    return rows - max(skipped, default=0)
 
 
 def check_attention(network: nn.Module) -> None:
@@ -62,6 +94,14 @@ def with_usable_mask(batch: dict[str, Any], network: nn.Module | None) -> dict[s
     dtype = getattr(network, "dtype", torch.float32)
     additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return {**batch, "attention_mask": additive.masked_fill(~mask, torch.finfo(dtype).min)}
+
+
+def input_embedding(network: nn.Module) -> nn.Module | None:
+    """Return the embedding of the tokens of a network of transformers; None if it takes no tokens, or does not say."""
+    with contextlib.suppress(NotImplementedError, AttributeError):  # images and sound have no embedding
+        embedding: nn.Module | None = network.get_input_embeddings()  # type: ignore[operator]
+        return embedding
+    return None
 
 
 def shifts_labels(network: nn.Module | None) -> bool:
@@ -104,3 +144,24 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def same_draws(device: torch.device) -> Iterator[None]:
+    """Restore the states of all generators (PyTorch's, numpy's, Python's) after the ``with`` block."""
+    devices = [device] if read_waits(device) else []
+    with (
+        isolate_rng(include_cuda=False),
+        torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def same_buffers(network: nn.Module) -> Iterator[None]:
+    """Restore the buffers of a network, such as running statistics, after the ``with`` block."""
+    # the version of a buffer does not tell whether it has changed: batch normalization writes without a new version
+    before = [(buffer, buffer.clone()) for buffer in network.buffers() if not buffer.is_inference()]
+    yield
+    for buffer, values in before:
+        buffer.copy_(values)

@@ -10,9 +10,10 @@ from torch import nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from orthotrain.console.limited_process import LimitExceeded, call_limited
+from orthotrain.console.limited_process import LimitExceeded, call_limited, first_line
 from orthotrain.devices.accelerators import total_bytes
 from orthotrain.errors import ConfigurationError
+from orthotrain.models.config_faults import compute_row, find_fault, sizes_not_given
 
 MOST_VALUES = 10**13
 """Most values of a network: ten times as many as the largest network that has been trained."""
@@ -21,6 +22,10 @@ _MEMORY_BYTES, _SECONDS = 512 << 20, 20.0
 
 class NotBuildable(ConfigurationError):
     """A description from which no network can be built."""
+
+
+class Fault(Exception):
+    """The key of a description from which no network can be built, and its remedy."""
 
 
 def count_values(build: Callable[[], nn.Module], origin: str) -> int | None:
@@ -52,7 +57,9 @@ def count_values(build: Callable[[], nn.Module], origin: str) -> int | None:
     except RuntimeError as error:
         if "meta tensor" in str(error):
             return None
-        raise NotBuildable(f"{origin} describes no network that can be built: {error}; change its sizes") from error
+        reason = str(error).removeprefix("Fault: ")
+        hint = "" if reason != str(error) else "; change its sizes"
+        raise NotBuildable(f"{origin} describes no network that can be built: {reason}{hint}") from error
     return values
 
 
@@ -88,7 +95,22 @@ def _count_described(model_type: str, config: str) -> int | None:
     def build() -> nn.Module:
         from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**json.loads(config)))
+        given = json.loads(config)
+        try:
+            built = CONFIG_MAPPING[model_type](**given)
+        except Exception as error:
+            cause = error.__cause__ or error  # the message of huggingface_hub itself begins with names of its own
+            raise Fault(f"{type(cause).__name__}: {first_line(cause)}") from error
+        try:
+            network = AutoModelForCausalLM.from_config(built)
+            compute_row(network)
+        except Exception as error:
+            if fault := find_fault(built, given, error):
+                raise Fault(fault) from error
+            if not (left := sizes_not_given(model_type, given)) or not isinstance(error, RuntimeError):
+                raise
+            raise RuntimeError(f"{first_line(error)}; change its sizes, of which these are defaults: {left}") from error
+        return network
 
     return count_values(build, f"the {model_type} configuration")
 

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from orthotrain.callbacks.batch_seeds import BatchSeeds
+from orthotrain.callbacks.causality_check import CausalityCheck
 from orthotrain.callbacks.even_predictions import EvenPredictions
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
@@ -31,12 +32,13 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.layers.sharding import shard_network
-from orthotrain.metrics import TokenLoss
-from orthotrain.models import ModelBuilder, check_vocabulary
+from orthotrain.models import ModelBuilder
+from orthotrain.models.network_checks import check_sequence_length, input_embedding
+from orthotrain.models.vocabulary import RESIZE, SAME_NUMBER, check_vocabulary, enlarge_embeddings_
 from orthotrain.modules.attached_callbacks import unless_given
 from orthotrain.modules.chunked_loss import cross_entropy
-from orthotrain.modules.evaluation import EvaluatedModule
 from orthotrain.modules.head_loss import HeadLoss, logits_of
+from orthotrain.modules.labeled import LabeledModule
 from orthotrain.modules.micro_step import CompileMode, MicroStep
 from orthotrain.modules.optimization import Optimization
 from orthotrain.modules.resuming import ResumableModule
@@ -45,12 +47,13 @@ from orthotrain.modules.training import TrainedModule
 from orthotrain.modules.transformers_masks import masks_without_reads
 
 
-class BaseModule(ResumableModule, EvaluatedModule, TrainedModule):
+class BaseModule(ResumableModule, LabeledModule, TrainedModule):
     """A LightningModule around any network; a language model unless :meth:`loss` is overridden.
 
     It logs ``train_loss``, ``grad_norm`` (before clipping), ``lr``, ``rotation_lr`` where the generators have another
     rate, and ``peak_memory_gib`` of the device. For each evaluation split it logs the loss; if
-    :attr:`logs_perplexity`, also the perplexity, and bits per byte if the data module has ``bytes_per_token(split)``.
+    :attr:`logs_perplexity`, also the perplexity, and bits per byte if the data module has ``text_bytes(labels,
+    split)``: the UTF-8 bytes of the text that the labels of a batch stand for.
 
     Args:
         model: The network, or a callable without arguments that builds it when the strategy is set up.
@@ -81,7 +84,6 @@ class BaseModule(ResumableModule, EvaluatedModule, TrainedModule):
         self.optimization = optimization
         self.head_loss = HeadLoss(chunked_loss)
         self._wrapped = self._sharded = False
-        self.evaluation_loss = nn.ModuleDict({split: TokenLoss() for split in ("val", "test")})
 
     def build(self, builder: Callable[[], nn.Module]) -> nn.Module:
         """Return the network that ``builder`` builds; a method that draws weights anew leaves them out here."""
@@ -121,15 +123,30 @@ class BaseModule(ResumableModule, EvaluatedModule, TrainedModule):
     def _build_and_wrap(self) -> None:
         if self.model is None:
             assert self._builder is not None
+            self.expect_labels(self._builder)
             self.model = self.build(self._builder)
         check()
+        self.check_labels(self.model)
         data = getattr(self._trainer, "datamodule", None)
-        embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
-        check_vocabulary(getattr(data, "vocab_size", None), getattr(embedding, "num_embeddings", None))
+        self._fit_vocabulary(getattr(data, "vocab_size", None))
+        check_sequence_length(data, self.model)
         self.wrap(self.model)
         self.head_loss.check(self.model)
         DisplacementPool(self.model)
         self.micro_step.prepare(self.model)
+
+    def _fit_vocabulary(self, tokens: int | None) -> None:
+        """Enlarge the embedding of a pretrained model if the user wants it; refuse more tokens than rows."""
+        resizes = getattr(self._builder, "resize_vocabulary", None)
+        if resizes and tokens is not None:
+            enlarge_embeddings_(self.model, tokens)
+            described = self.hparams.get("init_args", {}).get("model")
+            # a checkpoint is rebuilt without the data: it needs the number
+            if isinstance(described, dict) and "init_args" in described:
+                described["init_args"]["resize_vocabulary"] = max(tokens, int(resizes))
+        embedding = input_embedding(self.model)
+        advice = SAME_NUMBER if resizes is None else RESIZE
+        check_vocabulary(tokens, getattr(embedding, "num_embeddings", None), advice)
 
     def _shard(self, strategy: ModelParallelStrategy) -> None:
         assert self.model is not None
@@ -160,15 +177,9 @@ class BaseModule(ResumableModule, EvaluatedModule, TrainedModule):
         check_callbacks(self._trainer, type(self).wrap is not BaseModule.wrap)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self.micro_step.check(self.trainer.strategy, self.automatic_optimization)
-        wanted = [
-            Throughput(),
-            BatchSeeds(),
-            EvenPredictions(),
-            FinalCheckpoint(),
-            FiniteGuard(),
-            KeepLogRows(self._trainer),
-        ]
-        return [*leave_nothing(self._trainer), *unless_given(self._trainer, wanted)]
+        wanted = [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard(), CausalityCheck()]
+        own = [*wanted, KeepLogRows(self._trainer)]
+        return [*leave_nothing(self._trainer), *unless_given(self._trainer, own)]
 
     def on_fit_start(self) -> None:
         """Compare the optimizers of a checkpoint with those of the run; refuse steps that would underflow in fp16.
@@ -205,9 +216,10 @@ class BaseModule(ResumableModule, EvaluatedModule, TrainedModule):
 
         The default is next-token cross-entropy in nats: ``batch["input_ids"]`` and ``batch["labels"]``, both
         ``(B, T)``; the label at t is the token that follows the input at t; labels of -100 do not count. Everything
-        else in the batch (``attention_mask``, ``position_ids``) is passed to the network by name.
+        else in the batch (``attention_mask``, ``position_ids``) is passed to the network by name. With labeled data it
+        is the network's own loss (:class:`LabeledModule`).
         """
-        return self.next_token_loss(batch)
+        return self.labeled_outputs(batch)[0] if self.labeled else self.next_token_loss(batch)
 
     def next_token_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the mean next-token cross-entropy of a batch in nats, without whole logits where that is possible."""
@@ -241,7 +253,7 @@ class BaseModule(ResumableModule, EvaluatedModule, TrainedModule):
     @property
     def has_next_token_loss(self) -> bool:
         """Whether the loss is :meth:`next_token_loss`, and not one of a subclass or of the network."""
-        return type(self).loss is BaseModule.loss
+        return type(self).loss is BaseModule.loss and not self.labeled
 
     @property
     def logs_perplexity(self) -> bool:

@@ -1,17 +1,15 @@
 """The next-token loss computed inside the output head of a network, without the logits of all rows."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from orthotrain.devices.host_reads import read_waits
 from orthotrain.errors import ConfigurationError
+from orthotrain.models.network_checks import same_buffers, same_draws
 from orthotrain.modules.chunked_loss import DTYPES, chunk_rows, chunked_cross_entropy, cross_entropy
 
 
@@ -199,24 +197,3 @@ def run_with_head(
 def _version(tensor: Tensor) -> int:
     """Return how often a tensor was changed in place; 0 for a tensor of inference mode, which does not count it."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-@contextmanager
-def same_draws(device: torch.device) -> Iterator[None]:
-    """Restore the states of all generators (PyTorch's, numpy's, Python's) after the ``with`` block."""
-    devices = [device] if read_waits(device) else []
-    with (
-        isolate_rng(include_cuda=False),
-        torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
-    ):
-        yield
-
-
-@contextmanager
-def same_buffers(network: nn.Module) -> Iterator[None]:
-    """Restore the buffers of a network, such as running statistics, after the ``with`` block."""
-    # the version of a buffer does not tell whether it has changed: batch normalization writes without a new version
-    before = [(buffer, buffer.clone()) for buffer in network.buffers() if not buffer.is_inference()]
-    yield
-    for buffer, values in before:
-        buffer.copy_(values)

@@ -1,5 +1,7 @@
 """Learning rates, optimizers, schedule and clipping: the settings that every module has."""
 
+import functools
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -21,6 +23,8 @@ OptimizerFactory = Callable[[Iterable], Optimizer]
 ROTATIONS = "rotations"
 """Beginning of the names of parameter groups that hold generators."""
 
+RATES = {"lr", "weight_decay"}
+"""Arguments of an optimizer that every parameter group sets."""
 OVERRIDES = ("lr_overrides", "weight_decay_overrides", "optimizer_overrides")
 
 
@@ -53,6 +57,21 @@ class ClipRamp:
         if last_merge is None or (self.until_step is not None and step > self.until_step):
             return 1.0
         return min(1.0, self.start + (1 - self.start) * (step - last_merge) / self.steps)
+
+
+def _refuse_rates(name: str, factory: OptimizerFactory | None) -> None:
+    """Refuse a rate among the arguments of an optimizer: the parameter groups have rates of their own, which win."""
+    if not isinstance(factory, functools.partial):
+        return
+    cls = factory.args[0] if factory.args else factory.func  # jsonargparse passes the class as an argument
+    parameters = inspect.signature(cls).parameters
+    for key in RATES & parameters.keys() & factory.keywords.keys():
+        default, value = parameters[key].default, factory.keywords[key]
+        if default is not inspect.Parameter.empty and value != default:  # a printed config has all defaults
+            raise ConfigurationError(
+                f"optimization.{name}: {cls.__name__} would ignore {key}={value}, because each parameter group has its "
+                f"own: set optimization.{key}, rotation_{key} or {key}_overrides"
+            )
 
 
 @dataclass(frozen=True)
@@ -100,6 +119,10 @@ class Optimization:
         for name, value in values.items():
             if value is not None and not 0 <= value < math.inf:
                 raise ConfigurationError(f"optimization.{name}={value}: take a finite number of 0 or more")
+        factories = {"optimizer": self.optimizer, "rotation_optimizer": self.rotation_optimizer}
+        overrides = {f"optimizer_overrides[{key!r}]": each for key, each in (self.optimizer_overrides or {}).items()}
+        for name, factory in (factories | overrides).items():
+            _refuse_rates(name, factory)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Split the trainable parameters by role, optimizer, learning rate and weight decay; the generators come first.

@@ -16,6 +16,7 @@ from orthotrain.kernels.checks import check_sides
 from orthotrain.kernels.dispatch import plain_cpu, traced
 from orthotrain.kernels.fold import fold
 from orthotrain.kernels.operation import without_autocast
+from orthotrain.kernels.outputs import Changes, unviewed
 from orthotrain.kernels.poet_linear import cpu
 
 
@@ -33,9 +34,9 @@ class PoetLinearFunction(torch.autograd.Function):
         permutations: tuple[Tensor | None, Tensor | None],
     ) -> Tensor:
         """See :func:`poet_linear`."""
-        y = F.linear(x, folded)
-        ctx.changes = _Changes(y)
-        # y is saved without its version count: nn.Linear allows changes of y in place, after which y is computed again
+        y = unviewed(F.linear(x, folded))
+        # nn.Linear allows changes of y in place; after one, y is computed again
+        ctx.changes = Changes(y)
         ctx.save_for_backward(x, folded, y.data, d_out, d_in, *deviations, *permutations)
         return y
 
@@ -56,18 +57,6 @@ class PoetLinearFunction(torch.autograd.Function):
                 y = F.linear(x, folded) if ctx.changes.any() else y
                 grad_out = cpu.output_gradient(y.reshape(-1, y.shape[-1]), grad_y, d_out, e_out, permutation_out)
         return (grad_x.view(x.shape) if grad_x is not None and need_x else None), None, grad_out, grad_in, None, None
-
-
-class _Changes:
-    """Tells whether a tensor was changed in place later, without keeping its memory alive."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.probe = tensor.detach()  # shares the version count
-        self.probe.data = tensor.new_empty(0)
-        self.version = self.probe._version
-
-    def any(self) -> bool:
-        return self.probe._version != self.version
 
 
 def serves(x: Tensor) -> bool:

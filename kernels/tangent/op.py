@@ -4,12 +4,14 @@ Both are autograd functions that torch.compile can trace: ``tangent`` returns a 
 must not do. The gradient of the generators is an operation.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from orthotrain.kernels.operation import operation
+from orthotrain.kernels.outputs import Changes, unviewed
 from orthotrain.kernels.tangent.scale import log_gradient, scaled
 
 
@@ -36,6 +38,37 @@ class _Tangent(torch.autograd.Function):
         return grad, gradient, None, None
 
 
+class _TangentOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        product: Tensor,
+        x: Tensor,
+        generators: Tensor | None,
+        permutation: Tensor | None,
+        block_size: int,
+        log_scale: Tensor | None,
+        again: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        kept = unviewed(scaled(product, log_scale, product.dtype))
+        # in a trace, changes in place reach every alias; there a copy is free, since the compiler removes it
+        y = kept.clone() if again is None else kept.data
+        ctx.changes = None if again is None else Changes(y)
+        ctx.save_for_backward(kept, x, permutation, log_scale)
+        ctx.blocks, ctx.block_size, ctx.again = 0 if generators is None else generators.shape[0], block_size, again
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        y, x, permutation, log_scale = ctx.saved_tensors
+        (grad,) = grads
+        if ctx.changes is not None and ctx.changes.any():
+            y = scaled(ctx.again(x), log_scale, grad.dtype)
+        gradient = _gradient(y, grad, permutation, ctx.blocks, ctx.block_size) if ctx.blocks else None
+        scale = None if log_scale is None else log_gradient(grad, y, log_scale)
+        return scaled(grad, log_scale, grad.dtype), None, gradient, None, None, scale, None
+
+
 class _TangentLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -52,7 +85,7 @@ class _TangentLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, permutation_out, permutation_in, log_scale)
         ctx.blocks = tuple(0 if g is None else g.shape[0] for g in (out, into))
         ctx.sizes = sizes
-        return torch.nn.functional.linear(x, scaled(weight, log_scale, x.dtype))
+        return unviewed(torch.nn.functional.linear(x, scaled(weight, log_scale, x.dtype)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
@@ -85,6 +118,35 @@ def tangent(x: Tensor, generators: Tensor, permutation: Tensor | None, block_siz
         ``x`` itself, as a new view.
     """
     return _Tangent.apply(x, generators, permutation, block_size)
+
+
+def tangent_output(
+    product: Tensor,
+    x: Tensor,
+    generators: Tensor | None,
+    permutation: Tensor | None,
+    block_size: int,
+    log_scale: Tensor | None,
+    again: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return ``e^log_scale product``; in backward, generators and scale get their gradients as in :func:`tangent`.
+
+    The result may be changed in place. Then the product is computed again in backward.
+
+    Args:
+        product: Product with the frozen weight ``(..., out)``; nothing else may read its memory.
+        x: Its input ``(..., in)``.
+        generators: As for :func:`tangent`, or None.
+        permutation: As for :func:`tangent`.
+        block_size: As for :func:`tangent`.
+        log_scale: As for :func:`tangent_linear`.
+        again: Computes the product from ``x``, without autocast.
+
+    Returns:
+        ``(..., out)`` in the memory of the product, or new with a scale.
+    """
+    recompute = None if torch.compiler.is_compiling() else again
+    return _TangentOutput.apply(product, x, generators, permutation, block_size, log_scale, recompute)
 
 
 def tangent_linear(

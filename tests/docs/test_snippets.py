@@ -44,6 +44,7 @@ ELSEWHERE = {
     "parameterization givens": "tests/examples/test_parameterization_plugin.py",
     "orthotrain consolidate": "tests/framework/distributed/test_distributed.py",
     "qoft_llama2_7b": "tests/test_house.py, with a small network",
+    "finetune/classification.yaml": "tests/framework/modules/test_labeled.py",
     "orthotrain-givens": "tests/examples/test_parameterization_plugin.py",
 }
 

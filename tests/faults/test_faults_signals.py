@@ -60,8 +60,9 @@ def test_a_signal_at_a_random_moment(harness, name, moment):
     signum, seconds, run = getattr(signal, name), moment * duration(harness), harness.new_run()
     process = start(run)
     time.sleep(seconds)
+    in_time = paused(process)
     process.send_signal(signum)
-    in_time = process.poll() is None
+    process.send_signal(signal.SIGCONT)
     code, log = process.wait(180), run.log()
     if in_time or code != 0:  # otherwise the command ended before the signal was sent
         assert code in (128 + signum, -signum), (code, log)
@@ -69,6 +70,14 @@ def test_a_signal_at_a_random_moment(harness, name, moment):
     if run.steps():
         check_checkpoint(run.folder / "last.ckpt")
     harness.recover(f"{name} at a random moment from exec to exit", run, note=f"after {seconds:.2f} s", at_most=0)
+
+
+def paused(process):
+    """Pause a process; False if it has ended already, or is just returning its memory, where no signal can reach it."""
+    process.send_signal(signal.SIGSTOP)
+    while (state := Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]) not in "TZX":
+        time.sleep(0.001)
+    return state == "T"
 
 
 def early(log):

@@ -230,3 +230,15 @@ def test_a_subclass_with_another_map_rounds_its_own():
     generators = torch.randn(2, 28) / 20
     found = Opposite().rounded_displacement(generators, 8, torch.bfloat16)
     assert torch.equal(found, Opposite().displacement(generators, 8).bfloat16())
+
+
+@pytest.mark.parametrize("error", [1e-3, 1e-5])
+@pytest.mark.parametrize("parameterization", EVERY, ids=repr)
+def test_singular_values_are_within_the_error_up_to_the_largest_norm(parameterization, error, generators_of_norm):
+    limit = parameterization.largest_norm(error)
+    norm = min(limit, 50.0)
+    displacement = parameterization.displacement(generators_of_norm(3, 8, norm), 8)
+    off = (torch.linalg.svdvals(torch.eye(8, dtype=torch.float64) + displacement) - 1).abs().max().item()
+    assert off <= error * (1 + 1e-6)
+    if isinstance(parameterization, CayleyNeumann):  # and the limit is not smaller than it must be
+        assert off >= 0.99 * error

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from orthotrain.data.corpus.sources import Corpus, source_location
 from orthotrain.data.corpus.token_cache import VERSION, CorruptCacheError, TokenCache
 from orthotrain.data.corpus.tokenizing import build_caches, learn_tokenizer
 from orthotrain.data.sources import CACHE_MARK
-from orthotrain.data.splits import SPLITS, Splitter
+from orthotrain.data.splits import SPLITS, Splitter, fitting_splitter
 from orthotrain.data.tokenizers import fingerprint, load_tokenizer, load_trained_tokenizer
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.atomic_writes import remove_leftovers, write_text
+
+_READING = 2
+"""Version of the reading: it changes when the same files give other text, or another text in a split."""
 
 
 def folder_name(sources: list[str], settings: dict[str, Any]) -> str:
@@ -31,13 +34,18 @@ def folder_name(sources: list[str], settings: dict[str, Any]) -> str:
         sources: The sources as the user gave them.
         settings: Plain values.
     """
-    key = json.dumps([[source_location(name) for name in sources], settings, VERSION], sort_keys=True)
+    key = json.dumps([[source_location(name) for name in sources], settings, VERSION, _READING], sort_keys=True)
     label = re.sub(r"[^\w.-]+", "-", " ".join(sources))[:40].strip("-.")
     return f"{label}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
 def prepare_folder(
-    folder: Path, corpus: Corpus, splitter: Splitter, tokenizer_name: str | None, vocab_size: int
+    folder: Path,
+    corpus: Corpus,
+    splitter: Splitter,
+    held_out: Mapping[str, Corpus],
+    tokenizer_name: str | None,
+    vocab_size: int,
 ) -> PreTrainedTokenizerFast:
     """Build the caches of a corpus in a folder, unless the folder holds caches of the same inputs.
 
@@ -47,7 +55,8 @@ def prepare_folder(
     Args:
         folder: The folder of the files.
         corpus: The documents.
-        splitter: Decides each document's split.
+        splitter: Decides each document's split, unless a split would get no document (see `fitting_splitter`).
+        held_out: Split -> documents of this split, beside those of ``corpus``.
         tokenizer_name: A tokenizer to load; ``None`` trains a tokenizer.
         vocab_size: Rows of the model's embedding.
 
@@ -58,7 +67,8 @@ def prepare_folder(
         CorruptCacheError: A file in the folder is truncated or altered.
         ConfigurationError: The source or the tokenizer cannot be used.
     """
-    source = corpus.fingerprint()
+    parts = {name: part.fingerprint() for name, part in held_out.items()}
+    source = hashlib.sha256(repr((corpus.fingerprint(), parts)).encode()).hexdigest()
     # finished caches are read without a lock: their folder may belong to another user
     if (finished := _finished_tokenizer(folder, source, tokenizer_name, vocab_size)) is not None:
         return finished
@@ -69,12 +79,18 @@ def prepare_folder(
         remove_leftovers(folder)  # of a build that was killed: this process holds the lock, so no build is running
         if next(corpus.documents(), None) is None:
             raise ConfigurationError(f"source {corpus.description}: no text in it; give files or rows that hold text")
+        chosen = fitting_splitter(corpus.documents(), splitter, corpus.limit_bytes)
+        if chosen is not splitter:
+            rank_zero_info(
+                f"source {corpus.description}: too few documents for a split by document; train, validation and test "
+                "are contiguous parts of the text"
+            )
         if tokenizer_name is None:
-            tokenizer = learn_tokenizer(corpus, splitter, vocab_size)
+            tokenizer = learn_tokenizer(corpus, chosen, vocab_size)
             write_text(folder / "tokenizer.json", tokenizer.backend_tokenizer.to_str(pretty=True))
         else:
             tokenizer = load_tokenizer(tokenizer_name, vocab_size)
-        build_caches(corpus, splitter, tokenizer, vocab_size, folder, source)
+        build_caches(corpus, chosen, held_out, tokenizer, vocab_size, folder, source)
         check()
         return tokenizer
 

@@ -2,7 +2,8 @@
 
 import codecs
 import hashlib
-from collections.abc import Iterable, Iterator
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +22,7 @@ from orthotrain.errors import ConfigurationError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, *ROW_SUFFIXES)
-"""Formats that can be read; all but ``.parquet`` also with ``.gz`` at the end."""
+"""Formats that can be read; all but ``.parquet`` and ``.arrow`` also with ``.gz`` at the end."""
 
 PIECE_BYTES = 256 << 10
 """Longer texts come in pieces: tokenizing takes a hundred times their memory, and pieces are tokenized in parallel."""
@@ -52,13 +53,20 @@ def is_readable(path: Path) -> bool:
     return suffix_of(path) in TEXT_SUFFIXES or holds_rows(path)
 
 
-def read_documents(path: Path, name: str, text_column: str) -> Iterator[Document]:
+def _ignore(where: str) -> None:
+    """Take notice of a row without text, and do nothing."""
+
+
+def read_documents(
+    path: Path, name: str, text_column: str, without_text: Callable[[str], None] = _ignore
+) -> Iterator[Document]:
     """Yield the documents of one file.
 
     Args:
         path: The file.
         name: The document's name when the file is one document.
-        text_column: The key that holds the text in rows of jsonl, json and parquet.
+        text_column: The key that holds the text in rows of jsonl, json, parquet and arrow.
+        without_text: Called with the place of each row whose text is null; such a row is left out.
 
     Yields:
         Non-empty documents; texts over 256 KiB come in pieces cut at line ends.
@@ -67,7 +75,7 @@ def read_documents(path: Path, name: str, text_column: str) -> Iterator[Document
         ConfigurationError: Binary or undecodable content, a row without the text, or a file that `file_rows` refuses.
     """
     if suffix_of(path) in ROW_SUFFIXES:
-        yield from row_documents(file_rows(path, text_column), text_column, str(path))
+        yield from row_documents(file_rows(path, [text_column]), text_column, str(path), without_text)
         return
     with reading(path), open_file(path) as file:
         yield from _read_text(file, path, name)
@@ -76,6 +84,9 @@ def read_documents(path: Path, name: str, text_column: str) -> Iterator[Document
 def _read_text(file: BinaryIO, path: Path, name: str) -> Iterator[Document]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, held = 0, ""
+    if file.peek(len(BOM_UTF8)).startswith(BOM_UTF8):  # type: ignore[attr-defined]
+        offset = len(file.read(len(BOM_UTF8)))
+    empty = not file.peek(1)  # type: ignore[attr-defined]
     while block := file.read(PIECE_BYTES):
         if (nul := block.find(b"\0")) >= 0:
             raise ConfigurationError(
@@ -87,7 +98,7 @@ def _read_text(file: BinaryIO, path: Path, name: str) -> Iterator[Document]:
             yield Document(name, held[:cut], complete=False)
             held = held[cut:]
     held += _decode(decoder, b"", path, offset, final=True)
-    if offset:
+    if not empty:
         yield Document(name, held)
 
 
@@ -101,16 +112,19 @@ def _decode(decoder: Any, block: bytes, path: Path, offset: int, final: bool = F
         ) from error
 
 
-def row_documents(rows: Iterable[tuple[int, Any]], text_column: str, where: str) -> Iterator[Document]:
+def row_documents(
+    rows: Iterable[tuple[int, Any]], text_column: str, where: str, without_text: Callable[[str], None] = _ignore
+) -> Iterator[Document]:
     """Yield the documents of the rows of a file or a Hugging Face dataset.
 
     Args:
         rows: Pairs of number and row.
         text_column: The key that holds the text.
         where: The name of the file or the dataset, for messages.
+        without_text: Called with the place of each row whose text is null; such a row is left out.
 
     Raises:
-        ConfigurationError: A row without the text.
+        ConfigurationError: A row without the key, or whose value is no text.
     """
     for number, row in rows:
         if not isinstance(row, dict):
@@ -119,6 +133,9 @@ def row_documents(rows: Iterable[tuple[int, Any]], text_column: str, where: str)
             )
         if text_column not in row:
             raise missing_column(f"{where}, row {number}", text_column, row)
+        if row[text_column] is None:
+            without_text(f"{where}, row {number}")
+            continue
         text = check_text(row[text_column], f"{where}, row {number}, {text_column!r}")
         if len(text) > PIECE_BYTES:
             name = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

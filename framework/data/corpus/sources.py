@@ -2,13 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orthotrain.data.corpus.documents import SUFFIXES, Document, is_readable, read_documents, row_documents
-from orthotrain.data.sources import SourceKind, location, stdlib_files, stdlib_root
+from orthotrain.data.sources import SourceKind, location, stdlib_files, stdlib_root, with_columns
 
 PYTHON_STDLIB = "python-stdlib"
 
@@ -27,10 +27,10 @@ class Files:
     entries: tuple[tuple[Path, str], ...]
     text_column: str
 
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents of all files."""
+    def documents(self, without_text: Callable[[str], None]) -> Iterator[Document]:
+        """Yield the documents of all files; call ``without_text`` with the place of each row whose text is null."""
         for path, name in self.entries:
-            yield from read_documents(path, name, self.text_column)
+            yield from read_documents(path, name, self.text_column, without_text)
 
     def fingerprint(self) -> str:
         """Names, sizes and modification times: they show that a file has changed without reading the file."""
@@ -60,9 +60,10 @@ class HubDataset:
         """Return the object of ``datasets``; the first use downloads the dataset, unless it is streamed."""
         return _TEXT.load_dataset(self.name, self.streaming)
 
-    def documents(self) -> Iterator[Document]:
-        """Yield the text of each row."""
-        return row_documents(enumerate(self.load(), start=1), self.text_column, f"dataset {self.name!r}")
+    def documents(self, without_text: Callable[[str], None]) -> Iterator[Document]:
+        """Yield the text of each row; call ``without_text`` with the place of each row whose text is null."""
+        rows = with_columns(self.load(), [self.text_column])
+        return row_documents(enumerate(rows, start=1), self.text_column, f"dataset {self.name!r}", without_text)
 
     def fingerprint(self) -> str:
         """The name, and the fingerprint that ``datasets`` has for a dataset on disk."""
@@ -87,11 +88,15 @@ class Corpus:
     parts: tuple[Files | HubDataset, ...]
     limit_bytes: int | None = None
 
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents of all sources up to the limit; the last document is read to its end."""
+    def documents(self, without_text: Callable[[str], None] = lambda where: None) -> Iterator[Document]:
+        """Yield the documents of all sources up to the limit; the last document is read to its end.
+
+        Args:
+            without_text: Called with the place of each row whose text is null; such a row is left out.
+        """
         read, complete = 0, True
         for part in self.parts:
-            for document in part.documents():
+            for document in part.documents(without_text):
                 if complete and self.limit_bytes is not None and read >= self.limit_bytes:
                     return
                 yield document

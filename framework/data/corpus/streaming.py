@@ -13,12 +13,11 @@ from transformers import PreTrainedTokenizerFast
 from orthotrain.data.corpus.documents import Document
 from orthotrain.data.corpus.sources import Corpus
 from orthotrain.data.corpus.token_windows import as_batch
-from orthotrain.data.corpus.tokenizing import encode_documents
+from orthotrain.data.corpus.tokenizing import AnySplitter, encode_documents
 from orthotrain.data.loaders import ResumableLoader
-from orthotrain.data.splits import Splitter
 
 Position = tuple[int, int]
-"""Where the next window starts: the index of a document in the stream, and of a token in the document."""
+"""Where the next window starts: the index of a document (or part) in the stream, and of a token in it."""
 
 _CHUNK_CHARACTERS = 1 << 20
 
@@ -42,7 +41,7 @@ class TokenStream(IterableDataset):
     def __init__(
         self,
         corpus: Corpus,
-        splitter: Splitter,
+        splitter: AnySplitter,
         tokenizer: PreTrainedTokenizerFast,
         sequence_length: int,
         batch_size: int,
@@ -60,8 +59,9 @@ class TokenStream(IterableDataset):
         indices: deque[int] = deque()
 
         def train_documents() -> Iterator[Document]:
-            for index, document in enumerate(islice(self.corpus.documents(), first, None), start=first):
-                if self.splitter(document.key) == "train":
+            found = islice(self.splitter.split(self.corpus.documents()), first, None)
+            for index, (split, document) in enumerate(found, start=first):
+                if split == "train":
                     indices.append(index)
                     yield document
 

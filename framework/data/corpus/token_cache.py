@@ -27,6 +27,7 @@ VERSION = 2
 HEADER_BYTES = 4096
 FULL_CHECK_BYTES = 1 << 30
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 20
+_BLOCK_TOKENS = 1 << 20
 _PREFIX = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -189,6 +190,11 @@ class TokenCache:
         if verify and (found := checksum(tokens)) != metadata.checksum:
             raise _corrupt(path, f"expected checksum {metadata.checksum[:16]}, found {found[:16]} (altered)")
         return cls(path, metadata, tokens)
+
+    def total(self, values: np.ndarray) -> int:
+        """Return the sum of a value of each token, from an array of shape ``(V,)``, over all tokens."""
+        blocks = range(0, len(self.tokens), _BLOCK_TOKENS)
+        return sum(int(values[self.tokens[start : start + _BLOCK_TOKENS]].sum()) for start in blocks)
 
     def __reduce__(self) -> tuple:
         """Pickle the path: a worker process maps the file again, and both share the tokens in the page cache."""

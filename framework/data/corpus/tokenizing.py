@@ -1,33 +1,36 @@
 """From documents to token caches: train a tokenizer on a sample, and tokenize all splits in one pass."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import tee
 from pathlib import Path
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerFast
 
 from orthotrain.console.progress import Progress
 from orthotrain.data.corpus.documents import Document
 from orthotrain.data.corpus.sources import Corpus
 from orthotrain.data.corpus.token_cache import TokenCacheWriter
-from orthotrain.data.splits import SPLITS, Splitter
+from orthotrain.data.splits import SPLITS, PositionSplitter, Splitter
 from orthotrain.data.tokenizer_checks import encoding_with
 from orthotrain.data.tokenizers import fingerprint, train_tokenizer
 from orthotrain.errors import ConfigurationError
 
+AnySplitter = Splitter | PositionSplitter
 TOKENIZER_SAMPLE_BYTES = 32 << 20
 _CHUNK_CHARACTERS = 2 << 20
 
 
-def learn_tokenizer(corpus: Corpus, splitter: Splitter, vocab_size: int) -> PreTrainedTokenizerFast:
+def learn_tokenizer(corpus: Corpus, splitter: AnySplitter, vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a tokenizer on at most 32 MiB of the train split, spread over the corpus if the size of it is known."""
     size = corpus.size()
     share = 1.0 if size is None else TOKENIZER_SAMPLE_BYTES / max(size, 1)
 
     def sample() -> Iterator[str]:
         taken = seen = 0
-        for document in corpus.documents():
-            if splitter(document.key) == "train":
+        for split, document in splitter.split(corpus.documents()):
+            if split == "train":
                 if taken <= share * seen:
                     yield document.text
                     taken += len(document.text)
@@ -56,7 +59,13 @@ def learn_tokenizer(corpus: Corpus, splitter: Splitter, vocab_size: int) -> PreT
 
 
 def build_caches(
-    corpus: Corpus, splitter: Splitter, tokenizer: PreTrainedTokenizerFast, vocab_size: int, folder: Path, source: str
+    corpus: Corpus,
+    splitter: AnySplitter,
+    held_out: Mapping[str, Corpus],
+    tokenizer: PreTrainedTokenizerFast,
+    vocab_size: int,
+    folder: Path,
+    source: str,
 ) -> None:
     """Tokenize every document once and write ``train.tokens``, ``val.tokens`` and ``test.tokens``.
 
@@ -65,21 +74,32 @@ def build_caches(
     Args:
         corpus: The documents.
         splitter: Decides each document's split.
+        held_out: Split -> documents that belong to this split, beside those of ``corpus``.
         tokenizer: Turns text into tokens; its end-of-text token closes each document.
         vocab_size: Decides the bytes of a token on disk.
         folder: Where the files go.
         source: The source fingerprint for the headers.
     """
-    size = corpus.size()
+    without_text: list[str] = []
+
+    def documents() -> Iterator[tuple[str, Document]]:
+        yield from splitter.split(corpus.documents(without_text.append))
+        for split, part in held_out.items():
+            yield from ((split, document) for document in part.documents(without_text.append))
+
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(Progress("tokenizing", size))
+        bar = stack.enter_context(Progress("tokenizing", corpus.size()))
         paths = {split: folder / f"{split}.tokens" for split in SPLITS}
         writers = {name: stack.enter_context(TokenCacheWriter(path, vocab_size)) for name, path in paths.items()}
-        for document, tokens, text_bytes in encode_documents(corpus.documents(), tokenizer):
-            writers[splitter(document.key)].append(tokens, text_bytes, int(document.complete))
+        splits, encoded = tee(documents())
+        found = encode_documents((document for _, document in encoded), tokenizer)
+        for (split, document), (_, tokens, text_bytes) in zip(splits, found, strict=True):
+            writers[split].append(tokens, text_bytes, int(document.complete))
             bar.advance(text_bytes, tokens=len(tokens))
         for writer in writers.values():
             writer.commit(fingerprint(tokenizer), source)
+    if without_text:
+        rank_zero_info(f"{len(without_text):,} rows whose text is null are left out (the first: {without_text[0]})")
 
 
 def encode_documents(

@@ -1,17 +1,23 @@
 """Examples of instruction data: conversations, parsed from rows and checked, and the tokens made from them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orthotrain.data.row_files import check_text
+from orthotrain.data.instructions.messages import Message, check_order, is_empty, parse_messages, text_of
+from orthotrain.data.instructions.row_faults import RowFault
 from orthotrain.errors import ConfigurationError
 
-ROLES = ("system", "user", "assistant")
+ALPACA_INPUT = "\n\n### Input:\n"
+"""The text between ``instruction`` and ``input`` of a row, as in the prompts of Alpaca."""
 
-Messages = tuple[tuple[str, str], ...]
-"""Pairs of role and content."""
+_PAIRS = (("prompt", "completion"), ("instruction", "output"))
+"""Keys of prompt and response that are known beside those that the user names."""
+_CHATS = ("conversations", "conversation")
+_SYSTEM = ("system", "system_prompt")
+_REFUSED = {"functions": "write them as 'tools'", "history": "write its rounds as 'messages'"}
+_REFUSED["chat_template_kwargs"] = "a row cannot change the chat template"
 
 
 @dataclass(frozen=True)
@@ -22,11 +28,20 @@ class Columns:
         prompt: Key of the prompt.
         response: Key of the response.
         messages: Key of the chat messages; they are used if a row has both forms.
+        ignored: Keys of rows and messages to leave out.
     """
 
     prompt: str = "prompt"
     response: str = "response"
     messages: str = "messages"
+    ignored: tuple[str, ...] = ()
+
+
+def keys_of_rows(columns: Columns) -> tuple[str, ...]:
+    """Return all keys that `parse_row` reads; a file's other columns need not be read."""
+    pairs = (key for pair in _PAIRS for key in pair)
+    named = (columns.prompt, columns.response, columns.messages)
+    return (*named, *pairs, *_CHATS, *_SYSTEM, *_REFUSED, "input", "tools")
 
 
 @dataclass(frozen=True)
@@ -35,23 +50,52 @@ class Example:
 
     Attributes:
         where: File and row, for messages.
-        messages: Pairs of role and content.
+        messages: Objects with ``role``, ``content`` (text) and the other keys that the chat template gets.
         is_chat: Whether the row holds messages, and not a pair of prompt and response.
+        tools: The tools that the chat template gets.
+        untrained: Indices of the assistant's messages that do not count in the loss.
     """
 
     where: str
-    messages: Messages
+    messages: tuple[Message, ...]
     is_chat: bool
+    tools: tuple[Any, ...] = ()
+    untrained: frozenset[int] = frozenset()
 
     @property
     def key(self) -> str:
         """The content, which decides the split of the row."""
-        return json.dumps(self.messages, ensure_ascii=False)
+        content: list[Any] = [[message["role"], message["content"]] for message in self.messages]
+        if self.tools or any(message.keys() != {"role", "content"} for message in self.messages):
+            content = [*self.messages, *self.tools]
+        return json.dumps(content, ensure_ascii=False)
 
     @property
-    def reference(self) -> str:
-        """The last response."""
-        return self.messages[-1][1]
+    def turns(self) -> list[int]:
+        """Indices of the assistant's messages that count in the loss."""
+        return [
+            index
+            for index, message in enumerate(self.messages)
+            if message["role"] == "assistant" and index not in self.untrained
+        ]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether a message of the assistant has neither text nor tool calls, or no message counts in the loss."""
+        return not self.turns or any(is_empty(m) for m in self.messages if m["role"] == "assistant")
+
+    def texts(self) -> Iterator[str]:
+        """Yield all texts of the messages and the tools, also those inside tool calls."""
+        pending: list[Any] = [value for message in self.messages for key, value in message.items() if key != "role"]
+        pending += self.tools
+        while pending:
+            value = pending.pop()
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, Mapping):
+                pending += [*value.keys(), *value.values()]
+            elif isinstance(value, list | tuple):
+                pending += value
 
 
 @dataclass(frozen=True)
@@ -62,11 +106,13 @@ class EncodedExample:
         tokens: Length N.
         targets: Length N; whether a token belongs to a response and is to be predicted.
         prompt_length: Tokens before the last response.
+        reference: The last response.
     """
 
     tokens: list[int]
     targets: list[bool]
     prompt_length: int
+    reference: str = ""
 
 
 def check_template(prompt_template: str) -> str:
@@ -82,8 +128,30 @@ def check_template(prompt_template: str) -> str:
     return prompt_template
 
 
+def check_pair(example: Example, reader: str) -> None:
+    """Refuse an example that is more than a prompt and a response.
+
+    Args:
+        example: A row that is no chat.
+        reader: The option that takes only a prompt and a response.
+
+    Raises:
+        RowFault: The row has tools or a system message.
+    """
+    extra = "'tools'" if example.tools else "'system'" if len(example.messages) > 2 else None
+    if extra is not None:
+        raise RowFault(
+            f"{example.where}: {reader} does not write {extra}; train with a chat template, or name the key in "
+            "ignored_keys"
+        )
+
+
 def parse_row(row: Any, where: str, columns: Columns) -> Example:
     """Turn a row into an example.
+
+    A row has messages (OpenAI, or ShareGPT's ``conversations``), or a prompt and a response under the keys of
+    ``columns``, ``prompt`` and ``completion``, or Alpaca's ``instruction``, ``input`` and ``output``. ``tools`` and
+    ``system`` belong to the conversation; other keys of a row are not read.
 
     Args:
         row: The row of a file or a dataset.
@@ -91,44 +159,76 @@ def parse_row(row: Any, where: str, columns: Columns) -> Example:
         columns: Keys of the row.
 
     Raises:
-        ConfigurationError: Not an object, missing keys, not text, empty, or messages in a wrong order.
+        RowFault: Not an object, missing keys, not text, empty, or messages in a wrong order.
     """
     if not isinstance(row, Mapping):
-        raise ConfigurationError(f"{where}: expected an object, found {type(row).__name__}; give one object a row")
-    if row.get(columns.messages) is not None:
-        return Example(where, _messages(row[columns.messages], f"{where}, {columns.messages!r}"), is_chat=True)
-    if columns.prompt not in row or columns.response not in row:
-        raise ConfigurationError(
+        raise RowFault(f"{where}: expected an object, found {type(row).__name__}; give one object a row")
+    row = {key: value for key, value in row.items() if key not in columns.ignored}
+    prompt, response = _pair(row, columns)
+    chats = (columns.messages,) if prompt == columns.prompt else (columns.messages, *_CHATS)
+    chat = next((key for key in chats if row.get(key) is not None), None)
+    if chat is not None:
+        messages, untrained = parse_messages(row[chat], f"{where}, {chat!r}", columns.ignored)
+    elif prompt is None:
+        raise RowFault(
             f"{where}: has neither {columns.prompt!r} with {columns.response!r} nor {columns.messages!r}; its keys are "
             f"{sorted(map(str, row))}; set prompt_column and response_column, or messages_column"
         )
-    pair = zip(("user", "assistant"), (columns.prompt, columns.response), strict=True)
-    return Example(where, tuple((role, _text(row[key], f"{where}, {key!r}")) for role, key in pair), is_chat=False)
+    elif isinstance(row[prompt], list) and isinstance(row.get(response), list):
+        chat = response
+        before, _ = parse_messages(row[prompt], f"{where}, {prompt!r}", columns.ignored)
+        after, untrained = parse_messages(row[response], f"{where}, {response!r}", columns.ignored)
+        untrained = {len(before) + index for index in untrained}
+        untrained |= {index for index, message in enumerate(before) if message["role"] == "assistant"}
+        messages = before + after
+    else:
+        messages, untrained = _pair_messages(row, where, prompt, response), set()
+    for key, advice in _REFUSED.items():
+        if row.get(key) and (chat is not None or prompt == "instruction"):
+            raise RowFault(f"{where}: {key!r} is not used; {advice}, or name it in ignored_keys")
+    for key in _SYSTEM:
+        if system := row.get(key):
+            messages, untrained = _with_system(messages, untrained, text_of(system, f"{where}, {key!r}"), where)
+    check_order(messages, where if chat is None else f"{where}, {chat!r}")
+    return Example(where, tuple(messages), chat is not None, _tools(row.get("tools"), where), frozenset(untrained))
 
 
-def _text(value: Any, where: str) -> str:
-    if not check_text(value, where).strip():
-        raise ConfigurationError(f"{where}: is empty; give it some text or remove the row")
-    return value
+def _pair(row: Mapping, columns: Columns) -> tuple[str | None, str]:
+    """Return the keys of prompt and response, and None if a key is missing."""
+    named = (columns.prompt, columns.response)
+    known = (named, *_PAIRS) if named == ("prompt", "response") else (named,)
+    return next(((prompt, response) for prompt, response in known if {prompt, response} <= set(row)), (None, ""))
 
 
-def _messages(value: Any, where: str) -> Messages:
-    if not isinstance(value, list | tuple) or not value:
-        found = "an empty list" if value in ([], ()) else type(value).__name__
-        raise ConfigurationError(f"{where}: must be a list of messages, found {found}")
-    messages = tuple(_message(message, f"{where}, message {number}") for number, message in enumerate(value, start=1))
-    roles = [role for role, _ in messages]
-    if roles[-1] != "assistant":
-        raise ConfigurationError(f"{where}: ends with role {roles[-1]!r}; the last message must be the assistant's")
-    if next((role for role in roles if role != "system"), "") != "user":
-        raise ConfigurationError(f"{where}: the assistant speaks first; a message of role 'user' must come before")
-    return messages
+def _pair_messages(row: Mapping, where: str, prompt: str, response: str) -> list[Message]:
+    text = text_of(row[prompt], f"{where}, {prompt!r}")
+    if not text.strip():
+        raise RowFault(f"{where}, {prompt!r}: is empty; give it some text or remove the row")
+    if prompt == "instruction" and response != "input" and row.get("input"):
+        more = text_of(row["input"], f"{where}, 'input'")
+        text += ALPACA_INPUT + more if more.strip() else ""
+    answer = text_of("" if row[response] is None else row[response], f"{where}, {response!r}")
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
 
-def _message(message: Any, where: str) -> tuple[str, str]:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        found = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
-        raise ConfigurationError(f"{where}: must be an object with 'role' and 'content', found {found}")
-    if message["role"] not in ROLES:
-        raise ConfigurationError(f"{where}: unknown role {message['role']!r}; known: {', '.join(ROLES)}")
-    return message["role"], _text(message["content"], f"{where}, 'content'")
+def _with_system(
+    messages: list[Message], untrained: set[int], system: str, where: str
+) -> tuple[list[Message], set[int]]:
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages], {index + 1 for index in untrained}
+    if messages[0]["content"] != system:
+        raise RowFault(f"{where}: 'system' differs from its message of role 'system'; remove one of them")
+    return messages, untrained
+
+
+def _tools(tools: Any, where: str) -> tuple[Any, ...]:
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise RowFault(f"{where}, 'tools': is text that is not JSON") from error
+    if not tools or (isinstance(tools, str) and not tools.strip()):
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowFault(f"{where}, 'tools': must be a list of objects, each the description of a tool")
+    return tuple(tools)

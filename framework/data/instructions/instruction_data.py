@@ -12,6 +12,7 @@ from orthotrain.data.instructions.examples import Columns, Example
 from orthotrain.data.instructions.layouts import LayoutName, Limit, make_layout
 from orthotrain.data.instructions.packing import PackedRows
 from orthotrain.data.instructions.padding import PaddedRows, choose_rows, generation_batch
+from orthotrain.data.instructions.row_faults import RowFaults
 from orthotrain.data.instructions.sources import count_rows, read_examples
 from orthotrain.data.instructions.stdlib_docstrings import STDLIB_DOCSTRINGS
 from orthotrain.data.instructions.token_rows import TokenRows
@@ -24,7 +25,7 @@ from orthotrain.errors import ConfigurationError, check_choice
 
 _DECIDES_CONTENT = (
     *("source", "val_source", "prompt_column", "response_column", "messages_column", "prompt_template", "layout"),
-    *("max_length", "max_response_length", "on_too_long", "packing", "val_fraction", "seed"),
+    *("max_length", "max_response_length", "on_too_long", "packing", "val_fraction", "seed", "ignored_keys"),
 )
 
 
@@ -43,12 +44,16 @@ class InstructionData(BaseData):
     Args:
         tokenizer: The tokenizer of the model: a tokenizer.json, a folder with one, a Hugging Face name, or a .ckpt.
         source: ``python-stdlib-docstrings`` (functions of the standard library and their docstrings), a file, folder or
-            glob of .jsonl .json (.gz) .parquet, a Hugging Face dataset ``org/name[:config][@split]``, or a list.
+            glob of .jsonl .json (.gz) .parquet .arrow, a folder of ``save_to_disk``, a Hugging Face dataset
+            ``org/name[:config][@split]``, or a list.
         val_source: Source of the validation rows; by default a share of ``source``.
         test_source: Source of the test rows; by default there are no test rows.
         prompt_column: Key of a row's prompt.
         response_column: Key of a row's response.
-        messages_column: Key of a row's chat messages, objects with role (system, user, assistant) and content.
+        messages_column: Key of a row's chat messages, objects with role (system, developer, user, assistant, tool),
+            content and the other keys that the chat template writes. Without these columns a row may also be ShareGPT's
+            ``conversations``, ``prompt`` and ``completion``, or Alpaca's ``instruction``, ``input`` and ``output``.
+            The row's ``tools`` and ``system`` belong to the conversation.
         prompt_template: Text around a prompt, which replaces ``{prompt}``; by default the tokenizer's chat template, or
             ``"{prompt}\n"`` if the tokenizer has no chat template. Chat messages always use the chat template. With
             layout ``seq2seq``, the default is the prompt alone.
@@ -63,6 +68,7 @@ class InstructionData(BaseData):
         generation_samples: Rows of `generation_batches` and of ``predict``.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         seed: Seed of the split and of the order of the rows.
+        ignored_keys: Keys of rows and messages to leave out; a key that the chat template does not write is refused.
         allow_changed: Whether a resumed run may continue with other training data, or another tokenizer, than the
             checkpoint's; a warning then names the difference.
 
@@ -79,7 +85,7 @@ class InstructionData(BaseData):
     rows_used: int = 0
     """Rows of all splits that were set up."""
     rows_dropped: int = 0
-    """Rows that were too long or contained a special token."""
+    """Rows that were too long, had an empty answer or contained a special token."""
 
     def __init__(
         self,
@@ -101,6 +107,7 @@ class InstructionData(BaseData):
         generation_samples: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        ignored_keys: list[str] | None = None,
         allow_changed: bool = False,
     ) -> None:
         super().__init__()
@@ -152,11 +159,12 @@ class InstructionData(BaseData):
         def split_of(example: Example) -> str:
             return splits[0] if len(splits) == 1 else splitter(example.key)
 
-        columns = Columns(given["prompt_column"], given["response_column"], given["messages_column"])
+        names = {name: given[f"{name}_column"] for name in ("prompt", "response", "messages")}
+        columns, faults = Columns(**names, ignored=tuple(given["ignored_keys"] or ())), RowFaults()
         encoder = self._layout.encoder(self.tokenizer, given["prompt_template"])
         rank_zero_info(f"tokenizing the rows of {source!r}")
-        examples, total = read_examples(source, columns), count_rows(source)
-        rows, counts = tokenize_rows(examples, encoder, split_of, self._layout, given["on_too_long"], total)
+        examples, total = read_examples(source, columns, faults), count_rows(source)
+        rows, counts = tokenize_rows(examples, encoder, split_of, self._layout, given["on_too_long"], total, faults)
         rank_zero_info(f"{source!r}: {counts.summary()}")
         self._rows |= {split: rows.get(split, self._layout.rows()) for split in splits}
         self.rows_used += counts.used
@@ -166,11 +174,23 @@ class InstructionData(BaseData):
         rows, padding = self._split_rows(split), self.tokenizer.pad_token_id
         if self.packing:
             return PackedRows(rows, self.max_length, padding)
-        return PaddedRows(rows, padding, None if split == "train" else rows.lengths.argsort(kind="stable"))
+        # sorted rows need little padding; overfit_batches reads the first rows, which would be the shortest
+        is_sorted = split != "train" and not self._loading.overfits
+        return PaddedRows(rows, padding, rows.lengths.argsort(kind="stable") if is_sorted else None)
 
     def _amount(self, split: str) -> str:
         unit = f"sequences packed to max_length {self.max_length}" if self.packing else "rows"
         return f"{len(self._dataset(split))} {unit}"
+
+    def amounts(self) -> dict[str, dict[str, int]]:
+        """Return rows and tokens of each split that was read."""
+        return {name: {"rows": len(rows), "tokens": int(rows.lengths.sum())} for name, rows in self._rows.items()}
+
+    def sample_prompt(self) -> list[int]:
+        """Return a held-out prompt."""
+        split = next(name for name in ("test", "val", "train") if self._has(name))
+        chosen = choose_rows(self._split_rows(split), 1)
+        return self._split_rows(split).prompt(chosen[0]) if chosen else []
 
     def _fingerprint(self) -> DataFingerprint:
         given, rows = self.hparams, self._split_rows("train")
@@ -223,8 +243,7 @@ class InstructionData(BaseData):
     def _tokenizer_difference(self, state: dict[str, Any]) -> str | None:
         if difference := super()._tokenizer_difference(state):
             return difference
-        template = self.tokenizer.chat_template
-        if state.get("chat_template") == (template if isinstance(template, str) else None):
+        if state.get("chat_template") == self.tokenizer.chat_template:
             return None
         return (
             f"tokenizer {self.hparams['tokenizer']!r}: its chat template differs from the checkpoint's; use the "

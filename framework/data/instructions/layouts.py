@@ -73,7 +73,8 @@ class CausalLayout(Layout):
         max_length = self.limits[0].tokens
         kept = slice(max_length + 1)
         whole_prompt = row.prompt_length <= max_length
-        return EncodedExample(row.tokens[kept], row.targets[kept], row.prompt_length if whole_prompt else 0)
+        prompt_length = row.prompt_length if whole_prompt else 0
+        return EncodedExample(row.tokens[kept], row.targets[kept], prompt_length, row.reference)
 
 
 class Seq2SeqLayout(Layout):
@@ -103,7 +104,8 @@ class Seq2SeqLayout(Layout):
         source, target = row.tokens[: row.prompt_length], row.tokens[row.prompt_length :][:max_response_length]
         if len(source) > max_length:
             source = [*source[: max_length - 1], source[-1]]
-        return EncodedExample(source + target, [False] * len(source) + [True] * len(target), len(source))
+        targets = [False] * len(source) + [True] * len(target)
+        return EncodedExample(source + target, targets, len(source), row.reference)
 
 
 def make_layout(name: LayoutName, max_length: int, max_response_length: int | None, packing: bool) -> Layout:

@@ -3,10 +3,10 @@
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data.instructions.examples import EncodedExample, Example, check_template
+from orthotrain.data.instructions.examples import EncodedExample, Example, check_pair, check_template
+from orthotrain.data.instructions.row_faults import RowFault
 from orthotrain.data.instructions.token_rows import TokenRows
 from orthotrain.data.tokenizer_checks import encoding_with
-from orthotrain.errors import ConfigurationError
 
 
 class Seq2SeqEncoder:
@@ -27,22 +27,23 @@ class Seq2SeqEncoder:
         self.tokenizer = tokenizer
         self.prompt_template = check_template("{prompt}" if prompt_template is None else prompt_template)
 
-    def __call__(self, example: Example) -> EncodedExample:
-        """Tokenize an example.
+    def __call__(self, example: Example) -> list[EncodedExample]:
+        """Tokenize an example to one row.
 
         Raises:
-            ConfigurationError: The example holds chat messages.
+            RowFault: The example holds chat messages, tools or a system message.
         """
         if example.is_chat:
-            raise ConfigurationError(
+            raise RowFault(
                 f"{example.where}: has chat messages, but layout 'seq2seq' takes one prompt and one response; give "
                 "rows of prompt and response, or set layout to 'causal'"
             )
-        (_, prompt), (_, response) = example.messages
+        check_pair(example, "layout 'seq2seq'")
+        prompt, response = (message["content"] for message in example.messages)
         source = self._closed(text=self.prompt_template.replace("{prompt}", prompt))
         target = self._closed(text_target=response)
         targets = [False] * len(source) + [True] * len(target)
-        return EncodedExample(source + target, targets, prompt_length=len(source))
+        return [EncodedExample(source + target, targets, len(source), response)]
 
     def _closed(self, **text: str) -> list[int]:
         # without verbose=False, transformers warns of texts that are truncated later

@@ -1,47 +1,77 @@
 """Sources of instruction data: docstrings of the standard library, local files, Hugging Face datasets; as examples."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from orthotrain.data.instructions.examples import Columns, Example, parse_row
+from orthotrain.data.instructions.examples import Columns, Example, keys_of_rows, parse_row
+from orthotrain.data.instructions.row_faults import RowFaults
 from orthotrain.data.instructions.stdlib_docstrings import STDLIB_DOCSTRINGS, docstring_examples
 from orthotrain.data.json_rows import MAX_ROW_BYTES
 from orthotrain.data.row_files import file_rows, holds_rows
-from orthotrain.data.sources import SourceKind
+from orthotrain.data.sources import SourceKind, with_columns
 from orthotrain.errors import ConfigurationError
 
-_ROWS = SourceKind(STDLIB_DOCSTRINGS, ".jsonl .json .parquet .jsonl.gz .json.gz", holds_rows)
+_ROWS = SourceKind(STDLIB_DOCSTRINGS, ".jsonl .json .parquet .arrow .jsonl.gz .json.gz", holds_rows)
 
 
-def read_examples(source: str | list[str], columns: Columns) -> Iterator[Example]:
+def read_examples(source: str | list[str], columns: Columns, faults: RowFaults | None = None) -> Iterator[Example]:
     """Yield the examples of a source, in an order that does not depend on the machine.
 
     Args:
-        source: ``python-stdlib-docstrings``, a file, folder or glob of .jsonl .json (.gz) .parquet, a Hugging Face
-            dataset ``org/name[:config][@split]`` (split ``train`` by default), or a list of these.
+        source: ``python-stdlib-docstrings``, a file, folder or glob of .jsonl .json (.gz) .parquet .arrow, a folder
+            of ``save_to_disk``, a Hugging Face dataset ``org/name[:config][@split]`` (split ``train`` by default), or
+            a list of these.
         columns: Keys of a row.
+        faults: Collects the faults of rows, which are left out. Without it, the first fault is raised.
 
     Raises:
         ConfigurationError: No such file, an unknown format, a file without rows, or a row that cannot be used.
     """
+    wanted = keys_of_rows(columns)
     for name in _ROWS.names(source):
         if name == STDLIB_DOCSTRINGS:
             yield from docstring_examples()
         elif (files := _ROWS.find_files(name)) is None:
-            yield from _examples(enumerate(_ROWS.load_dataset(name), start=1), f"dataset {name!r}", columns)
+            rows = with_columns(_ROWS.load_dataset(name), wanted)
+            numbered = ((number, _typed_row(row)) for number, row in enumerate(rows, start=1))
+            yield from _examples(numbered, f"dataset {name!r}", columns, faults)
         else:
             for path in sorted(path for path, _ in files):
-                yield from _examples(file_rows(path), str(path), columns)
+                typed = path.suffix.lower() in (".parquet", ".arrow")
+                rows = ((number, _typed_row(row) if typed else row) for number, row in file_rows(path, wanted))
+                yield from _examples(rows, str(path), columns, faults)
 
 
-def _examples(rows: Iterable[tuple[int, Any]], where: str, columns: Columns) -> Iterator[Example]:
+def _examples(
+    rows: Iterable[tuple[int, Any]], where: str, columns: Columns, faults: RowFaults | None
+) -> Iterator[Example]:
     empty = True
     for number, row in rows:
         empty = False
-        yield parse_row(row, f"{where}, row {number}", columns)
+        place = f"{where}, row {number}"
+        example = None
+        with faults.collect(place) if faults is not None else contextlib.nullcontext():
+            example = parse_row(row, place, columns)
+        if example is not None:
+            yield example
     if empty:
         raise ConfigurationError(f"{where}: holds no row; give it some or leave it out")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return the value of a typed column without keys that have no value, also inside lists and objects.
+
+    A column of Parquet gives each object the keys of all objects of the column.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _typed_row(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: _without_nulls(value) for key, value in row.items()}
 
 
 def count_rows(source: str | list[str]) -> int | None:

@@ -30,7 +30,10 @@ def docstring_examples() -> Iterator[Example]:
         for function, source, response in functions_with_docstrings(path.read_bytes()):
             if (source, response) not in seen:
                 seen.add((source, response))
-                messages = (("user", INSTRUCTION + source), ("assistant", response))
+                messages = (
+                    {"role": "user", "content": INSTRUCTION + source},
+                    {"role": "assistant", "content": response},
+                )
                 yield Example(f"{STDLIB_DOCSTRINGS}, {name}, {function}", messages, is_chat=False)
 
 

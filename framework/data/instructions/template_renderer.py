@@ -1,9 +1,10 @@
 """Chat templates rendered in a process of bounded memory and time, because they are programs of a file's author."""
 
+import re
 import weakref
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 from orthotrain.console.limited_process import end, first_line, limit_seconds, receive, start
 
@@ -14,12 +15,31 @@ SECONDS, SECONDS_PER_ROW, SECONDS_PER_CHARACTER = 20.0, 0.01, 2e-6
 MAX_CHARACTERS = 16 << 20
 """Longest text that a template may write."""
 
-Request = tuple[list[dict[str, str]], bool]
+Request = tuple[Sequence[dict[str, Any]], bool]
 """A conversation, and whether the text ends with the generation prompt."""
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+class Rendered(NamedTuple):
+    """The text of a conversation, and where its template marks responses.
+
+    Attributes:
+        text: The text.
+        responses: First and last character (exclusive) of each ``{% generation %}`` block that was written; None for a
+            template without such blocks.
+    """
+
+    text: str
+    responses: list[tuple[int, int]] | None
 
 
 class TemplateError(Exception):
     """A template refuses a conversation, or exceeds a limit; the message is one line."""
+
+
+class LimitError(TemplateError):
+    """A template needs more memory or time than it gets."""
 
 
 class TemplateRenderer:
@@ -37,25 +57,29 @@ class TemplateRenderer:
         self._stop: weakref.finalize | None = None
         self._seconds = SECONDS
 
-    def __call__(self, requests: Sequence[Request]) -> list[str]:
+    def __call__(self, requests: Sequence[Request], tools: Sequence[Any] = ()) -> list[Rendered]:
         """Render the conversations of a row.
 
+        Args:
+            requests: The conversations.
+            tools: The tools that the template gets with each conversation.
+
         Raises:
-            TemplateError: The template refuses a conversation, or exceeds a limit.
+            TemplateError: The template refuses a conversation; `LimitError` if it exceeds a limit.
         """
         if self._stop is None:
             tokenizer = self._tokenizer  # a reference to self would keep this object, and with it the process, alive
             self._child = start(lambda connection: _serve(connection, tokenizer), MEMORY_BYTES)
             self._stop = weakref.finalize(self, end, *self._child)
         _, connection = self._child
-        characters = sum(len(message["content"]) for messages, _ in requests for message in messages)
+        characters = sum(len(str(message)) for messages, _ in requests for message in messages)
         self._seconds += SECONDS_PER_ROW + SECONDS_PER_CHARACTER * characters
         try:
-            connection.send((list(requests), self._seconds))
+            connection.send((list(requests), list(tools), self._seconds))
             fine, answer = receive(connection)
         except (EOFError, OSError):
             cause, self._stop = self._stop(), None
-            raise TemplateError(cause) from None
+            raise LimitError(cause) from None
         if not fine:
             raise TemplateError(answer)
         return answer
@@ -64,12 +88,15 @@ class TemplateRenderer:
 def _serve(connection: Connection, tokenizer: Any) -> None:
     while True:
         try:
-            requests, seconds = connection.recv()
+            requests, tools, seconds = connection.recv()
         except EOFError:
             return
         limit_seconds(seconds)
         try:
-            answer: tuple[bool, Any] = True, [_render(tokenizer, *request) for request in requests]
+            answer: tuple[bool, Any] = (
+                True,
+                [_render(tokenizer, chat, prompt, tools) for chat, prompt in requests],
+            )
         except MemoryError:
             answer = False, f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"
         except Exception as error:  # templates are programs: they raise errors of jinja2 and of their own
@@ -77,8 +104,22 @@ def _serve(connection: Connection, tokenizer: Any) -> None:
         connection.send(answer)
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+def _render(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, tools: list[Any]
+) -> Rendered:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = tokenizer.get_chat_template(None, tools or None)
+    marked = bool(_GENERATION.search(template))
+    written: Any = render_jinja_template(
+        [list(messages)],
+        tools=tools or None,
+        chat_template=template,
+        return_assistant_tokens_mask=marked,
+        add_generation_prompt=add_generation_prompt,
+        **tokenizer.special_tokens_map,
+    )
+    (text,), spans = written
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"it writes {len(text):,} characters, more than {MAX_CHARACTERS:,}")
-    return text
+    return Rendered(str(text), [(int(start), int(end)) for start, end in spans[0]] if marked else None)

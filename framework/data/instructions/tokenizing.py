@@ -9,6 +9,7 @@ from typing import Literal
 from orthotrain.console.progress import Progress
 from orthotrain.data.instructions.examples import EncodedExample, Example
 from orthotrain.data.instructions.layouts import Encoder, Layout, Limit
+from orthotrain.data.instructions.row_faults import RowFault, RowFaults
 from orthotrain.data.instructions.token_rows import TokenRows
 from orthotrain.data.tokenizer_checks import max_characters
 from orthotrain.errors import ConfigurationError
@@ -30,6 +31,8 @@ class RowCounts:
         not_tokenized: The rows of ``too_long`` that have far more characters than a limit can hold.
         truncated: Argument of a limit -> used rows that exceeded it and were cut.
         special: Rows dropped because their text contains a special token.
+        empty: Rows left out because an answer is empty, or because no message counts in the loss.
+        split: Rows of which each response is a row of its own, because the template changes earlier messages.
         longest: The largest length for each limit.
     """
 
@@ -39,13 +42,15 @@ class RowCounts:
     not_tokenized: int = 0
     truncated: Counter[str] = field(default_factory=Counter)
     special: int = 0
+    empty: int = 0
+    split: int = 0
     longest: tuple[int, ...] = ()
     example_of_special: str = field(default="", repr=False)
 
     @property
     def dropped(self) -> int:
         """Rows dropped for any reason."""
-        return self.too_long + self.special
+        return self.too_long + self.special + self.empty
 
     def measure(self, lengths: tuple[int, ...]) -> list[tuple[int, Limit]]:
         """Record the lengths of a row. Return each length that exceeds its limit, with the limit."""
@@ -68,6 +73,12 @@ class RowCounts:
                 parts.append(f"{count:,} truncated to {text}")
         if self.special:
             parts.append(f"{self.special:,} dropped as their text contains a special token ({self.example_of_special})")
+        if self.empty:
+            parts.append(f"{self.empty:,} left out as they have an empty answer")
+        if self.split:
+            parts.append(
+                f"{self.split:,} conversations became several rows, as the chat template changes earlier messages"
+            )
         return "; ".join(parts)
 
 
@@ -78,6 +89,7 @@ def tokenize_rows(
     layout: Layout,
     on_too_long: OnTooLong,
     total: int | None = None,
+    faults: RowFaults | None = None,
 ) -> tuple[dict[str, TokenRows], RowCounts]:
     """Tokenize examples into splits.
 
@@ -88,29 +100,37 @@ def tokenize_rows(
         layout: Limits and stores the rows.
         on_too_long: What to do with rows that exceed a limit: ``drop``, ``truncate`` (their end is lost) or ``error``.
         total: The number of examples for the progress bar, if it is known.
+        faults: Collects the faults of rows; the reader of the rows may have it too.
 
     Returns:
         The rows of each split, and the counts of all rows.
 
     Raises:
-        ConfigurationError: A row is too long and ``on_too_long`` is ``error``, or no row is left.
+        ConfigurationError: A row cannot be used, or is too long and ``on_too_long`` is ``error``; or no row is left.
     """
     splits: dict[str, TokenRows] = {}
     counts = RowCounts(layout.limits)
+    faults = RowFaults() if faults is None else faults
     special = [re.escape(str(token)) for token in encoder.tokenizer.added_tokens_decoder.values() if token.special]
     special_tokens = re.compile("|".join(special) or r"\Z.")  # without special tokens, a pattern that never matches
     with Progress("tokenizing", total, "rows") as bar:
         for example in examples:
-            row = None
-            if found := next(filter(None, (special_tokens.search(text) for _, text in example.messages)), None):
+            rows: list[EncodedExample] = []
+            if example.is_empty:
+                counts.empty += 1
+            elif found := next(filter(None, map(special_tokens.search, example.texts())), None):
                 counts.special += 1
                 counts.example_of_special = counts.example_of_special or f"{found[0]!r} in {example.where}"
             else:
-                row = _tokenize(example, encoder, layout, on_too_long, counts)
-            bar.advance(tokens=0 if row is None else len(row.tokens))
-            if row is not None:
-                counts.used += 1
-                splits.setdefault(split_of(example), layout.rows()).append(row, example.reference)
+                with faults.collect(example.where):
+                    rows = _tokenize(example, encoder, layout, on_too_long, counts)
+            bar.advance(tokens=sum(len(row.tokens) for row in rows))
+            if rows:
+                counts.used += len(rows)
+                split = splits.setdefault(split_of(example), layout.rows())
+                for row in rows:
+                    split.append(row, row.reference)
+    faults.refuse()
     if not counts.used:
         raise ConfigurationError(
             f"no row is left: {counts.summary()}; raise {layout.limits[0].argument} or change the rows"
@@ -120,17 +140,26 @@ def tokenize_rows(
 
 def _tokenize(
     example: Example, encoder: Encoder, layout: Layout, on_too_long: OnTooLong, counts: RowCounts
-) -> EncodedExample | None:
-    """Return the row of an example, and None if the row is too long and is dropped."""
-    characters = sum(len(content) for _, content in example.messages)
+) -> list[EncodedExample]:
+    """Return the rows of an example without those that are too long."""
+    characters = sum(map(len, example.texts()))
     most = max_characters(sum(limit.tokens for limit in layout.limits))
     if characters > most or characters * len(example.messages) > _MAX_WORK:
         if on_too_long == "error":
             raise _too_long(example, f"{characters:,} characters", layout.limits[0])
         counts.too_long += 1
         counts.not_tokenized += 1
-        return None
-    row = encoder(example)
+        return []
+    encoded = encoder(example)
+    counts.split += len(encoded) > 1
+    rows = [_limited(row, example, layout, on_too_long, counts) for row in encoded]
+    return [row for row in rows if row is not None]
+
+
+def _limited(
+    row: EncodedExample, example: Example, layout: Layout, on_too_long: OnTooLong, counts: RowCounts
+) -> EncodedExample | None:
+    """Return a row cut to the limits, and None if it is dropped."""
     if excess := counts.measure(layout.lengths(row)):
         if on_too_long == "error":
             length, limit = excess[0]
@@ -143,8 +172,8 @@ def _tokenize(
     return row
 
 
-def _too_long(example: Example, length: str, limit: Limit) -> ConfigurationError:
-    return ConfigurationError(
+def _too_long(example: Example, length: str, limit: Limit) -> RowFault:
+    return RowFault(
         f"{example.where}: {length}, longer than {limit.argument} {limit.tokens}; raise {limit.argument}, "
         "remove the row, or set on_too_long to drop or truncate"
     )

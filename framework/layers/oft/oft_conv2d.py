@@ -1,5 +1,7 @@
 """The OFT layer for convolutions: a rotation of the input channels before a frozen kernel."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,7 @@ class OftConv2d(OftLayer):
         rotation_in: Rotation of the ``C`` input channels.
     """
 
-    width = "in_channels"
+    wraps, width = nn.Conv2d, "in_channels"
     rotation_in: OftRotation
 
     def __init__(self, conv: nn.Conv2d, rotation_in: OftRotation) -> None:
@@ -55,10 +57,10 @@ class OftConv2d(OftLayer):
     def _frozen(self) -> nn.Conv2d:
         return self.conv
 
-    def _effective_weight(self) -> Tensor:
+    def _effective_weight(self, error: Callable[[], str] | None = None) -> Tensor:
         weight, groups = self.conv.weight, self.conv.groups
         # (group, out, in, kh, kw) -> (out, kh, kw, group, in): the last two are the C channels that R acts on
         columns = weight.unflatten(0, (groups, -1)).permute(1, 3, 4, 0, 2)
-        folded = self.rotation_in.fold(columns.flatten(-2)).view(columns.shape)
+        folded = self.rotation_in.fold(columns.flatten(-2), error=error).view(columns.shape)
         # with the strides of the weight, by which backends choose
         return torch.empty_like(weight, dtype=folded.dtype).copy_(folded.permute(3, 0, 4, 1, 2).flatten(0, 1))

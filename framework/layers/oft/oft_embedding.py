@@ -1,5 +1,7 @@
 """The OFT layer for embeddings: a rotation of the rows that are read from a frozen table."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from orthotrain.layers.oft.oft_layer import OftLayer
@@ -17,7 +19,7 @@ class OftEmbedding(OftLayer):
         rotation_out: Rotation of the ``d`` output features.
     """
 
-    side, width = "out", "embedding_dim"
+    wraps, side, width = nn.Embedding, "out", "embedding_dim"
     rotation_out: OftRotation
 
     def __init__(self, embedding: nn.Embedding, rotation_out: OftRotation) -> None:
@@ -32,5 +34,5 @@ class OftEmbedding(OftLayer):
     def _frozen(self) -> nn.Embedding:
         return self.embedding
 
-    def _effective_weight(self) -> Tensor:
-        return self.rotation_out.fold(self.embedding.weight, transposed=False)
+    def _effective_weight(self, error: Callable[[], str] | None = None) -> Tensor:
+        return self.rotation_out.fold(self.embedding.weight, transposed=False, error=error)

@@ -1,6 +1,7 @@
 """The base of the OFT layers: a frozen layer of torch with a learned rotation of its features."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -20,6 +21,8 @@ class OftLayer(nn.Module):
 
     side: ClassVar[Literal["in", "out"]] = "in"
     """Whether the rotation acts on the input or on the output of the frozen layer."""
+    wraps: ClassVar[type[nn.Module]]
+    """The class of layers of torch that this class wraps."""
     width: ClassVar[str]
     """Name of the attribute of the frozen layer that holds the number of rotated features."""
 
@@ -47,8 +50,11 @@ class OftLayer(nn.Module):
             compute_dtype: Dtype of the network, for a ``Linear8bitLt`` without bias; see :func:`adopt_bitsandbytes`.
 
         Raises:
-            ConfigurationError: If a size does not fit, naming sizes that would, or the weight cannot be stored so.
+            ConfigurationError: If the layer is of another class, a size does not fit, naming sizes that would, or the
+                weight cannot be stored so.
         """
+        if not issubclass(type(layer), cls.wraps):
+            raise ConfigurationError(f"{cls.__name__} wraps an nn.{cls.wraps.__name__}, not a {type(layer).__name__}")
         with torch.device(layer.weight.device):
             rotation = OftRotation(getattr(layer, cls.width), settings)
         if not isinstance(layer, nn.Linear):
@@ -83,8 +89,9 @@ class OftLayer(nn.Module):
 
         Raises:
             ConfigurationError: If the rotation is disabled.
+            TrainingDiverged: If the rotation is not finite; the layer keeps its weight.
         """
-        self._store(self._effective_weight())
+        self._store(self._effective_weight(self._not_finite))
         self.rotation.reset_()
 
     @torch.no_grad()
@@ -128,9 +135,15 @@ class OftLayer(nn.Module):
         """The frozen weight."""
         return self._frozen.weight
 
-    def _effective_weight(self) -> Tensor:
-        """Return the rotated weight in fp32 or wider."""
+    def _effective_weight(self, error: Callable[[], str] | None = None) -> Tensor:
+        """Return the rotated weight in fp32 or wider; ``error`` as in :meth:`OftRotation.fold`."""
         raise NotImplementedError
+
+    def _not_finite(self) -> str:
+        return (
+            f"the rotation of a {self.wraps.__name__} holds NaN, infinite or huge values, and was not folded; lower "
+            "the learning rate of the generators, or set max_generator_norm"
+        )
 
     def _store(self, effective: Tensor) -> None:
         """Store the rotated weight as the frozen weight."""

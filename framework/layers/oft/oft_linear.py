@@ -1,5 +1,6 @@
 """The OFT layer for linear layers: a learned rotation before a frozen weight, dense or quantized."""
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -37,7 +38,7 @@ class OftLinear(OftLayer):
         480
     """
 
-    width = "in_features"
+    wraps, width = nn.Linear, "in_features"
     rotation_in: OftRotation
 
     def __init__(self, weight: FrozenWeight, bias: nn.Parameter | None, rotation_in: OftRotation) -> None:
@@ -93,8 +94,9 @@ class OftLinear(OftLayer):
     def _weight(self) -> FrozenWeight:
         return self.weight
 
-    def _effective_weight(self) -> Tensor:
-        return self.rotation_in.fold(self.weight.dequantize(torch.promote_types(self.weight.dtype, torch.float32)))
+    def _effective_weight(self, error: Callable[[], str] | None = None) -> Tensor:
+        exact = self.weight.dequantize(torch.promote_types(self.weight.dtype, torch.float32))
+        return self.rotation_in.fold(exact, error=error)
 
     def _store(self, effective: Tensor) -> None:
         self.weight.assign_(effective)

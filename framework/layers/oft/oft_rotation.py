@@ -1,6 +1,8 @@
 """The rotation of the OFT layers: blocks of neighboring features that cover the whole width, with OFT's options."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.operation import without_autocast
 from orthotrain.layers.checks import check_block_size, check_divides
+from orthotrain.layers.finite_checks import finite_or_zero
 from orthotrain.layers.oft.oft_settings import OftSettings
 from orthotrain.layers.rotation.block_rotation import BlockRotation
 
@@ -50,17 +53,25 @@ class OftRotation(BlockRotation):
             dropped = torch.rand(self.blocks, device=displacement.device) < self.block_dropout
             return displacement.masked_fill(dropped[:, None, None], 0.0)
 
-    def fold(self, weight: Tensor, transposed: bool = True) -> Tensor:
+    def fold(self, weight: Tensor, transposed: bool = True, error: Callable[[], str] | None = None) -> Tensor:
         """Return ``weight @ R^T`` (``weight @ R`` if not transposed) ``(..., d)`` in fp32 or wider, without dropout.
+
+        Args:
+            weight: ``(..., d)``.
+            transposed: Whether ``R^T`` is applied.
+            error: Returns the message with which a rotation that is not finite is refused; None for no check.
 
         Raises:
             ConfigurationError: If the rotation is disabled: folding it would change the function of the layer.
+            TrainingDiverged: With ``error``, if the rotation is not finite (:func:`finite_or_zero`).
         """
         if not self.enabled:
             raise ConfigurationError("this rotation is disabled: set enabled=True before merging or exporting")
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         with without_autocast(weight.device.type):
-            displacement = self.displacement(weight.dtype)
+            displacement: Any = self.displacement(weight.dtype)
+            if error is not None:
+                displacement, _ = finite_or_zero((displacement, None), error)
             return block_rotate(weight, displacement.mT.contiguous() if transposed else displacement)
 
     @torch.no_grad()

@@ -72,7 +72,7 @@ class PoetLinear(TwoSided):
         # Autograd keeps only x and the product before the output rotation: the gradient of the frozen product needs W.
         if d_in is not None:
             x = block_rotate(x, d_in, gather=self.rotations.permutations[1])
-        y = self._scaled(self.weight.matmul(x))
+        y = self._scaled(self.weight.matmul(x), last=d_out is None)
         return y if d_out is None else block_rotate(y, d_out, scatter=self.rotations.permutations[0])
 
     def _by_product(self, x: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
@@ -80,7 +80,7 @@ class PoetLinear(TwoSided):
 
     def _by_contraction(self, x: Tensor, d_out: Tensor | None, d_in: Tensor | None) -> Tensor:
         weight = self.weight.dequantize(x.dtype)
-        return self._scaled(poet_linear(x, weight, d_out, d_in, *self.rotations.permutations))
+        return self._scaled(poet_linear(x, weight, d_out, d_in, *self.rotations.permutations), last=True)
 
     def _route(self, x: Tensor) -> Route:
         """Return the route for ``x``: the cheapest one that the setting ``route`` allows."""

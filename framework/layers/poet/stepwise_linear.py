@@ -4,14 +4,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.operation import without_autocast
-from orthotrain.kernels.tangent import tangent, tangent_linear
+from orthotrain.kernels.tangent import tangent, tangent_linear, tangent_output
 from orthotrain.layers.poet.cost_tables import costs_for
 from orthotrain.layers.poet.poet_settings import TOO_COARSE
 from orthotrain.layers.poet.two_sided import TwoSided
-from orthotrain.layers.rotation.block_rotation import BlockRotation
 from orthotrain.layers.weights.bf16_weight import Bf16Weight
 from orthotrain.layers.weights.frozen_weight import DenseWeight
 
@@ -51,14 +51,19 @@ class StepwiseLinear(TwoSided):
         elif self._route_for(x) == "weight":
             y = self._through_weight(x)
         else:
-            y = self._scaled(self.weight.matmul(self._tapped(x, self.rotation_in)))
-            y = self._tapped(y, self.rotation_out)
+            y = self._through_activations(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _tapped(self, x: Tensor, rotation: BlockRotation | None) -> Tensor:
-        if rotation is None:
-            return x
-        return tangent(x, rotation.generators, rotation.permutation, rotation.block_size)
+    def _through_activations(self, x: Tensor) -> Tensor:
+        out, into, log_scale = self.rotation_out, self.rotation_in, None if self.scale is None else self.scale.log
+        tapped = x if into is None else tangent(x, into.generators, into.permutation, into.block_size)
+        y = self.weight.matmul(tapped)
+        if out is None:
+            return y if log_scale is None else tangent_output(y, x, None, None, 0, log_scale, self._product)
+        return tangent_output(y, x, out.generators, out.permutation, out.block_size, log_scale, self._product)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.dequantize(x.dtype))
 
     def _through_weight(self, x: Tensor) -> Tensor:
         out, into = self.rotation_out, self.rotation_in

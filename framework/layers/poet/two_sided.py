@@ -192,8 +192,8 @@ class TwoSided(nn.Module):
         check_stored_counts(state_dict, prefix, ("merge_count", "fold_count"))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _scaled(self, tensor: Tensor) -> Tensor:
-        return tensor if self.scale is None else self.scale(tensor)
+    def _scaled(self, tensor: Tensor, last: bool = False) -> Tensor:
+        return tensor if self.scale is None else self.scale(tensor, last)
 
     @torch.no_grad()
     def _effective_weight(self, check: bool = False) -> Tensor:

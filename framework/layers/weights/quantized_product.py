@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orthotrain.kernels.operation import without_autocast
+from orthotrain.kernels.outputs import unviewed
 
 Unpack = Callable[[list[Tensor], int, torch.dtype], Tensor]
 
@@ -75,7 +76,7 @@ def quantized_product(
     """
     weight = _formats[format](stored, group_size, x.dtype)
     with without_autocast(x.device.type):
-        return F.linear(x, weight.mT if transposed else weight, bias)
+        return unviewed(F.linear(x, weight.mT if transposed else weight, bias))
 
 
 @quantized_product.register_fake

@@ -122,6 +122,7 @@ WAITING = {
     "stepwise, adam": partial(PoetModule, **STEPWISE, optimization=lie(direction="adam", alternate=False)),
     "stepwise, sign": partial(PoetModule, **STEPWISE, optimization=lie(direction="sign", movement=0.5)),
     "OFT": partial(OftModule, layers=OftLayers(block_size=8)),
+    "OFT, limited": partial(OftModule, layers=OftLayers(block_size=8), max_generator_norm=1e-3),
     "LoRA": partial(LoraModule, layers=LoraLayers(rank=4), merge_every=4),
 }
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from orthotrain.adapters import AdapterSet, adapter_state, load_adapter, load_adapter_state
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftSettings, PoetLinear
 
 
@@ -142,6 +142,25 @@ def test_after_a_merge_the_others_are_refused_unless_forced(network):
     adapters.switch("new")
     adapters.switch("b", force=True)
     assert not torch.allclose(outputs(network), a, atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1e30])
+def test_an_adapter_that_is_not_finite_is_not_merged_at_all(network, bad):
+    adapters = AdapterSet(network, "a")
+    load_adapter_state(network, trained(network, 1))
+    for name in ("b", "a"):
+        if name == "b":
+            adapters.add("b", {k: v.fill_(bad) if "head" in k else v for k, v in trained(network, 2).items()})
+        else:
+            network.head.rotation_in.generators.data[0, 0] = bad
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        with pytest.raises(ConfigurationError, match="head"):
+            adapters.merge(name)
+        torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+        assert adapters.active == "a" and adapters.names == ["a", "b"]
+    with pytest.raises(TrainingDiverged, match="the rotation of a Linear holds NaN, infinite or huge values"):
+        network.head.merge_()
+    assert bool(torch.isfinite(network.head.weight.values).all())
 
 
 def test_what_is_trained_after_a_merge_is_not_lost_on_the_next_switch(network):

@@ -14,9 +14,17 @@ from peft import OFTConfig, PeftModel, get_peft_model
 from peft.tuners.oft.layer import OFTLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from orthotrain.adapters import adapter_state, export_peft, import_peft
+from orthotrain.adapters.peft_export import task_type
 from orthotrain.adapters.peft_folder import nearest_divisor
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import (
@@ -181,6 +189,52 @@ def test_modules_trained_outside_the_layers_go_along(base, tmp_path):
     import_peft(back, folder)
     same(network, back)
     assert back.lm_head.weight.requires_grad and not back.model.embed_tokens.weight.requires_grad
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_a_saved_module_that_is_tied_is_refused_until_it_is_untied(base, tmp_path, saved):
+    tied = LlamaForCausalLM(LlamaConfig.from_dict({**base.config.to_dict(), "tie_word_embeddings": True})).eval()
+    theirs = peft_network(tied, tmp_path, modules_to_save=[saved], std=0.2)
+    ours, before = copy.deepcopy(tied), copy.deepcopy(tied.state_dict())
+    with pytest.raises(ConfigurationError, match=f"{saved}.weight is tied to .* untie them first"):
+        import_peft(ours, tmp_path)
+    assert not list(mergeable_layers(ours)) and all(p.requires_grad for p in ours.parameters())
+    torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0)
+    ours.lm_head.weight = nn.Parameter(ours.lm_head.weight.detach().clone())
+    ours.config.tie_word_embeddings = False
+    import_peft(ours, tmp_path)
+    same(theirs, ours)
+    differs(ours, tied)
+
+
+def test_bounds_that_differ_by_rounding_are_one_setting(base, tmp_path):
+    network = wrap(base, coft_eps=0.1)
+    network.model.layers[0].mlp.down_proj.rotation_in.coft_eps = 0.10000000000000002
+    export_peft(network, tmp_path / "out")
+    network.model.layers[0].mlp.down_proj.rotation_in.coft_eps = 0.1001
+    with pytest.raises(ConfigurationError, match="needs eps=0.1 and .*down_proj eps=0.1001"):
+        export_peft(network, tmp_path / "other")
+
+
+class Speech(nn.Module):
+    """Has the name of a sequence-to-sequence model, and takes sound."""
+
+    prepare_inputs_for_generation = None
+
+    def forward(self, input_features, labels=None, **kwargs):
+        return input_features
+
+
+def test_a_task_is_written_only_where_the_class_of_peft_works(base):
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    small = {"d_model": 16, "vocab_size": 32, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 1, **heads}
+    assert task_type(base) == "CAUSAL_LM" and task_type(base.model) is None
+    with torch.device("meta"):
+        bart = BartForConditionalGeneration(BartConfig(**small))
+        whisper = WhisperForConditionalGeneration(WhisperConfig(**small))
+    assert task_type(bart) == "SEQ_2_SEQ_LM" and task_type(whisper) is None
+    for name in ("SpeechForCausalLM", "SpeechForConditionalGeneration"):
+        assert task_type(type(name, (Speech,), {})()) is None
 
 
 class Pixels(nn.Module):

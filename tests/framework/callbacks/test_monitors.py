@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from orthotrain.callbacks import Throughput, throughput
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor, rotation_states
-from orthotrain.callbacks.run_report import RunReport, draw_curves, singular_values, spectrum_drift
+from orthotrain.callbacks.run_report import RunReport, singular_values, spectrum_drift
+from orthotrain.console.run_summary import summary_lines
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import LoraLinear, PoetLinear, mergeable_layers, replace_linears
 from orthotrain.layers.spectrum import spectral_bound
@@ -81,31 +82,30 @@ def test_spectrum_drift_sees_a_scaled_weight_and_no_merge(network):
     assert spectrum_drift(network, start) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_curves_are_a_picture_also_when_empty(tmp_path):
-    curves = {"train_loss": [(1, 3.0), (2, 2.5)], "val_loss": []}
-    assert draw_curves(curves, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert draw_curves({"train_loss": []}, tmp_path / "b.png").exists()
-
-
 def test_the_report_goes_on_after_a_resume():
     report = RunReport()
     report.before, report.curves["val_loss"] = {"val_loss": 4.0}, [(1, 4.0)]
-    resumed = RunReport()
-    resumed.load_state_dict(report.state_dict())
+    report.spent = {"tokens": 512, "seconds": 90.0}
+    resumed, state = RunReport(), report.state_dict()
+    resumed.load_state_dict(state)
+    assert resumed.spent["tokens"] == 512 and resumed.state_dict()["spent"]["seconds"] > 90
+    del state["spent"]  # a checkpoint of an earlier version
+    RunReport().load_state_dict(state)
     assert resumed.before == {"val_loss": 4.0} and resumed.curves["val_loss"] == [(1, 4.0)]
 
 
 def test_early_folds_are_reported_also_where_no_period_has_ended(tmp_path):
     base = {"steps": 5, "after": {}, "tokens_per_second": None, "kernels": "reference", "trainable_parameters": 1,
             "memory": None, "next_token_loss": None, "total_parameters": 2, "spectrum_drift": None,
-            "checkpoint": None, "compared_with": None}  # fmt: skip
+            "checkpoint": None, "compared_with": None, "before": {}, "data": {}, "tokens": None,
+            "wall_seconds": 3.0}  # fmt: skip
     for merges, early, line in (
         (None, 7, "0, and 7 early"),
         (2, 7, "2, and 7 early"),
         (2, None, "2"),
         (None, None, None),
     ):
-        rows = RunReport()._lines({**base, "merges": merges, "early_folds": early}, tmp_path)
+        rows = summary_lines({**base, "merges": merges, "early_folds": early}, tmp_path)
         (found,) = [row.split(None, 1)[1] for row in rows if row.startswith("merges")] or [None]
         assert found == line or found.startswith(line)
 

@@ -1,9 +1,11 @@
 """The report of a run does not change the module."""
 
+import csv
 import json
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from orthotrain.callbacks import RunReport
 from orthotrain.data import TextData
@@ -19,18 +21,28 @@ def test_a_second_fit_trains_the_module_that_a_report_was_made_of(tiny_llama, co
     modes = {name: part.training for name, part in module.named_modules()}
     assert len(set(modes.values())) == 2
     states = []
-    for _ in range(2):
+    for number in range(2):
+        folder = tmp_path / str(number)
         data = TextData(
             str(corpus), vocab_size=320, sequence_length=16, batch_size=2, cache_dir=str(corpus.parent / "cache"),
             val_fraction=0.1, test_fraction=0.0,
         )  # fmt: skip
         trainer = L.Trainer(
-            accelerator="cpu", max_steps=2, limit_val_batches=1, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+            accelerator="cpu", max_steps=2, limit_val_batches=1, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, logger=CSVLogger(folder, name="", version=""),
+            accumulate_grad_batches=2, log_every_n_steps=1, val_check_interval=2, check_val_every_n_epoch=None,
             callbacks=[RunReport(sample_tokens=2, spectrum_layers=1, compared_with="adamw.yaml")],
         )  # fmt: skip
         trainer.fit(module, data)
-        text, values = (tmp_path / "summary.txt").read_text(), json.loads((tmp_path / "summary.json").read_text())
+        text, values = (folder / "summary.txt").read_text(), json.loads((folder / "summary.json").read_text())
+        check_curves(values["curves"], list(csv.DictReader((folder / "metrics.csv").open())))
+        assert values["tokens"] == 2 * 2 * 2 * 16 and values["wall_seconds"] > 0
+        assert "\nwall time                 0:0" in text and "\ntokens trained            128\n" in text
+        sizes = values["data"]["train"]
+        amount = f"{sizes['documents']:,} documents, {sizes['tokens']:,} tokens"
+        assert f"\ntrain data                {amount}\n" in text and set(values["data"]) == {"train", "val"}
+        prompt = data.tokenizer.decode(data.sample_prompt())
+        assert f"\nprompt\n  {prompt.splitlines()[0]}" in text and (folder / "curves.png").exists()
         assert "sample" in text and "\nkernels                   reference on cpu\n" in text
         assert "\nnext-token loss           with whole logits (a batch fits into one chunk)\n" in text
         assert f"\npeak memory               {values['memory']}\n" in text and values["peak_memory_bytes"] > 0
@@ -40,6 +52,14 @@ def test_a_second_fit_trains_the_module_that_a_report_was_made_of(tiny_llama, co
         states.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
     still = [name for name in states[0] if "q_proj" in name and torch.equal(states[0][name], states[1][name])]
     assert not [name for name in still if name.endswith("weight")]
+
+
+def check_curves(curves, rows):
+    """The points have the steps and values of metrics.csv, with accumulation too."""
+    for name in ("train_loss", "val_loss"):
+        logged = [[int(row["step"]), float(row[name])] for row in rows if row[name]]
+        assert curves[name] == logged and [step for step, _ in logged] == [0, 1]
+    assert curves["tokens_per_second"][0][0] == 1 and curves["lr/rotations"] == [[0, 1e-3], [1, 1e-3]]
 
 
 def test_modes_come_back_after_an_error_too():

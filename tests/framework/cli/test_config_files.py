@@ -12,6 +12,8 @@ from orthotrain.cli.parser import OneLineParser
 from orthotrain.cli.trainer_options import TRAINER, check_trainer_numbers
 from orthotrain.errors import ConfigurationError
 
+QUICK = ["-c", "pretrain/quickstart.yaml"]
+
 HOSTILE = {
     "a: &a [*a]": r"the alias \*a inside the value",
     "a: &a {b: {c: [*a]}}": r"the alias \*a inside the value",
@@ -105,6 +107,23 @@ def test_what_is_no_regular_file_is_never_opened(tmp_path, kind):
 def test_names_that_no_config_has_are_one_line(name):
     with pytest.raises(ConfigurationError):
         resolve_config_arguments(["-c", name])
+
+
+def test_an_option_overrides_a_config_wherever_it_stands(tmp_path, capsys):
+    path = tmp_path / "x=1.yaml"
+    path.write_text("trainer: {max_steps: 3}")
+    shipped = str(shipped_configs()["pretrain/quickstart.yaml"])
+    for config in (["-c", str(path)], [f"-c{path}"], [f"-c={path}"], ["--config", str(path)], [f"--config={path}"]):
+        found = resolve_config_arguments(["--trainer.max_steps", "7", *config, "--a", "-cpretrain/quickstart.yaml"])
+        assert found == [f"--config={path}", f"--config={shipped}", "--trainer.max_steps", "7", "--a"]
+    for incomplete in (["-c"], ["--config"], ["--config="], ["--a", "1", "-c"]):
+        with pytest.raises(ConfigurationError, match="needs the name of a config"):
+            resolve_config_arguments(incomplete)
+    with pytest.raises(ConfigurationError, match="did you mean pretrain/quickstart.yaml"):
+        resolve_config_arguments(["-cpretrain/quickstar.yaml"])
+    with pytest.raises(SystemExit):
+        main(["fit", "--print_config", "--trainer.max_steps", "7", *QUICK, "-c", str(path)])
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_steps"] == 7
 
 
 BAD_NUMBERS = [

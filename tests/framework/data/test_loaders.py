@@ -1,5 +1,7 @@
 """Loaders: the position that a checkpoint saves, and evaluation on several ranks."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -94,3 +96,12 @@ def test_evaluation_sees_every_row_once(make_rows, packed, ranks):
     assert len({len(share) for share in batches}) == 1
     counted = sum(int((batch["labels"] >= 0).sum()) for share in batches for batch in share)
     assert counted == sum(int((rows.inputs_and_labels(row)[1] >= 0).sum()) for row in range(len(rows)))
+
+
+def test_evaluation_begins_with_rows_of_all_lengths(make_rows):
+    rows = make_rows(np.random.default_rng(0).integers(5, 100, 400))
+    dataset = PaddedRows(rows, PAD, rows.lengths.argsort(kind="stable"))
+    first = [batch["attention_mask"] for batch in islice(eval_loader(dataset, Loading(4, seed=7)), 16)]
+    assert sum(int(mask.sum()) for mask in first) / 64 == pytest.approx(rows.lengths.mean(), rel=0.1)
+    assert all(mask.float().mean() > 0.9 for mask in first), "a batch holds rows of similar length"
+    assert not torch.equal(first[0], next(iter(eval_loader(dataset, Loading(4, seed=8))))["attention_mask"])

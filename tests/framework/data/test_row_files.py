@@ -193,7 +193,7 @@ def test_a_long_value_that_a_dictionary_repeats_is_refused(tmp_path, bounded):
     text = os.urandom(1 << 15).hex()
     pyarrow.parquet.write_table(pyarrow.table({"text": [text] * 1000}), path)
     assert path.stat().st_size < 1 << 20
-    assert "expands to more than 100 times its size" in bounded(lambda: sum(1 for _ in file_rows(path, "text")))
+    assert "expands to more than 100 times its size" in bounded(lambda: sum(1 for _ in file_rows(path, ["text"])))
 
 
 def test_a_row_group_of_any_size_is_read_page_by_page(tmp_path, bounded):
@@ -202,7 +202,7 @@ def test_a_row_group_of_any_size_is_read_page_by_page(tmp_path, bounded):
     table = pyarrow.table({"text": texts * 600})
     pyarrow.parquet.write_table(table, path, use_dictionary=False, compression=None)
     assert path.stat().st_size > 150 << 20
-    assert bounded(lambda: sum(1 for _ in file_rows(path, "text")), 120 << 20) == 180_000
+    assert bounded(lambda: sum(1 for _ in file_rows(path, ["text"])), 120 << 20) == 180_000
 
 
 @pytest.fixture

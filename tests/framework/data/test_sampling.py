@@ -85,9 +85,24 @@ def test_evaluation_sees_every_window_once_with_as_many_batches_on_every_rank(ra
     for windows in range(ranks, 70):
         shares = [list(EvalSampler(windows, batch_size, rank, ranks)) for rank in range(ranks)]
         assert len({len(share) for share in shares}) == 1
-        rounds = [index for group in zip(*shares, strict=True) for batch in group for index in batch]
-        assert rounds == list(range(windows))
+        assert sorted(index for share in shares for batch in share for index in batch) == list(range(windows))
         sizes = [len(batch) for share in shares for batch in share]
         assert min(sizes) >= 1 and max(sizes) <= batch_size + 1
     with pytest.raises(ConfigurationError, match="cannot be shared"):
         EvalSampler(ranks - 1, batch_size, 0, ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_first_batches_of_an_evaluation_are_a_fair_sample_of_rows_sorted_by_length(ranks):
+    lengths = np.sort(np.random.default_rng(0).gamma(2.0, 40.0, 4003))
+    for seed in range(4):
+        shares = [list(EvalSampler(len(lengths), 4, rank, ranks, seed)) for rank in range(ranks)]
+        assert shares[0] == list(EvalSampler(len(lengths), 4, 0, ranks, seed)), "the same in each epoch and run"
+        for limit in (12, 16, 24, 100, 300):
+            seen = [index for share in shares for batch in share[:limit] for index in batch]
+            assert lengths[seen].mean() == pytest.approx(lengths.mean(), rel=0.1)
+            assert np.median(lengths[seen]) == pytest.approx(np.median(lengths), rel=0.15)
+    assert list(EvalSampler(400, 4, 0, 1, seed=0)) != list(EvalSampler(400, 4, 0, 1, seed=1))
+    one = list(EvalSampler(400, 4, 0, 1))
+    two = [list(EvalSampler(400, 4, rank, 2)) for rank in range(2)]
+    assert [batch for pair in zip(*two, strict=True) for batch in pair] == one, "ranks share the batches of one rank"

@@ -128,7 +128,7 @@ def test_a_panic_is_one_line_wherever_texts_are_encoded(backtracking):
     text, panics = "ж" * 60 + "!#", pytest.raises(ConfigurationError, match=r"^tokenizer.*: cannot encode a text \(")
     with panics:
         list(encode_documents([Document("x", text)] * 3, backtracking))
-    row = Example(messages=(("user", text), ("assistant", "a")), is_chat=False, where="row 1")
+    row = Example("row 1", ({"role": "user", "content": text}, {"role": "assistant", "content": "a"}), is_chat=False)
     for encoder in (CausalEncoder(backtracking), Seq2SeqEncoder(backtracking)):
         with panics:
             encoder(row)

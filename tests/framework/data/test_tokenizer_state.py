@@ -7,8 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data import tokenizer_from_state
 from orthotrain.data.tokenizer_state import tokenizer_difference, tokenizer_state
-from orthotrain.data.tokenizers import fingerprint, train_tokenizer
+from orthotrain.data.tokenizers import fingerprint, load_tokenizer, train_tokenizer
 from orthotrain.errors import ConfigurationError
+from orthotrain.export.folder import _save_tokenizer
 
 TEXTS = ["the theme of the thesis is there\n" * 5, "def other(this):\n    return this.then\n" * 5]
 
@@ -55,3 +56,46 @@ def test_a_state_that_holds_no_tokenizer_is_one_line(state):
 def test_a_state_names_only_special_tokens_of_its_own(tokenizer, special):
     with pytest.raises(ConfigurationError, match="is not in its vocabulary"):
         tokenizer_from_state({**tokenizer_state(tokenizer), "special_tokens": special})
+
+
+@pytest.fixture(scope="module")
+def rich_folder(tokenizer, tmp_path_factory):
+    """A tokenizer with all special tokens, settings and named templates that a folder can hold, left of its padding."""
+    rich = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        **{f"{name}_token": f"<{name}>" for name in ("eos", "bos", "unk", "sep", "cls", "mask", "image")},
+        **{"extra_special_tokens": ["<extra>"], "model_max_length": 128, "padding_side": "left"},
+        **{"model_input_names": ["input_ids"], "clean_up_tokenization_spaces": True},
+    )
+    rich.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    folder = tmp_path_factory.mktemp("rich") / "base"
+    rich.save_pretrained(folder)
+    return folder
+
+
+def test_an_exported_tokenizer_is_that_of_the_base(rich_folder):
+    loaded = load_tokenizer(str(rich_folder))
+    state = json.loads(json.dumps(tokenizer_state(loaded)))
+    again = tokenizer_from_state(state)
+    assert (again.pad_token, again.has_own_padding) == ("<eos>", False), "the run pads, the base has no such token"
+    _save_tokenizer(again, rich_folder.parent / "export")
+    for name in ("tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        assert (rich_folder.parent / "export" / name).read_text() == (rich_folder / name).read_text()
+    assert fingerprint(load_tokenizer(str(rich_folder.parent / "export"))) == fingerprint(loaded)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"special_tokens": {"add_bos_token": "<extra>"}},
+        {"extra_special_tokens": ["new"]},
+        {"tokenizer_settings": {"tokenizer_file": "/etc/passwd"}},
+        {"tokenizer_settings": {"padding_side": "top"}},
+        {"tokenizer_settings": {"model_max_length": 0}},
+        {"chat_template": {"default": 5}},
+        {"chat_template": 5},
+    ],
+)
+def test_a_state_with_other_settings_is_refused(rich_folder, change):
+    with pytest.raises(ConfigurationError, match="no readable tokenizer"):
+        tokenizer_from_state({**tokenizer_state(load_tokenizer(str(rich_folder))), **change})

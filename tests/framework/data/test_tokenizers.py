@@ -1,7 +1,10 @@
 """Tokenizers: trained, loaded, told apart, or refused."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data.corpus.documents import Document
 from orthotrain.data.corpus.tokenizing import encode_documents
@@ -87,3 +90,34 @@ def test_sizes_of_a_vocabulary_that_training_would_reserve_memory_for(size):
 def test_names_that_no_tokenizer_has(name):
     with pytest.raises(ConfigurationError, match=r"(no path can have|no such user)"):
         load_tokenizer(name, 300)
+
+
+@pytest.mark.parametrize(
+    "tokenizer_class", ["LlamaTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer", "GemmaTokenizerFast"]
+)
+def test_a_folder_makes_the_tokens_of_its_file_whatever_class_it_names(tmp_path, tokenizer_class):
+    splitting = Tokenizer.from_str(train_tokenizer(TEXTS, 280).backend_tokenizer.to_str())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    splitting.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    PreTrainedTokenizerFast(tokenizer_object=splitting, eos_token=END_OF_TEXT).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": tokenizer_class}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    text, expected = "the thesis of 2023", splitting.encode("the thesis of 2023").ids
+    for name in (tmp_path, tmp_path / "tokenizer.json"):
+        assert load_tokenizer(str(name)).encode(text) == expected
+
+
+def test_a_folder_of_a_vocabulary_and_merges_is_converted(tokenizer, tmp_path):
+    tokenizer.backend_tokenizer.model.save(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert load_tokenizer(str(tmp_path)).encode("the thesis") == tokenizer.encode("the thesis")
+
+
+def test_settings_that_change_the_tokens_of_the_file_are_refused(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    added = {"300": {"content": "quick", "special": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": added}))
+    with pytest.raises(ConfigurationError, match=r"the settings in its tokenizer_config.json change the tokens"):
+        load_tokenizer(str(tmp_path))

@@ -95,6 +95,24 @@ def test_descriptions_that_no_machine_can_build_are_one_line(tiny_llama, low_lim
     assert "\n" not in str(caught.value) and "the llama configuration describes" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "given", "said"),
+    [
+        ("qwen2", {}, r"num_key_value_heads=32 \(the default of qwen2\) does not divide num_attention_heads=4: set"),
+        ("phi3", {}, r"pad_token_id=32000 \(the default of phi3\) is no token of a vocabulary of 96 .* or to null$"),
+        ("gpt2", {"num_attention_heads": 5}, r"n_head=5 does not divide n_embd=32: set n_head to a divisor of 32$"),
+        ("gpt_neo", {}, r"ValueError: .* Please verify the value of `config.attention_types` argument.$"),
+        ("llama", {"hidden_act": "relo"}, r"hidden_act='relo' is unknown to transformers$"),
+        ("phi", {"rope_parameters": {"rope_type": "no"}}, r"rope_parameters=.* is unknown to transformers$"),
+    ],
+)
+def test_the_key_that_does_not_fit_is_named(model_type, given, said):
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        CausalLM({**sizes, **given}, model_type)()
+    assert "\n" not in str(caught.value)
+
+
 def test_a_plan_refuses_them_too(tiny_llama):
     with FakeTensorMode(), pytest.raises(ConfigurationError, match="values, more than 10,000,000,000,000"):
         CausalLM({**tiny_llama, "vocab_size": 2**40})()
@@ -119,6 +137,13 @@ def test_options_that_describe_such_a_network(tiny_llama, low_limits, tmp_path, 
     CausalLM(tiny_llama)().save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match=r"its config.json with the options describes .* too large"):
         PretrainedModel(str(tmp_path), task=task, options={"num_labels": 10**9})()
+
+
+def test_a_head_for_tokens(tiny_llama, tmp_path):
+    CausalLM(tiny_llama)().save_pretrained(tmp_path)
+    network = PretrainedModel(str(tmp_path), task="token_classification", options={"num_labels": 5})()
+    assert network(input_ids=torch.ones(2, 3, dtype=torch.long)).logits.shape == (2, 3, 5)
+    assert network.fresh_parameters == ["score.bias", "score.weight"]
 
 
 def test_the_configuration_of_a_subfolder_is_counted(tiny_llama, tmp_path):

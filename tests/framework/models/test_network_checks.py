@@ -1,6 +1,7 @@
 """What the data asks of a network, and what its labels mean: refused by name, or computed right."""
 
 import json
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -18,13 +19,15 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 
 from orthotrain.data import InstructionData
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
-from orthotrain.models.network_checks import check_attention, shifts_labels
-from orthotrain.modules import OftLayers, OftModule, Optimization
+from orthotrain.models.network_checks import check_attention, check_sequence_length, shifts_labels
+from orthotrain.modules import OftLayers, OftModule, Optimization, PoetLayers, PoetModule
 
 SIZES = {
     "hidden_size": 32,
@@ -33,6 +36,7 @@ SIZES = {
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
 }
+ROBERTA = RobertaConfig(**SIZES, vocab_size=262, is_decoder=True, pad_token_id=1)
 ROWS = [{"prompt": f"{i} say {word}", "response": word * (1 + i % 4)} for i, word in enumerate(("ab", "cd", "ef") * 12)]
 
 
@@ -120,6 +124,19 @@ def test_rows_longer_than_the_network_are_refused(data, tmp_path):
     with pytest.raises(ConfigurationError, match=r"max_response_length 100 is more than the 64 .*to at most 64"):
         trainer_for(tmp_path).fit(module_of(bart(), objective="model"), datamodule=data(**options))
     trainer_for(tmp_path).validate(module_of(llama()), datamodule=data(max_length=64), verbose=False)
+
+
+@pytest.mark.parametrize(("network", "most"), [(llama, 64), (lambda: RobertaForCausalLM(ROBERTA), 62)])
+def test_sequences_longer_than_the_network_are_refused(network, most):
+    module = PoetModule(network(), PoetLayers(block_size=4), optimization=Optimization(lr=1e-2))
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(sequence_length=most + 1), strategy=None)
+    with pytest.raises(ConfigurationError, match=f"sequence_length {most + 1} is more than the {most} positions of"):
+        module.configure_model()
+    check_sequence_length(SimpleNamespace(sequence_length=most), module.model)
+    check_sequence_length(None, module.model)
+    check_sequence_length(SimpleNamespace(sequence_length=99), nn.Linear(2, 2))
+    with torch.no_grad():
+        module.model.eval()(torch.full((1, most), 4))
 
 
 def metrics_of(network, batch, folder):

@@ -1,4 +1,4 @@
-"""A module logs perplexity and bits per byte only if its loss is in nats per token."""
+"""A module logs perplexity only if its loss is in nats per token."""
 
 import lightning as L
 import pytest
@@ -35,9 +35,6 @@ class Data(L.LightningDataModule):
 
     val_dataloader = train_dataloader
 
-    def bytes_per_token(self, split):
-        return 2.0
-
 
 def logged(cls, tmp_path):
     network = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
@@ -57,7 +54,7 @@ def test_another_objective_logs_its_loss_alone(tmp_path):
 
 
 def test_an_objective_of_ones_own_can_be_one_over_tokens(tmp_path):
-    assert {"val_loss", "val_perplexity", "val_bits_per_byte"} <= logged(Bytes, tmp_path)
+    assert {"val_loss", "val_perplexity"} <= logged(Bytes, tmp_path)
 
 
 def test_a_classification_head_has_no_perplexity():
@@ -91,7 +88,7 @@ def test_nan_in_one_batch_of_an_evaluation_is_in_every_metric_of_it(split, tmp_p
     )  # fmt: skip
     (trainer.validate if split == "val" else trainer.test)(module, Rows(), verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    assert set(metrics) == {f"{split}_{name}" for name in ("loss", "perplexity", "bits_per_byte")}
+    assert set(metrics) == {f"{split}_{name}" for name in ("loss", "perplexity")}
     assert all(value != value for value in metrics.values()), metrics
 
 

@@ -146,7 +146,10 @@ def test_sequence_to_sequence(tmp_path):
         encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=64, max_position_embeddings=32,
     )  # fmt: skip
     module = OftModule(
-        BartForConditionalGeneration(config), OftLayers(block_size=8), Optimization(lr=2e-2), objective="model"
+        BartForConditionalGeneration(config),
+        OftLayers(block_size=8, train=["*norm*"]),
+        Optimization(lr=2e-2),
+        objective="model",
     )
     batch = {"input_ids": torch.randint(4, 64, (4, 8)), "labels": torch.randint(4, 64, (4, 6))}
     before = trainer_for(tmp_path).validate(module, rows_of(batch), verbose=False)[0]["val_loss"]

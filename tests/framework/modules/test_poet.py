@@ -90,8 +90,8 @@ class Tokens(L.LightningDataModule):
     def val_dataloader(self):
         return DataLoader(self.rows[:8], batch_size=4)
 
-    def bytes_per_token(self, split):
-        return 2.0
+    def text_bytes(self, labels, split):
+        return 2 * labels.numel()
 
 
 def module_for(config, merge_every=3, **layers):

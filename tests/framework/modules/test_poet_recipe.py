@@ -1,5 +1,7 @@
 """Recipe parts of PoetModule: clip ramp, frozen parts, overrides; diverged runs and other settings are refused."""
 
+import functools
+import inspect
 from dataclasses import replace
 
 import lightning as L
@@ -283,3 +285,18 @@ def test_a_thousand_merges_of_a_quantised_weight_leave_the_loss_where_it_was(tmp
     # 16 values and a fold of one step: the walk of requantizing outruns such steps, but not the training; over seeds
     # and draws of the noise the loss is 0.87 to 0.97 of that of the start
     assert losses["nf4"] < start, (losses, start)
+
+
+@pytest.mark.parametrize("key", ["lr", "weight_decay"])
+def test_a_rate_that_the_groups_override_is_refused(key):
+    named = functools.partial(torch.optim.AdamW, **{key: 0.125})
+    built = functools.partial(lambda cls, params, **given: cls(params, **given), torch.optim.SGD, **{key: 0.125})
+    for name in ("optimizer", "rotation_optimizer"):
+        with pytest.raises(
+            ConfigurationError, match=f"{name}: AdamW would ignore {key}=0.125.* set optimization.{key}"
+        ):
+            Optimization(**{name: named})
+    with pytest.raises(ConfigurationError, match=rf"optimizer_overrides\['\*'\]: SGD would ignore {key}"):
+        Optimization(optimizer_overrides={"*": built})
+    default = inspect.signature(torch.optim.AdamW).parameters[key].default
+    Optimization(optimizer=functools.partial(torch.optim.AdamW, **{key: default}))  # as a printed config has it

@@ -121,6 +121,24 @@ def test_bad_content_names_the_file_and_the_place(tmp_path, name, content, expec
     assert expected in str(caught.value) and path in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_mark_at_the_beginning_is_no_text(tmp_path):
+    for name, content in {"a.txt": b"", "b.txt": b"\xef\xbb\xbf", "c.txt": b"\xef\xbb\xbfhello\n"}.items():
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+    assert texts(str(tmp_path)) == ["hello\n", "hello\n"]
+    with pytest.raises(ConfigurationError, match="byte 4"):
+        texts(bad(tmp_path, "d.txt", b"\xef\xbb\xbfa\xff"))
+
+
+def test_rows_without_text_are_left_out_and_counted(tmp_path):
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*ROWS, None, "", None]))
+    parquet(tmp_path / "x.parquet", [None, *ROWS])
+    places = []
+    documents = open_corpus(str(tmp_path)).documents(places.append)
+    assert [document.text for document in documents] == ROWS * 2
+    assert places == [*(f"{tmp_path / 'x.jsonl'}, row {row}" for row in (4, 6)), f"{tmp_path / 'x.parquet'}, row 1"]
+
+
 def test_a_parquet_file_without_the_column_lists_its_columns(tmp_path):
     parquet(tmp_path / "x.parquet", ROWS, "body")
     with pytest.raises(ConfigurationError, match=r"no column 'text'; its columns are \['body', 'other'\]"):

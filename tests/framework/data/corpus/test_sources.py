@@ -86,3 +86,24 @@ def test_location_is_absolute_for_paths_only(tmp_path, monkeypatch):
     (tmp_path / "x.txt").write_text("x")
     assert source_location("x.txt") == str(tmp_path / "x.txt")
     assert source_location("org/name") == "org/name"
+
+
+def test_hidden_files_are_left_out_and_linked_folders_are_read_once(tmp_path, monkeypatch):
+    root, other = tmp_path / "data", tmp_path / "other"
+    for name in ("b/two.txt", "one.txt", ".ipynb_checkpoints/one.txt", "b/._two.txt", ".hidden.txt", "__MACOSX/x.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    (other / "deep").mkdir(parents=True)
+    (other / "deep" / "three.txt").write_text("three")
+    for link, target in {"a": root / "b", "linked": other, "again": other / "deep", "b/up": tmp_path}.items():
+        (root / link).symlink_to(target)
+    assert sorted(texts(str(root))) == ["b/two.txt", "one.txt", "three"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in ("~/data", ["~/data"], "~/data/../data"):
+        assert texts(source) == texts(str(root))
+    assert texts("~/data/*.txt") == texts("~/data/one.txt") == ["one.txt"]
+    assert source_location("~/data/*.txt") == str(root / "*.txt")
+    assert texts(str(root / ".hidden.txt")) == [".hidden.txt"], "named by the user"
+    (root / "moved").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigurationError, match=r"the link '.*moved' leads nowhere"):
+        texts(str(root))

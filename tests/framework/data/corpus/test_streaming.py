@@ -4,7 +4,7 @@ from transformers import PreTrainedTokenizerFast
 
 from orthotrain.data.corpus.sources import open_corpus
 from orthotrain.data.corpus.streaming import StreamLoader, TokenStream
-from orthotrain.data.splits import Splitter
+from orthotrain.data.splits import PositionSplitter, Splitter
 from orthotrain.data.tokenizers import train_tokenizer
 
 
@@ -61,3 +61,20 @@ def test_a_stream_loader_resumes(corpus, tokenizer, workers):
     place = {name: value for name, value in again.state_dict().items() if name != "data"}
     assert place == {"batches": 0, "document": 0, "token": 0}
     assert torch.equal(next(iter(again))["labels"], whole[0]), "the next epoch starts at the beginning"
+
+
+def test_a_stream_of_one_document_leaves_out_its_held_out_part_and_resumes(tmp_path, corpus, tokenizer):
+    text = "".join(path.read_text() for path in sorted(corpus.rglob("*.txt")))
+    (tmp_path / "x.txt").write_text(text)
+    source, cut = open_corpus(str(tmp_path / "x.txt")), [len(text) // 2, len(text) // 2 + 5000]
+    splitter = PositionSplitter((cut[0], cut[1], cut[1]), rest="train")
+    parts = [(split, part.text) for split, part in splitter.split(source.documents())]
+    assert [split for split, _ in parts] == ["train", "val", "train"] and "".join(part for _, part in parts) == text
+    items = list(TokenStream(source, splitter, tokenizer, 32, 3))
+    tokens = torch.cat([batch["input_ids"].flatten() for batch, _ in items]).tolist()
+    whole = [token for part in (0, 2) for token in [*tokenizer.encode(parts[part][1]), tokenizer.eos_token_id]]
+    assert tokens == whole[: len(tokens)] and len(whole) - len(tokens) <= 3 * 32
+    for number in (0, len(items) // 2 + 2, len(items) - 2):
+        again = TokenStream(source, splitter, tokenizer, 32, 3)
+        again.start = items[number][1]
+        assert torch.equal(next(iter(again))[0]["labels"], items[number + 1][0]["labels"])

@@ -25,13 +25,14 @@ def test_batches_have_static_shapes_and_shifted_labels(make_data):
         assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
 
 
-def test_validation_and_test_see_every_window_once_in_order(make_data):
+def test_validation_and_test_see_every_window_once(make_data):
     data = make_data()
     data.setup()
     for split, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
-        labels = torch.cat([batch["labels"].flatten() for batch in loader])
+        windows = torch.cat([batch["labels"] for batch in loader])
         tokens = data._cache(split).tokens
-        assert labels.tolist() == tokens[1 : 1 + len(labels)].tolist() and len(tokens) - len(labels) <= 64
+        expected = tokens[1 : 1 + windows.numel()].reshape(-1, 64).tolist()
+        assert sorted(windows.tolist()) == sorted(expected) and len(tokens) - windows.numel() <= 64
 
 
 def test_the_splits_are_the_whole_corpus_without_overlap(make_data, corpus):
@@ -46,15 +47,75 @@ def test_the_splits_are_the_whole_corpus_without_overlap(make_data, corpus):
     assert sorted(found) == sorted(path.read_text() for path in corpus.rglob("*.txt"))
 
 
-def test_bytes_per_token_counts_utf8(make_data, corpus):
+@pytest.fixture
+def single_file(tmp_path, corpus):
+    path = tmp_path / "input.txt"
+    path.write_text("".join(path.read_text() for path in sorted(corpus.rglob("*.txt"))))
+    return path
+
+
+def split_texts(data):
+    return {
+        split: data.tokenizer.decode(data._cache(split).tokens, skip_special_tokens=True)
+        for split in ("train", "val", "test")
+    }
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_file_is_pretrained_on_with_the_default_splits(tmp_path, single_file, streaming):
+    settings = {"vocab_size": 300, "sequence_length": 16, "cache_dir": str(tmp_path / "cache"), "streaming": streaming}
+    data = TextData(str(single_file), batch_size=2, **settings)
+    data.setup()
+    texts, whole = split_texts(data), single_file.read_text()
+    assert "".join(texts.values()) == whole, "train, val and test are contiguous parts"
+    assert all(abs(len(texts[split]) / len(whole) - 0.05) < 0.03 for split in ("val", "test"))
+    assert data._cache("train").tokens[-1] == data.tokenizer.eos_token_id
+    assert next(iter(data.train_dataloader()))["labels"].shape == (2, 16) and len(data.val_dataloader()) > 1
+    limited = TextData(str(single_file), limit_bytes=8000, batch_size=2, **settings)
+    limited.setup()
+    parts = split_texts(limited)
+    assert whole.startswith("".join(parts.values())) and 7000 < len("".join(parts.values())) <= 8000
+    assert min(map(len, parts.values())) > 200, "all splits are alive"
+
+
+def test_held_out_text_may_have_sources_of_its_own(tmp_path, make_data, single_file, corpus):
+    settings = {"cache_dir": str(tmp_path / "cache"), "val_fraction": 0.9, "test_fraction": 0.9}
+    given = {"val_source": str(corpus / "a"), "test_source": [str(corpus / "b")]}
+    data = make_data(source=str(single_file), **settings, **given)
+    data.setup()
+    texts = split_texts(data)
+    assert texts["train"] == single_file.read_text()
+    for split, folder in (("val", "a"), ("test", "b")):
+        assert texts[split] == "".join(path.read_text() for path in sorted((corpus / folder).glob("*.txt")))
+    assert data.cache_folder != make_data(source=str(single_file), **settings | {"test_fraction": 0.05}).cache_folder
+    before, own = data._fingerprint().content, tmp_path / "own.txt"
+    own.write_text("held out " * 200)
+    other = make_data(source=str(single_file), **settings, **given | {"val_source": str(own)})
+    other.setup()
+    assert other._fingerprint().content == before, "the training data is the same"
+    own.write_text("changed " * 200)
+    changed = make_data(source=str(single_file), **settings, **given | {"val_source": str(own)})
+    changed.setup()
+    assert split_texts(changed)["val"] == own.read_text()
+    single_file.write_text(single_file.read_text().replace("ka", "to", 1))
+    changed = make_data(source=str(single_file), **settings, **given)
+    changed.setup()
+    assert changed._fingerprint().content != before
+
+
+def test_the_bytes_of_the_tokens_are_those_of_the_text(make_data, corpus):
     data = make_data()
     data.setup()
     metadata = [data._cache(split).metadata for split in ("train", "val", "test")]
     assert sum(header.text_bytes for header in metadata) == sum(path.stat().st_size for path in corpus.rglob("*.txt"))
-    assert data.bytes_per_token("val") == metadata[1].text_bytes / metadata[1].tokens
-    assert data._cache("train").metadata.tokens == metadata[0].tokens
-    with pytest.raises(ValueError, match="'dev': must be one of train, val, test"):
-        data.bytes_per_token("dev")
+    for split, header in zip(("train", "val", "test"), metadata, strict=True):
+        tokens = torch.from_numpy(data._cache(split).tokens.astype("int64"))
+        assert data.text_bytes(tokens, split) == header.text_bytes
+    beginning = tokens[:100]
+    assert data.text_bytes(beginning, "test") == len(
+        data.tokenizer.decode(beginning, skip_special_tokens=True).encode()
+    )
+    assert data.text_bytes(torch.full((2, 3), -100), "test") == 0
 
 
 def test_the_tokenizer_can_be_saved_for_export(make_data, tmp_path):
@@ -218,7 +279,7 @@ def test_splits_that_are_too_short_or_missing(make_data):
         make_data(batch_size=900).setup("fit")
     with pytest.raises(ConfigurationError, match=r"the val split has \d+ tokens, enough for 0 .*sequence_length 9000"):
         make_data(sequence_length=9000).setup("validate")
-    with pytest.raises(ConfigurationError, match="validate: there is no val split; set val_fraction above 0"):
+    with pytest.raises(ConfigurationError, match="validate: there is no val split; set val_source or val_fraction"):
         make_data(val_fraction=0.0).setup("validate")
     data = make_data(val_fraction=0.0)
     data.setup("fit")
@@ -258,7 +319,8 @@ def test_arguments_and_their_help_reach_the_command_line(corpus):
 def test_the_standard_library_itself(tmp_path):
     data = TextData(cache_dir=str(tmp_path), limit_bytes=400_000, vocab_size=1024, batch_size=2, val_fraction=0.2)
     data.setup("fit")
-    assert 2 < data.bytes_per_token("train") < 5 and data._cache("train").metadata.tokens > 30_000
+    metadata = data._cache("train").metadata
+    assert 2 < metadata.text_bytes / metadata.tokens < 5 and metadata.tokens > 30_000
     batch = next(iter(data.train_dataloader()))
     assert batch["input_ids"].shape == (2, 256) and int(batch["labels"].max()) < 1024
 

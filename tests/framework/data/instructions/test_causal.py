@@ -23,7 +23,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>\n{% endif %}"
 )
 NO_END_TEMPLATE = CHAT_TEMPLATE.replace("{{ eos_token }}", "")
-REWRITING_TEMPLATE = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else '(earlier)' }}")
 CHARACTERS = st.characters(exclude_categories=["C", "Z"], exclude_characters="|") | st.just(" ")
 TEXTS = st.text(CHARACTERS, min_size=1, max_size=30).filter(str.strip)
 
@@ -109,7 +108,7 @@ def test_every_assistant_turn_counts(turns, system):
 @given(prompt=TEXTS, response=TEXTS)
 def test_the_prompt_is_tokenized_as_inference_does(prompt, response):
     tokenizer = TOKENIZERS["chat"]
-    row = encoder_of("chat")(pair(prompt, response))
+    (row,) = encoder_of("chat")(pair(prompt, response))
     messages = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert row.tokens[: row.prompt_length] == tokenizer.encode(text, add_special_tokens=False)
@@ -118,14 +117,14 @@ def test_the_prompt_is_tokenized_as_inference_does(prompt, response):
 def test_a_merge_across_the_seam_is_cut():
     tokenizer = train_tokenizer(["a\n\n\nb"] * 3, 259)
     assert len(tokenizer.encode("\n\n\nb")) == 3, "two of the three line breaks are one token"
-    row = CausalEncoder(tokenizer)(pair("the fox", "\n\nb"))
+    (row,) = CausalEncoder(tokenizer)(pair("the fox", "\n\nb"))
     assert tokenizer.decode(row.tokens[: row.prompt_length]) == "the fox\n"
     assert tokenizer.decode(row.tokens[row.prompt_length :]) == "\n\nb" + tokenizer.eos_token
 
 
 def test_a_given_prompt_template_wins_over_the_chat_template():
     tokenizer = TOKENIZERS["chat"]
-    row = CausalEncoder(tokenizer, "Q: {prompt} {x}\nA:")(pair("why {prompt}?", " so"))
+    (row,) = CausalEncoder(tokenizer, "Q: {prompt} {x}\nA:")(pair("why {prompt}?", " so"))
     assert tokenizer.decode(row.tokens[: row.prompt_length]) == "Q: why {prompt}? {x}\nA:"
 
 
@@ -135,16 +134,10 @@ def test_a_tokenizer_that_begins_texts_begins_plain_rows_too():
         single="<|padding|> $A", special_tokens=[("<|padding|>", tokenizer.pad_token_id)]
     )
     tokenizer.bos_token = "<|padding|>"
-    row = CausalEncoder(tokenizer)(pair("the fox", "jumps"))
+    (row,) = CausalEncoder(tokenizer)(pair("the fox", "jumps"))
     assert row.tokens[0] == tokenizer.bos_token_id
     assert row.tokens.count(tokenizer.bos_token_id) == 1
     assert not row.targets[0]
-
-
-def test_a_template_that_rewrites_history_is_refused():
-    encoder = CausalEncoder(make_tokenizer(REWRITING_TEMPLATE))
-    with pytest.raises(ConfigurationError, match=r"cannot be split before message 2.*rows of one response"):
-        encoder(chat("one", "two", "three", "four"))
 
 
 def test_a_template_that_cannot_be_split_in_tokens_is_refused():
@@ -199,7 +192,7 @@ def test_truncation_inside_the_last_prompt_keeps_earlier_turns_but_asks_nothing(
 
 def test_a_row_exactly_as_long_as_allowed_stays():
     encoder, example = CausalEncoder(TOKENIZERS["plain"]), pair("ab", "cd")
-    length = len(encoder(example).tokens) - 1
+    length = len(encoder(example)[0].tokens) - 1
     assert tokenize_rows([example], encoder, lambda _: "train", CausalLayout(length), "error")[1].used == 1
     with pytest.raises(ConfigurationError, match=rf"^row: {length} tokens, longer than max_length {length - 1}"):
         tokenize_rows([example], encoder, lambda _: "train", CausalLayout(length - 1), "error")
@@ -208,6 +201,6 @@ def test_a_row_exactly_as_long_as_allowed_stays():
 def test_rows_keep_their_references():
     rows = TokenRows()
     encoder = CausalEncoder(TOKENIZERS["plain"])
-    rows.append(encoder(pair("ab", "cd")), "cd")
+    rows.append(*encoder(pair("ab", "cd")), "cd")
     assert (len(rows), rows.references) == (1, ["cd"])
     assert TOKENIZERS["plain"].decode(rows.prompt(0)) == "ab\n"

@@ -52,7 +52,6 @@ BAD_ROWS = {
         ["row 2: has neither 'prompt' with 'response'", "['answer', 'question']"],
     ),
     "one key": ({"prompt": "a"}, ["row 2: has neither", "['prompt']", "set prompt_column"]),
-    "empty response": ({"prompt": "a", "response": " \n"}, ["row 2, 'response': is empty", "remove the row"]),
     "empty prompt": ({"prompt": "", "response": "b"}, ["row 2, 'prompt': is empty"]),
     "number": ({"prompt": "a", "response": 3}, ["row 2, 'response': must be a string, found int"]),
     "surrogate": ({"prompt": "a", "response": "b\ud800"}, ["row 2, 'response': holds a lone surrogate at character 1"]),
@@ -71,12 +70,21 @@ def test_bad_rows(name, tokenizer_folder, refusal):
 
 USER, ASSISTANT = {"role": "user", "content": "the fox"}, {"role": "assistant", "content": "jumps"}
 BAD_MESSAGES = {
-    "role": ([{"role": "human", "content": "a"}, ASSISTANT], ["message 1: unknown role 'human'", "system, user"]),
+    "role": ([{"role": "human", "content": "a"}, ASSISTANT], ["message 1: unknown role 'human'", "system, developer"]),
+    "speaker": ([{"from": "me", "value": "a"}, ASSISTANT], ["message 1: unknown role 'me'", "human, gpt"]),
     "end": ([USER, ASSISTANT, USER], ["ends with role 'user'", "must be the assistant's"]),
     "start": ([{"role": "system", "content": "a"}, ASSISTANT], ["the assistant speaks first"]),
     "empty": ([], ["must be a list of messages, found an empty list"]),
     "text": ("the fox", ["must be a list of messages, found str"]),
-    "keys": ([{"from": "human", "value": "a"}], ["message 1: must be an object with 'role' and 'content'", "'from'"]),
+    "keys": ([{"speaker": "human"}], ["message 1: must be an object with 'role' and 'content'", "'speaker'"]),
+    "weight": ([USER, ASSISTANT | {"weight": 0.5}], ["message 2: has weight 0.5; give 0"]),
+    "weight of a question": ([USER | {"weight": 1}, ASSISTANT], ["message 1: has weight 1, but only the assistant's"]),
+    "calls": ([USER, ASSISTANT | {"tool_calls": [{"id": "1"}]}], ["call 1: must have a function with 'name'"]),
+    "part": (
+        [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT],
+        ["message 1, 'content': has a part of type 'image_url'"],
+    ),
+    "name": ([USER | {"name": "Ann"}, ASSISTANT], ["does not write 'name' of message 1", "ignored_keys to [name]"]),
     "content": ([{"role": "user", "content": None}, ASSISTANT], ["message 1, 'content': must be a string", "NoneType"]),
 }
 
@@ -85,7 +93,7 @@ BAD_MESSAGES = {
 def test_bad_messages(name, chat_folder, refusal):
     messages, parts = BAD_MESSAGES[name]
     message = refusal(chat_folder, [{"messages": messages}])
-    assert "rows.jsonl, row 1, 'messages'" in message
+    assert "rows.jsonl, row 1" in message
     for part in parts:
         assert part in message
 

@@ -306,4 +306,4 @@ def test_the_embedded_source(folders, monkeypatch):
 def test_embedded_pairs_are_distinct_and_prefixed():
     examples = list(itertools.islice(docstring_examples(), 500))
     assert len({example.key for example in examples}) == 500
-    assert all(example.messages[0][1].startswith(INSTRUCTION) for example in examples)
+    assert all(example.messages[0]["content"].startswith(INSTRUCTION) for example in examples)

@@ -201,7 +201,8 @@ REFUSED = {
     "causal": ({"layout": "causal", "max_response_length": 9}, "max_response_length 9: layout 'causal' limits prompt"),
     "length": ({"max_response_length": 1}, "max_response_length 1: must be at least 2"),
     "template": ({"prompt_template": "Q:"}, "prompt_template 'Q:': has no place for the prompt"),
-    "empty": ({"rows": [{"prompt": "a", "response": " "}]}, "row 1, 'response': is empty"),
+    "empty": ({"rows": [{"prompt": "a", "response": " "}]}, "no row is left: 0 rows used, 1 dropped"),
+    "system": ({"rows": [{"system": "s", **ROWS[0]}]}, "row 1: layout 'seq2seq' does not write 'system'"),
     "keys": ({"rows": [{"prompt": "a"}]}, "row 1: has neither 'prompt' with 'response' nor 'messages'"),
     "chat": (
         {"rows": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]},

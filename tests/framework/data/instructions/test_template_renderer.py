@@ -15,7 +15,12 @@ from orthotrain.data.instructions.tokenizing import tokenize_rows
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
 
-CHAT = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]
+
+def conversation(prompt, response):
+    return ({"role": "user", "content": prompt}, {"role": "assistant", "content": response})
+
+
+CHAT = [*conversation("fox", "dog")]
 PLAIN = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
 HOSTILE = {
     "nested ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -50,16 +55,16 @@ def test_hostile_templates_end(make_tokenizer, monkeypatch, name):
     with pytest.raises(
         ConfigurationError, match=r"^row: the chat template of tokenizer 'their/model' refuses the messages \(.*$"
     ):
-        CausalEncoder(tokenizer)(Example("row", (("user", "a"), ("assistant", "b")), True))
+        CausalEncoder(tokenizer)(Example("row", conversation("a", "b"), True))
 
 
 def test_it_goes_on_after_a_refusal_and_ends_with_its_object(make_tokenizer):
     render = TemplateRenderer(make_tokenizer(PLAIN + "{{ 1 // 0 if messages | length == 1 }}"))
-    assert render([(CHAT, False)]) == ["fox\ndog\n0"] or render([(CHAT, False)])[0].startswith("fox\ndog\n")
+    assert render([(CHAT, False)])[0].text.startswith("fox\ndog\n")
     (pid, _) = render._child
     with pytest.raises(TemplateError, match="zero"):
         render([(CHAT[:1], True)])
-    assert render([(CHAT, False)] * 3)[2].startswith("fox") and render._child[0] == pid
+    assert render([(CHAT, False)] * 3)[2].text.startswith("fox") and render._child[0] == pid
     del render
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -71,7 +76,7 @@ def test_a_process_that_is_killed_is_one_line_and_a_new_one_takes_its_place(make
     os.kill(render._child[0], signal.SIGKILL)
     with pytest.raises(TemplateError, match="its process ended"):
         render([(CHAT, False)])
-    assert render([(CHAT, False)]) == ["fox\ndog\n"]
+    assert render([(CHAT, False)]) == [("fox\ndog\n", None)]
 
 
 def test_an_interrupt_of_the_terminal_does_not_end_it(make_tokenizer):
@@ -79,13 +84,13 @@ def test_an_interrupt_of_the_terminal_does_not_end_it(make_tokenizer):
     render([(CHAT, False)])
     os.kill(render._child[0], signal.SIGINT)
     time.sleep(0.1)
-    assert render([(CHAT, False)]) == ["fox\ndog\n"]
+    assert render([(CHAT, False)]) == [("fox\ndog\n", None)]
 
 
 def test_a_row_that_no_limit_can_hold_is_counted_and_not_tokenized(make_tokenizer, bounded):
     tokenizer = make_tokenizer(None)
-    rows = [Example("long", (("user", "a b " * (4 << 20)), ("assistant", "c")), False)]
-    rows.append(Example("short", (("user", "a"), ("assistant", "c")), False))
+    rows = [Example("long", conversation("a b " * (4 << 20), "c"), False)]
+    rows.append(Example("short", conversation("a", "c"), False))
 
     def encode(on_too_long):
         return tokenize_rows(rows, CausalEncoder(tokenizer), lambda _: "train", CausalLayout(64), on_too_long)[

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import Mergeable, OftConv2d, OftSettings
+from orthotrain.layers import Mergeable, OftConv2d, OftLinear, OftSettings
+from orthotrain.layers.oft import oft_layer
 
 
 def turn_(layer, std=0.1):
@@ -117,3 +118,14 @@ def test_block_size_must_fit_a_group():
         OftConv2d.from_settings(nn.Conv2d(24, 4, 3, groups=2), OftSettings(8))
     with pytest.raises(ConfigurationError, match="1 input channels of a group: no block_size from 2 up"):
         OftConv2d.from_settings(nn.Conv2d(8, 8, 3, groups=8), OftSettings(2))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d, nn.ConvTranspose2d])
+def test_other_convolutions_are_refused_by_name(kind):
+    conv = kind(4, 4, 3)
+    with pytest.raises(ConfigurationError, match=f"{kind.__name__}"):
+        OftConv2d.from_settings(conv, OftSettings(2))
+    with pytest.raises(ConfigurationError, match="OftLinear wraps an nn.Linear, not a"):
+        OftLinear.from_settings(conv, OftSettings(2))
+    with pytest.raises(ConfigurationError, match=f"a {kind.__name__}"):
+        oft_layer(conv, OftSettings(2))

@@ -84,7 +84,7 @@ def test_a_weight_with_a_residual_takes_the_route_that_is_asked_for(route, autoc
     layer = wrap(linear, block_size=8, storage="residual", route=route)
     dense = wrap(layer.unwrap(), block_size=8, route="input")
     taken = []
-    for way in ("_through_weight", "_tapped"):
+    for way in ("_through_weight", "_through_activations"):
         original = getattr(StepwiseLinear, way)
         record = lambda self, *a, way=way, original=original: (taken.append(way), original(self, *a))[1]  # noqa: E731
         monkeypatch.setattr(StepwiseLinear, way, record)
@@ -96,7 +96,7 @@ def test_a_weight_with_a_residual_takes_the_route_that_is_asked_for(route, autoc
         y.float().pow(3).sum().backward()
         results.append([y.detach().float(), x.grad, *(p.grad for p in module.rotation_parameters())])
         if module is layer and route != "auto":
-            assert set(taken) == {"_through_weight" if route == "weight" else "_tapped"}
+            assert set(taken) == {"_through_weight" if route == "weight" else "_through_activations"}
     for got, want in zip(*results, strict=True):
         # bf16 rounds products, and what they are contracted to, to 8 bits
         assert (got - want).norm() <= (3e-2 if autocast else 1e-5) * want.norm()

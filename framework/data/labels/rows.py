@@ -1,0 +1,120 @@
+"""A labeled row of text: its columns, and the checks of its text and of its label."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from orthotrain.data.row_files import check_text
+from orthotrain.errors import ConfigurationError
+
+LabelTask = Literal["sequence_classification", "token_classification", "regression"]
+
+
+@dataclass(frozen=True)
+class LabelColumns:
+    """Keys of a row.
+
+    Attributes:
+        text: Key of the text; of a list of words for ``token_classification``.
+        pair: Key of a second text; None for single texts.
+        label: Key of the label; of a list of labels for ``token_classification``.
+    """
+
+    text: str
+    pair: str | None
+    label: str
+
+
+@dataclass(frozen=True)
+class LabeledRow:
+    """A row.
+
+    Attributes:
+        where: Place of the row, for messages.
+        text: The text; of ``token_classification``, its words joined by spaces.
+        pair: The second text.
+        labels: Names of classes, one for a text or one for each word; a number for a regression.
+        words: First and last character (exclusive) of each word in the text.
+    """
+
+    where: str
+    text: str
+    pair: str | None
+    labels: list[str] | list[float]
+    words: list[tuple[int, int]]
+
+    @property
+    def key(self) -> str:
+        """The content, which decides the split of the row."""
+        return "\0".join([self.text, self.pair or "", *map(str, self.labels)])
+
+
+def parse_row(row: Any, where: str, columns: LabelColumns, task: LabelTask) -> LabeledRow:
+    """Return a row after checks.
+
+    Raises:
+        ConfigurationError: No object, a missing column, no text, or a label that does not fit the task; the message
+            names the row and the column.
+    """
+    if not isinstance(row, dict):
+        raise ConfigurationError(f"{where}: must be an object with columns, found {type(row).__name__}")
+    for argument, column in (("text", columns.text), ("pair", columns.pair), ("label", columns.label)):
+        if column is not None and column not in row:
+            present = sorted(map(str, row))
+            raise ConfigurationError(f"{where}: no column {column!r}; it has {present}; set {argument}_column")
+    place = f"{where}, {columns.label!r}"
+    if task == "token_classification":
+        return _words_row(row, where, columns)
+    text = check_text(row[columns.text], f"{where}, {columns.text!r}")
+    pair = None if columns.pair is None else check_text(row[columns.pair], f"{where}, {columns.pair!r}")
+    if task == "regression":
+        return LabeledRow(where, text, pair, [_number(row[columns.label], place)], [])
+    return LabeledRow(where, text, pair, [_class(row[columns.label], place)], [])
+
+
+def _words_row(row: dict[str, Any], where: str, columns: LabelColumns) -> LabeledRow:
+    words = _listed(row[columns.text], f"{where}, {columns.text!r}")
+    labels = _listed(row[columns.label], f"{where}, {columns.label!r}")
+    if len(words) != len(labels):
+        raise ConfigurationError(
+            f"{where}: {len(words)} words in {columns.text!r} and {len(labels)} labels in {columns.label!r}; "
+            "give one label for each word"
+        )
+    texts = [check_text(word, f"{where}, {columns.text!r}") for word in words]
+    spans, start = [], 0
+    for text in texts:
+        spans.append((start, start + len(text)))
+        start += len(text) + 1
+    names = [_class(label, f"{where}, {columns.label!r}") for label in labels]
+    return LabeledRow(where, " ".join(texts), None, names, spans)
+
+
+def _listed(value: Any, place: str) -> list[Any]:
+    """Return a list of words or labels; text is cut at white space."""
+    if isinstance(value, str):
+        value = value.split()
+    if not isinstance(value, list) or not value:
+        raise ConfigurationError(f"{place}: must be a list, or text with spaces between its items")
+    return value
+
+
+def _class(value: Any, place: str) -> str:
+    """Return the name of a class: text without the white space around it, or a whole number as text."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of integers with gaps is a column of floats in pandas
+    if not isinstance(value, str | int) or not str(value).strip():
+        raise ConfigurationError(
+            f"{place}: a class must be text or a whole number, found {value!r:.40}; numbers of any size need task: "
+            "regression"
+        )
+    return check_text(str(value).strip(), place)
+
+
+def _number(value: Any, place: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigurationError(f"{place}: must be a finite number, found {value!r:.40}")
+    return number

@@ -1,0 +1,106 @@
+"""Rows of CSV and TSV files, and the sources of labeled rows."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from orthotrain.data.instructions.stdlib_docstrings import functions_with_docstrings
+from orthotrain.data.json_rows import MAX_ROW_BYTES, too_long
+from orthotrain.data.row_files import file_rows, holds_rows, open_file, reading, suffix_of
+from orthotrain.data.sources import SourceKind, stdlib_files
+from orthotrain.errors import ConfigurationError
+
+STDLIB_PACKAGES = "python-stdlib-packages"
+PACKAGES = ("asyncio", "email", "http", "importlib", "tkinter", "unittest", "xml")
+"""Packages of the standard library that label the functions of the built-in source."""
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
+def table_rows(source: str | list[str]) -> Iterator[tuple[str, Any, list[str] | None]]:
+    """Yield the rows of a source, in an order that does not depend on the machine.
+
+    Args:
+        source: ``python-stdlib-packages``, a file, folder or glob of .csv .tsv .jsonl .json .parquet (.gz), a Hugging
+            Face dataset ``org/name[:config][@split]``, or a list of these.
+
+    Yields:
+        Place of the row for messages, the row, and the names of the classes if the dataset has them by column.
+
+    Raises:
+        ConfigurationError: No such file, an unknown format, a damaged file, or a file without rows.
+    """
+    for name in _TABLES.names(source):
+        if name == STDLIB_PACKAGES:
+            yield from _stdlib_rows()
+        elif (files := _TABLES.find_files(name)) is None:
+            dataset = _TABLES.load_dataset(name)
+            yield from _numbered(enumerate(dataset, start=1), f"dataset {name!r}", getattr(dataset, "features", None))
+        else:
+            for path in sorted(path for path, _ in files):
+                rows = _csv_rows(path) if suffix_of(path) in _SEPARATORS else file_rows(path)
+                yield from _numbered(rows, str(path))
+
+
+def class_names(features: Any, column: str) -> list[str] | None:
+    """Return the names of the classes of a column of a Hugging Face dataset; None if the column has none."""
+    feature = (features or {}).get(column)
+    feature = getattr(feature, "feature", feature)  # of a list of classes
+    names = getattr(feature, "names", None)
+    return None if names is None else [str(name) for name in names]
+
+
+def _is_table(path: Path) -> bool:
+    return holds_rows(path) or suffix_of(path) in _SEPARATORS
+
+
+_TABLES = SourceKind(STDLIB_PACKAGES, ".csv .tsv .jsonl .json .parquet (.gz)", _is_table)
+
+
+def _numbered(rows: Any, where: str, features: Any = None) -> Iterator[tuple[str, Any, Any]]:
+    empty = True
+    for number, row in rows:
+        empty = False
+        yield f"{where}, row {number}", row, features
+    if empty:
+        raise ConfigurationError(f"{where}: holds no row; give it some or leave it out")
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the rows of a file whose first line names the columns, each with its number, counted from 1."""
+    with reading(path), open_file(path) as file:
+        table = csv.DictReader(_lines(file, str(path)), delimiter=_SEPARATORS[suffix_of(path)], strict=True)
+        try:
+            for number, row in enumerate(table, start=1):
+                if None in row or None in row.values():
+                    raise ConfigurationError(
+                        f"{path}, row {number} (line {table.line_num}): does not have {len(table.fieldnames or ())} "
+                        "values, as the first line has; put quotes around a value that holds the separator"
+                    )
+                yield number, row
+        except csv.Error as error:
+            raise ConfigurationError(
+                f"{path}, line {table.reader.line_num}: not valid {suffix_of(path)[1:]} ({error})"
+            ) from error
+
+
+def _lines(file: BinaryIO, where: str) -> Iterator[str]:
+    number = 0
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        if len(line) > MAX_ROW_BYTES:
+            raise too_long(where, number)
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(f"{where}, line {number}: not UTF-8 text ({error.reason})") from error
+
+
+def _stdlib_rows() -> Iterator[tuple[str, dict[str, str], None]]:
+    """Yield functions of some packages of the standard library, without their docstrings, with the package as label."""
+    for path, name in stdlib_files():
+        package = name.split("/")[0]
+        if package in PACKAGES:
+            for function, source, _ in functions_with_docstrings(path.read_bytes()):
+                yield f"{STDLIB_PACKAGES}, {name}, {function}", {"text": source, "label": package}, None

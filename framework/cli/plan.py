@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from orthotrain.layers import mergeable_layers
 from orthotrain.layers.rotation.generator_marks import mark_generators, rotated_share
@@ -102,7 +103,7 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
         warnings.simplefilter("ignore")
         network = _built_network(module, precision)
         tokens = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
-        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None), GroupedProducts():
             activations, loss = forward_bytes(module, {"input_ids": tokens, "labels": tokens})
     trainable = [p for p in network.parameters() if p.requires_grad]
     frozen = [p for p in network.parameters() if not p.requires_grad] + list(network.buffers())
@@ -118,6 +119,20 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
         Entry("loss (estimate)", 0, loss),
     )
     return Plan(entries, f"one device, batch {batch_size} x {sequence_length}, precision {precision}")
+
+
+class GroupedProducts(TorchFunctionMode):
+    """Products of experts on fake tensors of every dtype: torch's own function takes only bf16 there.
+
+    Its replacement keeps the same tensors for backward.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace ``grouped_mm``."""
+        if func in (getattr(torch.nn.functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)):
+            x, weight = args[:2]
+            return x @ weight[0] if weight.ndim == 3 else func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _built_network(module: BaseModule, precision: str) -> nn.Module:

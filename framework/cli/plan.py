@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 
 from orthotrain.layers import mergeable_layers
+from orthotrain.layers.protocols import count_numbers
 from orthotrain.layers.rotation.generator_marks import mark_generators, rotated_share
 from orthotrain.modules import BaseModule, Optimization
 from orthotrain.modules.chunked_loss import loss_bytes
@@ -110,7 +111,7 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
     rotations = [p for _, layer in mergeable_layers(network) for p in layer.rotation_parameters()]
     ids = {id(p) for p in rotations}
     entries = (
-        _entry("frozen", frozen),
+        _entry("frozen", frozen, count_numbers(network) - sum(p.numel() for p in network.parameters())),
         _entry("trainable, rotations", rotations),
         _entry("trainable, other", [p for p in trainable if id(p) not in ids]),
         _entry("gradients", trainable),
@@ -248,6 +249,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return list(found.values())
 
 
-def _entry(category: str, tensors: Any) -> Entry:
+def _entry(category: str, tensors: Any, packed: int = 0) -> Entry:
+    """Return the line of some tensors; ``packed`` is the count of numbers beyond their elements."""
     tensors = list(tensors)
-    return Entry(category, sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors))
+    return Entry(category, packed + sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors))

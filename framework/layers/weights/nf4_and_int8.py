@@ -39,7 +39,7 @@ def pack_nf4(
         raise ConfigurationError(f"NF4 takes a float32, bfloat16 or float16 weight, not {_name(weight.dtype)}")
     if weight.shape[1] % 2:
         raise ConfigurationError(
-            f"NF4 packs two values a byte, and a weight with {weight.shape[1]} inputs has an odd number: take another "
+            f"NF4 packs two values a byte, and a weight with {weight.shape[1]} inputs is odd: take another "
             "storage for the layer (overrides), or add the layer to exclude"
         )
     weight, columns = weight.detach(), weight.shape[1]

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from orthotrain.cli.optimizer_bytes import optimizer_bytes
 from orthotrain.layers import mergeable_layers
+from orthotrain.layers.protocols import count_numbers
 from orthotrain.models import CausalLM
 from orthotrain.modules import BaseModule
 from orthotrain.modules.chunked_loss import loss_bytes
@@ -130,14 +132,14 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
         warnings.simplefilter("ignore")
         network = _built_network(module, precision)
         tokens = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
-        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None), GroupedProducts():
             activations, loss = forward_bytes(module, {"input_ids": tokens, "labels": tokens})
     trainable = [p for p in network.parameters() if p.requires_grad]
     frozen = [p for p in network.parameters() if not p.requires_grad] + list(network.buffers())
     rotations = [p for _, layer in mergeable_layers(network) for p in layer.rotation_parameters()]
     ids = {id(p) for p in rotations}
     entries = (
-        _entry("frozen", frozen),
+        _entry("frozen", frozen, count_numbers(network) - sum(p.numel() for p in network.parameters())),
         _entry("trainable, rotations", rotations),
         _entry("trainable, other", [p for p in trainable if id(p) not in ids]),
         _entry("gradients", trainable),
@@ -146,6 +148,20 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
         Entry("loss (estimate)", 0, loss),
     )
     return Plan(entries, f"one device, batch {batch_size} x {sequence_length}, precision {precision}")
+
+
+class GroupedProducts(TorchFunctionMode):
+    """Products of experts on fake tensors of every dtype: torch's own function takes only bf16 there.
+
+    Its replacement keeps the same tensors for backward.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace ``grouped_mm``."""
+        if func in (getattr(torch.nn.functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)):
+            x, weight = args[:2]
+            return x @ weight[0] if weight.ndim == 3 else func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _built_network(module: BaseModule, precision: str) -> nn.Module:
@@ -209,6 +225,7 @@ def saved_bytes(owner: nn.Module, forward: Callable[[], Any]) -> int:
     return sum(sizes.values())
 
 
-def _entry(category: str, tensors: Any) -> Entry:
+def _entry(category: str, tensors: Any, packed: int = 0) -> Entry:
+    """Return the line of some tensors; ``packed`` is the count of numbers beyond their elements."""
     tensors = list(tensors)
-    return Entry(category, sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors))
+    return Entry(category, packed + sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors))

@@ -73,7 +73,11 @@ def select_layers(
         matched |= names
     chosen = {name: module for name, module in modules.items() if name in matched and not _matches(name, exclude)}
     if not chosen:
-        raise ConfigurationError(f"exclude={list(exclude)} leaves no linear layer of include={list(include)}")
+        convolutions = [name for name, module in modules.items() if type(module) is nn.Conv2d]
+        hint = (
+            f"; OFT also rotates convolutions that include names, such as {convolutions[-1]!r}" if convolutions else ""
+        )
+        raise ConfigurationError(f"exclude={list(exclude)} leaves no linear layer of include={list(include)}{hint}")
     _refuse_subclasses(chosen)
     _refuse_tied(model, chosen)
     _refuse_uncalled(model, chosen)

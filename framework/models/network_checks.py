@@ -96,10 +96,10 @@ def with_usable_mask(batch: dict[str, Any], network: nn.Module | None) -> dict[s
     return {**batch, "attention_mask": additive.masked_fill(~mask, torch.finfo(dtype).min)}
 
 
-def input_embedding(network: nn.Module) -> nn.Module | None:
+def input_embedding(network: nn.Module | None) -> nn.Module | None:
     """Return the embedding of the tokens of a network of transformers; None if it takes no tokens, or does not say."""
     with contextlib.suppress(NotImplementedError, AttributeError):  # images and sound have no embedding
-        embedding: nn.Module | None = network.get_input_embeddings()  # type: ignore[operator]
+        embedding: nn.Module | None = network.get_input_embeddings()  # type: ignore[union-attr, operator]
         return embedding
     return None
 

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/pages/results.md, made of the committed results.
+"""The tables of README.md, docs/pages/results.md and docs/pages/models.md, made of the committed results.
 
     .venv/bin/python tests/benchmarks/tables.py            # prints every table
     .venv/bin/python tests/benchmarks/tables.py --write    # puts them into the pages, between their marks
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = (ROOT / "README.md", ROOT / "docs/pages/results.md")
+PAGES = (ROOT / "README.md", *(ROOT / f"docs/pages/{name}.md" for name in ("results", "models")))
 PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -143,6 +143,24 @@ def oft(name: str) -> str:
     return table(["network", "forward and backward, ms", "step, ms", "saved, MiB", "peak, MiB"], rows)
 
 
+def of_model_type(found: dict[str, Any]) -> str:
+    """Return what a method does with a model type: passes, with which options, or the message that refuses it."""
+    if found["result"] != "passes":
+        return f"{found['result']}: {found['message']}".replace("|", "\\|")
+    settings = {**found["followed"], **found["followed"].get("config", {})}
+    settings.pop("config", None)
+    added = [f"`{key}: {json.dumps(value)}`" for key, value in settings.items()]
+    notes = ["experts are not rotated"] * ("experts" in found) + ["PEFT cannot run the adapter"] * ("peft" in found)
+    return "; ".join(["passes" + (f" with {' and '.join(added)}" if added else ""), *notes])
+
+
+def model_types() -> str:
+    """Which model types of transformers pass."""
+    methods = ("POET", "OFT")
+    rows = ([name, *(of_model_type(row[method]) for method in methods)] for name, row in results("model_types").items())
+    return table(["model type", *methods], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "best": best,
     "quickstart": quickstart,
@@ -158,6 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "starting": starting,
     "loss": loss,
     "folding": folding,
+    "model types": model_types,
     "oft": partial(oft, "oft"),
     "oft, one thread": partial(oft, "oft_one_thread"),
 }

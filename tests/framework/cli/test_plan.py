@@ -70,6 +70,15 @@ def test_optimizers_with_a_state_of_their_own_are_planned_within_a_tenth(tiny_ll
     check_against_a_run(lambda: BaseModule(CausalLM({**tiny_llama, **WIDE}), recipe), exact=False)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_a_mixture_of_experts_is_planned_in_every_precision(tiny_llama, precision):
+    sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    module = PoetModule(CausalLM({**tiny_llama, **sizes}, model_type="qwen3_moe"), PoetLayers(block_size=8))
+    plan = plan_run(module, 2, 16, precision)
+    # each token is read by two experts
+    assert plan["activations (estimate)"].bytes > 2 * 2 * 16 * tiny_llama["hidden_size"] * 2
+
+
 def test_mem_mode_plans_fewer_activations(tiny_llama):
     def activations(mode):
         module = PoetModule(CausalLM(tiny_llama), PoetLayers(block_size=8, activation_mode=mode))

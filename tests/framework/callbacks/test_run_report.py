@@ -59,7 +59,7 @@ def check_curves(curves, rows):
     for name in ("train_loss", "val_loss"):
         logged = [[int(row["step"]), float(row[name])] for row in rows if row[name]]
         assert curves[name] == logged and [step for step, _ in logged] == [0, 1]
-    assert curves["tokens_per_second"][0][0] == 1 and curves["lr/rotations"] == [[0, 1e-3], [1, 1e-3]]
+    assert curves["tokens_per_second"][0][0] == 1 and curves["lr/rotations_in"] == [[0, 1e-3], [1, 1e-3]]
 
 
 def test_modes_come_back_after_an_error_too():

@@ -22,6 +22,7 @@ GUIDE = {
     "Devices and hosts": "devices.md",
     "Configuration": "configuration.md",
     "Extending": "extending.md",
+    "Lightning": "lightning.md",
     "Export": "export.md",
     "Model types": "models.md",
     "Results": "results.md",

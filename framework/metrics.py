@@ -141,6 +141,8 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
 
 
 def count_targets(batch: object, ignore_index: int = -100) -> int:
-    """Return the number of labels of a batch that count, or 1 if the batch has no ``labels``."""
+    """Return the number of labels of a batch that count, or 1 if the batch has no ``labels``. All numbers count."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor) and labels.is_floating_point():  # of a regression, where -100 is a number
+        return labels.numel()
     return int((labels != ignore_index).sum()) if isinstance(labels, Tensor) else 1

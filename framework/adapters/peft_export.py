@@ -8,12 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from orthotrain.adapters.peft_folder import PREFIX, PeftSettings, nearest_divisor, write_folder
+from orthotrain.adapters.peft_folder import PREFIX, PeftSettings, card, nearest_divisor, write_folder
 from orthotrain.adapters.state import oft_layers
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import OftConv2d, OftEmbedding, OftLayer, OftLinear, OftRotation
+from orthotrain.layers import OftConv2d, OftEmbedding, OftLayer, OftLinear, OftRotation, QuantizedWeight
 from orthotrain.plugins import Cayley, CayleyNeumann
 
 _PASSED = ("input_ids", "attention_mask", "inputs_embeds", "labels", "output_attentions", "output_hidden_states",
@@ -62,8 +63,21 @@ def export_peft(network: nn.Module, folder: str | Path, base_model_name: str | N
         **_block_setting(layers),
     }
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    write_folder(Path(folder), config, settings, plain)
+    storage = _storage(layers)
+    if storage:
+        rank_zero_info(f"the adapter was trained on a base {storage}; README.md in the folder says so")
+    write_folder(Path(folder), config, settings, plain, card(config["base_model_name_or_path"], storage))
     return Path(folder)
+
+
+def _storage(layers: Mapping[str, OftLayer]) -> str | None:
+    """Describe the quantization of the frozen weights; None if no weight is quantized."""
+    found = set()
+    for layer in layers.values():
+        if isinstance(layer, OftLinear) and isinstance(layer.weight, QuantizedWeight):
+            nested = ", the scales quantized too" if hasattr(layer.weight, "nested_absmax") else ""
+            found.add(f"{layer.weight.format} with groups of {layer.weight.group_size}{nested}")
+    return "in " + " and ".join(sorted(found)) if found else None
 
 
 def _common_settings(layers: Mapping[str, OftLayer]) -> PeftSettings:

@@ -149,7 +149,34 @@ def _check_config(config: Any) -> None:
         raise ConfigurationError(f"{CONFIG_FILE}: modules_to_save={saved!r} is not a list of names")
 
 
-def write_folder(folder: Path, config: dict[str, Any], settings: PeftSettings, tensors: dict[str, Tensor]) -> None:
+def card(base: str | None, storage: str | None) -> str:
+    """Return the model card of an adapter: the settings of PEFT have no place for the quantization of the base.
+
+    Args:
+        base: Name or path of the base.
+        storage: Description of the quantization that the base had in training; None for none.
+    """
+    lines = ["---", "library_name: peft", *([f"base_model: {json.dumps(base)}"] if base else []), "---", ""]
+    lines += ["# OFT adapter", "", "Trained with orthotrain.", "", "## Quantization of the base in training", ""]
+    if storage is None:
+        return "\n".join([*lines, "None.", ""])
+    lines += [f"The base was {storage}. Load the base in the same format: with full weights the results differ."]
+    if storage.startswith("in nf4 with groups of 64") and " and " not in storage:
+        lines += [
+            "",
+            "```python",
+            'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+            f"bnb_4bit_use_double_quant={'scales' in storage})",
+            "```",
+        ]
+    else:
+        lines += ["", "transformers has no such format: merge the adapter in orthotrain for the same results."]
+    return "\n".join([*lines, ""])
+
+
+def write_folder(
+    folder: Path, config: dict[str, Any], settings: PeftSettings, tensors: dict[str, Tensor], readme: str
+) -> None:
     """Write an adapter folder atomically, with a checksum of the settings and tensors.
 
     Raises:
@@ -159,6 +186,7 @@ def write_folder(folder: Path, config: dict[str, Any], settings: PeftSettings, t
     metadata, total = {"format": "pt", _CHECKSUM: _digest(settings, tensors)}, sum(t.nbytes for t in tensors.values())
     with new_folder(folder) as partial, writing("writing the adapter", partial, total):
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        (partial / "README.md").write_text(readme, encoding="utf-8")
         save_file(tensors, partial / WEIGHTS_FILE, metadata=metadata)
 
 

@@ -56,7 +56,9 @@ class MovementMonitor(StepCallback):
                     self._remember(name, layer)
         if steps_to_go == 0:
             groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-            angle = next((float(group["lr"]) for group in groups if group.get("name") == "rotations"), 0.0)
+            angle = next(
+                (float(group["lr"]) for group in groups if str(group.get("name")).startswith("rotations")), 0.0
+            )
             pl_module.log_dict({**metrics, "angle": angle})
 
     def _forget_other_permutations(self, trainer: L.Trainer) -> None:

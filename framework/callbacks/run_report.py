@@ -24,7 +24,7 @@ from orthotrain.files.atomic_writes import write_text
 from orthotrain.files.paths import read_json
 from orthotrain.files.pictures import draw_curves
 from orthotrain.kernels.dispatch import describe, forget_ran
-from orthotrain.layers.protocols import mergeable_layers
+from orthotrain.layers.protocols import count_numbers, mergeable_layers
 from orthotrain.layers.sharding import is_sharded
 from orthotrain.layers.spectrum import spectral_drift
 from orthotrain.models.network_checks import evaluating, generated_tokens
@@ -183,8 +183,8 @@ class RunReport(StepCallback):
             "planned_bytes": planned,
             "memory": describe_peak(trainer.strategy.root_device, planned),
             "next_token_loss": getattr(pl_module, "loss_described", None),
-            "trainable_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
-            "total_parameters": sum(p.numel() for p in pl_module.parameters()),
+            "trainable_parameters": count_numbers(pl_module, trained=True),
+            "total_parameters": count_numbers(pl_module),
             "merges": int(logged["merges"]) if "merges" in logged else None,
             "early_folds": int(logged["early_folds"]) if "early_folds" in logged else None,
             "checkpoint": checkpoint or None,

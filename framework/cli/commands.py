@@ -32,9 +32,11 @@ def export_command(arguments: list[str]) -> None:
 
 def plan_command(arguments: list[str]) -> None:
     """``orthotrain plan``: count parameters and bytes of a config without allocating them."""
+    from orthotrain.cli.plan import plan_adamw
     from orthotrain.cli.trainer_cli import PlanCLI
 
-    print(PlanCLI(args=arguments, run=False).plan.table())
+    cli = PlanCLI(args=arguments, run=False)
+    print(cli.plan.table(plan_adamw(cli.model, *cli.shape)))
 
 
 def plugins_command(arguments: list[str]) -> None:
@@ -98,6 +100,22 @@ def chat_command(arguments: list[str]) -> None:
     from orthotrain.cli.prompts import chat
 
     chat(_answerer(options))
+
+
+def compare_command(arguments: list[str]) -> None:
+    """``orthotrain compare``: print a table of several runs and draw their curves in one picture."""
+    parser = _parser("compare", "Print a table of several runs, and draw their curves in one picture.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs whose fit has ended")
+    parser.add_argument("--out", default="comparison.png", help="picture to write; by default comparison.png")
+    options = parser.parse_args(arguments)
+    from orthotrain.cli.compare import Run, draw, table, warnings_of
+    from orthotrain.files.paths import local_path
+
+    out, runs = local_path(options.out, "--out"), [Run.read(folder) for folder in options.runs]
+    print(table(runs))
+    for line in warnings_of(runs):
+        print(f"warning: {line}")
+    print_written(draw(runs, out))
 
 
 def _answering_parser(command: str, description: str) -> "ArgumentParser":
@@ -164,6 +182,7 @@ def _parser(command: str, description: str) -> "ArgumentParser":
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": export_command,
     "chat": chat_command,
+    "compare": compare_command,
     "plan": plan_command,
     "plugins": plugins_command,
     "calibrate": calibrate_command,

@@ -46,7 +46,7 @@ def resolve_config(name: str) -> str:
     local_path(name, "config")
     path = Path(name) if _is_there(name) else shipped.get(name)
     if path is not None:
-        _check_syntax(path)
+        read_config(path)
         return str(path)
     # the last part of the name (quickstart.yaml), or the name without its suffix (pretrain/quickstart, quickstart)
     same = [full for full in shipped if Path(name).name in (Path(full).name, Path(full).stem)]
@@ -63,7 +63,12 @@ def _is_there(name: str) -> bool:
         raise ConfigurationError(f"config {name!r} cannot be read: {error.strerror or error}") from error
 
 
-def _check_syntax(path: Path) -> None:
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the keys of a config file.
+
+    Raises:
+        ConfigurationError: The file cannot be read, is not valid YAML of bounded size, or has no keys.
+    """
     where = f"config {str(path)!r}"
     check_regular_file(path, "config")
     try:
@@ -71,6 +76,7 @@ def _check_syntax(path: Path) -> None:
             text = file.read(MAX_CHARACTERS + 1)
         check_yaml(text, where)
         content = yaml.safe_load(text)
+        _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader), where)
     except ConfigurationError:
         raise
     except VALUE_ERRORS as error:
@@ -78,6 +84,26 @@ def _check_syntax(path: Path) -> None:
     if not isinstance(content, dict):
         found = "is empty" if content is None else f"holds a {type(content).__name__}"
         raise ConfigurationError(f"{where} {found}: it must have keys, such as trainer, model and data")
+    return content
+
+
+def _refuse_repeated(node: Any, where: str) -> None:
+    """Refuse a key that a mapping has twice: YAML would drop the first value without a word."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated(item, where)
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in lines:
+                    raise ConfigurationError(
+                        f"{where}, line {line}: {key.value!r:.60} stands in line {lines[key.value]} already; write its "
+                        "values in one place"
+                    )
+                lines[key.value] = line
+            _refuse_repeated(value, where)
 
 
 def _check_argument(argument: str) -> None:

@@ -20,6 +20,7 @@ USAGE = """usage: orthotrain COMMAND [options]
             continue own prompts:     orthotrain predict --ckpt_path CHECKPOINT --prompts "Once upon a time" prompts.txt
   chat      talk with a model:        orthotrain chat --ckpt CHECKPOINT
   export    write a merged model:     orthotrain export --ckpt CHECKPOINT --out DIR [--format hf|peft]
+  compare RUN RUN ...        print a table of several runs, and draw their curves in one picture
   plan      count the parameters and bytes of a config before anything is allocated
   plugins   list the registered parameterizations
   calibrate measure what the parts of a POET layer cost on this device, for route=auto
@@ -122,7 +123,7 @@ def _dispatch(arguments: list[str]) -> None:
         raise ConfigurationError(_unknown(command))
     options = resolve_config_arguments(arguments[1:])
     add_own_folders(options)
-    if command == "predict" and "--prompts" in options:
+    if command == "predict" and any(option.partition("=")[0] == "--prompts" for option in options):
         prompts_command(options)
     elif command in TRAINER_COMMANDS:
         run_trainer([command, *options])

@@ -53,8 +53,9 @@ def overlaid_values(
         if names and line not in lines:
             lines.append(line)
 
-    replaced = {"adapt_typehints": adapt, "discard_init_args_on_class_path_change": discard}
-    with mock.patch.multiple(_typehints, **replaced):
+    adapting = mock.patch.object(_typehints, "adapt_typehints", adapt)
+    discarding = mock.patch.object(_typehints, "discard_init_args_on_class_path_change", discard)
+    with adapting, discarding:
         yield lines
 
 
@@ -79,7 +80,10 @@ def _arguments(spec: Any) -> dict[str, Any]:
 
 
 def _defaults(class_path: str) -> dict[str, Any]:
-    parameters = inspect.signature(_typehints.import_object(class_path)).parameters
+    try:
+        parameters = inspect.signature(_typehints.import_object(class_path)).parameters
+    except Exception:  # a class of an extension without a signature, or whose import fails; the parser reports that
+        return {}
     return {name: parameter.default for name, parameter in parameters.items()}
 
 
@@ -113,8 +117,7 @@ def merged(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     found = {} if given.get(REPLACE) else dict(before)
     for key, item in given.items():
         if key != REPLACE:
-            earlier = found.get(key)
-            found[key] = merged(earlier if _is_plain(earlier) else {}, item) if _is_plain(item) else item
+            found[key] = merged(_plain(found.get(key)), item) if _is_plain(item) else item
     return found
 
 
@@ -130,8 +133,11 @@ def nested_under(before: Mapping[str, Any], path: str, value: Any) -> dict[str, 
     known = [key for key in before if isinstance(key, str) and f"{path}.".startswith(f"{key}.")]
     key = max(known, key=len, default=path.partition(".")[0])
     rest = path[len(key) + 1 :]
-    inner = before.get(key)
-    return {key: nested_under(inner if _is_plain(inner) else {}, rest, value) if rest else value}
+    return {key: nested_under(_plain(before.get(key)), rest, value) if rest else value}
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return value if _is_plain(value) else {}
 
 
 def _is_plain(value: Any) -> bool:

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from orthotrain.cli.config_files import read_config
 from orthotrain.errors import ConfigurationError
 
 _DOTTED = re.compile(r"(?<![\w./~-])([A-Za-z_]\w*)(?:\.[A-Za-z_]\w*)+(?![\w./-])")
@@ -29,7 +28,7 @@ def add_own_folders(arguments: list[str]) -> None:
     configs = [Path(argument.removeprefix("--config=")) for argument in arguments if argument.startswith("--config=")]
     names = {
         *_named_by_options(arguments),
-        *(name for path in configs for name in _named(yaml.safe_load(path.read_text()))),
+        *(name for path in configs for name in _named(read_config(path))),
     }
     folders = [*(path.resolve().parent for path in configs), Path.cwd()]
     for name in sorted(filter(str.isidentifier, names)):

@@ -1,19 +1,21 @@
 """The memory that a run will need, counted on tensors without storage before anything is allocated."""
 
-import math
+import copy
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
+from orthotrain.cli.optimizer_bytes import optimizer_bytes
 from orthotrain.layers import mergeable_layers
-from orthotrain.layers.rotation.generator_marks import mark_generators, rotated_share
-from orthotrain.modules import BaseModule, Optimization
+from orthotrain.layers.protocols import count_numbers
+from orthotrain.models import CausalLM
+from orthotrain.modules import BaseModule
 from orthotrain.modules.chunked_loss import loss_bytes
 from orthotrain.modules.head_loss import logits_of
 
@@ -22,11 +24,8 @@ GIB = 1024**3
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 """Short forms of the trainer's ``precision``, which Lightning accepts."""
 
-PROBE_NUMBERS = 1 << 16
-"""Numbers of a small real parameter, for optimizers that fail on a parameter without storage.
-
-The optimizer state of a larger parameter is computed from the state of this small parameter.
-"""
+CARDS = (16, 24, 48, 80)
+"""Memory of common GPUs in GiB, of which CUDA itself takes one."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,44 @@ class Plan:
         """
         return 2 * (devices - 1) / devices * self["gradients"].bytes
 
-    def table(self) -> str:
-        """Return the plan as text."""
+    def table(self, adamw: "Plan | None" = None) -> str:
+        """Return the plan as text.
+
+        Args:
+            adamw: Plan of the same network with every parameter trained by AdamW, for comparison.
+        """
         rows = [f"{'':<24}{'numbers':>18}{'GiB':>10}"]
         rows += [f"{e.category:<24}{e.count:>18,}{e.bytes / GIB:>10.3f}" for e in self.entries]
         rows.append(f"{'total':<24}{'':>18}{self.total_bytes / GIB:>10.3f}")
+        cards = f"{'planned to fit on':<24}{_cards(self.total_bytes)}"
+        if adamw is not None:
+            rows.append(f"{'all trained by AdamW':<24}{'':>18}{adamw.total_bytes / GIB:>10.3f}")
+            cards += f"; AdamW: {_cards(adamw.total_bytes)}"
+        rows.append(cards)
         sent = ", ".join(f"{self.all_reduce_bytes(n) / GIB:.3f} GiB of {n}" for n in (2, 8))
         return "\n".join([*rows, self.note, f"data parallel, each device sends a step: {sent}"])
+
+
+def _cards(held: int) -> str:
+    fitting = [f"{size}" for size in CARDS if held <= (size - 1) * GIB]
+    return f"{', '.join(fitting)} GB" if fitting else f"no card of {CARDS[-1]} GB"
+
+
+def plan_adamw(module: BaseModule, batch_size: int, sequence_length: int, precision: Any = None) -> Plan | None:
+    """Count what training every parameter of the same network with AdamW holds.
+
+    Args:
+        module: The module to compare with; its builder is copied.
+        batch_size: As for :func:`plan_run`.
+        sequence_length: As for :func:`plan_run`.
+        precision: As for :func:`plan_run`.
+
+    Returns:
+        The plan; None where planning would load a network, or if the module already trains every parameter.
+    """
+    if not isinstance(module._builder, CausalLM) or type(module) is BaseModule:
+        return None
+    return plan_run(BaseModule(copy.deepcopy(module._builder)), batch_size, sequence_length, precision)
 
 
 def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precision: str | int | None = None) -> Plan:
@@ -102,14 +132,14 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
         warnings.simplefilter("ignore")
         network = _built_network(module, precision)
         tokens = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
-        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None), GroupedProducts():
             activations, loss = forward_bytes(module, {"input_ids": tokens, "labels": tokens})
     trainable = [p for p in network.parameters() if p.requires_grad]
     frozen = [p for p in network.parameters() if not p.requires_grad] + list(network.buffers())
     rotations = [p for _, layer in mergeable_layers(network) for p in layer.rotation_parameters()]
     ids = {id(p) for p in rotations}
     entries = (
-        _entry("frozen", frozen),
+        _entry("frozen", frozen, count_numbers(network) - sum(p.numel() for p in network.parameters())),
         _entry("trainable, rotations", rotations),
         _entry("trainable, other", [p for p in trainable if id(p) not in ids]),
         _entry("gradients", trainable),
@@ -118,6 +148,20 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
         Entry("loss (estimate)", 0, loss),
     )
     return Plan(entries, f"one device, batch {batch_size} x {sequence_length}, precision {precision}")
+
+
+class GroupedProducts(TorchFunctionMode):
+    """Products of experts on fake tensors of every dtype: torch's own function takes only bf16 there.
+
+    Its replacement keeps the same tensors for backward.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace ``grouped_mm``."""
+        if func in (getattr(torch.nn.functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)):
+            x, weight = args[:2]
+            return x @ weight[0] if weight.ndim == 3 else func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _built_network(module: BaseModule, precision: str) -> nn.Module:
@@ -181,58 +225,7 @@ def saved_bytes(owner: nn.Module, forward: Callable[[], Any]) -> int:
     return sum(sizes.values())
 
 
-def optimizer_bytes(optimization: Optimization, groups: list[dict[str, Any]]) -> int:
-    """Return the bytes of the optimizers' state for the trained parameters of ``groups``, by shape and dtype.
-
-    The bytes are measured: for every shape an optimizer takes a step on a parameter without storage. So they include
-    state of another rank than the parameter (GaLore) and of another dtype (bitsandbytes: fp32 below 4,096 numbers).
-    """
-    total = 0.0
-    for group in groups:
-        shapes = Counter((tuple(parameter.shape), parameter.dtype) for parameter in group["params"])
-        share = rotated_share(group["params"][0])
-        for (shape, dtype), count in shapes.items():
-            try:
-                with FakeTensorMode():
-                    held = _state_bytes(optimization, group, _probe(shape, dtype, share))
-            except DataDependentOutputException:
-                # The kernels of bitsandbytes read memory, so the parameter must be real. Of a large parameter a few
-                # rows are enough, since the state grows in proportion to the numbers.
-                rows = min(shape[0], max(1, -(-PROBE_NUMBERS // math.prod(shape[1:]))))
-                probe = _probe((rows, *shape[1:]), dtype, share)
-                held = _state_bytes(optimization, group, probe) * math.prod(shape) / probe.numel()
-            total += count * held
-    return round(total)
-
-
-def _probe(shape: tuple[int, ...], dtype: torch.dtype, share: float | None) -> nn.Parameter:
-    probe = nn.Parameter(torch.zeros(shape, dtype=dtype))
-    probe.grad = torch.zeros_like(probe)
-    if share is not None:  # an optimizer of generators accepts no other parameter
-        mark_generators(probe, share)
-    return probe
-
-
-def _state_bytes(optimization: Optimization, group: dict[str, Any], probe: nn.Parameter) -> float:
-    optimizer = optimization.build([{**group, "params": [probe]}])
-    optimizer.step()
-    return sum(tensor.nbytes for tensor in state_tensors(optimizer))
-
-
-def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Return the tensors of an optimizer's state that are no scalars, also those inside objects of the state (GaLore).
-
-    Tables that all parameters share (the quantization map of 8-bit Adam) are left out.
-    """
-    found: dict[int, Tensor] = {}
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            inside = vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, Tensor) else [value]
-            tensors = [t for t in inside if isinstance(t, Tensor) and t.ndim and not name.startswith("qmap")]
-            found |= {id(tensor): tensor for tensor in tensors}
-    return list(found.values())
-
-
-def _entry(category: str, tensors: Any) -> Entry:
+def _entry(category: str, tensors: Any, packed: int = 0) -> Entry:
+    """Return the line of some tensors; ``packed`` is the count of numbers beyond their elements."""
     tensors = list(tensors)
-    return Entry(category, sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors))
+    return Entry(category, packed + sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors))

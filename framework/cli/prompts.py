@@ -197,7 +197,7 @@ def _row(line: str, where: str) -> Prompt:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{where}: is not JSON") from error
-    prompt = row.get("prompt", row.get("messages")) if isinstance(row, dict) else row
+    prompt: Any = row.get("prompt", row.get("messages")) if isinstance(row, dict) else row
     chat = isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt)
     if not (isinstance(prompt, str) or chat):
         raise ConfigurationError(f'{where}: has no prompt; write {{"prompt": text}}, or {{"messages": [...]}}')

@@ -42,8 +42,8 @@ def move_base(config: Any) -> None:
     if config.get("base") is None:
         return
     builder = config.model.init_args.get("model")
-    arguments = builder.get("init_args") if isinstance(builder, Namespace) else None
-    key = next((key for key in BASE_KEYS if arguments and key in arguments), None)
+    arguments: Any = (builder.get("init_args") if isinstance(builder, Namespace) else None) or {}
+    key = next((key for key in BASE_KEYS if key in arguments), None)
     if key is None:
         raise ConfigurationError(f"--base {config.base!r}: the config has no base model; leave --base out")
     data = config.data.get("init_args") or {}

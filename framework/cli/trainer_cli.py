@@ -26,6 +26,7 @@ from orthotrain.cli.run_paths import expand_home, logger_arguments, move_base, p
 from orthotrain.cli.trainer_options import (
     CALLBACK_DEFAULTS,
     add_run_options,
+    check_checkpoint_period,
     check_trainer_numbers,
     place_validations,
     trainer_defaults,
@@ -95,6 +96,7 @@ class OrthotrainCLI(LightningCLI):
         config = expand_home(self._command_config)
         import_modules(config.imports)
         move_base(config)
+        check_checkpoint_period(config.checkpoint)
         check_trainer_numbers(config.trainer, config.seed_everything)
 
     def _parse_ckpt_path(self) -> None:
@@ -215,4 +217,5 @@ class PlanCLI(OrthotrainCLI):
                 f"{self.config['data']['class_path']} has no batch_size and sequence_length (or max_length), from "
                 "which a plan knows the shape of its batches"
             )
-        self.plan = plan_run(self.model, *shape, self.config["trainer"]["precision"])
+        self.shape = (*shape, self.config["trainer"]["precision"])
+        self.plan = plan_run(self.model, *self.shape)

@@ -164,6 +164,26 @@ def with_run_callbacks(trainer: dict[str, Any], defaults: list[L.Callback | None
     return {**options, "callbacks": [*kept, *given]}
 
 
+def check_checkpoint_period(checkpoint: Any) -> None:
+    """Refuse a ``ModelCheckpoint`` with two periods, of which one may be the default of the command line.
+
+    Args:
+        checkpoint: The parsed option ``checkpoint``.
+
+    Raises:
+        ConfigurationError: The message names the periods, and the option that removes the default.
+    """
+    given = getattr(checkpoint, "init_args", None) or {}
+    steps, default = given.get("every_n_train_steps"), CALLBACKS["checkpoint"]["init_args"]["every_n_train_steps"]
+    for name in ("every_n_epochs", "train_time_interval"):
+        if steps and given.get(name):
+            of = "the default of the command line" if steps == default else "which is set too"
+            raise ConfigurationError(
+                f"checkpoint.{name} {given[name]}: ModelCheckpoint takes one period, and every_n_train_steps is "
+                f"{steps}, {of}: add --checkpoint.every_n_train_steps null"
+            )
+
+
 def check_trainer_numbers(trainer: Any, seed: Any) -> None:
     """Refuse numbers that no run can have.
 

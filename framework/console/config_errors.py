@@ -53,6 +53,7 @@ def one_line(message: str, bases: Collection[type] = (), options: Iterable[str] 
     elif match := _REQUIRED.search(cause):
         names = re.sub(r"\b(fit|validate|test|predict)\.", "", match.group(1))
         cause = f"no {names.replace(', ', ' and no ')} given: name a config, such as -c pretrain/quickstart.yaml"
+        cause += " (predict with --prompts needs none)" if "predict." in match.group(1) else ""
     elif "did you mean" not in cause and (match := _OPTION.search(cause)):
         cause += _option_hint(match.group(1), classes, options)
     return f"{address}: {cause}" if address else cause
@@ -86,8 +87,11 @@ def _classes_hint(name: str, classes: list[type], bases: Collection[type]) -> st
 def _option_hint(name: str, classes: list[type], options: Iterable[str]) -> str:
     if name.endswith((".yaml", ".yml")):
         return f"; a config is given as -c {name}"
-    known = {*(o.removeprefix("--") for o in options), *(p for c in classes for p in _parameters(c))}
-    return _near(name.removeprefix("--"), known)
+    options = [option.removeprefix("--") for option in options if not option.endswith(".help")]
+    known = {*options, *(p for c in classes for p in _parameters(c))}
+    name = name.removeprefix("--")
+    # of modl.class_path and --chekpoint.monitor only the first part is misspelt
+    return _near(name, known) or _near(name.partition(".")[0], [option for option in options if "." not in option])
 
 
 def loaded_subclasses(bases: Iterable[type]) -> list[type]:

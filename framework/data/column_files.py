@@ -127,7 +127,7 @@ def _target(table: bytes, position: int) -> int:
 def _bounded_rows(batches: Iterable[Any], path: Path, names: list[str]) -> Iterator[dict[str, Any]]:
     expanded, size, first = 0, path.stat().st_size, 1
     for batch in batches:
-        expanded += batch.nbytes
+        expanded += batch.nbytes + batch.num_rows  # nulls may take no bytes
         if expanded > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * size):  # a dictionary stores a repeated value once
             raise ConfigurationError(
                 f"{path}: expands to more than {MAX_EXPANSION} times its size, because it repeats long values; "

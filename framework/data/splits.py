@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from orthotrain.console.termination import check
+
 SPLITS = ("train", "val", "test")
 
 
@@ -95,6 +97,7 @@ def fitting_splitter(
     missing = {"train", *(split for split, share in shares.items() if share)}
     characters = read = 0
     for document in documents:
+        check()
         missing.discard(splitter(document.key))
         if not missing:
             return splitter

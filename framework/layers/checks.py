@@ -29,7 +29,9 @@ def check_divides(name: str, size: int, width: int, what: str, minimum: int = 1)
         return
     divisors = [d for d in range(minimum, width + 1) if width % d == 0]
     if not divisors:
-        raise ConfigurationError(f"{name}={size!r} does not divide {what}: no {name} from {minimum} up does")
+        raise ConfigurationError(
+            f"{name}={size!r} does not divide {what}: no {name} from {minimum} up does; add the layer to exclude"
+        )
     below = [d for d in divisors if isinstance(size, int) and d < size][-1:]
     above = [d for d in divisors if not isinstance(size, int) or d > size][:1]
     near = " and ".join(map(str, below + above))
@@ -53,9 +55,14 @@ def check_block_size(features: int, block_size: int) -> None:
         ConfigurationError: Naming the size and sizes that would work.
     """
     if isinstance(block_size, bool) or not isinstance(block_size, int) or not 2 <= block_size <= features:
-        raise ConfigurationError(
-            f"block_size={block_size!r} does not fit {features} features: take an integer from 2 to {features}"
-        )
+        raise ConfigurationError(f"block_size={block_size!r} does not fit {features} features: {_fitting(features)}")
+
+
+def _fitting(features: int) -> str:
+    """Return what would work where a block does not fit a width."""
+    if features < 2:
+        return "a rotation needs 2 or more; add the layer to exclude"
+    return f"take an integer from 2 to {features}, or add the layer to exclude"
 
 
 def check_feature_permutation(permutation: Tensor | None, features: int) -> None:

@@ -91,6 +91,29 @@ class Scaled(Protocol):
         """Return the factor, None for a layer without one; a collective where it is sharded."""
 
 
+@runtime_checkable
+class Packed(Protocol):
+    """A weight whose parameters are not its numbers: a byte holds two of them, or scales stand beside them."""
+
+    packed_numbers: int
+    """Numbers of the weight."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Yield the stored tensors."""
+
+
+def count_numbers(module: nn.Module, trained: bool | None = None) -> int:
+    """Return the count of the parameters of a module; of a packed weight, its numbers and not the stored bytes.
+
+    Args:
+        module: Any module.
+        trained: Whether only trained or only frozen parameters count; None for all.
+    """
+    own = sum(p.numel() for p in module.parameters() if trained in (None, p.requires_grad))
+    packed = [part for part in module.modules() if isinstance(part, Packed)] if trained is not True else []
+    return own + sum(part.packed_numbers - sum(p.numel() for p in part.parameters()) for part in packed)
+
+
 def mergeable_layers(model: nn.Module) -> Iterator[tuple[str, Mergeable]]:
     """Yield ``(name, layer)`` for every :class:`Mergeable` in the model, shared ones once, in module order."""
     for name, module in model.named_modules():

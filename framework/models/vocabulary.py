@@ -50,7 +50,9 @@ def enlarge_embeddings_(network: Any, rows: int) -> None:
         for layer in (network.get_input_embeddings(), head):
             for values in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
                 if values is not None and len(values) == rows:
-                    values[old:] = values[:old].float().mean(0).to(values.dtype)
+                    # in fp64 the mean has the same bits on every device, so that a checkpoint need not hold it
+                    precise = torch.float32 if values.device.type == "mps" else torch.float64
+                    values[old:] = values[:old].mean(0, dtype=precise).to(values.dtype)
 
 
 def check_embeddings_loaded(network: Any, resized: set[str]) -> None:

@@ -18,6 +18,7 @@ from orthotrain.callbacks.causality_check import CausalityCheck
 from orthotrain.callbacks.even_predictions import EvenPredictions
 from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
+from orthotrain.callbacks.keep_log_rows import KeepLogRows
 from orthotrain.callbacks.merge_rotations import check_merging
 from orthotrain.callbacks.throughput import Throughput
 from orthotrain.checkpoints.run_folder import checkpoint_folders, leave_nothing
@@ -41,7 +42,7 @@ from orthotrain.modules.labeled import LabeledModule
 from orthotrain.modules.micro_step import CompileMode, MicroStep
 from orthotrain.modules.optimization import Optimization
 from orthotrain.modules.resuming import ResumableModule
-from orthotrain.modules.trainer_checks import check_callbacks, check_half_precision
+from orthotrain.modules.trainer_checks import check_callbacks, check_half_precision, check_rate_finder
 from orthotrain.modules.training import TrainedModule
 from orthotrain.modules.transformers_masks import masks_without_reads
 
@@ -49,7 +50,8 @@ from orthotrain.modules.transformers_masks import masks_without_reads
 class BaseModule(ResumableModule, LabeledModule, TrainedModule):
     """A LightningModule around any network; a language model unless :meth:`loss` is overridden.
 
-    It logs ``train_loss`` and ``grad_norm`` (before clipping). For each evaluation split it logs the loss; if
+    It logs ``train_loss``, ``grad_norm`` (before clipping), ``lr``, ``rotation_lr`` where the generators have another
+    rate, and ``peak_memory_gib`` of the device. For each evaluation split it logs the loss; if
     :attr:`logs_perplexity`, also the perplexity, and bits per byte if the data module has ``text_bytes(labels,
     split)``: the UTF-8 bytes of the text that the labels of a batch stand for.
 
@@ -175,8 +177,9 @@ class BaseModule(ResumableModule, LabeledModule, TrainedModule):
         check_callbacks(self._trainer, type(self).wrap is not BaseModule.wrap)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self.micro_step.check(self.trainer.strategy, self.automatic_optimization)
-        wanted = [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard()]
-        return [*leave_nothing(self._trainer), *unless_given(self._trainer, [*wanted, CausalityCheck()])]
+        wanted = [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard(), CausalityCheck()]
+        own = [*wanted, KeepLogRows(self._trainer)]
+        return [*leave_nothing(self._trainer), *unless_given(self._trainer, own)]
 
     def on_fit_start(self) -> None:
         """Compare the optimizers of a checkpoint with those of the run; refuse steps that would underflow in fp16.
@@ -188,10 +191,16 @@ class BaseModule(ResumableModule, LabeledModule, TrainedModule):
         check_half_precision(self, self.trainer.optimizers)
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizer and its schedule over the network's parameter groups."""
+        """Build the optimizer and its schedule over the network's parameter groups.
+
+        Raises:
+            ConfigurationError: If a callback searches for a learning rate that this run could not use.
+        """
         assert self.model is not None
         steps = self.trainer.estimated_stepping_batches
-        return self.optimization.configure(self.model, None if math.isinf(steps) else int(steps))
+        configured = self.optimization.configure(self.model, None if math.isinf(steps) else int(steps))
+        check_rate_finder(self.trainer, configured)
+        return configured
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network; a transformers network without its cache for generation, which copies keys and values."""

@@ -5,9 +5,11 @@ from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Self, cast
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.layers.rotation.generator_marks import rotated_share
 
 NETWORK_SETTINGS = ("include", "exclude", "overrides", "train", "freeze")
 """Settings that choose layers and parameters of the network, and so have no meaning for one layer."""
@@ -87,3 +89,22 @@ def set_trained(setting: str, patterns: Sequence[str], parameters: Mapping[str, 
             raise ConfigurationError(f"{setting} pattern {pattern!r} matches no parameter; there are {names}")
         for parameter in matches:
             parameter.requires_grad_(trained)
+
+
+def warn_of_experts(model: nn.Module) -> None:
+    """Say in one line that stacks of matrices (experts) are not rotated, and whether they are trained or frozen."""
+    stacks = {
+        f"{module_name}.{name}": parameter
+        for module_name, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.shape[0] > 1 and rotated_share(parameter) is None
+    }
+    if not stacks:
+        return
+    trained = sum(parameter.numel() for parameter in stacks.values() if parameter.requires_grad)
+    full = f": their {trained:,} numbers are trained in full (layers.freeze freezes them)"
+    rank_zero_warn(
+        f"{len(stacks)} parameters are stacks of matrices (experts), such as {next(iter(stacks))}: they are no linear "
+        f"layers, so they are not rotated{full if trained else ' and stay frozen'}"
+    )

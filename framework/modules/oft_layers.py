@@ -3,7 +3,7 @@
 import glob
 from dataclasses import dataclass, field
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from orthotrain.errors import ConfigurationError
@@ -12,7 +12,7 @@ from orthotrain.layers.replacement import check_wrapping, release, replace_layer
 from orthotrain.layers.selection import check_excluded, select_layers
 from orthotrain.layers.weights.bitsandbytes_linear import compute_dtype_of, is_bitsandbytes
 from orthotrain.layers.weights.frozen_linear import frozen_linears
-from orthotrain.modules.layer_overrides import LayerOverrides, set_trained
+from orthotrain.modules.layer_overrides import LayerOverrides, set_trained, warn_of_experts
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class OftLayers(LayerOverrides, OftSettings):
         model.requires_grad_(False)
         replace_layers(model, chosen, wrapped)
         swap_modules(model, leftover)
-        _warn_of_experts(model)
         self._train_others(model, fresh)
+        warn_of_experts(model)
         return list(chosen)
 
     def _train_others(self, model: nn.Module, fresh: dict[str, nn.Parameter]) -> None:
@@ -98,18 +98,3 @@ def fresh_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 "load_in_4bit at false and set layers.storage, or load a checkpoint that holds it"
             )
     return fresh
-
-
-def _warn_of_experts(model: nn.Module) -> None:
-    stacks = [
-        f"{module_name}.{name}"
-        for module_name, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and parameter.shape[0] > 1
-    ]
-    if stacks:
-        rank_zero_warn(
-            f"{len(stacks)} parameters are stacks of matrices (experts), such as {stacks[0]}: they are no linear "
-            "layers, so they are not rotated and stay frozen"
-        )

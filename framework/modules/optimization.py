@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,6 +20,9 @@ from orthotrain.optimizers import CompositeOptimizer
 
 T = TypeVar("T")
 OptimizerFactory = Callable[[Iterable], Optimizer]
+ROTATIONS = "rotations"
+"""Beginning of the names of parameter groups that hold generators."""
+
 RATES = {"lr", "weight_decay"}
 """Arguments of an optimizer that every parameter group sets."""
 OVERRIDES = ("lr_overrides", "weight_decay_overrides", "optimizer_overrides")
@@ -125,7 +129,8 @@ class Optimization:
 
         Returns:
             Groups with ``name``, ``params``, ``lr``, ``weight_decay`` and ``build``, the optimizer's factory. Groups of
-            generators have a ``side`` too: ``in`` or ``out``, or ``only`` where a layer is rotated on one side.
+            generators have a ``side`` too: ``in`` or ``out``, or ``only`` where a layer is rotated on one side. No two
+            groups have the same name: ``decay``, ``decay_2``.
 
         Raises:
             ConfigurationError: If nothing in the model is trainable, or an override matches no trainable parameter.
@@ -145,7 +150,13 @@ class Optimization:
         if not groups:
             raise ConfigurationError("the model has no trainable parameter: nothing to optimize")
         self._refuse_unused(model, used)
-        return sorted(groups.values(), key=lambda group: group["name"] != "rotations")
+        ordered = sorted(groups.values(), key=lambda group: not group["name"].startswith(ROTATIONS))
+        counts: Counter[str] = Counter()
+        for group in ordered:
+            counts[group["name"]] += 1
+            if (count := counts[group["name"]]) > 1:
+                group["name"] += f"_{count}"
+        return ordered
 
     def configure(self, model: nn.Module, total_steps: int | None) -> dict[str, Any]:
         """Return what ``LightningModule.configure_optimizers`` returns.
@@ -185,9 +196,9 @@ class Optimization:
             lr = (self.lr if self.rotation_lr is None else self.rotation_lr) * self.rotation_lr_scale
             decay = self.rotation_weight_decay
             side = "out" if ".rotation_out." in f".{name}" else "in"
-            side = side if rotations > 1 else "only"
+            name, side = (f"{ROTATIONS}_{side}", side) if rotations > 1 else (ROTATIONS, "only")
             build = self.rotation_optimizer or build
-            return {"name": "rotations", "lr": lr, "weight_decay": decay, "build": build, "side": side}
+            return {"name": name, "lr": lr, "weight_decay": decay, "build": build, "side": side}
         matrix = parameter.ndim >= 2
         lr = self._override("lr_overrides", name, self.lr, used)
         decay = self._override("weight_decay_overrides", name, self.weight_decay if matrix else 0.0, used)

@@ -14,7 +14,7 @@ from orthotrain.layers.selection import check_excluded
 from orthotrain.layers.weights.bitsandbytes_linear import is_bitsandbytes
 from orthotrain.models import PretrainedModel
 from orthotrain.models.deferred_weights import allocate
-from orthotrain.modules.layer_overrides import LayerOverrides, set_trained
+from orthotrain.modules.layer_overrides import LayerOverrides, set_trained, warn_of_experts
 from orthotrain.plugins import create
 from orthotrain.seeding import derive_seed, generator
 
@@ -131,6 +131,7 @@ class PoetLayers(LayerOverrides, PoetSettings):
         check_wrapping(chosen, wrap)
         replace_layers(model, chosen, initialized)
         self._freeze(model)
+        warn_of_experts(model)
         return list(chosen)
 
     def _freeze(self, model: nn.Module) -> None:

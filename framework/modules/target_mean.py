@@ -105,6 +105,8 @@ class TargetMean:
 
 def count_of(labels: Any, loss: Tensor) -> Tensor:
     """Return the number of labels that count, or 1 if there are none, as a scalar on the device of the loss."""
+    if isinstance(labels, Tensor) and labels.is_floating_point():  # of a regression, where -100 is a number
+        return torch.full((), labels.numel(), device=loss.device)
     if isinstance(labels, Tensor):
         return (labels != IGNORED).sum().to(loss.device, non_blocking=True)
     return torch.ones((), device=loss.device)

@@ -1,11 +1,13 @@
 """Refusing what a trainer would do to a module wrongly: callbacks that change weights behind it, and half precision."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
+    LearningRateFinder,
     ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -13,6 +15,8 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 from torch.optim import Optimizer
 
+from orthotrain.callbacks.merge_rotations import merging_of
+from orthotrain.callbacks.project_generators import ProjectGenerators
 from orthotrain.errors import ConfigurationError
 from orthotrain.modules.attached_callbacks import given_callbacks
 
@@ -64,3 +68,40 @@ def check_half_precision(module: nn.Module, optimizers: Sequence[Optimizer]) -> 
                     f"{names[half]} is trained in fp16, where the eps={group['eps']:g} of {type(optimizer).__name__} "
                     "is 0 and the first step gives NaN: take --trainer.precision bf16-true or 16-mixed"
                 )
+
+
+def check_rate_finder(trainer: L.Trainer, configured: dict[str, Any]) -> None:
+    """Refuse a ``LearningRateFinder`` whose search is not the run, or whose result the run would not use.
+
+    Lightning searches one rate for all parameter groups, without the callbacks of the module, and its result is
+    overwritten by a schedule.
+
+    Args:
+        trainer: The trainer, with all its callbacks.
+        configured: What ``configure_optimizers`` returns.
+
+    Raises:
+        ConfigurationError: Naming the reason and the way out.
+    """
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    finder: Any = next((c for c in callbacks if isinstance(c, LearningRateFinder)), None)
+    if finder is None:
+        return
+    rates = sorted({float(group["lr"]) for group in configured["optimizer"].param_groups})
+    merging = merging_of(trainer)
+    reason = None
+    if merging is not None and merging.every_n_steps == 1:
+        reason = "its search does not fold, and step-wise layers need that at every step: compare short runs instead"
+    elif merging is not None and merging.every_n_steps <= finder._num_training_steps:
+        reason = (
+            f"its {finder._num_training_steps} steps are taken without the merges every {merging.every_n_steps} steps: "
+            "lower num_training_steps, or compare short runs"
+        )
+    elif any(isinstance(callback, ProjectGenerators) for callback in callbacks):
+        reason = "its steps are taken without the projection of coft_eps: set coft_eps after the search"
+    elif len(rates) > 1:
+        reason = f"it searches one rate for all parameters, and this run has {rates}: search with optimization.lr alone"
+    elif "lr_scheduler" in configured:
+        reason = "the schedule would overwrite its result: search without optimization.scheduler, then set lr"
+    if reason is not None:
+        raise ConfigurationError(f"trainer.callbacks has {type(finder).__name__}: {reason}")

@@ -1,6 +1,7 @@
 """The part of a module that trains: the loss of a micro-batch, the gradient of an optimizer step, and clipping."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -9,11 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from orthotrain.callbacks.throughput import logs_at
-from orthotrain.devices.host_reads import read_waits
+from orthotrain.devices.accelerators import peak_bytes
+from orthotrain.devices.host_reads import host_number, read_waits
 from orthotrain.layers.sharding import whole
 from orthotrain.modules.attached_callbacks import clip_after_merges
 from orthotrain.modules.micro_step import MicroStep
-from orthotrain.modules.optimization import Optimization
+from orthotrain.modules.optimization import ROTATIONS, Optimization
 from orthotrain.modules.target_mean import TargetMean, count_of
 
 
@@ -32,6 +34,15 @@ class TrainedModule(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.target_mean = TargetMean()
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of all parameters, ``optimization.lr``; Lightning's ``LearningRateFinder`` sets this attribute."""
+        return self.optimization.lr
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        self.optimization = replace(self.optimization, lr=rate, rotation_lr=None, rotation_lr_scale=1.0)
 
     def targets(self, batch: Any) -> Any:
         """Return the labels over which the loss of a batch is a mean; those of -100 do not count.
@@ -69,12 +80,16 @@ class TrainedModule(L.LightningModule):
         optimizer.zero_grad(set_to_none=not self.micro_step.keeps_gradients)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the norm of the gradients before clipping, and the loss of a step of several micro-batches or ranks."""
+        """Log the gradients' norm before clipping, rates and memory, and the loss of several micro-batches or ranks."""
         if (loss := self.target_mean.take_loss()) is not None:
             self._log_train_loss(loss)
         if logs_at(self.trainer, self.trainer.global_step + 1):
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self.log("grad_norm", whole(torch.nn.utils.get_total_norm(gradients)))
+            values = rates_of(optimizer, self.optimization.lr)
+            if (peak := peak_bytes(self.device)) is not None:
+                values["peak_memory_gib"] = peak / 2**30
+            self.log_dict({name: host_number(value) for name, value in values.items()}, rank_zero_only=True)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -88,3 +103,20 @@ class TrainedModule(L.LightningModule):
         if ramp is None:
             return self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         clip_after_merges(self.trainer, optimizer, ramp, gradient_clip_val, gradient_clip_algorithm)
+
+
+def rates_of(optimizer: Optimizer, base: float) -> dict[str, float]:
+    """Return the present learning rates: ``lr``, and ``rotation_lr`` if the generators have another one.
+
+    Args:
+        optimizer: The optimizer.
+        base: The rate before a schedule, ``optimization.lr``. A group of ``lr_overrides`` has another one.
+    """
+    named = [(str(group.get("name", "")), group) for group in optimizer.param_groups]
+    rotations = [group for name, group in named if name.startswith(ROTATIONS)]
+    others = [group for name, group in named if not name.startswith(ROTATIONS)] or rotations
+    usual = next((group for group in others if group.get("initial_lr", group["lr"]) == base), others[0])
+    rates = {"lr": float(usual["lr"])}
+    if rotations and float(rotations[0]["lr"]) != rates["lr"]:
+        rates["rotation_lr"] = float(rotations[0]["lr"])
+    return rates

@@ -78,7 +78,7 @@ def check_group(group: dict[str, Any]) -> None:
     if group.get("side", "only") not in (*SIDES, "only"):
         raise ConfigurationError(f"LieOptimizer: side={group['side']!r}: choose one of in, out, only")
     for parameter in group["params"]:
-        if group.get("name") not in (None, "rotations") or rotated_share(parameter) is None:
+        if not str(group.get("name") or "rotations").startswith("rotations") or rotated_share(parameter) is None:
             raise ConfigurationError(
                 f"LieOptimizer takes only generators, not a parameter of shape {tuple(parameter.shape)}: use it as "
                 "rotation_optimizer, or with the rotation_parameters() of layers"

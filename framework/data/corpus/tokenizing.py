@@ -80,12 +80,16 @@ def build_caches(
         folder: Where the files go.
         source: The source fingerprint for the headers.
     """
-    without_text: list[str] = []
+    nulls, first_null = 0, ""
+
+    def without_text(where: str) -> None:
+        nonlocal nulls, first_null
+        nulls, first_null = nulls + 1, first_null or where
 
     def documents() -> Iterator[tuple[str, Document]]:
-        yield from splitter.split(corpus.documents(without_text.append))
+        yield from splitter.split(corpus.documents(without_text))
         for split, part in held_out.items():
-            yield from ((split, document) for document in part.documents(without_text.append))
+            yield from ((split, document) for document in part.documents(without_text))
 
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(Progress("tokenizing", corpus.size()))
@@ -98,8 +102,8 @@ def build_caches(
             bar.advance(text_bytes, tokens=len(tokens))
         for writer in writers.values():
             writer.commit(fingerprint(tokenizer), source)
-    if without_text:
-        rank_zero_info(f"{len(without_text):,} rows whose text is null are left out (the first: {without_text[0]})")
+    if nulls:
+        rank_zero_info(f"{nulls:,} rows whose text is null are left out (the first: {first_null})")
 
 
 def encode_documents(

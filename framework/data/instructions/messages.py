@@ -85,7 +85,9 @@ def _plain(given: Any, where: str, ignored: tuple[str, ...]) -> Message:
     message = {str(key): value for key, value in given.items() if value not in (None, [], {}) and key not in ignored}
     if "role" not in message:
         message = _from_sharegpt(message, where)
-    role = message.get("role")
+    role = message["role"] = "tool" if message.get("role") == "function" else message.get("role")
+    if "function_call" in message and "tool_calls" not in message:  # the older form of OpenAI
+        message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     if role not in ROLES:
         raise RowFault(f"{where}: unknown role {role!r}; known: {', '.join(ROLES)}")
     if "tool_calls" in message:

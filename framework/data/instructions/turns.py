@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from orthotrain.data.instructions.examples import Example
 from orthotrain.data.instructions.row_faults import RowFault
 from orthotrain.data.instructions.template_renderer import (
@@ -56,6 +58,7 @@ class ChatTurns:
         self._backend = tokenizer.backend_tokenizer
         self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self._renderer = TemplateRenderer(tokenizer)
+        self._has_warned = False
 
     def __call__(self, example: Example, messages: Sequence[dict[str, Any]]) -> list[Conversation]:
         """Return the texts of an example.
@@ -126,6 +129,7 @@ class ChatTurns:
         (asked, _), (plain, _), (whole, offsets) = map(self._encode, (prompt, before.text, answered))
         same = _shared_length(asked, whole)
         if _shared_length(asked, plain) <= same < len(whole):
+            self._warn_of_prompt(self._backend.decode(asked[same:], skip_special_tokens=False))
             return answered, offsets[same][0]
         added = prompt.removeprefix(before.text)
         if added and added != prompt and added in answered:
@@ -135,6 +139,15 @@ class ChatTurns:
             "the messages before it; give rows of prompt and response, or a tokenizer whose template only appends or "
             "has generation blocks"
         )
+
+    def _warn_of_prompt(self, end: str) -> None:
+        """Warn once of a generation prompt that ends otherwise than the prompts of the rows."""
+        if not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"the chat template ends a prompt for generation by {end!r}, which finished conversations do not have: "
+                "the network learns to answer without it"
+            )
 
     def _shared(self, earlier: str, later: str) -> int | None:
         """Return how much of a text the next text keeps; None if it changes more than the tokens behind the end.

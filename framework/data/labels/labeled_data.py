@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from orthotrain.data.base import BaseData
 from orthotrain.data.data_fingerprint import DataFingerprint
 from orthotrain.data.instructions.layouts import Limit
+from orthotrain.data.instructions.row_faults import RowFault, RowFaults
 from orthotrain.data.labels.encoding import LabelEncoder, OnTooLong, encode_rows
 from orthotrain.data.labels.labeled_rows import LabeledBatches, LabeledRows
 from orthotrain.data.labels.rows import LabelColumns, LabeledRow, LabelTask, parse_row
@@ -39,7 +40,8 @@ class LabeledData(BaseData):
     Args:
         tokenizer: The tokenizer of the model: a tokenizer.json, a folder with one, a Hugging Face name, or a .ckpt.
         source: ``python-stdlib-packages`` (functions of the standard library and their package), a file, folder or glob
-            of .csv .tsv .jsonl .json .parquet (.gz), a Hugging Face dataset ``org/name[:config][@split]``, or a list.
+            of .csv .tsv .jsonl .json .parquet .arrow (.gz), a folder of ``save_to_disk``, a Hugging Face dataset
+            ``org/name[:config][@split]``, or a list.
         val_source: Source of the validation rows; by default a share of ``source``.
         test_source: Source of the test rows; by default there are no test rows.
         task: ``sequence_classification``, ``token_classification`` or ``regression``.
@@ -176,10 +178,16 @@ class LabeledData(BaseData):
     def _parsed(self, source: str | list[str]) -> Iterator[LabeledRow]:
         given = self.hparams
         columns = LabelColumns(given["text_column"], given["pair_column"], given["label_column"])
-        for where, row, features in table_rows(source):
+        faults, parsed = RowFaults(), None
+        for where, row, features in table_rows(source, columns.names):
             if self._declared is None and self.task != "regression":
                 self._declared = class_names(features, columns.label)
-            yield self._named(parse_row(row, where, columns, self.task))
+            parsed = None
+            with faults.collect(where):
+                parsed = self._named(parse_row(row, where, columns, self.task))
+            if parsed is not None:
+                yield parsed
+        faults.refuse()
 
     def _named(self, row: LabeledRow) -> LabeledRow:
         """Return a row whose classes are names, if the names of the classes are declared."""
@@ -242,12 +250,12 @@ def _declared_name(label: str, names: list[str], where: str) -> str:
     """Return the name of a class that is given by its name or its place.
 
     Raises:
-        ConfigurationError: There is no such class.
+        RowFault: There is no such class.
     """
     if label in names:
         return label
     if label.isdecimal() and label.isascii() and len(label) < 10 and int(label) < len(names):
         return names[int(label)]
-    raise ConfigurationError(
+    raise RowFault(
         f"{where}: the class {label!r:.60} is none of {', '.join(names):.200}, nor a number from 0 to {len(names) - 1}"
     )

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from orthotrain.data.instructions.row_faults import RowFault
 from orthotrain.data.row_files import check_text
 from orthotrain.errors import ConfigurationError
 
@@ -23,6 +24,11 @@ class LabelColumns:
     text: str
     pair: str | None
     label: str
+
+    @property
+    def names(self) -> list[str]:
+        """All keys."""
+        return [name for name in (self.text, self.pair, self.label) if name is not None]
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,11 @@ def parse_row(row: Any, where: str, columns: LabelColumns, task: LabelTask) -> L
     """Return a row after checks.
 
     Raises:
-        ConfigurationError: No object, a missing column, no text, or a label that does not fit the task; the message
-            names the row and the column.
+        RowFault: No object, or a label that does not fit the task; the message names the row and the column.
+        ConfigurationError: A missing column, or a value that is no text.
     """
     if not isinstance(row, dict):
-        raise ConfigurationError(f"{where}: must be an object with columns, found {type(row).__name__}")
+        raise RowFault(f"{where}: must be an object with columns, found {type(row).__name__}")
     for argument, column in (("text", columns.text), ("pair", columns.pair), ("label", columns.label)):
         if column is not None and column not in row:
             present = sorted(map(str, row))
@@ -76,7 +82,7 @@ def _words_row(row: dict[str, Any], where: str, columns: LabelColumns) -> Labele
     words = _listed(row[columns.text], f"{where}, {columns.text!r}")
     labels = _listed(row[columns.label], f"{where}, {columns.label!r}")
     if len(words) != len(labels):
-        raise ConfigurationError(
+        raise RowFault(
             f"{where}: {len(words)} words in {columns.text!r} and {len(labels)} labels in {columns.label!r}; "
             "give one label for each word"
         )
@@ -94,7 +100,7 @@ def _listed(value: Any, place: str) -> list[Any]:
     if isinstance(value, str):
         value = value.split()
     if not isinstance(value, list) or not value:
-        raise ConfigurationError(f"{place}: must be a list, or text with spaces between its items")
+        raise RowFault(f"{place}: must be a list, or text with spaces between its items")
     return value
 
 
@@ -103,7 +109,7 @@ def _class(value: Any, place: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of integers with gaps is a column of floats in pandas
     if not isinstance(value, str | int) or not str(value).strip():
-        raise ConfigurationError(
+        raise RowFault(
             f"{place}: a class must be text or a whole number, found {value!r:.40}; numbers of any size need task: "
             "regression"
         )
@@ -116,5 +122,5 @@ def _number(value: Any, place: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise ConfigurationError(f"{place}: must be a finite number, found {value!r:.40}")
+        raise RowFault(f"{place}: must be a finite number, found {value!r:.40}")
     return number

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from orthotrain.data.instructions.stdlib_docstrings import functions_with_docstrings
 from orthotrain.data.json_rows import MAX_ROW_BYTES, too_long
 from orthotrain.data.row_files import file_rows, holds_rows, open_file, reading, suffix_of
-from orthotrain.data.sources import SourceKind, stdlib_files
+from orthotrain.data.sources import SourceKind, stdlib_files, with_columns
 from orthotrain.errors import ConfigurationError
 
 STDLIB_PACKAGES = "python-stdlib-packages"
@@ -18,12 +18,13 @@ PACKAGES = ("asyncio", "email", "http", "importlib", "tkinter", "unittest", "xml
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
-def table_rows(source: str | list[str]) -> Iterator[tuple[str, Any, list[str] | None]]:
+def table_rows(source: str | list[str], columns: list[str]) -> Iterator[tuple[str, Any, list[str] | None]]:
     """Yield the rows of a source, in an order that does not depend on the machine.
 
     Args:
-        source: ``python-stdlib-packages``, a file, folder or glob of .csv .tsv .jsonl .json .parquet (.gz), a Hugging
-            Face dataset ``org/name[:config][@split]``, or a list of these.
+        source: ``python-stdlib-packages``, a file, folder or glob of .csv .tsv .jsonl .json .parquet .arrow (.gz), a
+            folder of ``save_to_disk``, a Hugging Face dataset ``org/name[:config][@split]``, or a list of these.
+        columns: The columns to read from files that can be read by columns.
 
     Yields:
         Place of the row for messages, the row, and the names of the classes if the dataset has them by column.
@@ -35,11 +36,11 @@ def table_rows(source: str | list[str]) -> Iterator[tuple[str, Any, list[str] | 
         if name == STDLIB_PACKAGES:
             yield from _stdlib_rows()
         elif (files := _TABLES.find_files(name)) is None:
-            dataset = _TABLES.load_dataset(name)
+            dataset = with_columns(_TABLES.load_dataset(name), columns)
             yield from _numbered(enumerate(dataset, start=1), f"dataset {name!r}", getattr(dataset, "features", None))
         else:
             for path in sorted(path for path, _ in files):
-                rows = _csv_rows(path) if suffix_of(path) in _SEPARATORS else file_rows(path)
+                rows = _csv_rows(path) if suffix_of(path) in _SEPARATORS else file_rows(path, columns)
                 yield from _numbered(rows, str(path))
 
 
@@ -55,7 +56,7 @@ def _is_table(path: Path) -> bool:
     return holds_rows(path) or suffix_of(path) in _SEPARATORS
 
 
-_TABLES = SourceKind(STDLIB_PACKAGES, ".csv .tsv .jsonl .json .parquet (.gz)", _is_table)
+_TABLES = SourceKind(STDLIB_PACKAGES, ".csv .tsv .jsonl .json .parquet .arrow (.gz)", _is_table)
 
 
 def _numbered(rows: Any, where: str, features: Any = None) -> Iterator[tuple[str, Any, Any]]:

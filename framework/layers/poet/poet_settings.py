@@ -136,6 +136,8 @@ class PoetSettings:
             fraction = self.fraction_out
         if fraction is not None:
             size = round(fraction * width)
+            if width < 2:
+                check_block_size(width, size)
             if size < 2:
                 raise ConfigurationError(
                     f"fraction={fraction} of {width} features is {size}: a rotation needs 2 or more, "

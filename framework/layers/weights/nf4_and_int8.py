@@ -38,7 +38,10 @@ def pack_nf4(
     if weight.dtype not in NF4_DTYPES:
         raise ConfigurationError(f"NF4 takes a float32, bfloat16 or float16 weight, not {_name(weight.dtype)}")
     if weight.shape[1] % 2:
-        raise ConfigurationError(f"NF4 packs two values a byte: a weight with {weight.shape[1]} inputs is odd")
+        raise ConfigurationError(
+            f"NF4 packs two values a byte, and a weight with {weight.shape[1]} inputs is odd: take another "
+            "storage for the layer (overrides), or add the layer to exclude"
+        )
     weight, columns = weight.detach(), weight.shape[1]
 
     def to_nearest(rows: slice, _: Noise | None) -> dict[str, Tensor]:

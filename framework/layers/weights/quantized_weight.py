@@ -57,6 +57,11 @@ class QuantizedWeight(FrozenWeight):
         return y if autocast else y.to(x.dtype)
 
     @property
+    def packed_numbers(self) -> int:
+        """Numbers of the weight, of which the stored tensors hold several in a byte."""
+        return self.out_features * self.in_features
+
+    @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
         return self.compute_dtype

@@ -330,6 +330,18 @@ def test_an_adapter_trained_over_nf4_loads_in_peft_over_nf4(nf4_base, tmp_path, 
     same(network, back)
 
 
+@pytest.mark.parametrize(
+    ("storage", "said"), [("nf4", 'bnb_4bit_quant_type="nf4"'), ("int8", "no such format"), (None, "None.")]
+)
+def test_the_card_says_how_the_base_was_quantized(base, tmp_path, storage, said):
+    network = wrap(base, ("*q_proj",), storage=storage, group_size=32 if storage == "int8" else None)
+    folder = export_peft(network, tmp_path / "out", base_model_name="a: base")
+    text = (folder / "README.md").read_text()
+    assert said in text and 'base_model: "a: base"' in text
+    assert bool(storage) == (f"in {storage}" in text)
+    assert set(json.loads((folder / "adapter_config.json").read_text())) <= {*OFTConfig().to_dict(), "peft_version"}
+
+
 def test_a_last_name_that_others_share_becomes_a_pattern(base, tmp_path):
     plain = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
     network = copy.deepcopy(plain).requires_grad_(False)

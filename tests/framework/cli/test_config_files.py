@@ -47,6 +47,9 @@ HOSTILE = {
     "a: 2001-99-99": "is not valid YAML",
     "a: [1": "is not valid YAML",
     "- 1": "it must have keys",
+    "trainer: {a: 1}\nmodel: {}\ntrainer: {b: 2}": "line 3: 'trainer' stands in line 1 already",
+    "a: {b: 1, b: 2}": "line 1: 'b' stands in line 1 already",
+    "a:\n- b: 1\n  c: 2\n  b: 3": "line 4: 'b' stands in line 2 already",
 }
 
 
@@ -56,6 +59,11 @@ def test_hostile_yaml_is_one_line(tmp_path, number):
     (tmp_path / "x.yaml").write_text(content)
     with pytest.raises(ConfigurationError, match=said):
         resolve_config_arguments(["-c", str(tmp_path / "x.yaml")])
+
+
+def test_a_key_may_stand_in_several_places(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: [{x: 1}, {x: 1}, *a, *a]")
+    assert resolve_config_arguments(["-c", str(tmp_path / "x.yaml")])
 
 
 def test_what_people_write_passes():

@@ -125,6 +125,7 @@ BAD = [
     (["--model.merge_every", "0"], "merge_every=0: take an integer of at least 1"),
     (["--model.merge_evry", "3"], "'merge_evry' is not accepted; did you mean merge_every"),
     (["--trainer.max_stepss", "3"], "did you mean trainer.max_steps"),
+    (["--chekpoint.monitor", "x"], "unrecognized arguments: --chekpoint.monitor x; did you mean checkpoint"),
     (["--model", "PoetModul"], "unknown class 'PoetModul'; did you mean PoetModule"),
     (["--model.layers.parameterization", "caley"], "unknown parameterization 'caley' (did you mean 'cayley'?)"),
     (
@@ -241,6 +242,8 @@ def test_plan_counts_without_allocating(small_config, capsys):
     printed = capsys.readouterr().out
     for category in ("frozen", "trainable, rotations", "gradients", "optimizer state", "activations"):
         assert category in printed
+    totals = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith(("total", "all trained by"))]
+    assert len(totals) == 2 and "planned to fit on       16, 24, 48, 80 GB; AdamW: 16, 24, 48, 80 GB" in printed
 
 
 def test_plugins_lists_a_line_each(capsys):

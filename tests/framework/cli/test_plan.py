@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from orthotrain.cli.main import main
-from orthotrain.cli.plan import plan_run, saved_bytes, state_tensors
+from orthotrain.cli.optimizer_bytes import state_tensors
+from orthotrain.cli.plan import CARDS, GIB, Entry, Plan, plan_run, saved_bytes
 from orthotrain.models import CausalLM
 from orthotrain.modules import BaseModule, Optimization, PoetLayers, PoetModule, chunked_loss
 from orthotrain.optimizers import GaLore
@@ -67,6 +68,15 @@ def test_optimizers_with_a_state_of_their_own_are_planned_within_a_tenth(tiny_ll
     build = partial(GaLore, rank=8) if kind == "GaLore" else torch.optim.Muon
     recipe = Optimization(optimizer_overrides={HIDDEN: build})
     check_against_a_run(lambda: BaseModule(CausalLM({**tiny_llama, **WIDE}), recipe), exact=False)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_a_mixture_of_experts_is_planned_in_every_precision(tiny_llama, precision):
+    sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    module = PoetModule(CausalLM({**tiny_llama, **sizes}, model_type="qwen3_moe"), PoetLayers(block_size=8))
+    plan = plan_run(module, 2, 16, precision)
+    # each token is read by two experts
+    assert plan["activations (estimate)"].bytes > 2 * 2 * 16 * tiny_llama["hidden_size"] * 2
 
 
 def test_mem_mode_plans_fewer_activations(tiny_llama):
@@ -147,3 +157,11 @@ def test_a_step_of_the_1_3b_model_sends_a_fifth_of_adamws_gradients():
     assert generators / matrices == pytest.approx(0.0989, abs=1e-4)  # without embedding, head and norms
     assert poet.all_reduce_bytes(8) == 2 * 7 / 8 * poet["gradients"].bytes
     assert f"each device sends a step: {4 * (generators + direct) / 2**30:.3f} GiB of 2, " in poet.table()
+
+
+def test_the_table_says_which_cards_fit_and_what_adamw_takes():
+    poet, adamw = (Plan((Entry("frozen", 0, int(size * GIB)), Entry("gradients", 0, 0)), "") for size in (22.5, 79.5))
+    text = poet.table(adamw)
+    assert CARDS == (16, 24, 48, 80) and "planned to fit on       24, 48, 80 GB; AdamW: no card of 80 GB\n" in text
+    assert "all trained by AdamW" in text and "79.500\n" in text
+    assert "AdamW" not in poet.table()

@@ -17,7 +17,13 @@ from orthotrain.cli.overlay import overlaid_values
 from orthotrain.cli.parser import OneLineParser
 from orthotrain.cli.run_paths import expand_home, logger_arguments, move_base, place_run
 from orthotrain.cli.trainer_cli import OrthotrainCLI
-from orthotrain.cli.trainer_options import place_validations, trainer_defaults, with_run_callbacks
+from orthotrain.cli.trainer_options import (
+    CALLBACKS,
+    check_checkpoint_period,
+    place_validations,
+    trainer_defaults,
+    with_run_callbacks,
+)
 from orthotrain.errors import ConfigurationError
 
 NETWORK = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -220,3 +226,15 @@ def test_the_configs_of_loggers_write_to_the_run_folder(name, monkeypatch):
     if name == "mlflow":
         assert loggers[0].init_args.tracking_uri == "sqlite:////run/mlflow.db"
     assert trainer_defaults(["-c", "a.yaml", "-c", f"logger/{name}.yaml"])["default_root_dir"] == "runs/a"
+
+
+def test_two_periods_of_a_checkpoint_are_refused():
+    steps = CALLBACKS["checkpoint"]["init_args"]["every_n_train_steps"]
+    for name in ("every_n_epochs", "train_time_interval"):
+        for given, said in ((steps, f"is {steps}, the default of the command line"), (7, "is 7, which is set too")):
+            both = Namespace(init_args=Namespace(every_n_train_steps=given, **{name: 1}))
+            with pytest.raises(ConfigurationError, match=f"checkpoint.{name} 1: .*{said}: add --checkpoint.every_n_tr"):
+                check_checkpoint_period(both)
+        check_checkpoint_period(Namespace(init_args=Namespace(every_n_train_steps=None, **{name: 1})))
+    for fine in (None, Namespace(class_path="x"), Namespace(init_args=Namespace(every_n_train_steps=steps))):
+        check_checkpoint_period(fine)

@@ -7,6 +7,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
+from orthotrain.data import column_files
 from orthotrain.data.corpus.sources import open_corpus
 from orthotrain.data.instructions.examples import Columns
 from orthotrain.data.instructions.sources import read_examples
@@ -103,3 +104,13 @@ def test_arrow_files_that_are_damaged_compressed_or_share_values(tmp_path):
             texts(tmp_path / "x.arrow")
         except ConfigurationError as error:
             assert "x.arrow" in str(error)
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_rows_without_end_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(column_files, "FREE_EXPANSION_BYTES", 1 << 10)
+    monkeypatch.setattr(column_files, "MAX_EXPANSION", 5)
+    path = write(tmp_path / name, {"text": pyarrow.nulls(4 << 20)})
+    assert path.stat().st_size < 20_000
+    with pytest.raises(ConfigurationError, match="expands to more than 5 times its size"):
+        texts(path)

@@ -133,5 +133,8 @@ def test_an_enlarged_vocabulary_is_trained_resumed_and_exported(tiny_llama, tmp_
     export_checkpoint(last, tmp_path / "merged")
     merged, plain = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("merged", "base"))
     embedding = plain.get_input_embeddings().weight
-    assert torch.equal(merged.get_input_embeddings().weight, torch.cat([embedding, embedding.mean(0)[None]]))
+    assert torch.equal(
+        merged.get_input_embeddings().weight,
+        torch.cat([embedding, embedding.mean(0, dtype=torch.float64).float()[None]]),
+    )
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").convert_tokens_to_ids("<|new|>") == 262

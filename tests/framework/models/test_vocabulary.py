@@ -30,7 +30,7 @@ def test_new_rows_are_the_mean_of_the_old_rows_and_old_logits_stay(folder, layer
         (network.get_output_embeddings(), base.get_output_embeddings()),
     ):
         assert torch.equal(layer.weight[:rows], before.weight)
-        assert torch.equal(layer.weight[rows:], before.weight.mean(0).expand(3, -1))
+        assert torch.equal(layer.weight[rows:], before.weight.mean(0, dtype=torch.float64).float().expand(3, -1))
     tied = base.config.tie_word_embeddings
     assert (network.lm_head.weight is network.model.embed_tokens.weight) == tied
     assert network.config.vocab_size == rows + 3

@@ -19,7 +19,7 @@ from orthotrain.modules import OftLayers, OftModule, Optimization, PoetLayers, P
 NAMES = ["bad", "fair", "good"]
 TEXT = [{"text": f"{'a ' * (n % 5)}{NAMES[n % 3]} film", "label": NAMES[n % 3]} for n in range(30)]
 WORDS = [{"text": ["a", NAMES[n % 3], "film"], "label": ["O", NAMES[n % 3], "O"]} for n in range(30)]
-NUMBERS = [{"text": row["text"], "label": n % 3 - 1.5} for n, row in enumerate(TEXT)]
+NUMBERS = [{"text": row["text"], "label": -100 if n == 5 else n % 3 - 1.5} for n, row in enumerate(TEXT)]
 ROWS = {"sequence_classification": TEXT, "token_classification": WORDS, "regression": NUMBERS}
 
 

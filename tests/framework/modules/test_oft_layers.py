@@ -15,7 +15,7 @@ from transformers import (
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, mergeable_layers
 from orthotrain.models import CausalLM, PretrainedModel
-from orthotrain.modules import OftLayers
+from orthotrain.modules import OftLayers, PoetLayers
 
 SIZES = {
     "hidden_size": 64,
@@ -106,6 +106,25 @@ def test_experts_are_not_rotated_and_that_is_said():
         wrapped = OftLayers(block_size=8).apply_(network)
     assert any("q_proj" in name for name in wrapped) and not any("experts" in name for name in wrapped)
     assert not trained(network)
+
+
+def test_poet_says_that_experts_are_trained_in_full(recwarn):
+    network = MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4))
+    numbers = sum(p.numel() for name, p in network.named_parameters() if "experts" in name)
+    PoetLayers(block_size=8, freeze=["*down_proj"]).apply_(network)
+    left = sum(p.numel() for name, p in network.named_parameters() if "experts" in name and p.requires_grad)
+    (told,) = [str(warning.message) for warning in recwarn if "experts" in str(warning.message)]
+    assert f"not rotated: their {left:,} numbers are trained in full" in told and 0 < left < numbers
+
+
+@pytest.mark.parametrize("layers", [OftLayers(block_size=8), PoetLayers(block_size=8), PoetLayers(fraction=0.5)])
+def test_a_layer_that_is_too_narrow_is_told_about_exclude(layers):
+    for width, fault in ((1, "a rotation needs 2 or more"), (4, "take an integer from 2 to 4")):
+        network = nn.Sequential(nn.Linear(width, width))
+        if width == 4 and getattr(layers, "fraction", None):
+            continue
+        with pytest.raises(ConfigurationError, match=rf"layer 0 \({width} x {width}\): .*{fault}.*exclude"):
+            layers.apply_(network)
 
 
 def test_convolutions_and_embeddings_of_three_dimensions_are_no_experts(recwarn):

@@ -143,7 +143,8 @@ def test_parameter_groups_have_their_rates(tiny_llama):
     module.configure_model()
     groups = module.optimization.groups(module.model)
     by_name = {group["name"]: group for group in groups}
-    assert by_name["rotations"]["lr"] == 4e-3 and by_name["rotations"]["weight_decay"] == 0
+    assert by_name["rotations_in"]["lr"] == 4e-3 and by_name["rotations_out"]["weight_decay"] == 0
+    assert len(by_name) == len(groups)  # LearningRateMonitor refuses equal names
     assert by_name["decay"]["lr"] == 1e-3 and by_name["decay"]["weight_decay"] == 0.1
     assert by_name["no_decay"]["lr"] == 5e-4 and by_name["no_decay"]["weight_decay"] == 0
     grouped = [p for group in groups for p in group["params"]]

@@ -115,6 +115,17 @@ LAYOUTS = {
         },
         [MESSAGES[0], {**CALLED, "content": ""}, {"role": "tool", "content": "2"}, MESSAGES[1]],
     ),
+    "openai with functions": (
+        {
+            "messages": [
+                MESSAGES[0],
+                {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+                {"role": "function", "name": "f", "content": "2"},
+                MESSAGES[1],
+            ]
+        },
+        [MESSAGES[0], {**CALLED, "content": ""}, {"role": "tool", "name": "f", "content": "2"}, MESSAGES[1]],
+    ),
     "alpaca": ({"instruction": "a", "input": "x", "output": "b"}, [{**MESSAGES[0], "content": "a\n\n### Input:\nx"}]),
     "alpaca without input": ({"instruction": "a", "input": "", "output": "b"}, MESSAGES),
     "completion": ({"prompt": "a", "completion": "b", "id": 3, "source": "web"}, MESSAGES),

@@ -80,6 +80,13 @@ def test_both_responses_and_their_ends_count(name, make_tokenizer):
         assert not row.targets[row.prompt_length - 1] and row.targets[row.prompt_length]
 
 
+def test_a_generation_prompt_that_rows_do_not_have_is_said_once(make_tokenizer):
+    encoder = CausalEncoder(make_tokenizer(TEMPLATES["open thought"]))
+    with pytest.warns(UserWarning, match=r"ends a prompt for generation by '<think>\\n'") as said:
+        encoder(example_of(""))
+    assert len(said) == 1
+
+
 def test_the_mask_of_generation_blocks_is_that_of_transformers(make_tokenizer):
     tokenizer, example = make_tokenizer(TEMPLATES["generation"]), example_of("AB")
     (row,) = CausalEncoder(tokenizer)(example)

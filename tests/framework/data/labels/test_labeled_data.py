@@ -125,6 +125,12 @@ def test_rows_for_validation_are_mixed_and_validation_alone_knows_the_classes(ma
     assert sorted(labels.tolist()) == [0] * 8 + [1] * 8 and 0 < labels[:8].sum() < 8
 
 
+def test_all_bad_rows_of_a_file_are_counted(make):
+    rows = [*ROWS[:4], *({"text": "x", "label": None} for _ in range(12)), {"text": "x", "label": 0.5}]
+    with pytest.raises(ConfigurationError, match=r"row 5, 'label': .*\(13 rows cannot be used: row 5, .* and 3 more\)"):
+        make(rows)
+
+
 BAD = {
     "a class in validation alone": (
         {"val": [{"text": "x", "label": "worse"}]},

@@ -7,10 +7,12 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, quantize_4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import Int8Weight, Nf4Weight, OftLinear
+from orthotrain.layers import Int8Weight, Nf4Weight, OftLinear, PoetLinear
+from orthotrain.layers.protocols import count_numbers
 from orthotrain.layers.weights.bitsandbytes_linear import adopt_bitsandbytes
 from orthotrain.layers.weights.rounding import Noise
 
@@ -280,3 +282,11 @@ def test_errors_name_what_would_work():
         Nf4Weight(torch.zeros(2, 64), group_size=48)
     with pytest.raises(ConfigurationError, match="25 inputs is odd"):
         Nf4Weight(torch.zeros(2, 25))
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8", "residual", "bf16", "dense"])
+def test_the_numbers_of_a_weight_are_counted_and_not_its_bytes(storage):
+    layer = PoetLinear.from_linear(nn.Linear(64, 32), 16, storage=storage)
+    trained = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+    assert count_numbers(layer) == trained + 64 * 32 and count_numbers(layer, trained=False) == 64 * 32
+    assert count_numbers(layer, trained=True) == trained

@@ -191,9 +191,11 @@ def _targets(network: nn.Module, layers: Mapping[str, OftLayer]) -> list[str] | 
 
 
 def _saved_modules(network: nn.Module, layers: Mapping[str, OftLayer]) -> list[str]:
-    """Return the modules outside of the OFT layers with trained parameters. PEFT saves each of them as a whole."""
+    """Return the modules outside of the OFT layers that training changes. PEFT saves each of them as a whole."""
     inside = tuple(f"{name}." for name in layers)
     trained = [n for n, p in network.named_parameters() if p.requires_grad and not n.startswith(inside)]
+    # the running statistics of batch normalization follow the training data
+    trained += [n for n, _ in network.named_buffers() if n.endswith(".running_mean")]
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
     names = [name for name, _ in network.named_modules(remove_duplicate=False)]
     owners: dict[int, list[str]] = {}

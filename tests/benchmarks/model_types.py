@@ -202,7 +202,7 @@ def remedied(message: str, method: str, followed: dict[str, Any]) -> dict[str, A
     for key, before, shape in (
         (*excluded, r"add '([^']+)' to exclude"),
         (*excluded, r"exclude such layers, for example '([^']+)'"),
-        (*excluded, r"^layer (\S+) .*(?:exclude|block_size)"),
+        (*excluded, r"^layer ([^\s:]+).*(?:exclude|block_size)"),
         (
             "include",
             followed.get("include", []),
@@ -220,13 +220,13 @@ def remedied(message: str, method: str, followed: dict[str, Any]) -> dict[str, A
 def tried(name: str, method: str) -> dict[str, Any]:
     """Return the result of a method on a model type: ``passes``, ``refused`` or ``fails``, and what was followed."""
     followed: dict[str, Any] = {}
-    first = None
+    messages: list[str] = []
     for _ in range(MOST_REMEDIES):
         try:
             with tempfile.TemporaryDirectory() as folder:
                 return {"followed": followed, **compare(name, method, followed, Path(folder))}
         except ConfigurationError as error:
-            first = first or str(error)
+            messages.append(str(error))
             again = remedied(str(error), method, followed)
             if again is None:
                 break
@@ -234,7 +234,9 @@ def tried(name: str, method: str) -> dict[str, Any]:
         except Exception as error:
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             return {"result": "fails", "followed": followed, "message": f"{type(error).__name__}: {line[:200]}"}
-    return {"result": "refused", "followed": {}, "message": first}
+    # the last message may only say that nothing is left after the remedies
+    message = next((text for text in messages if "OFT also rotates" in text), messages[0])
+    return {"result": "refused", "followed": {}, "message": message}
 
 
 @contextlib.contextmanager

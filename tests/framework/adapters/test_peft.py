@@ -272,6 +272,21 @@ def test_embeddings_and_1x1_convolutions_go_both_ways(tmp_path, parameterization
         import_peft(copy.deepcopy(plain), folder)
 
 
+def test_running_statistics_go_along(tmp_path):
+    """Training changes the statistics of a frozen batch normalization."""
+    plain = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
+    network, x = copy.deepcopy(plain), torch.randn(8, 16)
+    network[0] = OftLinear.from_linear(network[0], 8)
+    randomized(network.requires_grad_(False))
+    network.train()(3 * x + 1)
+    folder = export_peft(network.eval(), tmp_path / "out")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(plain), folder).eval()
+    torch.testing.assert_close(loaded(x), network(x), rtol=1e-5, atol=1e-5)
+    back = copy.deepcopy(plain)
+    import_peft(back, folder)
+    torch.testing.assert_close(back.eval()(x), network(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture
 def nf4_base(tmp_path):
     """A network in fp32, and what loads it with its linears in NF4 as transformers quantises them."""

@@ -52,7 +52,7 @@ class OftConv2d(OftLayer):
         return self._info()
 
     @property
-    def bias(self) -> nn.Parameter | None:
+    def bias(self) -> Tensor | None:
         """The bias of the convolution."""
         return self.conv.bias
 

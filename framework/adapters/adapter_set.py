@@ -1,6 +1,7 @@
 """Several adapters on one network: add, switch, disable and merge adapters."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -124,8 +125,11 @@ class AdapterSet:
         for layer in oft_layers(self.network).values():
             layer.enabled = True
 
-    def disable(self) -> None:
+    def disable(self) -> AbstractContextManager[None]:
         """Leave the rotations out, so that the network computes the function of the base network, until :meth:`enable`.
+
+        Returns:
+            A context, at whose end the rotations are applied again: ``with adapters.disable(): ...``.
 
         Raises:
             ConfigurationError: Other parameters than generators are trained: the network would not be the base network.
@@ -140,6 +144,14 @@ class AdapterSet:
             )
         for layer in layers.values():
             layer.enabled = False
+        return self._disabled()
+
+    @contextmanager
+    def _disabled(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.enable()
 
     def merge(self, name: str, force: bool = False) -> dict[str, float]:
         """Merge one adapter into the frozen weights and remove it. No adapter is active afterwards.

@@ -54,7 +54,7 @@ def export_peft(network: nn.Module, folder: str | Path, base_model_name: str | N
     for name in saved:
         state = network.get_submodule(name).state_dict()
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
-    config = {
+    config: dict[str, Any] = {
         "base_model_name_or_path": base_model_name or getattr(getattr(network, "config", None), "_name_or_path", None),
         "task_type": task_type(network),
         "inference_mode": True,
@@ -146,6 +146,8 @@ def _settings_of(name: str, layer: OftLayer, shared: bool) -> PeftSettings:
 def _check_representable(name: str, layer: OftLayer, rotation: OftRotation) -> None:
     if not rotation.enabled:
         raise ConfigurationError(f"{name}: its rotation is disabled: set enabled=True before exporting")
+    if getattr(layer, "is_conv1d", False):
+        raise ConfigurationError(f"{name}: PEFT's OFT has no layer for a Conv1D of transformers: {_INSTEAD}")
     if isinstance(layer, OftConv2d) and (layer.conv.kernel_size != (1, 1) or layer.conv.dilation != (1, 1)):
         raise ConfigurationError(
             f"{name}: PEFT rotates the patches of a convolution, not its channels; this is the same only for a 1x1 "

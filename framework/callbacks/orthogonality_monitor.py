@@ -76,7 +76,8 @@ class OrthogonalityMonitor(L.Callback):
             return
         figure, axes = panels(["bound of the largest ||Q|| of a block", "largest entry of |R^T R - I|"])
         for axis, (name, points) in zip(axes, self.curves.items(), strict=True):
-            draw_lines(axis, {name.replace("_", " "): points}, xlabel="optimizer step", yscale="log")
+            scale = "log" if any(value > 0 for _, value in points) else "linear"
+            draw_lines(axis, {name.replace("_", " "): points}, xlabel="optimizer step", yscale=scale)
         save(figure, folder / "orthogonality.png")
 
     def state_dict(self) -> dict[str, Any]:

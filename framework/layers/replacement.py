@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthotrain.console.progress import Progress
 from orthotrain.errors import ConfigurationError
+from orthotrain.layers.linear_kinds import as_conv1d, as_linear, is_conv1d, linear_sizes
 from orthotrain.layers.protocols import Mergeable
 from orthotrain.layers.selection import select_linears
 from orthotrain.layers.weights.bitsandbytes_linear import is_bitsandbytes
@@ -70,7 +71,10 @@ def replace_layers(model: nn.Module, chosen: Mapping[str, Layer], factory: Calla
     with Progress("wrapping", len(chosen), "layers", announce=False) as bar:
         for name, layer in chosen.items():
             with _naming(name, layer):
-                replacements[layer] = factory(layer, name).train(layer.training)
+                replacement = factory(as_linear(layer), name).train(layer.training)
+                if is_conv1d(layer):
+                    replacement.is_conv1d = True  # type: ignore[assignment]
+                replacements[layer] = replacement
             bar.advance()
     swap_modules(model, replacements)
 
@@ -87,11 +91,12 @@ def check_wrapping(chosen: Mapping[str, Layer], wrap: Callable[[Layer, str], nn.
     """
     for name, linear in chosen.items():
         # without storage a layer of bitsandbytes would be another kind of layer
-        if not isinstance(linear, nn.Linear) or is_bitsandbytes(linear):
+        sizes = linear_sizes(linear)
+        if sizes is None or is_bitsandbytes(linear):
             continue
         has_bias, dtype = linear.bias is not None, linear.weight.dtype
         with detect_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True), _naming(name, linear):
-            copy: Any = nn.Linear(linear.in_features, linear.out_features, has_bias, device="cpu", dtype=dtype)
+            copy: Any = nn.Linear(sizes[1], sizes[0], has_bias, device="cpu", dtype=dtype)
             wrap(copy, name)
 
 
@@ -118,7 +123,9 @@ def unwrap_mergeables(model: nn.Module) -> list[str]:
     replacements: dict[nn.Module, nn.Module] = {}
     with Progress("merging", len(wrapped), "layers", announce=False) as bar:
         for name, layer in wrapped.items():
-            replacements[model.get_submodule(name)] = layer.unwrap()
+            plain: Any = layer.unwrap()
+            module = model.get_submodule(name)
+            replacements[module] = as_conv1d(plain) if getattr(module, "is_conv1d", False) else plain
             bar.advance()
     swap_modules(model, replacements | {module: frozen.unwrap() for module, frozen in quantized.items()})
     return list(wrapped)
@@ -138,5 +145,6 @@ def _naming(name: str, layer: nn.Module) -> Iterator[None]:
     try:
         yield
     except ConfigurationError as error:
-        sizes = f" ({layer.out_features} x {layer.in_features})" if isinstance(layer, nn.Linear) else ""
-        raise ConfigurationError(f"layer {name}{sizes}: {error}") from error
+        sizes = linear_sizes(layer)
+        described = "" if sizes is None else f" ({sizes[0]} x {sizes[1]})"
+        raise ConfigurationError(f"layer {name}{described}: {error}") from error

@@ -1,19 +1,19 @@
 """Choosing layers of a network by patterns on their names, and refusing layers that a replacement would break."""
 
 import difflib
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.layers.linear_kinds import computes_linear, linear_sizes
 from orthotrain.layers.weights.bitsandbytes_linear import is_bitsandbytes
 
-# nn.MultiheadAttention has the second class, with the same forward
-PLAIN_LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+ALL_LINEAR = "all-linear"
+"""The pattern of all linear layers but the output head, as in PEFT."""
 
 
 def select_linears(
@@ -23,8 +23,9 @@ def select_linears(
 
     Args:
         model: Any module.
-        include: Glob patterns on full module names (``*.mlp.*``, ``model.layers.?.self_attn.q_proj``).
-        exclude: Glob patterns of layers that are left out; these may match nothing.
+        include: Patterns: globs on full module names (``*.mlp.*``, ``model.layers.?.self_attn.q_proj``); plain names,
+            which mean the full name or, if no layer has it, the last parts of names (``q_proj``); or ``all-linear``.
+        exclude: Patterns of layers that are left out; these may match nothing.
 
     Returns:
         Name -> layer in module order. A module that has several names appears under the first.
@@ -61,17 +62,20 @@ def select_layers(
         raise ConfigurationError(
             "the network is an nn.Linear itself, which cannot be replaced in a parent: put it into nn.Sequential"
         )
-    _refuse_conv1d(model, include, exclude)
     modules = dict(model.named_modules())
-    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in modules.items() if linear_sizes(module) is not None}
     rest = {name: module for name, module in modules.items() if type(module) in others}
     matched: set[str] = set()
     for pattern in include:
-        names = _matching(linears, pattern) or _matching(rest, pattern)
+        names = _linears_of(model, linears) if pattern == ALL_LINEAR else matching(linears, pattern)
+        names = names or matching(rest, pattern)
         if not names:
-            raise ConfigurationError(f"include pattern {pattern!r} matches no linear layer; {_near(pattern, linears)}")
+            raise ConfigurationError(
+                f"include pattern {pattern!r} matches no linear layer; {_near(pattern, linears or rest)}"
+            )
         matched |= names
-    chosen = {name: module for name, module in modules.items() if name in matched and not _matches(name, exclude)}
+    left_out = {name for pattern in exclude for name in matching({**linears, **rest}, pattern)}
+    chosen = {name: module for name, module in modules.items() if name in matched - left_out}
     if not chosen:
         convolutions = [name for name, module in modules.items() if type(module) is nn.Conv2d]
         hint = (
@@ -95,9 +99,11 @@ def check_excluded(model: nn.Module, exclude: Sequence[str], defaults: Sequence[
     Raises:
         ConfigurationError: Naming the pattern and modules with similar names.
     """
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    names, leaves = list(modules), [name for name, module in modules.items() if not module._modules]
     for pattern in exclude:
-        if pattern not in defaults and not any(fnmatchcase(name, pattern) for name in names):
+        found = any(fnmatchcase(name, pattern) for name in names) or matching(leaves, pattern)
+        if pattern not in defaults and not found:
             raise ConfigurationError(
                 f"exclude pattern {pattern!r} matches no module: the model has, for example, {_alike(pattern, names)}"
             )
@@ -108,21 +114,9 @@ def squeezed(name: str) -> str:
     return "".join(filter(str.isalnum, name)).lower()
 
 
-def _refuse_conv1d(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
-    """Refuse the linear layers of GPT-2 and similar models, which would be left out silently."""
-    modules: Any = sys.modules.get("transformers.pytorch_utils")
-    for name, module in model.named_modules() if modules is not None else ():
-        if isinstance(module, modules.Conv1D) and _matches(name, include) and not _matches(name, exclude):
-            raise ConfigurationError(
-                f"{name} is a Conv1D of transformers (as in GPT-2), not an nn.Linear: its weight is stored transposed, "
-                "which is not supported; take a model made of nn.Linear, or exclude such layers, for example "
-                f"'*{name.rpartition('.')[2]}'"
-            )
-
-
 def _refuse_subclasses(chosen: Mapping[str, nn.Module]) -> None:
     for name, linear in chosen.items():
-        if isinstance(linear, nn.Linear) and type(linear) not in PLAIN_LINEARS and not is_bitsandbytes(linear):
+        if isinstance(linear, nn.Linear) and not is_bitsandbytes(linear) and not computes_linear(linear):
             raise ConfigurationError(
                 f"{name} is a {type(linear).__name__}, a subclass of nn.Linear that may compute something else than "
                 f"x @ W.T + bias: make it an nn.Linear, or add {name!r} to exclude"
@@ -162,12 +156,25 @@ def _refuse_uncalled(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
                     )
 
 
-def _matching(layers: Mapping[str, nn.Module], pattern: str) -> set[str]:
-    return {name for name in layers if fnmatchcase(name, pattern)}
+def matching(names: Iterable[str], pattern: str) -> set[str]:
+    """Return the names that a pattern chooses: a glob on whole names, or a plain name.
+
+    A plain name means itself or, if it is none of the names, the last parts of names, as in PEFT.
+    """
+    names = list(names)
+    found = {name for name in names if fnmatchcase(name, pattern)}
+    return found or {name for name in names if ends_with(name, pattern)}
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def ends_with(name: str, pattern: str) -> bool:
+    """Tell whether a plain name, without the characters of a glob, is the last part, or the last parts, of a name."""
+    return not set("*?[") & set(pattern) and name.endswith(f".{pattern}")
+
+
+def _linears_of(model: nn.Module, linears: Mapping[str, nn.Module]) -> set[str]:
+    """Return the names of all linear layers but the output head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {name for name, module in linears.items() if module is not head}
 
 
 def _near(pattern: str, linears: Mapping[str, nn.Module]) -> str:

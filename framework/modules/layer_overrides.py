@@ -10,6 +10,7 @@ from torch import nn
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.rotation.generator_marks import rotated_share
+from orthotrain.layers.selection import ends_with
 
 NETWORK_SETTINGS = ("include", "exclude", "overrides", "train", "freeze")
 """Settings that choose layers and parameters of the network, and so have no meaning for one layer."""
@@ -32,7 +33,7 @@ class LayerOverrides:
             ConfigurationError: For an override that is no setting of a layer, or has a bad value.
         """
         for pattern, values in (self.overrides or {}).items():
-            if name == pattern or fnmatchcase(name, pattern):
+            if matches(name, pattern):
                 if nested := sorted(set(values) & set(NETWORK_SETTINGS)):
                     raise ConfigurationError(f"overrides {pattern!r}: {nested[0]} cannot differ by layer")
                 return self.override({**values, "overrides": None})
@@ -64,10 +65,15 @@ class LayerOverrides:
             ConfigurationError: Naming the pattern and the layers.
         """
         for pattern in self.overrides or {}:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(matches(name, pattern) for name in names):
                 raise ConfigurationError(
                     f"overrides pattern {pattern!r} matches none of the rotated layers: {', '.join(names)}"
                 )
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Tell whether a pattern of ``overrides`` is a name, its last part, or a glob that matches it."""
+    return name == pattern or fnmatchcase(name, pattern) or ends_with(name, pattern)
 
 
 def set_trained(setting: str, patterns: Sequence[str], parameters: Mapping[str, nn.Parameter], trained: bool) -> None:

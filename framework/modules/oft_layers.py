@@ -24,21 +24,24 @@ class OftLayers(LayerOverrides, OftSettings):
     that are not chosen become :class:`orthotrain.layers.FrozenLinear`.
 
     Args:
-        include: Glob patterns on module names. A pattern chooses the linear layers that it matches; if it matches none,
-            it chooses the convolutions (``nn.Conv2d``) and embeddings that it matches. The class of the layer decides
-            between :class:`OftLinear`, :class:`OftConv2d` and :class:`OftEmbedding`.
-        exclude: Glob patterns of layers that are left out.
+        include: Glob patterns on module names, plain names that are the last part of module names (``q_proj``), or
+            ``all-linear``. A pattern chooses the linear layers that it matches; if it matches none, it chooses the
+            convolutions (``nn.Conv2d``) and embeddings that it matches. The class of the layer decides between
+            :class:`OftLinear`, :class:`OftConv2d` and :class:`OftEmbedding`.
+        exclude: Patterns of layers that are left out.
         train: Glob patterns on names of parameters that are trained beside the rotations (a fresh head, biases).
         overrides: Glob pattern on module names -> settings that differ there; the first pattern that matches wins:
             ``{"*down_proj": {block_size: 64}}``.
     """
 
-    include: list[str] = field(default_factory=lambda: ["*"])
+    include: list[str] | str = field(default_factory=lambda: ["*"])
     exclude: list[str] = field(default_factory=lambda: ["*lm_head*", "*score*", "*classifier*"])
     train: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.include, str):  # one pattern, as PEFT's all-linear
+            object.__setattr__(self, "include", [self.include])
         self.variants()  # refuses a bad override now, not when the network is built
 
     def apply_(self, model: nn.Module) -> list[str]:

@@ -27,8 +27,9 @@ class PoetLayers(LayerOverrides, PoetSettings):
     """Which linear layers become POET layers, the settings of a layer, and what else is not trained.
 
     Args:
-        include: Glob patterns on module names; each must match a linear layer.
-        exclude: Glob patterns of layers that are left out. The output head is trained directly, as in the paper.
+        include: Glob patterns on module names, plain names that are the last part of module names (``q_proj``), or
+            ``all-linear``; each must match a linear layer.
+        exclude: Patterns of layers that are left out. The output head is trained directly, as in the paper.
         init: Values of the frozen weights: ``normalized`` (rows of norm 1, the paper's best), ``uniform`` (all singular
             values 1), ``xavier`` and ``standard`` (deviation 0.02) draw new ones, ``keep`` takes the values of the
             network (for pretrained weights).
@@ -38,7 +39,7 @@ class PoetLayers(LayerOverrides, PoetSettings):
         freeze: Glob patterns on names of parameters that are not trained, such as ``["*embed_tokens*", "lm_head*"]``.
     """
 
-    include: list[str] = field(default_factory=lambda: ["*"])
+    include: list[str] | str = field(default_factory=lambda: ["*"])
     exclude: list[str] = field(default_factory=lambda: ["*lm_head*"])
     init: Initialization = "normalized"
     gain: float = 1.0
@@ -46,6 +47,8 @@ class PoetLayers(LayerOverrides, PoetSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.include, str):  # one pattern, as PEFT's all-linear
+            object.__setattr__(self, "include", [self.include])
         check_choice("init", self.init, Initialization)
         if not 0 < self.gain < float("inf"):
             raise ConfigurationError(f"gain={self.gain!r}: take a positive factor")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.layers.checks import check_divides
-from orthotrain.layers.oft.oft_layer import OftLayer
+from orthotrain.layers.oft.oft_layer import OftLayer, WeightInfo
 from orthotrain.layers.oft.oft_rotation import OftRotation
 
 
@@ -42,6 +42,19 @@ class OftConv2d(OftLayer):
             "block_size", rotation_in.block_size, channels, f"the {channels} input channels of a group", minimum=2
         )
         self.conv = conv
+        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
+        self.kernel_size, self.stride = conv.kernel_size, conv.stride
+        self.padding, self.dilation = conv.padding, conv.dilation
+
+    @property
+    def weight(self) -> WeightInfo:
+        """Shape, dtype and device of the frozen kernel."""
+        return self._info()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the convolution."""
+        return self.conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., C, H, W)`` to ``(..., out, H', W')``; under autocast in its dtype, like nn.Conv2d."""

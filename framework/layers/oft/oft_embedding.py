@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from orthotrain.layers.oft.oft_layer import OftLayer
+from orthotrain.layers.oft.oft_layer import OftLayer, WeightInfo
 from orthotrain.layers.oft.oft_rotation import OftRotation
 
 
@@ -25,6 +25,13 @@ class OftEmbedding(OftLayer):
     def __init__(self, embedding: nn.Embedding, rotation_out: OftRotation) -> None:
         super().__init__(rotation_out)
         self.embedding = embedding
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx = embedding.padding_idx
+
+    @property
+    def weight(self) -> WeightInfo:
+        """Shape, dtype and device of the frozen table."""
+        return self._info()
 
     def forward(self, index: Tensor) -> Tensor:
         """Map integers ``(...)`` to ``(..., d)`` in the dtype of the table, also under autocast, like nn.Embedding."""

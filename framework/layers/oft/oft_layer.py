@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -10,6 +11,15 @@ from torch import Tensor, nn
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.oft.oft_rotation import OftRotation
 from orthotrain.layers.oft.oft_settings import OftSettings
+
+
+@dataclass(frozen=True)
+class WeightInfo:
+    """What code around a layer may read of its frozen weight; :meth:`OftLayer.merged_weight` gives the values."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 class OftLayer(nn.Module):
@@ -134,6 +144,9 @@ class OftLayer(nn.Module):
     def _weight(self) -> Any:
         """The frozen weight."""
         return self._frozen.weight
+
+    def _info(self) -> WeightInfo:
+        return WeightInfo(self._weight.shape, self._weight.dtype, self._weight.device)
 
     def _effective_weight(self, error: Callable[[], str] | None = None) -> Tensor:
         """Return the rotated weight in fp32 or wider; ``error`` as in :meth:`OftRotation.fold`."""

@@ -31,6 +31,16 @@ class FrozenWeight(nn.Module, ABC):
     def dtype(self) -> torch.dtype:
         """Dtype that products are computed in without autocast."""
 
+    @property
+    def shape(self) -> torch.Size:
+        """``(out, in)``, which code around a layer reads as that of a parameter."""
+        return torch.Size((self.out_features, self.in_features))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the stored tensors."""
+        return next(self.parameters()).device
+
     @abstractmethod
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``W (out, in)`` in ``dtype``, None for :attr:`dtype` (the stored tensor where nothing is converted).

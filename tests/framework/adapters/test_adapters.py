@@ -118,6 +118,10 @@ def test_switching_keeps_what_each_adapter_learned(network):
     assert torch.equal(outputs(network), base)
     adapters.enable()
     assert torch.equal(outputs(network), b)
+    with pytest.raises(RuntimeError, match="stopped"), adapters.disable():
+        assert torch.equal(outputs(network), base)
+        raise RuntimeError("stopped")
+    assert torch.equal(outputs(network), b)
     adapters.remove("b")
     assert adapters.names == ["a", "c"]
 
@@ -257,3 +261,15 @@ def test_disabling_is_refused_where_it_would_not_give_the_base(network):
     norm = network.norm.weight.detach().clone()
     adapters.switch("fresh")
     assert torch.equal(network.norm.weight, norm) and not network.head.rotation_in.generators.any()
+
+
+def test_what_code_around_a_layer_reads(network):
+    conv, embed, head = network.conv, network.embed, network.head
+    assert (conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups) == (4, 8, (3, 3), 1)
+    assert (embed.num_embeddings, embed.embedding_dim, embed.padding_idx) == (10, 16, None)
+    assert (head.in_features, head.out_features) == (32, 5) and conv.bias is conv.conv.bias
+    for layer, shape in ((conv, (8, 4, 3, 3)), (embed, (10, 16)), (head, (5, 32))):
+        assert layer.weight.shape == shape and layer.weight.dtype == torch.float32
+        assert layer.weight.device == torch.device("cpu")
+        with pytest.raises(TypeError, match="Tensor"):  # values without the rotation are not given
+            torch.cat([layer.weight])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import re
 import shutil
 import struct
@@ -174,6 +175,26 @@ def test_what_peft_saved_computes_the_same_here(base, tmp_path, case):
     assert trained == extra | {f"{name}.rotation_in.generators" for name in names}
     again = export_peft(ours, tmp_path / "out")
     same(ours, PeftModel.from_pretrained(copy.deepcopy(base), again).eval())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_random_configuration_goes_both_ways(base, tmp_path, seed):
+    choice = random.Random(seed)
+    cayley = choice.choice([True, False])
+    options = {
+        "target_modules": choice.sample(["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"], 3),
+        "oft_block_size": choice.choice([2, 4, 8, 16, 24]),
+        "block_share": choice.choice([True, False]),
+        "use_cayley_neumann": not cayley,
+        "num_cayley_neumann_terms": choice.randint(3, 8),
+        **({"coft": True, "eps": choice.choice([0.05, 0.4])} if choice.random() < 0.4 else {}),
+    }
+    theirs, ours = peft_network(base, tmp_path / "theirs", **options), copy.deepcopy(base)
+    import_peft(ours, tmp_path / "theirs")
+    same(theirs, ours)
+    differs(ours, base)
+    folder = export_peft(ours, tmp_path / "ours")
+    same(ours, PeftModel.from_pretrained(copy.deepcopy(base), folder).eval())
 
 
 def test_modules_trained_outside_the_layers_go_along(base, tmp_path):

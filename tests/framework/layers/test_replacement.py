@@ -3,10 +3,15 @@
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import PoetLinear, replace_linears, select_linears, unwrap_mergeables
+from orthotrain.export import export_huggingface
+from orthotrain.layers import PoetLinear, mergeable_layers, replace_linears, select_linears, unwrap_mergeables
+from orthotrain.layers.folding import fold_rotations
 from orthotrain.models import CausalLM
+from orthotrain.modules import OftLayers, PoetLayers
 
 
 class Net(nn.Module):
@@ -98,15 +103,86 @@ def test_a_subclass_that_may_compute_something_else_is_refused_by_name():
         replace_linears(net, ["*"], (), factory)
 
 
-def test_the_transposed_linears_of_gpt2_are_refused_with_the_cause():
-    net = CausalLM({"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64}, "gpt2")()
-    with pytest.raises(ConfigurationError, match=r"transformer.h.0.attn.c_attn is a Conv1D of transformers .*GPT-2"):
-        select_linears(net, ["*"], ["lm_head"])
-    with pytest.raises(ConfigurationError, match="mlp.c_fc is a Conv1D"):
-        select_linears(net, ["*c_fc"])
-    others = ["*c_attn", "*c_proj", "*c_fc"]
-    with pytest.raises(ConfigurationError, match="leaves no linear layer"):
-        select_linears(net, ["*"], ["lm_head", *others])
+GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [OftLayers(block_size=8), OftLayers(block_size=8, storage="int8", group_size=32),
+     PoetLayers(block_size=8, init="keep"), PoetLayers(block_size=8, init="keep", stepwise=True)],
+)  # fmt: skip
+def test_the_transposed_linears_of_gpt2_are_wrapped_and_come_back(randomize, tmp_path, layers):
+    net = CausalLM(GPT2, "gpt2")().eval()
+    ids, keys = torch.arange(12)[None], net.state_dict().keys()
+    before = net(ids).logits
+    names = layers.apply_(net)
+    assert [name.split(".", 3)[3] for name in names] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    quantized = layers.storage == "int8"
+    torch.testing.assert_close(net(ids).logits, before, rtol=1e-5, atol=2e-2 if quantized else 1e-5)
+    randomize(net, 0.1)
+    if getattr(layers, "stepwise", None):
+        fold_rotations(dict(mergeable_layers(net)))
+    wrapped = net(ids).logits
+    assert (wrapped - before).abs().max() > 1e-3
+    state = net.state_dict()
+    export_huggingface(net, tmp_path / "out")
+    assert net.state_dict().keys() == keys and type(net.transformer.h[0].mlp.c_fc) is Conv1D
+    for network in (net, GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()):
+        torch.testing.assert_close(network(ids).logits, wrapped, rtol=1e-4, atol=1e-5)
+    again = CausalLM(GPT2, "gpt2")().eval()
+    layers.apply_(again)
+    again.load_state_dict(state)
+    assert torch.equal(again(ids).logits, wrapped)
+
+
+def test_a_subclass_whose_forward_is_that_of_a_linear_layer_is_wrapped():
+    class Own(nn.Linear):
+        def forward(self, x):
+            y = x @ self.weight.T
+            return y if self.bias is None else y + self.bias
+
+    class Noisy(Own):
+        def forward(self, x):
+            return super().forward(x) + torch.rand(()) * self.training
+
+    class Tall(nn.Linear):
+        pass
+
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            net = nn.Sequential(Own(8, 8), Own(8, 8, bias=False), Tall(8, 8), Noisy(8, 8))
+        with pytest.raises(ConfigurationError, match="3 is a Noisy, a subclass of nn.Linear"):
+            select_linears(net)
+        assert list(select_linears(net, exclude=["3"])) == ["0", "1", "2"]
+    net = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)), nn.LazyLinear(8))
+    for name in ("0", "1"):
+        with pytest.raises(ConfigurationError, match=f"{name} is a .*Linear"):
+            select_linears(net, [name])
+
+
+def test_a_plain_name_is_the_last_part_of_names():
+    net = CausalLM({"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2})()
+    found = select_linears(net, ["q_proj", "mlp.up_proj"])
+    assert [name.split(".", 3)[3] for name in found] == 2 * ["self_attn.q_proj", "mlp.up_proj"]
+    assert (
+        len(select_linears(net, ["all-linear"])) == 14 and len(select_linears(net, ["all-linear"], ["down_proj"])) == 12
+    )
+    assert list(select_linears(net, ["lm_head"])) == ["lm_head"]
+    with pytest.raises(ConfigurationError, match="include pattern 'proj' matches no linear layer"):
+        select_linears(net, ["proj"])
+    with pytest.raises(ConfigurationError, match="exclude pattern 'mlp' matches no module"):
+        OftLayers(block_size=8, exclude=["mlp"]).apply_(net)
+    layers = OftLayers(block_size=8, include=["v_proj", "up_proj"], overrides={"v_proj": {"block_size": 16}})
+    layers.apply_(net)
+    sizes = {name.split(".")[-1]: layer.rotation_in.block_size for name, layer in mergeable_layers(net)}
+    assert sizes == {"v_proj": 16, "up_proj": 8}
+    assert OftLayers(include="all-linear").include == PoetLayers(include="all-linear").include == ["all-linear"]
+    # a full name comes before the last part of another
+    nested = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
+    assert list(select_linears(nested, ["0"])) == ["0"]
+    image = nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 3)), nn.Linear(8, 8))
+    image.add_module("table", nn.ModuleDict({"words": nn.Embedding(4, 8)}))
+    assert OftLayers(block_size=8, include=["0", "words"]).apply_(image) == ["0.0", "table.words"]
 
 
 def test_an_error_names_the_layer_and_leaves_the_model_as_it_was():

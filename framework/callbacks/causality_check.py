@@ -49,6 +49,7 @@ class CausalityCheck(L.Callback):
         if self.checked or not (module.has_next_token_loss or own_loss) or not _has_tokens(batch):
             return
         self.checked = True
+        batch = trainer.strategy.broadcast(batch)  # sharded ranks must run the same passes, and end together
         with torch.inference_mode(False), torch.no_grad(), evaluating(module.model):
             leaks = _leaks(trainer, module, batch)
         if leaks and _predicts_next(batch, 0 if own_loss else 1):

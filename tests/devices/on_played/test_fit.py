@@ -138,6 +138,7 @@ def test_no_step_waits_but_those_that_log(played, network, tmp_path, name):
         )  # fmt: skip
     assert len(waits.batches) == 16
     # a step of two batches logs, and waits, in its second batch; the last batch includes the end of the run
+    print("WAITS", waits.batches)
     assert {place for place, found in enumerate(waits.batches) if found} == {7, 15}
 
 

@@ -160,8 +160,9 @@ def same_draws(device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def same_buffers(network: nn.Module) -> Iterator[None]:
     """Restore the buffers of a network, such as running statistics, after the ``with`` block."""
-    # the version of a buffer does not tell whether it has changed: batch normalization writes without a new version
-    before = [(buffer, buffer.clone()) for buffer in network.buffers() if not buffer.is_inference()]
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in network.buffers() if not buffer.is_inference()]
     yield
-    for buffer, values in before:
-        buffer.copy_(values)
+    for buffer, version, values in before:
+        # batch normalization writes its statistics without a new version; counts keep theirs, by which they are read
+        if buffer.is_floating_point() or buffer._version != version:
+            buffer.copy_(values)

@@ -137,9 +137,9 @@ def test_no_step_waits_but_those_that_log(played, network, tmp_path, name):
             log_every_n_steps=4, limit_val_batches=0, gradient_clip_val=1.0,
         )  # fmt: skip
     assert len(waits.batches) == 16
-    # a step of two batches logs, and waits, in its second batch; the last batch includes the end of the run
-    print("WAITS", waits.batches)
-    assert {place for place, found in enumerate(waits.batches) if found} == {7, 15}
+    # before the first batch, the network is checked for causality; a step of two batches logs, and waits, in its second
+    # batch; the last batch includes the end of the run
+    assert {place for place, found in enumerate(waits.batches) if found} == {0, 7, 15}
 
 
 def test_a_merge_waits_once_and_so_does_a_decomposition(played, network, tmp_path):
@@ -150,7 +150,9 @@ def test_a_merge_waits_once_and_so_does_a_decomposition(played, network, tmp_pat
             log_every_n_steps=0, limit_val_batches=0, accumulate_grad_batches=1)  # fmt: skip
     look = {"aten::_local_scalar_dense": 1}  # at the generators; the new weights are looked at one step later
     decomposition = {"aten::_linalg_svd": 1}
-    assert waits.batches[:6] == [decomposition, {}, look, {}, {}, look | decomposition]
+    causality = Counter(waits.batches[0]) - Counter(decomposition)
+    assert sum(causality.values()) == 5
+    assert waits.batches[:6] == [causality | decomposition, {}, look, {}, {}, look | decomposition]
 
 
 class Poisoned(PoetModule):

@@ -1,6 +1,7 @@
 """The part of a module that accumulates and logs the loss of a validation or a test."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning as L
@@ -28,6 +29,15 @@ class EvaluatedModule(L.LightningModule):
     def loss(self, batch: Any) -> Tensor:
         """Return the mean loss of a batch."""
         raise NotImplementedError
+
+    def targets(self, batch: Any) -> Any:
+        """Return the labels over which the loss of a batch is a mean; those of -100 do not count.
+
+        An optimizer step follows the mean over the targets of all its micro-batches and ranks. The loss of a split is
+        the mean over the targets of the split. Override this for a :meth:`loss` that is a mean over something else.
+        None, or labels that are no tensor: every batch counts as one.
+        """
+        return batch.get("labels") if isinstance(batch, Mapping) else None
 
     @property
     def logs_perplexity(self) -> bool:
@@ -85,7 +95,7 @@ class EvaluatedModule(L.LightningModule):
         self._log_evaluation("test")
 
     def _evaluate(self, split: str, batch: Any) -> None:
-        self._count(split, self.loss(batch), batch.get("labels") if isinstance(batch, dict) else None)
+        self._count(split, self.loss(batch), self.targets(batch))
 
     def _count(self, split: str, loss: Tensor, labels: Tensor | None) -> None:
         """Add the mean loss of a batch to the loss of a split, and the text of its targets to the bytes of the split.

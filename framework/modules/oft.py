@@ -135,7 +135,7 @@ class OftModule(BaseModule):
 
     def targets(self, batch: Any) -> Tensor | None:
         """Return the labels that the loss of a batch counts, or None; a causal LM's own loss skips the first label."""
-        labels = batch.get("labels") if isinstance(batch, dict) else None
+        labels = super().targets(batch)
         if labels is None or self.objective != "model" or not shifts_labels(self.model):
             return labels
         return labels[:, 1:]

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from orthotrain.errors import ConfigurationError
 from orthotrain.modules.chunked_loss import IGNORED
 
 
@@ -34,6 +35,7 @@ class TargetMean:
     def _begin(self) -> None:
         self._unit: Tensor | None = None
         self._sums: Tensor | None = None
+        self._total: Tensor | None = None  # the sums over all ranks, while the step has one micro-batch
         self._loss: Tensor | None = None
 
     def __reduce__(self) -> tuple:
@@ -66,7 +68,7 @@ class TargetMean:
         return loss
 
     def backward(self, loss: Tensor, module: L.LightningModule, run: Callable[[Tensor], None]) -> None:
-        """Run the backward pass of a micro-batch with its weight; after the last one of a step, correct the gradients.
+        """Run the backward pass of a micro-batch with its weight.
 
         Args:
             loss: The loss of the micro-batch as Lightning gives it, divided and scaled.
@@ -76,22 +78,29 @@ class TargetMean:
         if self._pending is None:  # a training_step that has not noted its targets keeps Lightning's mean
             return run(loss)
         (targets, value), self._pending = self._pending, None
-        trainer = module.trainer
-        own = torch.stack([targets, targets * value])
-        ranks, first = trainer.world_size, self._sums is None
-        total = over_ranks(own, ranks) if first else own
+        own, ranks = torch.stack([targets, targets * value]), module.trainer.world_size
         if self._sums is None or self._unit is None:
-            self._unit, self._sums = total[0].clamp_min(1) / ranks, torch.zeros_like(own)
-        self._sums += own
-        unit, sums = self._unit, self._sums
-        run(loss * (targets / unit))
-        if trainer.fit_loop._should_accumulate():
+            self._total = over_ranks(own, ranks)
+            self._unit, self._sums = self._total[0].clamp_min(1) / ranks, own
+        else:
+            self._total, self._sums = None, self._sums + own
+        run(loss * (targets / self._unit))
+
+    def finish(self, module: L.LightningModule) -> None:
+        """Correct the gradients of a step after its last micro-batch, which may have had no loss.
+
+        Args:
+            module: The module whose gradients were computed.
+        """
+        if self._sums is None or self._unit is None:
             return
-        total = total if first else over_ranks(sums, ranks)
+        ranks, parts = module.trainer.world_size, module.trainer.accumulate_grad_batches
+        total, unit = self._total if self._total is not None else over_ranks(self._sums, ranks), self._unit
         self._begin()
-        self._loss = total[1] / total[0]
-        if trainer.accumulate_grad_batches > 1:
-            scale_gradients(module.parameters(), ranks * trainer.accumulate_grad_batches * unit / total[0])
+        count = total[0].clamp_min(1)  # without any target, the gradient and the loss are 0
+        self._loss = total[1] / count
+        if parts > 1:
+            scale_gradients(module.parameters(), ranks * parts * unit / count)
 
     def forget(self) -> None:
         """Forget the micro-batches of a step that was not finished."""
@@ -104,7 +113,15 @@ class TargetMean:
 
 
 def count_of(labels: Any, loss: Tensor) -> Tensor:
-    """Return the number of labels that count, or 1 if there are none, as a scalar on the device of the loss."""
+    """Return the number of labels that count, or 1 if there are none, as a scalar on the device of the loss.
+
+    Raises:
+        ConfigurationError: For a mask or a number in place of labels.
+    """
+    if isinstance(labels, int | float) or (isinstance(labels, Tensor) and labels.dtype == torch.bool):
+        raise ConfigurationError(
+            "targets() of the module returned a mask or a number: return the labels, with -100 where none counts"
+        )
     if isinstance(labels, Tensor) and labels.is_floating_point():  # of a regression, where -100 is a number
         return torch.full((), labels.numel(), device=loss.device)
     if isinstance(labels, Tensor):

@@ -1,10 +1,9 @@
 """The part of a module that trains: the loss of a micro-batch, the gradient of an optimizer step, and clipping."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,12 +13,13 @@ from orthotrain.devices.accelerators import peak_bytes
 from orthotrain.devices.host_reads import host_number, read_waits
 from orthotrain.layers.sharding import whole
 from orthotrain.modules.attached_callbacks import clip_after_merges
+from orthotrain.modules.evaluation import EvaluatedModule
 from orthotrain.modules.micro_step import MicroStep
 from orthotrain.modules.optimization import ROTATIONS, Optimization
 from orthotrain.modules.target_mean import TargetMean, count_of
 
 
-class TrainedModule(L.LightningModule):
+class TrainedModule(EvaluatedModule):
     """A LightningModule whose optimizer steps follow the mean loss over all targets of all micro-batches and ranks.
 
     Attributes:
@@ -43,14 +43,6 @@ class TrainedModule(L.LightningModule):
     @learning_rate.setter
     def learning_rate(self, rate: float) -> None:
         self.optimization = replace(self.optimization, lr=rate, rotation_lr=None, rotation_lr_scale=1.0)
-
-    def targets(self, batch: Any) -> Any:
-        """Return the labels over which the loss of a batch is a mean; those of -100 do not count.
-
-        An optimizer step follows the mean over the targets of all its micro-batches and ranks. Override this for a
-        :meth:`loss` that is a mean over something else. None, or labels that are no tensor: every batch counts as one.
-        """
-        return batch.get("labels") if isinstance(batch, Mapping) else None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch, and note its number of targets, by which :meth:`backward` weighs it.
@@ -78,6 +70,19 @@ class TrainedModule(L.LightningModule):
         self.micro_step.check_ran(self)
         self.target_mean.forget()
         optimizer.zero_grad(set_to_none=not self.micro_step.keeps_gradients)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Step with the gradient of the mean over all targets, which callbacks and clipping see too."""
+
+        def closure() -> Any:
+            assert optimizer_closure is not None
+            output = optimizer_closure()
+            self.target_mean.finish(self)
+            return output
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the gradients' norm before clipping, rates and memory, and the loss of several micro-batches or ranks."""

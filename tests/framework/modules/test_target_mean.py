@@ -1,5 +1,6 @@
 """The gradient of an optimizer step is that of one batch with all its rows, however the rows are split."""
 
+from collections import UserDict
 from functools import partial
 
 import lightning as L
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from orthotrain.callbacks import RunReport
+from orthotrain.errors import ConfigurationError
 from orthotrain.modules import BaseModule, OftLayers, OftModule, Optimization, PoetLayers, PoetModule
 
 SGD = Optimization(lr=0.05, weight_decay=0.0, optimizer=torch.optim.SGD)
@@ -150,3 +152,58 @@ def test_a_loss_over_something_else_counts_every_batch_once():
     each = [gradients(Rows, [batch]).steps[0] for batch in batches]
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, (each[0][name] + each[1][name]) / 2)
+
+
+class Skipping(BaseModule):
+    """Has no loss for one of the micro-batches."""
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx == self.skipped else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("skipped", [1, 3])
+def test_a_micro_batch_without_a_loss_does_not_count_wherever_it_stands(skipped):
+    batches = rows((3, 8, 1, 5))
+    module = type("SkippingOne", (Skipping,), {"skipped": skipped})
+    found = gradients(module, batches, accumulate_grad_batches=4).steps
+    expected = gradients(BaseModule, [joined([b for i, b in enumerate(batches) if i != skipped])]).steps
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, expected[0][name])
+
+
+def test_a_window_without_targets_changes_nothing():
+    first, second = gradients(BaseModule, rows((0, 0, 3, 4)), accumulate_grad_batches=2).steps
+    assert not any(gradient.any() for gradient in first.values())
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in second.values())
+
+
+def test_labels_in_any_mapping_count_and_so_do_overridden_targets_in_validation():
+    class Answers(BaseModule):
+        def loss(self, batch):
+            renamed = {"input_ids": batch["input_ids"], "labels": batch["answers"]}
+            return super().loss(renamed)
+
+        def targets(self, batch):
+            return batch["answers"]
+
+    batches = rows(COUNTS)
+    expected = gradients(BaseModule, batches, accumulate_grad_batches=3)
+    assert_same(gradients(BaseModule, [UserDict(b) for b in batches], accumulate_grad_batches=3), expected)
+    renamed = [
+        {"input_ids": batch["input_ids"], "answers": batch["labels"]} for batch in batches if batch is not batches[2]
+    ]
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    torch.manual_seed(0)
+    module = Answers(Network(), optimization=SGD)
+    losses = [
+        trainer.validate(module, DataLoader(data, batch_size=None), verbose=False)[0]["val_loss"]
+        for data in (renamed, [joined(renamed)])
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("targets", [3, torch.ones(4, dtype=torch.bool)])
+def test_a_mask_or_a_number_is_no_targets(targets):
+    module = type("Masked", (BaseModule,), {"targets": lambda self, batch: targets})
+    with pytest.raises(ConfigurationError, match="return the labels"):
+        gradients(module, rows((3, 4)), accumulate_grad_batches=2)

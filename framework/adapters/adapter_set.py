@@ -7,7 +7,13 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from orthotrain.adapters.state import adapter_parameters, adapter_state, load_adapter_state, oft_layers
+from orthotrain.adapters.state import (
+    adapter_parameters,
+    adapter_state,
+    check_generators_alone,
+    load_adapter_state,
+    oft_layers,
+)
 from orthotrain.checkpoints.reading import compare_state
 from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError
@@ -134,15 +140,8 @@ class AdapterSet:
         Raises:
             ConfigurationError: Other parameters than generators are trained: the network would not be the base network.
         """
-        layers = oft_layers(self.network)
-        generators = {id(p) for layer in layers.values() for p in layer.rotation_parameters()}
-        others = [name for name, p in adapter_parameters(self.network).items() if id(p) not in generators]
-        if others:
-            raise ConfigurationError(
-                f"{others[0]} is trained besides the generators ({len(others)} parameters): without the rotations the "
-                "network is not the base network; reload the base network instead"
-            )
-        for layer in layers.values():
+        check_generators_alone(self.network)
+        for layer in oft_layers(self.network).values():
             layer.enabled = False
         return self._disabled()
 

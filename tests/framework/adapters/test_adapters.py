@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from orthotrain.adapters import AdapterSet, adapter_state, load_adapter, load_adapter_state
+from orthotrain.adapters import AdapterSet, adapter_state, load_adapter, load_adapter_state, unload
 from orthotrain.errors import ConfigurationError, TrainingDiverged
-from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftSettings, PoetLinear
+from orthotrain.layers import FrozenLinear, OftConv2d, OftEmbedding, OftLinear, OftSettings, PoetLinear
+from orthotrain.modules import OftLayers
 
 
 class Network(nn.Module):
@@ -273,3 +275,35 @@ def test_what_code_around_a_layer_reads(network):
         assert layer.weight.device == torch.device("cpu")
         with pytest.raises(TypeError, match="Tensor"):  # values without the rotation are not given
             torch.cat([layer.weight])
+
+
+@pytest.mark.parametrize("storage", [None, "int8", "nf4"])
+def test_unloading_gives_the_weights_of_the_base_back(storage):
+    plain = nn.Sequential(nn.Embedding(10, 64), Conv1D(64, 64), nn.Linear(64, 64), nn.Linear(64, 8, bias=False))
+    base, network = copy.deepcopy(plain), copy.deepcopy(plain)
+    OftLayers(include=["1", "2", "3"], exclude=[], block_size=8, storage=storage).apply_(network)
+    if storage is None:
+        OftLayers(include=["0"], exclude=[], block_size=8).apply_(network)
+    untrained = outputs(network)
+    load_adapter_state(network, trained(network, 1))
+    assert not torch.allclose(outputs(network), untrained, atol=1e-3)
+    network.eval()
+    assert unload(network) is network and not network[2].training
+    assert torch.equal(outputs(network), untrained)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    if storage is None:
+        assert [type(layer) for layer in network] == [nn.Embedding, Conv1D, nn.Linear, nn.Linear]
+        assert all(torch.equal(value, base.state_dict()[name]) for name, value in network.state_dict().items())
+    else:
+        assert [type(layer) for layer in network] == [nn.Embedding] + [FrozenLinear] * 3
+    with pytest.raises(ConfigurationError, match="no OFT layer"):
+        unload(network)
+
+
+def test_unloading_is_refused_where_it_would_not_give_the_base(network):
+    network.norm.requires_grad_(True)
+    with pytest.raises(ConfigurationError, match="norm.weight is trained besides the generators"):
+        unload(network)
+    with pytest.raises(ConfigurationError, match="is an OFT layer itself"):
+        unload(network.head)
+    assert isinstance(network.head, OftLinear)

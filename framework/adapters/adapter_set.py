@@ -1,12 +1,13 @@
 """Several adapters on one network: add, switch, disable and merge adapters."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from orthotrain.adapters.row_rotations import rotating
 from orthotrain.adapters.state import (
     adapter_parameters,
     adapter_state,
@@ -111,12 +112,8 @@ class AdapterSet:
                 before a merge, or the network was trained after a merge and no adapter has these values.
         """
         self._check(name)
-        if name in self._stale and not force:
-            raise ConfigurationError(
-                f"adapter {name!r} was made for the weights before {', '.join(self.merged)} was merged: with the new "
-                "weights it gives another network; remove it, reload the base, or pass force=True"
-            )
         if not force:
+            self._check_fresh(name)
             self._check_nothing_is_lost()
         self._stale.discard(name)
         if name == self.active:
@@ -144,6 +141,44 @@ class AdapterSet:
         for layer in oft_layers(self.network).values():
             layer.enabled = False
         return self._disabled()
+
+    def together(self, *names: str) -> AbstractContextManager[None]:
+        """Rotate by several adapters, one after the other in the given order, inside a ``with`` block.
+
+        The adapters have the values that they have at the start of the block, and get no gradient.
+
+        Raises:
+            ConfigurationError: As :meth:`rows`.
+        """
+        if not names:
+            raise ConfigurationError(f"give the names of the adapters that act together; there are {self._listing()}")
+        states = [self._usable(name) for name in names]
+        return rotating(oft_layers(self.network), [states], None)
+
+    def rows(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        """Give each row of a batch an adapter of its own inside a ``with`` block, for inference in one forward pass.
+
+        Rows are the first dimension of the input of each OFT layer. The adapters have the values that they have at the
+        start of the block, and get no gradient.
+
+        Args:
+            names: Name of the adapter of each row; None for no rotation.
+
+        Raises:
+            ConfigurationError: There is no adapter of a name; it was made for other frozen weights; or other parameters
+                than generators are trained, which all rows would share. Inside the block: a layer gets another number
+                of rows.
+        """
+        distinct = list(dict.fromkeys(names))
+        chains = [[] if name is None else [self._usable(name)] for name in distinct]
+        return rotating(oft_layers(self.network), chains, [distinct.index(name) for name in names])
+
+    def _usable(self, name: str) -> dict[str, Tensor]:
+        """Return the values of an adapter for use beside others."""
+        self._check(name)
+        self._check_fresh(name)
+        check_generators_alone(self.network)
+        return self.state(name)
 
     @contextmanager
     def _disabled(self) -> Iterator[None]:
@@ -209,6 +244,13 @@ class AdapterSet:
             raise ConfigurationError(
                 f"the network was trained after {self.merged[-1]!r} was merged, and no adapter has its values: "
                 "keep them with add(NAME, adapter_state(network)), or pass force=True to lose them"
+            )
+
+    def _check_fresh(self, name: str) -> None:
+        if name in self._stale:
+            raise ConfigurationError(
+                f"adapter {name!r} was made for the weights before {', '.join(self.merged)} was merged: with the new "
+                "weights it gives another network; remove it, reload the base, or pass force=True"
             )
 
     def _check(self, name: str) -> None:

@@ -307,3 +307,52 @@ def test_unloading_is_refused_where_it_would_not_give_the_base(network):
     with pytest.raises(ConfigurationError, match="is an OFT layer itself"):
         unload(network.head)
     assert isinstance(network.head, OftLinear)
+
+
+def test_each_row_has_an_adapter_of_its_own(network):
+    adapters = AdapterSet(network, "a")
+    load_adapter_state(network, trained(network, 1))
+    adapters.add("b", trained(network, 2))
+    expected = {"a": outputs(network)}
+    with adapters.disable():
+        expected[None] = outputs(network)
+    adapters.switch("b")
+    expected["b"] = outputs(network)
+    names = ["b", None, "a", "a", "b", None, None, "b", "a", "b"]
+    with adapters.rows(names):
+        found = outputs(network)
+        with pytest.raises(ConfigurationError, match="leave their with block"):
+            network.head.merge_()
+        with pytest.raises(ConfigurationError, match=r"layer embed: its input \(3, 16\) does not have the 10 rows"):
+            network(INDEX[:3])
+    for row, name in enumerate(names):
+        torch.testing.assert_close(found[row], expected[name][row])
+    assert torch.equal(outputs(network), expected["b"])
+    with adapters.rows(["a"] * 10):
+        torch.testing.assert_close(outputs(network), expected["a"])
+    with pytest.raises(ConfigurationError, match="there is no adapter 'c'; there are a, b"):
+        adapters.rows(["a", "c"])
+    network.norm.requires_grad_(True)
+    with pytest.raises(ConfigurationError, match="norm.weight is trained besides the generators"):
+        adapters.rows(["a"] * 10)
+
+
+def test_adapters_act_one_after_the_other():
+    layer = OftLinear.from_linear(nn.Linear(16, 6), 4, "cayley", rotation_dtype="float32", block_share=True)
+    network, x = nn.Sequential(layer), torch.randn(3, 5, 16)
+    adapters = AdapterSet(network, "a")
+    load_adapter_state(network, trained(network, 1))
+    adapters.add("b", trained(network, 2))
+    rotations = []
+    for name in ("a", "b"):
+        adapters.switch(name)
+        rotations.append(torch.eye(16) + torch.block_diag(*layer.displacements()[0].detach()))
+    expected = x @ rotations[0] @ rotations[1] @ layer.weight.values.T + layer.bias
+    with adapters.together("a", "b"):
+        torch.testing.assert_close(network(x), expected)
+    with adapters.together("b", "a"):
+        assert not torch.allclose(network(x), expected, atol=1e-3)
+    with adapters.together("a", "b"), adapters.disable():
+        torch.testing.assert_close(network(x), x @ layer.weight.values.T + layer.bias)
+    with pytest.raises(ConfigurationError, match="give the names of the adapters"):
+        adapters.together()

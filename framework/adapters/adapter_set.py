@@ -3,10 +3,17 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from orthotrain.adapters.merging import (
+    Merge,
+    check_acting,
+    check_not_quantized,
+    check_rotations,
+    equal,
+    merge_layers,
+    write,
+)
 from orthotrain.adapters.row_rotations import rotating
 from orthotrain.adapters.state import (
     adapter_parameters,
@@ -16,9 +23,7 @@ from orthotrain.adapters.state import (
     oft_layers,
 )
 from orthotrain.checkpoints.reading import compare_state
-from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import OftLayer, OftLinear
 
 
 class AdapterSet:
@@ -35,7 +40,6 @@ class AdapterSet:
 
     Attributes:
         active: Name of the active adapter; None after a merge.
-        merged: Names of the adapters that were merged into the frozen weights, in order.
 
     Raises:
         ConfigurationError: As :func:`oft_layers`.
@@ -44,15 +48,20 @@ class AdapterSet:
     def __init__(self, network: nn.Module, name: str = "default") -> None:
         self.network = network
         self.active: str | None = name
-        self.merged: list[str] = []
         self._states = {name: adapter_state(network)}
+        self._merges: list[Merge] = []
+        self._made_for: dict[str, tuple[Merge, ...]] = {name: ()}
         self._after_merge: dict[str, Tensor] = {}
-        self._stale: set[str] = set()
 
     @property
     def names(self) -> list[str]:
         """Names of the adapters, in the order in which they were added."""
         return list(self._states)
+
+    @property
+    def merged(self) -> list[str]:
+        """Names of the adapters that are merged into the frozen weights, in order."""
+        return [merge.name for merge in self._merges]
 
     def state(self, name: str) -> dict[str, Tensor]:
         """Return a copy of an adapter, for example to save it.
@@ -86,6 +95,7 @@ class AdapterSet:
         if difference := compare_state(state, current):
             raise ConfigurationError(f"adapter {name!r} does not fit the network: {difference}")
         self._states[name] = {key: state[key].detach().clone() for key in current}
+        self._made_for[name] = tuple(self._merges)
 
     def remove(self, name: str) -> None:
         """Remove an adapter that is not active.
@@ -96,8 +106,7 @@ class AdapterSet:
         self._check(name)
         if name == self.active:
             raise ConfigurationError(f"adapter {name!r} is active: switch to another one before removing it")
-        del self._states[name]
-        self._stale.discard(name)
+        del self._states[name], self._made_for[name]
 
     def switch(self, name: str, force: bool = False) -> None:
         """Store the values of the active adapter, and copy those of another adapter into the network.
@@ -115,11 +124,10 @@ class AdapterSet:
         if not force:
             self._check_fresh(name)
             self._check_nothing_is_lost()
-        self._stale.discard(name)
+        self._made_for[name] = tuple(self._merges)
         if name == self.active:
             return
-        if self.active is not None:
-            self._states[self.active] = adapter_state(self.network)
+        self._keep_active()
         load_adapter_state(self.network, self._states[name])
         self.active = name
 
@@ -188,7 +196,7 @@ class AdapterSet:
             self.enable()
 
     def merge(self, name: str, force: bool = False) -> dict[str, float]:
-        """Merge one adapter into the frozen weights and remove it. No adapter is active afterwards.
+        """Merge one adapter into the frozen weights and remove it, until :meth:`unmerge`. No adapter is active then.
 
         The function of the network with this adapter does not change, except for the error of quantizing its weights
         again. The other adapters were trained for the weights before the merge: :meth:`switch` refuses them from now on
@@ -207,51 +215,82 @@ class AdapterSet:
         """
         self._check(name)
         layers = oft_layers(self.network)
-        if not all(layer.enabled for layer in layers.values()):
-            raise ConfigurationError(f"the rotations are disabled: call enable() before merging adapter {name!r}")
-        before = self.active, adapter_state(self.network), set(self._stale)
+        check_acting("merging", name, layers)
+        before = self.active, adapter_state(self.network), dict(self._made_for)
         self.switch(name, force)
         try:
-            _check_rotations(name, layers)
+            check_rotations(name, layers)
         except ConfigurationError:
-            self.active, state, self._stale = before
-            _write(self.network, state)
+            self.active, state, self._made_for = before
+            write(self.network, state)
             raise
-        errors = {}
-        with shown(layers.items(), "merging", "layers") as named:
-            for layer_name, layer in named:
-                layer.merge_()
-                if isinstance(layer, OftLinear) and layer.last_merge_error is not None:
-                    errors[layer_name] = layer.last_merge_error
-        del self._states[name]
-        self._stale = set(self._states)
-        self.merged.append(name)
+        self._merges.append(Merge(name, adapter_state(self.network)))
+        errors = merge_layers(name, layers)
+        del self._states[name], self._made_for[name]
         self.active, self._after_merge = None, adapter_state(self.network)
-        if errors:
-            worst, mean = max(errors, key=errors.__getitem__), sum(errors.values()) / len(errors)
-            rank_zero_info(
-                f"merged {name!r}: {len(errors)} weights were quantized again, with a mean relative error of "
-                f"{mean:.2%} and at most {errors[worst]:.2%} in {worst}"
-            )
         return errors
+
+    def unmerge(self, force: bool = False) -> str:
+        """Undo the last merge, and make its adapter active again.
+
+        The frozen weights come back up to a rounding of their dtype. Adapters that were made for these weights can be
+        switched to again. Those that were made since are refused without ``force``.
+
+        Args:
+            force: Whether to lose values that were trained after the merge.
+
+        Returns:
+            The name of the adapter.
+
+        Raises:
+            ConfigurationError: Nothing is merged; a weight is quantized, so that its values before the merge are lost;
+                there is a new adapter of this name; the rotations are disabled; or, without ``force``, the network was
+                trained after the merge and no adapter has these values. Then nothing is changed.
+        """
+        if not self._merges:
+            raise ConfigurationError(f"no adapter is merged; there are {self._listing()}")
+        merge, layers = self._merges[-1], oft_layers(self.network)
+        if merge.name in self._states:
+            raise ConfigurationError(f"there is a new adapter {merge.name!r}: remove it before unmerging the old one")
+        check_acting("unmerging", merge.name, layers)
+        check_not_quantized(merge.name, layers)
+        if not force:
+            self._check_nothing_is_lost()
+        self._keep_active()
+        write(self.network, merge.state)
+        for layer in layers.values():
+            layer.unmerge_()
+        self._merges.pop()
+        self.active, self._states[merge.name] = merge.name, merge.state
+        self._made_for[merge.name] = tuple(self._merges)
+        return merge.name
+
+    def _keep_active(self) -> None:
+        if self.active is not None:
+            self._states[self.active] = adapter_state(self.network)
 
     def _check_nothing_is_lost(self) -> None:
         """Refuse to overwrite values that were trained after a merge, while no adapter is active."""
         if self.active is not None:
             return
         now = adapter_state(self.network)
-        if not any(_equal(now, state) for state in (self._after_merge, *self._states.values())):
+        if not any(equal(now, state) for state in (self._after_merge, *self._states.values())):
             raise ConfigurationError(
                 f"the network was trained after {self.merged[-1]!r} was merged, and no adapter has its values: "
                 "keep them with add(NAME, adapter_state(network)), or pass force=True to lose them"
             )
 
     def _check_fresh(self, name: str) -> None:
-        if name in self._stale:
-            raise ConfigurationError(
-                f"adapter {name!r} was made for the weights before {', '.join(self.merged)} was merged: with the new "
-                "weights it gives another network; remove it, reload the base, or pass force=True"
-            )
+        made_for = self._made_for[name]
+        if made_for == tuple(self._merges):
+            return
+        since = ", ".join(merge.name for merge in self._merges if merge not in made_for)
+        undone = ", ".join(merge.name for merge in made_for if merge not in self._merges)
+        weights = f"the weights with {undone} merged" if undone else f"the weights before {since} was merged"
+        raise ConfigurationError(
+            f"adapter {name!r} was made for {weights}: with the present weights it gives another network; remove it, "
+            "reload the base, or pass force=True"
+        )
 
     def _check(self, name: str) -> None:
         if name in self.merged and name not in self._states:
@@ -261,23 +300,3 @@ class AdapterSet:
 
     def _listing(self) -> str:
         return ", ".join(self._states) or "none"
-
-
-@torch.no_grad()
-def _check_rotations(name: str, layers: Mapping[str, OftLayer]) -> None:
-    for layer_name, layer in layers.items():
-        if not all(bool(torch.isfinite(d).all()) for d in layer.displacements()):
-            raise ConfigurationError(
-                f"adapter {name!r}: the rotation of {layer_name} holds NaN or infinite values, and nothing was merged; "
-                "take values from before its run diverged"
-            )
-
-
-@torch.no_grad()
-def _write(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    for name, parameter in adapter_parameters(network).items():
-        parameter.copy_(state[name])
-
-
-def _equal(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return state.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in state.items())

@@ -323,6 +323,8 @@ def test_each_row_has_an_adapter_of_its_own(network):
         found = outputs(network)
         with pytest.raises(ConfigurationError, match="leave their with block"):
             network.head.merge_()
+        with pytest.raises(ConfigurationError, match=r"leave their with block before merging 'b'"):
+            adapters.merge("b")
         with pytest.raises(ConfigurationError, match=r"layer embed: its input \(3, 16\) does not have the 10 rows"):
             network(INDEX[:3])
     for row, name in enumerate(names):
@@ -356,3 +358,59 @@ def test_adapters_act_one_after_the_other():
         torch.testing.assert_close(network(x), x @ layer.weight.values.T + layer.bias)
     with pytest.raises(ConfigurationError, match="give the names of the adapters"):
         adapters.together()
+
+
+def test_merges_are_undone_in_turn(network):
+    network.norm.requires_grad_(True)
+    start = copy.deepcopy(network.state_dict())
+    adapters = AdapterSet(network, "a")
+    load_adapter_state(network, {key: 3 * value for key, value in trained(network, 1).items()})  # far from orthogonal
+    a = outputs(network)
+    adapters.add("other", trained(network, 2))
+    with pytest.raises(ConfigurationError, match="no adapter is merged; there are a, other"):
+        adapters.unmerge()
+    adapters.merge("a")
+    adapters.add("b", trained(network, 3))
+    adapters.merge("b")
+    b = outputs(network)
+    adapters.add("since")
+    adapters.switch("since")
+    assert adapters.unmerge() == "b" and adapters.active == "b" and adapters.merged == ["a"]
+    torch.testing.assert_close(outputs(network), b, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigurationError, match="'since' was made for the weights with b merged"):
+        adapters.switch("since")
+    adapters.add("a")
+    with pytest.raises(ConfigurationError, match="there is a new adapter 'a'"):
+        adapters.unmerge()
+    adapters.remove("a")
+    assert adapters.unmerge() == "a" and adapters.merged == []
+    torch.testing.assert_close(outputs(network), a, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigurationError, match="'b' was made for the weights with a merged"):
+        adapters.switch("b")
+    adapters.switch("other")
+    for name, value in network.state_dict().items():
+        if "generators" not in name and "norm" not in name:
+            torch.testing.assert_close(value, start[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_merge_that_cannot_be_undone_is_left_as_it_is(network):
+    quantized = nn.Sequential(
+        OftLinear.from_linear(nn.Linear(64, 64), 8), OftLinear.from_linear(nn.Linear(64, 64), 8, storage="int8")
+    )
+    for net, message, since in [
+        (quantized, "1 is stored in int8, the merge has quantized it again", None),
+        (network, "the network was trained after 'a' was merged", trained(network, 3)),
+    ]:
+        adapters = AdapterSet(net, "a")
+        load_adapter_state(net, trained(net, 1))
+        adapters.merge("a")
+        if since is not None:
+            load_adapter_state(net, since)
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(ConfigurationError, match=message):
+            adapters.unmerge()
+        torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+        assert adapters.merged == ["a"] and adapters.active is None
+    with pytest.raises(ConfigurationError, match="its weight is stored in int8"):
+        quantized[1].unmerge_()
+    adapters.unmerge(force=True)

@@ -1,6 +1,6 @@
 """Several adapters on one network: add, switch, disable and merge adapters."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
@@ -19,11 +19,13 @@ from orthotrain.adapters.state import (
     adapter_parameters,
     adapter_state,
     check_generators_alone,
+    generator_names,
     load_adapter_state,
     oft_layers,
 )
 from orthotrain.checkpoints.reading import compare_state
 from orthotrain.errors import ConfigurationError
+from orthotrain.layers.selection import matching
 
 
 class AdapterSet:
@@ -51,6 +53,8 @@ class AdapterSet:
         self._states = {name: adapter_state(network)}
         self._merges: list[Merge] = []
         self._made_for: dict[str, tuple[Merge, ...]] = {name: ()}
+        self._left_out: dict[str, frozenset[str]] = {name: frozenset()}
+        self._frozen: list[nn.Parameter] = []
         self._after_merge: dict[str, Tensor] = {}
 
     @property
@@ -70,31 +74,32 @@ class AdapterSet:
             ConfigurationError: There is no adapter of this name.
         """
         self._check(name)
-        if name == self.active:
-            return adapter_state(self.network)
-        return {key: value.clone() for key, value in self._states[name].items()}
+        return {key: value for key, value in self._values(name).items() if key not in self._left_out[name]}
 
-    def add(self, name: str, state: Mapping[str, Tensor] | None = None) -> None:
+    def add(self, name: str, state: Mapping[str, Tensor] | None = None, layers: Sequence[str] | None = None) -> None:
         """Add an adapter without switching to it.
 
         Args:
             name: A new name.
             state: Values of the adapter. None gives generators of zero, and all other parameters as they are in the
                 network now.
+            layers: Layers that the adapter rotates: globs on their names, or the last parts of their names; None for
+                all layers. The adapter has no generators of other layers, and they are not trained while it is active.
 
         Raises:
-            ConfigurationError: The name is in use, or the values do not fit the network.
+            ConfigurationError: The name is in use, the values do not fit the network, or a pattern matches no layer.
         """
         if name in self._states:
             raise ConfigurationError(f"adapter {name!r} exists already; there are {self._listing()}: take another name")
-        current = adapter_state(self.network)
-        if state is None:
-            rotations = {id(p) for layer in oft_layers(self.network).values() for p in layer.rotation_parameters()}
-            parameters = adapter_parameters(self.network)
-            state = {key: v.zero_() if id(parameters[key]) in rotations else v for key, v in current.items()}
-        if difference := compare_state(state, current):
-            raise ConfigurationError(f"adapter {name!r} does not fit the network: {difference}")
-        self._states[name] = {key: state[key].detach().clone() for key in current}
+        values, generators = adapter_state(self.network), generator_names(oft_layers(self.network))
+        for key in generators.values():
+            values[key].zero_()
+        left_out = frozenset(generators[layer] for layer in generators.keys() - chosen_layers(generators, layers))
+        if state is not None:
+            if difference := compare_state(state, {key: v for key, v in values.items() if key not in left_out}):
+                raise ConfigurationError(f"adapter {name!r} does not fit the network: {difference}")
+            values |= {key: value.detach().clone() for key, value in state.items()}
+        self._states[name], self._left_out[name] = values, left_out
         self._made_for[name] = tuple(self._merges)
 
     def remove(self, name: str) -> None:
@@ -106,7 +111,7 @@ class AdapterSet:
         self._check(name)
         if name == self.active:
             raise ConfigurationError(f"adapter {name!r} is active: switch to another one before removing it")
-        del self._states[name], self._made_for[name]
+        del self._states[name], self._made_for[name], self._left_out[name]
 
     def switch(self, name: str, force: bool = False) -> None:
         """Store the values of the active adapter, and copy those of another adapter into the network.
@@ -129,7 +134,7 @@ class AdapterSet:
             return
         self._keep_active()
         load_adapter_state(self.network, self._states[name])
-        self.active = name
+        self._activate(name)
 
     def enable(self) -> None:
         """Apply the rotations again."""
@@ -186,7 +191,7 @@ class AdapterSet:
         self._check(name)
         self._check_fresh(name)
         check_generators_alone(self.network)
-        return self.state(name)
+        return self._values(name)
 
     @contextmanager
     def _disabled(self) -> Iterator[None]:
@@ -221,13 +226,15 @@ class AdapterSet:
         try:
             check_rotations(name, layers)
         except ConfigurationError:
-            self.active, state, self._made_for = before
+            active, state, self._made_for = before
             write(self.network, state)
+            self._activate(active)
             raise
-        self._merges.append(Merge(name, adapter_state(self.network)))
+        self._merges.append(Merge(name, adapter_state(self.network), self._left_out[name]))
         errors = merge_layers(name, layers)
-        del self._states[name], self._made_for[name]
-        self.active, self._after_merge = None, adapter_state(self.network)
+        del self._states[name], self._made_for[name], self._left_out[name]
+        self._activate(None)
+        self._after_merge = adapter_state(self.network)
         return errors
 
     def unmerge(self, force: bool = False) -> str:
@@ -261,9 +268,27 @@ class AdapterSet:
         for layer in layers.values():
             layer.unmerge_()
         self._merges.pop()
-        self.active, self._states[merge.name] = merge.name, merge.state
+        self._states[merge.name], self._left_out[merge.name] = merge.state, merge.left_out
         self._made_for[merge.name] = tuple(self._merges)
+        self._activate(merge.name)
         return merge.name
+
+    def _values(self, name: str) -> dict[str, Tensor]:
+        """Return a copy of the values of an adapter for all layers."""
+        if name == self.active:
+            return adapter_state(self.network)
+        return {key: value.clone() for key, value in self._states[name].items()}
+
+    def _activate(self, name: str | None) -> None:
+        """Make an adapter active, so that only the generators of its layers are trained."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        parameters = adapter_parameters(self.network)
+        left_out = [parameters[key] for key in self._left_out.get(name or "", ())]
+        self.active, self._frozen = name, [parameter for parameter in left_out if parameter.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+            parameter.grad = None  # an optimizer would still use it
 
     def _keep_active(self) -> None:
         if self.active is not None:
@@ -300,3 +325,20 @@ class AdapterSet:
 
     def _listing(self) -> str:
         return ", ".join(self._states) or "none"
+
+
+def chosen_layers(names: Collection[str], patterns: Sequence[str] | None) -> set[str]:
+    """Return the names of layers that patterns choose; all of them for None.
+
+    Raises:
+        ConfigurationError: A pattern matches no layer.
+    """
+    if patterns is None:
+        return set(names)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = matching(names, pattern)
+        if not found:
+            raise ConfigurationError(f"layers: {pattern!r} matches no OFT layer; there are {', '.join(names)}")
+        chosen |= found
+    return chosen

@@ -19,6 +19,7 @@ class Merge:
 
     name: str
     state: dict[str, Tensor]
+    left_out: frozenset[str]
 
 
 def merge_layers(name: str, layers: Mapping[str, OftLayer]) -> dict[str, float]:

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from orthotrain.adapters.state import generator_names
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers import OftLayer, OftRotation
 
@@ -45,7 +47,7 @@ class RowRotation:
 
     def _rotated(self, x: Tensor, group: int) -> Tensor:
         for position in range(len(self.generators[group])):
-            x = self.rotation.rotate(x, lambda dtype, place=position: self._displacement(group, place, dtype))
+            x = self.rotation.rotate(x, partial(self._displacement, group, position))
         return x
 
     @torch.no_grad()
@@ -69,9 +71,8 @@ def rotating(
     """
     before = {layer: layer.rotation.instead for layer in layers.values()}
     try:
-        for name, layer in layers.items():
-            key = f"{name}.rotation_{layer.side}.generators".removeprefix(".")
-            generators = [[state[key] for state in chain] for chain in chains]
+        for name, key in generator_names(layers).items():
+            layer, generators = layers[name], [[state[key] for state in chain] for chain in chains]
             layer.rotation.instead = RowRotation(name, layer.rotation, generators, groups)
         yield
     finally:

@@ -46,6 +46,11 @@ def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in network.named_parameters() if p.requires_grad or id(p) in generators}
 
 
+def generator_names(layers: Mapping[str, OftLayer]) -> dict[str, str]:
+    """Return layer name -> name of its generators among the parameters of the network."""
+    return {name: f"{name}.rotation_{layer.side}.generators".removeprefix(".") for name, layer in layers.items()}
+
+
 def check_generators_alone(network: nn.Module) -> None:
     """Refuse a network in which other parameters than generators are trained, such as biases, norms or a head.
 

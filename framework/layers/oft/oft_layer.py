@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.oft.oft_rotation import OftRotation
 from orthotrain.layers.oft.oft_settings import OftSettings
+from orthotrain.layers.weights.frozen_weight import NoTensor
 from orthotrain.layers.weights.quantized_weight import QuantizedWeight
 
 
 @dataclass(frozen=True)
-class WeightInfo:
+class WeightInfo(NoTensor):
     """What code around a layer may read of its frozen weight; :meth:`OftLayer.merged_weight` gives the values."""
 
     shape: torch.Size

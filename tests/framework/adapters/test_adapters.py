@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from orthotrain.adapters import AdapterSet, adapter_state, load_adapter, load_adapter_state, unload
+from orthotrain.adapters import AdapterSet, adapter_state, load_adapter, load_adapter_state, oft_layers, unload
 from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.layers import FrozenLinear, OftConv2d, OftEmbedding, OftLinear, OftSettings, PoetLinear
 from orthotrain.modules import OftLayers
@@ -273,8 +273,11 @@ def test_what_code_around_a_layer_reads(network):
     for layer, shape in ((conv, (8, 4, 3, 3)), (embed, (10, 16)), (head, (5, 32))):
         assert layer.weight.shape == shape and layer.weight.dtype == torch.float32
         assert layer.weight.device == torch.device("cpu")
-        with pytest.raises(TypeError, match="Tensor"):  # values without the rotation are not given
-            torch.cat([layer.weight])
+        assert layer.weight.data.device == torch.device("cpu")
+        with pytest.raises(ConfigurationError, match=r"^cat was given the frozen weight of a layer, which lacks the"):
+            torch.cat([layer.weight.data, layer.weight.data])  # fuse_qkv_projections of diffusers
+        with pytest.raises(ConfigurationError, match="^linear was given the frozen weight"):
+            nn.functional.linear(torch.ones(1, 32), layer.weight)
 
 
 @pytest.mark.parametrize("storage", [None, "int8", "nf4"])
@@ -414,3 +417,56 @@ def test_a_merge_that_cannot_be_undone_is_left_as_it_is(network):
     with pytest.raises(ConfigurationError, match="its weight is stored in int8"):
         quantized[1].unmerge_()
     adapters.unmerge(force=True)
+
+
+def test_adapters_rotate_different_layers(network):
+    adapters = AdapterSet(network, "all")
+    load_adapter_state(network, trained(network, 1))
+    everywhere, generators = (
+        outputs(network),
+        {name: layer.rotation.generators for name, layer in oft_layers(network).items()},
+    )
+    adapters.add("some", layers=["head", "em*"])
+    adapters.switch("some")
+    assert [name for name, p in generators.items() if p.requires_grad] == ["embed", "head"]
+    network(INDEX).square().sum().backward()
+    torch.optim.SGD(network.parameters(), 0.1).step()
+    some, state = outputs(network), adapters.state("some")
+    assert list(state) == ["embed.rotation_out.generators", "head.rotation_in.generators"]
+    assert all(value.any() for value in state.values()) and not generators["conv"].any()
+    adapters.switch("all")
+    assert torch.equal(outputs(network), everywhere) and all(p.requires_grad for p in generators.values())
+    adapters.add("again", state, layers=["embed", "head"])
+    with adapters.rows(["again"] * 5 + ["all"] * 5):
+        torch.testing.assert_close(outputs(network), torch.cat([some[:5], everywhere[5:]]))
+    adapters.merge("again")
+    assert all(p.requires_grad for p in generators.values())
+    adapters.unmerge()
+    assert not generators["conv"].requires_grad and list(adapters.state("again")) == list(state)
+    for message, arguments in [
+        ("'tail' matches no OFT layer; there are embed, conv, head", {"layers": ["tail"]}),
+        (r"not in the model \(embed.rotation_out.generators\)", {"state": state, "layers": ["head"]}),
+        (r"1 tensors are not in it \(conv.rotation_in.generators\)", {"state": state}),
+    ]:
+        with pytest.raises(ConfigurationError, match=message):
+            adapters.add("bad", **arguments)
+    assert adapters.names == ["all", "some", "again"]
+
+
+def test_a_trained_bias_belongs_to_its_adapter():
+    network = nn.Sequential(OftLinear.from_linear(nn.Linear(16, 16), 4, train_bias=True))
+    adapters, x = AdapterSet(network, "a"), torch.randn(3, 16)
+    load_adapter_state(network, trained(network, 1))
+    a = network(x)
+    adapters.add("b", trained(network, 2))
+    adapters.switch("b")
+    assert not torch.allclose(network(x), a, atol=1e-3)
+    adapters.switch("a")
+    assert torch.equal(network(x), a)
+    for refused in (adapters.disable, lambda: adapters.together("a"), lambda: adapters.rows(["a"] * 3)):
+        with pytest.raises(ConfigurationError, match="0.bias is trained besides the generators"):
+            refused()
+    adapters.merge("a")
+    adapters.switch("b", force=True)
+    adapters.unmerge()
+    torch.testing.assert_close(network(x), a)

@@ -1,6 +1,6 @@
 """Several adapters on one network: add, switch, disable and merge adapters."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from orthotrain.adapters.merging import (
     Merge,
     check_acting,
+    check_made_for,
     check_not_quantized,
     check_rotations,
     equal,
@@ -19,13 +20,13 @@ from orthotrain.adapters.state import (
     adapter_parameters,
     adapter_state,
     check_generators_alone,
+    chosen_layers,
     generator_names,
     load_adapter_state,
     oft_layers,
 )
 from orthotrain.checkpoints.reading import compare_state
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.selection import matching
 
 
 class AdapterSet:
@@ -127,7 +128,7 @@ class AdapterSet:
         """
         self._check(name)
         if not force:
-            self._check_fresh(name)
+            check_made_for(name, self._made_for[name], self._merges)
             self._check_nothing_is_lost()
         self._made_for[name] = tuple(self._merges)
         if name == self.active:
@@ -189,7 +190,7 @@ class AdapterSet:
     def _usable(self, name: str) -> dict[str, Tensor]:
         """Return the values of an adapter for use beside others."""
         self._check(name)
-        self._check_fresh(name)
+        check_made_for(name, self._made_for[name], self._merges)
         check_generators_alone(self.network)
         return self._values(name)
 
@@ -305,18 +306,6 @@ class AdapterSet:
                 "keep them with add(NAME, adapter_state(network)), or pass force=True to lose them"
             )
 
-    def _check_fresh(self, name: str) -> None:
-        made_for = self._made_for[name]
-        if made_for == tuple(self._merges):
-            return
-        since = ", ".join(merge.name for merge in self._merges if merge not in made_for)
-        undone = ", ".join(merge.name for merge in made_for if merge not in self._merges)
-        weights = f"the weights with {undone} merged" if undone else f"the weights before {since} was merged"
-        raise ConfigurationError(
-            f"adapter {name!r} was made for {weights}: with the present weights it gives another network; remove it, "
-            "reload the base, or pass force=True"
-        )
-
     def _check(self, name: str) -> None:
         if name in self.merged and name not in self._states:
             raise ConfigurationError(f"adapter {name!r} was merged and removed; there are {self._listing()}")
@@ -325,20 +314,3 @@ class AdapterSet:
 
     def _listing(self) -> str:
         return ", ".join(self._states) or "none"
-
-
-def chosen_layers(names: Collection[str], patterns: Sequence[str] | None) -> set[str]:
-    """Return the names of layers that patterns choose; all of them for None.
-
-    Raises:
-        ConfigurationError: A pattern matches no layer.
-    """
-    if patterns is None:
-        return set(names)
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = matching(names, pattern)
-        if not found:
-            raise ConfigurationError(f"layers: {pattern!r} matches no OFT layer; there are {', '.join(names)}")
-        chosen |= found
-    return chosen

@@ -1,6 +1,6 @@
 """Folding the rotations of an adapter into frozen weights, and taking them out again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,28 @@ def merge_layers(name: str, layers: Mapping[str, OftLayer]) -> dict[str, float]:
             f"{mean:.2%} and at most {errors[worst]:.2%} in {worst}"
         )
     return errors
+
+
+def check_made_for(name: str, made_for: Sequence[Merge], merges: Sequence[Merge]) -> None:
+    """Refuse an adapter ``name`` that was made for other frozen weights.
+
+    Args:
+        name: Name of the adapter.
+        made_for: The merges in the weights that the adapter was made for.
+        merges: The merges in the present weights.
+
+    Raises:
+        ConfigurationError: Naming the merges that differ.
+    """
+    if list(made_for) == list(merges):
+        return
+    since = ", ".join(merge.name for merge in merges if merge not in made_for)
+    undone = ", ".join(merge.name for merge in made_for if merge not in merges)
+    weights = f"the weights with {undone} merged" if undone else f"the weights before {since} was merged"
+    raise ConfigurationError(
+        f"adapter {name!r} was made for {weights}: with the present weights it gives another network; remove it, "
+        "reload the base, or pass force=True"
+    )
 
 
 def check_acting(doing: str, name: str, layers: Mapping[str, OftLayer]) -> None:

@@ -1,6 +1,6 @@
 """Copies the tensors of an adapter out of a network, into a network, and from a file."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from orthotrain.files.torch_files import crc32_of
 from orthotrain.layers import OftLayer, mergeable_layers
 from orthotrain.layers.linear_kinds import as_conv1d
 from orthotrain.layers.replacement import swap_modules
+from orthotrain.layers.selection import matching
 
 
 def oft_layers(network: nn.Module) -> dict[str, OftLayer]:
@@ -51,6 +52,23 @@ def generator_names(layers: Mapping[str, OftLayer]) -> dict[str, str]:
     return {name: f"{name}.rotation_{layer.side}.generators".removeprefix(".") for name, layer in layers.items()}
 
 
+def chosen_layers(names: Collection[str], patterns: Sequence[str] | None) -> set[str]:
+    """Return the names of layers that patterns choose; all of them for None.
+
+    Raises:
+        ConfigurationError: A pattern matches no layer.
+    """
+    if patterns is None:
+        return set(names)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = matching(names, pattern)
+        if not found:
+            raise ConfigurationError(f"layers: {pattern!r} matches no OFT layer; there are {', '.join(names)}")
+        chosen |= found
+    return chosen
+
+
 def check_generators_alone(network: nn.Module) -> None:
     """Refuse a network in which other parameters than generators are trained, such as biases, norms or a head.
 
@@ -71,6 +89,7 @@ def unload(network: nn.Module) -> nn.Module:
 
     Each layer becomes the plain layer that it wraps, with the frozen weight itself: that of the base bit for bit, if
     no adapter was merged. Weights stay frozen. A quantized weight stays packed, in a :class:`FrozenLinear`.
+    Buffers, such as running statistics, stay as they are.
 
     Args:
         network: A network with OFT layers. Its generators are lost; :func:`adapter_state` copies them.

@@ -50,6 +50,7 @@ class RowRotation:
             x = self.rotation.rotate(x, partial(self._displacement, group, position))
         return x
 
+    @torch.inference_mode(False)  # a later pass may need a gradient for its input
     @torch.no_grad()
     def _displacement(self, group: int, place: int, dtype: torch.dtype) -> Tensor:
         key = group, place, dtype

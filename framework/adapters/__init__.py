@@ -13,7 +13,14 @@ change their sign. Layers have their names in the network, after ``base_model.mo
 from orthotrain.adapters.adapter_set import AdapterSet
 from orthotrain.adapters.peft_export import export_peft
 from orthotrain.adapters.peft_import import import_peft
-from orthotrain.adapters.state import adapter_parameters, adapter_state, load_adapter, load_adapter_state, oft_layers
+from orthotrain.adapters.state import (
+    adapter_parameters,
+    adapter_state,
+    load_adapter,
+    load_adapter_state,
+    oft_layers,
+    unload,
+)
 
 __all__ = [
     "AdapterSet",
@@ -24,4 +31,5 @@ __all__ = [
     "load_adapter",
     "load_adapter_state",
     "oft_layers",
+    "unload",
 ]

@@ -1,17 +1,32 @@
 """Several adapters on one network: add, switch, disable and merge adapters."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from orthotrain.adapters.state import adapter_parameters, adapter_state, load_adapter_state, oft_layers
+from orthotrain.adapters.merging import (
+    Merge,
+    check_acting,
+    check_made_for,
+    check_not_quantized,
+    check_rotations,
+    equal,
+    merge_layers,
+    write,
+)
+from orthotrain.adapters.row_rotations import rotating
+from orthotrain.adapters.state import (
+    adapter_parameters,
+    adapter_state,
+    check_generators_alone,
+    chosen_layers,
+    generator_names,
+    load_adapter_state,
+    oft_layers,
+)
 from orthotrain.checkpoints.reading import compare_state
-from orthotrain.console.progress import shown
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import OftLayer, OftLinear
 
 
 class AdapterSet:
@@ -28,7 +43,6 @@ class AdapterSet:
 
     Attributes:
         active: Name of the active adapter; None after a merge.
-        merged: Names of the adapters that were merged into the frozen weights, in order.
 
     Raises:
         ConfigurationError: As :func:`oft_layers`.
@@ -37,15 +51,22 @@ class AdapterSet:
     def __init__(self, network: nn.Module, name: str = "default") -> None:
         self.network = network
         self.active: str | None = name
-        self.merged: list[str] = []
         self._states = {name: adapter_state(network)}
+        self._merges: list[Merge] = []
+        self._made_for: dict[str, tuple[Merge, ...]] = {name: ()}
+        self._left_out: dict[str, frozenset[str]] = {name: frozenset()}
+        self._frozen: list[nn.Parameter] = []
         self._after_merge: dict[str, Tensor] = {}
-        self._stale: set[str] = set()
 
     @property
     def names(self) -> list[str]:
         """Names of the adapters, in the order in which they were added."""
         return list(self._states)
+
+    @property
+    def merged(self) -> list[str]:
+        """Names of the adapters that are merged into the frozen weights, in order."""
+        return [merge.name for merge in self._merges]
 
     def state(self, name: str) -> dict[str, Tensor]:
         """Return a copy of an adapter, for example to save it.
@@ -54,31 +75,33 @@ class AdapterSet:
             ConfigurationError: There is no adapter of this name.
         """
         self._check(name)
-        if name == self.active:
-            return adapter_state(self.network)
-        return {key: value.clone() for key, value in self._states[name].items()}
+        return {key: value for key, value in self._values(name).items() if key not in self._left_out[name]}
 
-    def add(self, name: str, state: Mapping[str, Tensor] | None = None) -> None:
+    def add(self, name: str, state: Mapping[str, Tensor] | None = None, layers: Sequence[str] | None = None) -> None:
         """Add an adapter without switching to it.
 
         Args:
             name: A new name.
             state: Values of the adapter. None gives generators of zero, and all other parameters as they are in the
                 network now.
+            layers: Layers that the adapter rotates: globs on their names, or the last parts of their names; None for
+                all layers. The adapter has no generators of other layers, and they are not trained while it is active.
 
         Raises:
-            ConfigurationError: The name is in use, or the values do not fit the network.
+            ConfigurationError: The name is in use, the values do not fit the network, or a pattern matches no layer.
         """
         if name in self._states:
             raise ConfigurationError(f"adapter {name!r} exists already; there are {self._listing()}: take another name")
-        current = adapter_state(self.network)
-        if state is None:
-            rotations = {id(p) for layer in oft_layers(self.network).values() for p in layer.rotation_parameters()}
-            parameters = adapter_parameters(self.network)
-            state = {key: v.zero_() if id(parameters[key]) in rotations else v for key, v in current.items()}
-        if difference := compare_state(state, current):
-            raise ConfigurationError(f"adapter {name!r} does not fit the network: {difference}")
-        self._states[name] = {key: state[key].detach().clone() for key in current}
+        values, generators = adapter_state(self.network), generator_names(oft_layers(self.network))
+        for key in generators.values():
+            values[key].zero_()
+        left_out = frozenset(generators[layer] for layer in generators.keys() - chosen_layers(generators, layers))
+        if state is not None:
+            if difference := compare_state(state, {key: v for key, v in values.items() if key not in left_out}):
+                raise ConfigurationError(f"adapter {name!r} does not fit the network: {difference}")
+            values |= {key: value.detach().clone() for key, value in state.items()}
+        self._states[name], self._left_out[name] = values, left_out
+        self._made_for[name] = tuple(self._merges)
 
     def remove(self, name: str) -> None:
         """Remove an adapter that is not active.
@@ -89,8 +112,7 @@ class AdapterSet:
         self._check(name)
         if name == self.active:
             raise ConfigurationError(f"adapter {name!r} is active: switch to another one before removing it")
-        del self._states[name]
-        self._stale.discard(name)
+        del self._states[name], self._made_for[name], self._left_out[name]
 
     def switch(self, name: str, force: bool = False) -> None:
         """Store the values of the active adapter, and copy those of another adapter into the network.
@@ -105,20 +127,15 @@ class AdapterSet:
                 before a merge, or the network was trained after a merge and no adapter has these values.
         """
         self._check(name)
-        if name in self._stale and not force:
-            raise ConfigurationError(
-                f"adapter {name!r} was made for the weights before {', '.join(self.merged)} was merged: with the new "
-                "weights it gives another network; remove it, reload the base, or pass force=True"
-            )
         if not force:
+            check_made_for(name, self._made_for[name], self._merges)
             self._check_nothing_is_lost()
-        self._stale.discard(name)
+        self._made_for[name] = tuple(self._merges)
         if name == self.active:
             return
-        if self.active is not None:
-            self._states[self.active] = adapter_state(self.network)
+        self._keep_active()
         load_adapter_state(self.network, self._states[name])
-        self.active = name
+        self._activate(name)
 
     def enable(self) -> None:
         """Apply the rotations again."""
@@ -134,17 +151,48 @@ class AdapterSet:
         Raises:
             ConfigurationError: Other parameters than generators are trained: the network would not be the base network.
         """
-        layers = oft_layers(self.network)
-        generators = {id(p) for layer in layers.values() for p in layer.rotation_parameters()}
-        others = [name for name, p in adapter_parameters(self.network).items() if id(p) not in generators]
-        if others:
-            raise ConfigurationError(
-                f"{others[0]} is trained besides the generators ({len(others)} parameters): without the rotations the "
-                "network is not the base network; reload the base network instead"
-            )
-        for layer in layers.values():
+        check_generators_alone(self.network)
+        for layer in oft_layers(self.network).values():
             layer.enabled = False
         return self._disabled()
+
+    def together(self, *names: str) -> AbstractContextManager[None]:
+        """Rotate by several adapters, one after the other in the given order, inside a ``with`` block.
+
+        The adapters have the values that they have at the start of the block, and get no gradient.
+
+        Raises:
+            ConfigurationError: As :meth:`rows`.
+        """
+        if not names:
+            raise ConfigurationError(f"give the names of the adapters that act together; there are {self._listing()}")
+        states = [self._usable(name) for name in names]
+        return rotating(oft_layers(self.network), [states], None)
+
+    def rows(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        """Give each row of a batch an adapter of its own inside a ``with`` block, for inference in one forward pass.
+
+        Rows are the first dimension of the input of each OFT layer. The adapters have the values that they have at the
+        start of the block, and get no gradient.
+
+        Args:
+            names: Name of the adapter of each row; None for no rotation.
+
+        Raises:
+            ConfigurationError: There is no adapter of a name; it was made for other frozen weights; or other parameters
+                than generators are trained, which all rows would share. Inside the block: a layer gets another number
+                of rows.
+        """
+        distinct = list(dict.fromkeys(names))
+        chains = [[] if name is None else [self._usable(name)] for name in distinct]
+        return rotating(oft_layers(self.network), chains, [distinct.index(name) for name in names])
+
+    def _usable(self, name: str) -> dict[str, Tensor]:
+        """Return the values of an adapter for use beside others."""
+        self._check(name)
+        check_made_for(name, self._made_for[name], self._merges)
+        check_generators_alone(self.network)
+        return self._values(name)
 
     @contextmanager
     def _disabled(self) -> Iterator[None]:
@@ -154,7 +202,7 @@ class AdapterSet:
             self.enable()
 
     def merge(self, name: str, force: bool = False) -> dict[str, float]:
-        """Merge one adapter into the frozen weights and remove it. No adapter is active afterwards.
+        """Merge one adapter into the frozen weights and remove it, until :meth:`unmerge`. No adapter is active then.
 
         The function of the network with this adapter does not change, except for the error of quantizing its weights
         again. The other adapters were trained for the weights before the merge: :meth:`switch` refuses them from now on
@@ -173,40 +221,86 @@ class AdapterSet:
         """
         self._check(name)
         layers = oft_layers(self.network)
-        if not all(layer.enabled for layer in layers.values()):
-            raise ConfigurationError(f"the rotations are disabled: call enable() before merging adapter {name!r}")
-        before = self.active, adapter_state(self.network), set(self._stale)
+        check_acting("merging", name, layers)
+        before = self.active, adapter_state(self.network), dict(self._made_for)
         self.switch(name, force)
         try:
-            _check_rotations(name, layers)
+            check_rotations(name, layers)
         except ConfigurationError:
-            self.active, state, self._stale = before
-            _write(self.network, state)
+            active, state, self._made_for = before
+            write(self.network, state)
+            self._activate(active)
             raise
-        errors = {}
-        with shown(layers.items(), "merging", "layers") as named:
-            for layer_name, layer in named:
-                layer.merge_()
-                if isinstance(layer, OftLinear) and layer.last_merge_error is not None:
-                    errors[layer_name] = layer.last_merge_error
-        del self._states[name]
-        self._stale = set(self._states)
-        self.merged.append(name)
-        self.active, self._after_merge = None, adapter_state(self.network)
-        if errors:
-            worst, mean = max(errors, key=errors.__getitem__), sum(errors.values()) / len(errors)
-            rank_zero_info(
-                f"merged {name!r}: {len(errors)} weights were quantized again, with a mean relative error of "
-                f"{mean:.2%} and at most {errors[worst]:.2%} in {worst}"
-            )
+        self._merges.append(Merge(name, adapter_state(self.network), self._left_out[name]))
+        errors = merge_layers(name, layers)
+        del self._states[name], self._made_for[name], self._left_out[name]
+        self._activate(None)
+        self._after_merge = adapter_state(self.network)
         return errors
+
+    def unmerge(self, force: bool = False) -> str:
+        """Undo the last merge, and make its adapter active again.
+
+        The frozen weights come back up to a rounding of their dtype. Adapters that were made for these weights can be
+        switched to again. Those that were made since are refused without ``force``.
+
+        Args:
+            force: Whether to lose values that were trained after the merge.
+
+        Returns:
+            The name of the adapter.
+
+        Raises:
+            ConfigurationError: Nothing is merged; a weight is quantized, so that its values before the merge are lost;
+                there is a new adapter of this name; the rotations are disabled; or, without ``force``, the network was
+                trained after the merge and no adapter has these values. Then nothing is changed.
+        """
+        if not self._merges:
+            raise ConfigurationError(f"no adapter is merged; there are {self._listing()}")
+        merge, layers = self._merges[-1], oft_layers(self.network)
+        if merge.name in self._states:
+            raise ConfigurationError(f"there is a new adapter {merge.name!r}: remove it before unmerging the old one")
+        check_acting("unmerging", merge.name, layers)
+        check_not_quantized(merge.name, layers)
+        if not force:
+            self._check_nothing_is_lost()
+        self._keep_active()
+        write(self.network, merge.state)
+        for layer in layers.values():
+            layer.unmerge_()
+        self._merges.pop()
+        self._states[merge.name], self._left_out[merge.name] = merge.state, merge.left_out
+        self._made_for[merge.name] = tuple(self._merges)
+        self._activate(merge.name)
+        return merge.name
+
+    def _values(self, name: str) -> dict[str, Tensor]:
+        """Return a copy of the values of an adapter for all layers."""
+        if name == self.active:
+            return adapter_state(self.network)
+        return {key: value.clone() for key, value in self._states[name].items()}
+
+    def _activate(self, name: str | None) -> None:
+        """Make an adapter active, so that only the generators of its layers are trained."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        parameters = adapter_parameters(self.network)
+        left_out = [parameters[key] for key in self._left_out.get(name or "", ())]
+        self.active, self._frozen = name, [parameter for parameter in left_out if parameter.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+            parameter.grad = None  # an optimizer would still use it
+
+    def _keep_active(self) -> None:
+        if self.active is not None:
+            self._states[self.active] = adapter_state(self.network)
 
     def _check_nothing_is_lost(self) -> None:
         """Refuse to overwrite values that were trained after a merge, while no adapter is active."""
         if self.active is not None:
             return
         now = adapter_state(self.network)
-        if not any(_equal(now, state) for state in (self._after_merge, *self._states.values())):
+        if not any(equal(now, state) for state in (self._after_merge, *self._states.values())):
             raise ConfigurationError(
                 f"the network was trained after {self.merged[-1]!r} was merged, and no adapter has its values: "
                 "keep them with add(NAME, adapter_state(network)), or pass force=True to lose them"
@@ -220,23 +314,3 @@ class AdapterSet:
 
     def _listing(self) -> str:
         return ", ".join(self._states) or "none"
-
-
-@torch.no_grad()
-def _check_rotations(name: str, layers: Mapping[str, OftLayer]) -> None:
-    for layer_name, layer in layers.items():
-        if not all(bool(torch.isfinite(d).all()) for d in layer.displacements()):
-            raise ConfigurationError(
-                f"adapter {name!r}: the rotation of {layer_name} holds NaN or infinite values, and nothing was merged; "
-                "take values from before its run diverged"
-            )
-
-
-@torch.no_grad()
-def _write(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    for name, parameter in adapter_parameters(network).items():
-        parameter.copy_(state[name])
-
-
-def _equal(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return state.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in state.items())

@@ -1,7 +1,8 @@
 """Copies the tensors of an adapter out of a network, into a network, and from a file."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,6 +13,9 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.files.paths import local_path, read_json
 from orthotrain.files.torch_files import crc32_of
 from orthotrain.layers import OftLayer, mergeable_layers
+from orthotrain.layers.linear_kinds import as_conv1d
+from orthotrain.layers.replacement import swap_modules
+from orthotrain.layers.selection import matching
 
 
 def oft_layers(network: nn.Module) -> dict[str, OftLayer]:
@@ -41,6 +45,75 @@ def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """
     generators = {id(layer.rotation.generators) for layer in oft_layers(network).values()}
     return {name: p for name, p in network.named_parameters() if p.requires_grad or id(p) in generators}
+
+
+def generator_names(layers: Mapping[str, OftLayer]) -> dict[str, str]:
+    """Return layer name -> name of its generators among the parameters of the network."""
+    return {name: f"{name}.rotation_{layer.side}.generators".removeprefix(".") for name, layer in layers.items()}
+
+
+def chosen_layers(names: Collection[str], patterns: Sequence[str] | None) -> set[str]:
+    """Return the names of layers that patterns choose; all of them for None.
+
+    Raises:
+        ConfigurationError: A pattern matches no layer.
+    """
+    if patterns is None:
+        return set(names)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = matching(names, pattern)
+        if not found:
+            raise ConfigurationError(f"layers: {pattern!r} matches no OFT layer; there are {', '.join(names)}")
+        chosen |= found
+    return chosen
+
+
+def check_generators_alone(network: nn.Module) -> None:
+    """Refuse a network in which other parameters than generators are trained, such as biases, norms or a head.
+
+    Raises:
+        ConfigurationError: As :func:`oft_layers`; or naming such a parameter.
+    """
+    generators = {id(layer.rotation.generators) for layer in oft_layers(network).values()}
+    others = [name for name, p in adapter_parameters(network).items() if id(p) not in generators]
+    if others:
+        raise ConfigurationError(
+            f"{others[0]} is trained besides the generators ({len(others)} parameters): without the rotations the "
+            "network is not the base network; reload the base network instead"
+        )
+
+
+def unload(network: nn.Module) -> nn.Module:
+    """Take the OFT layers out of a network, in place and without merging.
+
+    Each layer becomes the plain layer that it wraps, with the frozen weight itself: that of the base bit for bit, if
+    no adapter was merged. Weights stay frozen. A quantized weight stays packed, in a :class:`FrozenLinear`.
+    Buffers, such as running statistics, stay as they are.
+
+    Args:
+        network: A network with OFT layers. Its generators are lost; :func:`adapter_state` copies them.
+
+    Returns:
+        The network.
+
+    Raises:
+        ConfigurationError: As :func:`oft_layers`; the network itself is an OFT layer; or other parameters than
+            generators are trained, so that the plain network would not be the base.
+    """
+    layers = oft_layers(network)
+    if "" in layers:
+        raise ConfigurationError("the network is an OFT layer itself: take what its unload() returns")
+    check_generators_alone(network)
+    plain: dict[nn.Module, nn.Module] = {}
+    for layer in layers.values():
+        unloaded: Any = layer.unload()
+        if getattr(layer, "is_conv1d", False) and isinstance(unloaded, nn.Linear):
+            unloaded = as_conv1d(unloaded)
+            unloaded.weight.requires_grad_(False)
+        plain[layer] = unloaded
+    swap_modules(network, plain)
+    return network
 
 
 def adapter_state(network: nn.Module) -> dict[str, Tensor]:

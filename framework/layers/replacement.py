@@ -79,22 +79,29 @@ def replace_layers(model: nn.Module, chosen: Mapping[str, Layer], factory: Calla
     swap_modules(model, replacements)
 
 
-def check_wrapping(chosen: Mapping[str, Layer], wrap: Callable[[Layer, str], nn.Module]) -> None:
+def check_wrapping(
+    chosen: Mapping[str, Layer], wrap: Callable[[Layer, str], nn.Module], settings: Callable[[str], object]
+) -> None:
     """Refuse layers that cannot be wrapped, before anything is changed: ``wrap`` is tried on copies without storage.
 
     Args:
         chosen: Name -> layer (:func:`select_layers`).
         wrap: Returns the replacement of a layer, given the layer and its name; may change the layer.
+        settings: Name -> the settings that ``wrap`` uses. Of layers with equal sizes and settings, one is tried.
 
     Raises:
         ConfigurationError: The first error of ``wrap``, naming the layer and its sizes.
     """
+    tried: list[object] = []
     for name, linear in chosen.items():
         # without storage a layer of bitsandbytes would be another kind of layer
         sizes = linear_sizes(linear)
         if sizes is None or is_bitsandbytes(linear):
             continue
         has_bias, dtype = linear.bias is not None, linear.weight.dtype
+        if (kind := (sizes, has_bias, dtype, settings(name))) in tried:
+            continue
+        tried.append(kind)
         with detect_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True), _naming(name, linear):
             copy: Any = nn.Linear(sizes[1], sizes[0], has_bias, device="cpu", dtype=dtype)
             wrap(copy, name)

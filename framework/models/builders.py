@@ -221,21 +221,32 @@ class PretrainedModel(ModelBuilder):
             enlarge_embeddings_(model, int(self.resize_vocabulary))
         return enable_checkpointing(model, self.gradient_checkpointing).train()
 
-    def _check_size(self) -> None:
-        """Refuse a config.json, with the options, that describes a network too large for this or for any machine."""
+    def described(self) -> nn.Module | None:
+        """Return the model from its configuration alone, not quantized, with random values; None if it needs code."""
+        if self.trust_remote_code:
+            return None
+        check_model_folder(self.name)
+        if Path(self.name).is_dir():
+            self._check_size()
+        return self._from_config()
+
+    @property
+    def _config_options(self) -> dict[str, Any]:
+        loading = LOADING_OPTIONS - CONFIGURATION_OPTIONS
+        return {name: value for name, value in self.options.items() if name not in loading}
+
+    def _from_config(self) -> nn.Module:
         import transformers
 
-        loading = LOADING_OPTIONS - CONFIGURATION_OPTIONS
-        given = {name: value for name, value in self.options.items() if name not in loading}
+        config = transformers.AutoConfig.from_pretrained(self.name, trust_remote_code=False, **self._config_options)
+        config.quantization_config = None
+        return getattr(transformers, AUTO_CLASSES[self.task]).from_config(config)
 
-        def build() -> nn.Module:
-            config = transformers.AutoConfig.from_pretrained(self.name, trust_remote_code=False, **given)
-            config.quantization_config = None
-            return getattr(transformers, AUTO_CLASSES[self.task]).from_config(config)
-
-        origin = f"model {self.name!r}: its config.json{' with the options' if given else ''}"
+    def _check_size(self) -> None:
+        """Refuse a config.json, with the options, that describes a network too large for this or for any machine."""
+        origin = f"model {self.name!r}: its config.json{' with the options' if self._config_options else ''}"
         try:
-            values = count_values(build, origin)
+            values = count_values(self._from_config, origin)
         except NotBuildable:
             return  # loading raises a clear error
         stored = torch.uint8 if self.load_in_4bit else torch.bfloat16 if self.dtype == "auto" else None

@@ -32,7 +32,7 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.layers.sharding import shard_network
-from orthotrain.models import ModelBuilder
+from orthotrain.models import ModelBuilder, check_described
 from orthotrain.models.network_checks import check_sequence_length, input_embedding
 from orthotrain.models.vocabulary import RESIZE, SAME_NUMBER, check_vocabulary, enlarge_embeddings_
 from orthotrain.modules.attached_callbacks import unless_given
@@ -91,6 +91,9 @@ class BaseModule(ResumableModule, LabeledModule, TrainedModule):
 
     def wrap(self, model: nn.Module) -> None:
         """Put the layers of the method into the freshly built network, in place."""
+
+    def check_targets(self, model: nn.Module) -> None:
+        """Refuse a network in which :meth:`wrap` would fail; ``model`` has no storage and must not be changed."""
 
     def configure_model(self) -> None:
         """Build, wrap and, if the strategy shards, shard the network, once.
@@ -171,15 +174,23 @@ class BaseModule(ResumableModule, LabeledModule, TrainedModule):
         """Attach the callbacks that every run needs, unless the trainer has them; a subclass adds its own.
 
         Raises:
-            ConfigurationError: If the strategy cannot run the ``compile`` mode, or if a callback of the trainer would
-                give wrong weights; raised before data are prepared.
+            ConfigurationError: If the strategy cannot run the ``compile`` mode, if a callback of the trainer would give
+                wrong weights, or if layers cannot be replaced; raised before data are prepared.
         """
         check_callbacks(self._trainer, type(self).wrap is not BaseModule.wrap)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self.micro_step.check(self.trainer.strategy, self.automatic_optimization)
+            self._check_early()
         wanted = [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard(), CausalityCheck()]
         own = [*wanted, KeepLogRows(self._trainer)]
         return [*leave_nothing(self._trainer), *unless_given(self._trainer, own)]
+
+    def _check_early(self) -> None:
+        """Check the targets before data are prepared, on a network without storage where there is none yet."""
+        if self._builder is not None and self.model is None:
+            check_described(self._builder, self.check_targets)
+        elif self.model is not None and not self._wrapped:
+            self.check_targets(self.model)
 
     def on_fit_start(self) -> None:
         """Compare the optimizers of a checkpoint with those of the run; refuse steps that would underflow in fp16.

@@ -41,14 +41,22 @@ class LoraLayers:
         Raises:
             ConfigurationError: See :func:`orthotrain.layers.replace_linears`.
         """
-        check_excluded(model, self.exclude, type(self)().exclude)
-        chosen = select_linears(model, self.include, self.exclude)
+        chosen = self.choose(model)
 
         def wrap(linear: nn.Linear, name: str) -> LoraLinear:
             return LoraLinear.from_linear(linear, self.rank, self.alpha, seed=derive_seed(seed, name))
 
         replace_layers(model, chosen, wrap)
         return list(chosen)
+
+    def choose(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """Return the layers that :meth:`apply_` replaces, by name; the model is not changed, and needs no storage.
+
+        Raises:
+            ConfigurationError: See :func:`orthotrain.layers.select_linears`.
+        """
+        check_excluded(model, self.exclude, type(self)().exclude)
+        return select_linears(model, self.include, self.exclude)
 
 
 class LoraModule(BaseModule):
@@ -86,6 +94,11 @@ class LoraModule(BaseModule):
     def wrap(self, model: nn.Module) -> None:
         """Replace the chosen linear layers."""
         self.layers.apply_(model, self.seed)
+
+    def check_targets(self, model: nn.Module) -> None:
+        """Refuse layers that cannot be replaced; see :class:`LoraLayers`."""
+        if type(self).wrap is LoraModule.wrap:
+            self.layers.choose(model)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach the callback that merges, if ``merge_every`` is set."""

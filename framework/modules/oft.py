@@ -93,6 +93,11 @@ class OftModule(BaseModule):
         self._check_layout(model)
         self.wrapped_names = self.layers.apply_(model)
 
+    def check_targets(self, model: nn.Module) -> None:
+        """Refuse layers that cannot be rotated; see :class:`OftLayers`."""
+        if type(self).wrap is OftModule.wrap:
+            self.layers.choose(model)
+
     def _check_layout(self, model: nn.Module) -> None:
         data = getattr(self._trainer, "datamodule", None)
         if self.labeled:

@@ -54,29 +54,36 @@ class OftLayers(LayerOverrides, OftSettings):
             ConfigurationError: See :func:`orthotrain.layers.replace_linears`; if a pattern matches nothing; or if a new
                 head was quantized, so that it cannot be trained.
         """
-        check_excluded(model, self.exclude, type(self)().exclude)
-        fresh = fresh_parameters(model)
-        exclude = [*self.exclude, *(glob.escape(name.rpartition(".")[0]) for name in fresh)]
-        chosen = select_layers(model, self.include, exclude, tuple(OFT_CLASSES))
-        self.refuse_unused_overrides(chosen)
+        fresh, chosen = fresh_parameters(model), self.choose(model)
         dtype, leftover = compute_dtype_of(model), frozen_linears(model, without=set(chosen.values()))
 
-        def wrap(layer: nn.Module, name: str) -> OftLayer:
-            return oft_layer(layer, self.for_name(name), dtype)
-
         def wrapped(layer: nn.Module, name: str) -> OftLayer:
-            rotated = wrap(layer, name)
+            rotated = oft_layer(layer, self.for_name(name), dtype)
             if self.for_name(name).storage in ("int8", "nf4"):
                 release(layer)
             return rotated
 
-        check_wrapping(chosen, wrap)
         model.requires_grad_(False)
         replace_layers(model, chosen, wrapped)
         swap_modules(model, leftover)
         self._train_others(model, fresh)
         warn_of_experts(model)
         return list(chosen)
+
+    def choose(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the layers that :meth:`apply_` wraps, by name; the model is not changed, and needs no storage.
+
+        Raises:
+            ConfigurationError: As :meth:`apply_`, except for patterns of ``train``.
+        """
+        check_excluded(model, self.exclude, type(self)().exclude)
+        fresh = fresh_parameters(model)
+        exclude = [*self.exclude, *(glob.escape(name.rpartition(".")[0]) for name in fresh)]
+        chosen = select_layers(model, self.include, exclude, tuple(OFT_CLASSES))
+        self.refuse_unused_overrides(chosen)
+        dtype = compute_dtype_of(model)
+        check_wrapping(chosen, lambda layer, name: oft_layer(layer, self.for_name(name), dtype), self.for_name)
+        return chosen
 
     def _train_others(self, model: nn.Module, fresh: dict[str, nn.Parameter]) -> None:
         for parameter in fresh.values():

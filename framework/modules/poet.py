@@ -112,6 +112,11 @@ class PoetModule(BaseModule):
         """Replace the chosen linear layers by POET layers, and freeze the parameters of ``layers.freeze``."""
         self.wrapped_names = self.layers.apply_(model, self.seed)
 
+    def check_targets(self, model: nn.Module) -> None:
+        """Refuse layers that cannot be rotated; see :class:`PoetLayers`."""
+        if type(self).wrap is PoetModule.wrap:
+            self.layers.choose(model)
+
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach the monitors that the trainer does not have, and the callback that merges.
 

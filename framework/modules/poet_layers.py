@@ -105,14 +105,7 @@ class PoetLayers(LayerOverrides, PoetSettings):
             ConfigurationError: See :func:`orthotrain.layers.replace_linears`; or if an override or a pattern of
                 ``freeze`` matches nothing.
         """
-        check_excluded(model, self.exclude, type(self)().exclude)
-        chosen = select_linears(model, self.include, self.exclude)
-        self.refuse_unused_overrides(chosen)
-
-        def wrap(linear: nn.Linear, name: str) -> PoetLinear | StepwiseLinear:
-            settings = self.for_name(name)
-            kind = StepwiseLinear if settings.stepwise else PoetLinear
-            return kind.from_settings(linear, settings, derive_seed(seed, name))
+        chosen = self.choose(model)
 
         def initialized(linear: nn.Linear, name: str) -> PoetLinear | StepwiseLinear:
             settings = self.for_name(name)
@@ -120,10 +113,24 @@ class PoetLayers(LayerOverrides, PoetSettings):
                 allocate(linear)
             draws = generator(seed, name, "frozen weight", device=linear.weight.device)
             initialize_(linear.weight, settings.init, draws, settings.gain)
-            layer = wrap(linear, name)
+            layer = self._wrapped(linear, name, seed)
             release(linear)
             return layer
 
+        replace_layers(model, chosen, initialized)
+        self._freeze(model)
+        warn_of_experts(model)
+        return list(chosen)
+
+    def choose(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """Return the layers that :meth:`apply_` replaces, by name; the model is not changed, and needs no storage.
+
+        Raises:
+            ConfigurationError: As :meth:`apply_`, except for patterns of ``freeze``.
+        """
+        check_excluded(model, self.exclude, type(self)().exclude)
+        chosen = select_linears(model, self.include, self.exclude)
+        self.refuse_unused_overrides(chosen)
         for name, linear in chosen.items():
             if is_bitsandbytes(linear):
                 raise ConfigurationError(
@@ -131,11 +138,13 @@ class PoetLayers(LayerOverrides, PoetSettings):
                     f"({type(linear).__name__}) and POET folds rotations into full values: load the model without "
                     "quantization and set storage: nf4 or int8"
                 )
-        check_wrapping(chosen, wrap)
-        replace_layers(model, chosen, initialized)
-        self._freeze(model)
-        warn_of_experts(model)
-        return list(chosen)
+        check_wrapping(chosen, self._wrapped, self.for_name)
+        return chosen
+
+    def _wrapped(self, linear: nn.Linear, name: str, seed: int = 0) -> PoetLinear | StepwiseLinear:
+        settings = self.for_name(name)
+        kind = StepwiseLinear if settings.stepwise else PoetLinear
+        return kind.from_settings(linear, settings, derive_seed(seed, name))
 
     def _freeze(self, model: nn.Module) -> None:
         rotations = {id(p) for _, layer in mergeable_layers(model) for p in layer.rotation_parameters()}

@@ -70,10 +70,10 @@ class OftConv2d(OftLayer):
     def _frozen(self) -> nn.Conv2d:
         return self.conv
 
-    def _effective_weight(self, error: Callable[[], str] | None = None) -> Tensor:
+    def _effective_weight(self, error: Callable[[], str] | None = None, inverse: bool = False) -> Tensor:
         weight, groups = self.conv.weight, self.conv.groups
         # (group, out, in, kh, kw) -> (out, kh, kw, group, in): the last two are the C channels that R acts on
         columns = weight.unflatten(0, (groups, -1)).permute(1, 3, 4, 0, 2)
-        folded = self.rotation_in.fold(columns.flatten(-2), error=error).view(columns.shape)
+        folded = self.rotation_in.fold(columns.flatten(-2), error=error, inverse=inverse).view(columns.shape)
         # with the strides of the weight, by which backends choose
         return torch.empty_like(weight, dtype=folded.dtype).copy_(folded.permute(3, 0, 4, 1, 2).flatten(0, 1))

@@ -41,5 +41,5 @@ class OftEmbedding(OftLayer):
     def _frozen(self) -> nn.Embedding:
         return self.embedding
 
-    def _effective_weight(self, error: Callable[[], str] | None = None) -> Tensor:
-        return self.rotation_out.fold(self.embedding.weight, transposed=False, error=error)
+    def _effective_weight(self, error: Callable[[], str] | None = None, inverse: bool = False) -> Tensor:
+        return self.rotation_out.fold(self.embedding.weight, transposed=False, error=error, inverse=inverse)

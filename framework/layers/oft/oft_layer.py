@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from orthotrain.errors import ConfigurationError
 from orthotrain.layers.oft.oft_rotation import OftRotation
 from orthotrain.layers.oft.oft_settings import OftSettings
+from orthotrain.layers.weights.frozen_weight import NoTensor
+from orthotrain.layers.weights.quantized_weight import QuantizedWeight
 
 
 @dataclass(frozen=True)
-class WeightInfo:
+class WeightInfo(NoTensor):
     """What code around a layer may read of its frozen weight; :meth:`OftLayer.merged_weight` gives the values."""
 
     shape: torch.Size
@@ -105,6 +107,32 @@ class OftLayer(nn.Module):
         self.rotation.reset_()
 
     @torch.no_grad()
+    def unmerge_(self) -> None:
+        """Undo :meth:`merge_`, for generators as they were before: fold the inverse rotation into the frozen weight.
+
+        The generators stay, so that the layer computes what it computes with zero generators now. The weight comes back
+        up to the rounding of its dtype.
+
+        Raises:
+            ConfigurationError: If the rotation is disabled, or the weight is quantized: a merge quantizes it again, and
+                its values before are lost.
+            TrainingDiverged: If the rotation is not finite; the layer keeps its weight.
+        """
+        if isinstance(self._weight, QuantizedWeight):
+            raise ConfigurationError(
+                f"its weight is stored in {self._weight.format}: the merge has quantized it again, and the values "
+                "before are lost; load the base again"
+            )
+        self._store(self._effective_weight(self._not_finite, inverse=True))
+
+    def unload(self) -> nn.Module:
+        """Return the frozen layer without the rotation: the weight itself, bit for bit and not trained.
+
+        A quantized weight stays packed, in a :class:`orthotrain.layers.FrozenLinear`.
+        """
+        return self._frozen
+
+    @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """Return the rotated weight in the shape of the frozen weight, rounded to the dtype of products."""
         return self._effective_weight().to(self._weight.dtype)
@@ -148,8 +176,8 @@ class OftLayer(nn.Module):
     def _info(self) -> WeightInfo:
         return WeightInfo(self._weight.shape, self._weight.dtype, self._weight.device)
 
-    def _effective_weight(self, error: Callable[[], str] | None = None) -> Tensor:
-        """Return the rotated weight in fp32 or wider; ``error`` as in :meth:`OftRotation.fold`."""
+    def _effective_weight(self, error: Callable[[], str] | None = None, inverse: bool = False) -> Tensor:
+        """Return the rotated weight in fp32 or wider; ``error`` and ``inverse`` as in :meth:`OftRotation.fold`."""
         raise NotImplementedError
 
     def _not_finite(self) -> str:

@@ -13,6 +13,7 @@ from orthotrain.layers.oft.oft_layer import OftLayer
 from orthotrain.layers.oft.oft_rotation import OftRotation
 from orthotrain.layers.oft.oft_settings import OftSettings, RotationDtype
 from orthotrain.layers.weights.bitsandbytes_linear import adopt_bitsandbytes
+from orthotrain.layers.weights.frozen_linear import FrozenLinear
 from orthotrain.layers.weights.frozen_weight import DenseWeight, FrozenWeight, plain_linear
 from orthotrain.layers.weights.quantized_weight import QuantizedWeight
 from orthotrain.layers.weights.storage import Storage, store
@@ -86,6 +87,14 @@ class OftLinear(OftLayer):
         """Return an ``nn.Linear`` that computes the same, with the merged weight and this layer's bias."""
         return plain_linear(self.merged_weight(), self.bias)
 
+    def unload(self) -> nn.Module:
+        """Return an ``nn.Linear`` or a :class:`FrozenLinear` with the frozen weight itself; see :class:`OftLayer`."""
+        if not isinstance(self.weight, DenseWeight):
+            return FrozenLinear(self.weight, self.bias).train(self.training)
+        linear = plain_linear(self.weight.values, self.bias).train(self.training)
+        linear.weight.requires_grad_(False)
+        return linear
+
     @classmethod
     def _around(cls, layer: Any, rotation: OftRotation, settings: OftSettings, compute_dtype: Any) -> Self:
         return cls(frozen(layer, settings, compute_dtype), layer.bias, rotation)
@@ -94,9 +103,9 @@ class OftLinear(OftLayer):
     def _weight(self) -> FrozenWeight:
         return self.weight
 
-    def _effective_weight(self, error: Callable[[], str] | None = None) -> Tensor:
+    def _effective_weight(self, error: Callable[[], str] | None = None, inverse: bool = False) -> Tensor:
         exact = self.weight.dequantize(torch.promote_types(self.weight.dtype, torch.float32))
-        return self.rotation_in.fold(exact, error=error)
+        return self.rotation_in.fold(exact, error=error, inverse=inverse)
 
     def _store(self, effective: Tensor) -> None:
         self.weight.assign_(effective)
@@ -110,7 +119,7 @@ def _fuses(x: Tensor, weight: DenseWeight, rotation: OftRotation, autocast: bool
     On other devices the rotation has a kernel of its own. A rotation in fp32 before a product in 16 bits needs two
     operations, and so does a dtype of ``x`` that nn.Linear would refuse.
     """
-    if not rotation.enabled or not plain_cpu(x):
+    if not rotation.enabled or rotation.instead is not None or not plain_cpu(x):
         return False
     if rotation.rotation_dtype == "float32" and (autocast or x.dtype.itemsize < 4):
         return False

@@ -23,6 +23,11 @@ class OftRotation(BlockRotation):
         features: Width ``d`` of the rotated axis.
         settings: The settings of the layer; ``block_size`` must divide ``d``.
 
+    Attributes:
+        enabled: Whether the rotation acts.
+        instead: What is computed in place of ``x @ R``, ``(..., d) -> (..., d)``, while several adapters act together
+            (:meth:`orthotrain.adapters.AdapterSet.rows`); else None.
+
     Raises:
         ConfigurationError: If the block size does not divide the width, naming the divisors near it.
     """
@@ -35,14 +40,26 @@ class OftRotation(BlockRotation):
         self.block_dropout = settings.block_dropout
         self.rotation_dtype = settings.rotation_dtype
         self.enabled = True
+        self.instead: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ R`` for ``x (..., d)``, in the dtype of ``x``; ``x`` itself while the rotation is disabled."""
         if not self.enabled:
             return x
+        if self.instead is not None:
+            return self.instead(x)
+        return self.rotate(x, self.training_displacement)
+
+    def rotate(self, x: Tensor, displacement: Callable[[torch.dtype], Tensor]) -> Tensor:
+        """Return ``x + x D`` for ``x (..., d)``, in the dtype of ``x``.
+
+        Args:
+            x: ``(..., d)``.
+            displacement: Returns ``D (n, b, b)`` in the dtype that it is given, by ``rotation_dtype``.
+        """
         with without_autocast(x.device.type):
             dtype = torch.promote_types(x.dtype, torch.float32) if self.rotation_dtype == "float32" else x.dtype
-            return block_rotate(x.to(dtype), self.training_displacement(dtype)).to(x.dtype)
+            return block_rotate(x.to(dtype), displacement(dtype)).to(x.dtype)
 
     def training_displacement(self, dtype: torch.dtype) -> Tensor:
         """Return ``D (n, b, b)`` as one forward pass uses it: with blocks dropped while training."""
@@ -53,25 +70,39 @@ class OftRotation(BlockRotation):
             dropped = torch.rand(self.blocks, device=displacement.device) < self.block_dropout
             return displacement.masked_fill(dropped[:, None, None], 0.0)
 
-    def fold(self, weight: Tensor, transposed: bool = True, error: Callable[[], str] | None = None) -> Tensor:
+    def fold(
+        self,
+        weight: Tensor,
+        transposed: bool = True,
+        error: Callable[[], str] | None = None,
+        inverse: bool = False,
+    ) -> Tensor:
         """Return ``weight @ R^T`` (``weight @ R`` if not transposed) ``(..., d)`` in fp32 or wider, without dropout.
 
         Args:
             weight: ``(..., d)``.
             transposed: Whether ``R^T`` is applied.
             error: Returns the message with which a rotation that is not finite is refused; None for no check.
+            inverse: Whether ``R^-1`` takes the place of ``R``. A series is orthogonal only near zero, so that
+                its ``R^T`` is not exactly the inverse.
 
         Raises:
-            ConfigurationError: If the rotation is disabled: folding it would change the function of the layer.
+            ConfigurationError: If the rotation is disabled, or several adapters act together: folding it would change
+                the function of the layer.
             TrainingDiverged: With ``error``, if the rotation is not finite (:func:`finite_or_zero`).
         """
         if not self.enabled:
             raise ConfigurationError("this rotation is disabled: set enabled=True before merging or exporting")
+        if self.instead is not None:
+            raise ConfigurationError("several adapters act together here: leave their with block before merging")
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         with without_autocast(weight.device.type):
             displacement: Any = self.displacement(weight.dtype)
             if error is not None:
                 displacement, _ = finite_or_zero((displacement, None), error)
+            if inverse:
+                identity = torch.eye(self.block_size, dtype=displacement.dtype, device=displacement.device)
+                displacement = torch.linalg.inv(identity + displacement) - identity
             return block_rotate(weight, displacement.mT.contiguous() if transposed else displacement)
 
     @torch.no_grad()

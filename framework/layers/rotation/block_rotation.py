@@ -128,15 +128,21 @@ class BlockRotation(nn.Module):
         if self.pooled is not None and self.pooled[0].traced == torch.compiler.is_compiling():
             displacement = self.pooled[0].part(self.pooled[1], dtype)
         else:
-            displacement = self._displacement(dtype or self.generators.dtype)
+            return self.displacement_of(self.generators, dtype or self.generators.dtype)
+        return self._of_all_blocks(displacement)
+
+    def displacement_of(self, generators: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``D (n, b, b)`` of other generators, in the shape of :attr:`generators`; see :meth:`displacement`."""
+        if dtype.itemsize >= generators.dtype.itemsize:
+            displacement = self.parameterization.displacement(generators, self.block_size).to(dtype)
+        else:
+            displacement = self.parameterization.rounded_displacement(generators, self.block_size, dtype)
+        return self._of_all_blocks(displacement)
+
+    def _of_all_blocks(self, displacement: Tensor) -> Tensor:
         if displacement.shape[0] == self.blocks:
             return displacement
         return displacement.expand(self.blocks, -1, -1).contiguous()
-
-    def _displacement(self, dtype: torch.dtype) -> Tensor:
-        if dtype.itemsize >= self.generators.dtype.itemsize:
-            return self.parameterization.displacement(self.generators, self.block_size).to(dtype)
-        return self.parameterization.rounded_displacement(self.generators, self.block_size, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ R`` for ``x (..., d)``, in the dtype of ``x``."""

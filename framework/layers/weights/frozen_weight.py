@@ -1,6 +1,7 @@
 """Frozen weights: matrices without gradient, their products, and their replacement in a merge."""
 
 from abc import ABC, abstractmethod
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,31 @@ from orthotrain.kernels.checks import COMPUTABLE
 from orthotrain.layers.weights.rounding import Noise, stochastic_round
 
 
-class FrozenWeight(nn.Module, ABC):
+class NoTensor:
+    """Stands where a layer of torch has its weight: code may read shape, dtype and device, but not the values.
+
+    The values lack the rotation, so that a function of torch that took them would give a wrong result in silence.
+    """
+
+    @property
+    def data(self) -> Self:
+        """This object, for code that reads ``weight.data.device``."""
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        """Refuse a function of torch that is given this object.
+
+        Raises:
+            ConfigurationError: Naming the function.
+        """
+        raise ConfigurationError(
+            f"{func.__name__} was given the frozen weight of a layer, which lacks the rotation: merge first "
+            "(orthotrain.layers.unwrap_mergeables), or take merged_weight() of the layer"
+        )
+
+
+class FrozenWeight(NoTensor, nn.Module, ABC):
     """A matrix ``W (out, in)`` without gradient, whose state dict reloads exactly.
 
     A new storage format is a new subclass of this class and a case in :func:`store`.

@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from orthotrain.adapters import AdapterSet, adapter_state, load_adapter, load_adapter_state
+from orthotrain.adapters import AdapterSet, adapter_state, load_adapter, load_adapter_state, oft_layers, unload
 from orthotrain.errors import ConfigurationError, TrainingDiverged
-from orthotrain.layers import OftConv2d, OftEmbedding, OftLinear, OftSettings, PoetLinear
+from orthotrain.layers import FrozenLinear, OftConv2d, OftEmbedding, OftLinear, OftSettings, PoetLinear
+from orthotrain.modules import OftLayers
 
 
 class Network(nn.Module):
@@ -271,5 +273,203 @@ def test_what_code_around_a_layer_reads(network):
     for layer, shape in ((conv, (8, 4, 3, 3)), (embed, (10, 16)), (head, (5, 32))):
         assert layer.weight.shape == shape and layer.weight.dtype == torch.float32
         assert layer.weight.device == torch.device("cpu")
-        with pytest.raises(TypeError, match="Tensor"):  # values without the rotation are not given
-            torch.cat([layer.weight])
+        assert layer.weight.data.device == torch.device("cpu")
+        with pytest.raises(ConfigurationError, match=r"^cat was given the frozen weight of a layer, which lacks the"):
+            torch.cat([layer.weight.data, layer.weight.data])  # fuse_qkv_projections of diffusers
+        with pytest.raises(ConfigurationError, match="^linear was given the frozen weight"):
+            nn.functional.linear(torch.ones(1, 32), layer.weight)
+
+
+@pytest.mark.parametrize("storage", [None, "int8", "nf4"])
+def test_unloading_gives_the_weights_of_the_base_back(storage):
+    plain = nn.Sequential(nn.Embedding(10, 64), Conv1D(64, 64), nn.Linear(64, 64), nn.Linear(64, 8, bias=False))
+    base, network = copy.deepcopy(plain), copy.deepcopy(plain)
+    OftLayers(include=["1", "2", "3"], exclude=[], block_size=8, storage=storage).apply_(network)
+    if storage is None:
+        OftLayers(include=["0"], exclude=[], block_size=8).apply_(network)
+    untrained = outputs(network)
+    load_adapter_state(network, trained(network, 1))
+    assert not torch.allclose(outputs(network), untrained, atol=1e-3)
+    network.eval()
+    assert unload(network) is network and not network[2].training
+    assert torch.equal(outputs(network), untrained)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    if storage is None:
+        assert [type(layer) for layer in network] == [nn.Embedding, Conv1D, nn.Linear, nn.Linear]
+        assert all(torch.equal(value, base.state_dict()[name]) for name, value in network.state_dict().items())
+    else:
+        assert [type(layer) for layer in network] == [nn.Embedding] + [FrozenLinear] * 3
+    with pytest.raises(ConfigurationError, match="no OFT layer"):
+        unload(network)
+
+
+def test_unloading_is_refused_where_it_would_not_give_the_base(network):
+    network.norm.requires_grad_(True)
+    with pytest.raises(ConfigurationError, match="norm.weight is trained besides the generators"):
+        unload(network)
+    with pytest.raises(ConfigurationError, match="is an OFT layer itself"):
+        unload(network.head)
+    assert isinstance(network.head, OftLinear)
+
+
+def test_each_row_has_an_adapter_of_its_own(network):
+    adapters = AdapterSet(network, "a")
+    load_adapter_state(network, trained(network, 1))
+    adapters.add("b", trained(network, 2))
+    expected = {"a": outputs(network)}
+    with adapters.disable():
+        expected[None] = outputs(network)
+    adapters.switch("b")
+    expected["b"] = outputs(network)
+    names = ["b", None, "a", "a", "b", None, None, "b", "a", "b"]
+    with adapters.rows(names):
+        found = outputs(network)
+        with pytest.raises(ConfigurationError, match="leave their with block"):
+            network.head.merge_()
+        with pytest.raises(ConfigurationError, match=r"leave their with block before merging 'b'"):
+            adapters.merge("b")
+        with pytest.raises(ConfigurationError, match=r"layer embed: its input \(3, 16\) does not have the 10 rows"):
+            network(INDEX[:3])
+    for row, name in enumerate(names):
+        torch.testing.assert_close(found[row], expected[name][row])
+    assert torch.equal(outputs(network), expected["b"])
+    with adapters.rows(["a"] * 10):
+        torch.testing.assert_close(outputs(network), expected["a"])
+    with pytest.raises(ConfigurationError, match="there is no adapter 'c'; there are a, b"):
+        adapters.rows(["a", "c"])
+    network.norm.requires_grad_(True)
+    with pytest.raises(ConfigurationError, match="norm.weight is trained besides the generators"):
+        adapters.rows(["a"] * 10)
+
+
+def test_adapters_act_one_after_the_other():
+    layer = OftLinear.from_linear(nn.Linear(16, 6), 4, "cayley", rotation_dtype="float32", block_share=True)
+    network, x = nn.Sequential(layer), torch.randn(3, 5, 16)
+    adapters = AdapterSet(network, "a")
+    load_adapter_state(network, trained(network, 1))
+    adapters.add("b", trained(network, 2))
+    rotations = []
+    for name in ("a", "b"):
+        adapters.switch(name)
+        rotations.append(torch.eye(16) + torch.block_diag(*layer.displacements()[0].detach()))
+    expected = x @ rotations[0] @ rotations[1] @ layer.weight.values.T + layer.bias
+    with adapters.together("a", "b"):
+        with torch.inference_mode():
+            torch.testing.assert_close(network(x), expected)
+        network(x.clone().requires_grad_()).sum().backward()
+        assert layer.rotation_in.generators.grad is None
+    with adapters.together("b", "a"):
+        assert not torch.allclose(network(x), expected, atol=1e-3)
+    with adapters.together("a", "b"), adapters.disable():
+        torch.testing.assert_close(network(x), x @ layer.weight.values.T + layer.bias)
+    with pytest.raises(ConfigurationError, match="give the names of the adapters"):
+        adapters.together()
+
+
+def test_merges_are_undone_in_turn(network):
+    network.norm.requires_grad_(True)
+    start = copy.deepcopy(network.state_dict())
+    adapters = AdapterSet(network, "a")
+    load_adapter_state(network, {key: 3 * value for key, value in trained(network, 1).items()})  # far from orthogonal
+    a = outputs(network)
+    adapters.add("other", trained(network, 2))
+    with pytest.raises(ConfigurationError, match="no adapter is merged; there are a, other"):
+        adapters.unmerge()
+    adapters.merge("a")
+    adapters.add("b", trained(network, 3))
+    adapters.merge("b")
+    b = outputs(network)
+    adapters.add("since")
+    adapters.switch("since")
+    assert adapters.unmerge() == "b" and adapters.active == "b" and adapters.merged == ["a"]
+    torch.testing.assert_close(outputs(network), b, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigurationError, match="'since' was made for the weights with b merged"):
+        adapters.switch("since")
+    adapters.add("a")
+    with pytest.raises(ConfigurationError, match="there is a new adapter 'a'"):
+        adapters.unmerge()
+    adapters.remove("a")
+    assert adapters.unmerge() == "a" and adapters.merged == []
+    torch.testing.assert_close(outputs(network), a, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigurationError, match="'b' was made for the weights with a merged"):
+        adapters.switch("b")
+    adapters.switch("other")
+    for name, value in network.state_dict().items():
+        if "generators" not in name and "norm" not in name:
+            torch.testing.assert_close(value, start[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_merge_that_cannot_be_undone_is_left_as_it_is(network):
+    quantized = nn.Sequential(
+        OftLinear.from_linear(nn.Linear(64, 64), 8), OftLinear.from_linear(nn.Linear(64, 64), 8, storage="int8")
+    )
+    for net, message, since in [
+        (quantized, "1 is stored in int8, the merge has quantized it again", None),
+        (network, "the network was trained after 'a' was merged", trained(network, 3)),
+    ]:
+        adapters = AdapterSet(net, "a")
+        load_adapter_state(net, trained(net, 1))
+        adapters.merge("a")
+        if since is not None:
+            load_adapter_state(net, since)
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(ConfigurationError, match=message):
+            adapters.unmerge()
+        torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+        assert adapters.merged == ["a"] and adapters.active is None
+    with pytest.raises(ConfigurationError, match="its weight is stored in int8"):
+        quantized[1].unmerge_()
+    adapters.unmerge(force=True)
+
+
+def test_adapters_rotate_different_layers(network):
+    adapters = AdapterSet(network, "all")
+    load_adapter_state(network, trained(network, 1))
+    everywhere, generators = (
+        outputs(network),
+        {name: layer.rotation.generators for name, layer in oft_layers(network).items()},
+    )
+    adapters.add("some", layers=["head", "em*"])
+    adapters.switch("some")
+    assert [name for name, p in generators.items() if p.requires_grad] == ["embed", "head"]
+    network(INDEX).square().sum().backward()
+    torch.optim.SGD(network.parameters(), 0.1).step()
+    some, state = outputs(network), adapters.state("some")
+    assert list(state) == ["embed.rotation_out.generators", "head.rotation_in.generators"]
+    assert all(value.any() for value in state.values()) and not generators["conv"].any()
+    adapters.switch("all")
+    assert torch.equal(outputs(network), everywhere) and all(p.requires_grad for p in generators.values())
+    adapters.add("again", state, layers=["embed", "head"])
+    with adapters.rows(["again"] * 5 + ["all"] * 5):
+        torch.testing.assert_close(outputs(network), torch.cat([some[:5], everywhere[5:]]))
+    adapters.merge("again")
+    assert all(p.requires_grad for p in generators.values())
+    adapters.unmerge()
+    assert not generators["conv"].requires_grad and list(adapters.state("again")) == list(state)
+    for message, arguments in [
+        ("'tail' matches no OFT layer; there are embed, conv, head", {"layers": ["tail"]}),
+        (r"not in the model \(embed.rotation_out.generators\)", {"state": state, "layers": ["head"]}),
+        (r"1 tensors are not in it \(conv.rotation_in.generators\)", {"state": state}),
+    ]:
+        with pytest.raises(ConfigurationError, match=message):
+            adapters.add("bad", **arguments)
+    assert adapters.names == ["all", "some", "again"]
+
+
+def test_a_trained_bias_belongs_to_its_adapter():
+    network = nn.Sequential(OftLinear.from_linear(nn.Linear(16, 16), 4, train_bias=True))
+    adapters, x = AdapterSet(network, "a"), torch.randn(3, 16)
+    load_adapter_state(network, trained(network, 1))
+    a = network(x)
+    adapters.add("b", trained(network, 2))
+    adapters.switch("b")
+    assert not torch.allclose(network(x), a, atol=1e-3)
+    adapters.switch("a")
+    assert torch.equal(network(x), a)
+    for refused in (adapters.disable, lambda: adapters.together("a"), lambda: adapters.rows(["a"] * 3)):
+        with pytest.raises(ConfigurationError, match="0.bias is trained besides the generators"):
+            refused()
+    adapters.merge("a")
+    adapters.switch("b", force=True)
+    adapters.unmerge()
+    torch.testing.assert_close(network(x), a)

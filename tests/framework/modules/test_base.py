@@ -7,8 +7,18 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from orthotrain.models import CausalLM
-from orthotrain.modules import BaseModule, OftModule, PoetLayers, PoetModule
+from orthotrain.errors import ConfigurationError
+from orthotrain.models import CausalLM, PretrainedModel
+from orthotrain.modules import (
+    BaseModule,
+    LoraLayers,
+    LoraModule,
+    OftLayers,
+    OftModule,
+    PoetLayers,
+    PoetModule,
+    oft_layers,
+)
 
 
 class Regression(PoetModule):
@@ -100,3 +110,35 @@ def test_training_fills_no_cache_of_keys_and_values():
     assert module.model(input_ids=ids).past_key_values is not None
     assert module(input_ids=ids).past_key_values is None
     assert module(input_ids=ids, use_cache=True).past_key_values is not None
+
+
+class Unprepared(Data):
+    def prepare_data(self):
+        raise AssertionError("data were prepared before the targets were checked")
+
+
+def test_targets_are_checked_before_data_are_prepared(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    network = CausalLM({**sizes, "vocab_size": 64})()
+    network.save_pretrained(tmp_path / "base")
+    for module, message in [
+        (PoetModule(CausalLM({**sizes, "vocab_size": 64}), PoetLayers(include=["nope"])), "'nope' matches no linear"),
+        (LoraModule(CausalLM({**sizes, "vocab_size": 64}), LoraLayers(exclude=["nope"])), "'nope' matches no module"),
+        (OftModule(PretrainedModel(str(tmp_path / "base")), OftLayers(block_size=33)), r"\(32 x 32\): block_size=33"),
+        (OftModule(network, OftLayers(overrides={"nope": {}})), "'nope' matches none of the rotated layers"),
+        (OftModule(lambda: network, OftLayers()), None),  # only a call builds this one
+    ]:
+        trainer = L.Trainer(
+            max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path
+        )
+        error = ConfigurationError if message else AssertionError
+        with pytest.raises(error, match=message or "data were prepared"):
+            trainer.fit(module, datamodule=Unprepared())
+
+
+def test_layers_of_one_kind_are_tried_once(monkeypatch):
+    tried = []
+    monkeypatch.setattr(oft_layers, "oft_layer", lambda layer, *_: tried.append(layer.out_features))
+    network = nn.Sequential(*(nn.Linear(16, out) for out in (16, 16, 8, 16)))
+    OftLayers(block_size=4, overrides={"3": {"block_size": 8}}).choose(network)
+    assert tried == [16, 8, 16]

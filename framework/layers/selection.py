@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers.linear_kinds import computes_linear, linear_sizes
-from orthotrain.layers.weights.bitsandbytes_linear import is_bitsandbytes
+from orthotrain.layers.linear_kinds import check_wrappable, linear_sizes
 
 ALL_LINEAR = "all-linear"
 """The pattern of all linear layers but the output head, as in PEFT."""
@@ -32,8 +31,8 @@ def select_linears(
 
     Raises:
         ConfigurationError: If the model itself is a linear layer, an include pattern matches none, nothing is left, a
-            layer is of a class that may compute something else, a weight to replace is tied to another parameter, or
-            the module around a layer reads its weight instead of calling it.
+            layer has a hook or is of a class that may compute something else, a weight to replace is tied to another
+            parameter, or the module around a layer reads its weight instead of calling it.
     """
     return cast(dict[str, nn.Linear], select_layers(model, include, exclude))
 
@@ -82,7 +81,8 @@ def select_layers(
             f"; OFT also rotates convolutions that include names, such as {convolutions[-1]!r}" if convolutions else ""
         )
         raise ConfigurationError(f"exclude={list(exclude)} leaves no linear layer of include={list(include)}{hint}")
-    _refuse_subclasses(chosen)
+    for name, layer in chosen.items():
+        check_wrappable(layer, name)
     _refuse_tied(model, chosen)
     _refuse_uncalled(model, chosen)
     return chosen
@@ -112,15 +112,6 @@ def check_excluded(model: nn.Module, exclude: Sequence[str], defaults: Sequence[
 def squeezed(name: str) -> str:
     """Return the letters and digits of a name or a pattern, to compare misspelt names by."""
     return "".join(filter(str.isalnum, name)).lower()
-
-
-def _refuse_subclasses(chosen: Mapping[str, nn.Module]) -> None:
-    for name, linear in chosen.items():
-        if isinstance(linear, nn.Linear) and not is_bitsandbytes(linear) and not computes_linear(linear):
-            raise ConfigurationError(
-                f"{name} is a {type(linear).__name__}, a subclass of nn.Linear that may compute something else than "
-                f"x @ W.T + bias: make it an nn.Linear, or add {name!r} to exclude"
-            )
 
 
 def _refuse_tied(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from orthotrain.kernels.operation import operation
 from orthotrain.kernels.outputs import Changes, unviewed
@@ -31,6 +32,7 @@ class _Tangent(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         x, permutation = ctx.saved_tensors
         (grad,) = grads
@@ -59,6 +61,7 @@ class _TangentOutput(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         y, x, permutation, log_scale = ctx.saved_tensors
         (grad,) = grads
@@ -88,6 +91,7 @@ class _TangentLinear(torch.autograd.Function):
         return unviewed(torch.nn.functional.linear(x, scaled(weight, log_scale, x.dtype)))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         x, stored, permutation_out, permutation_in, log_scale = ctx.saved_tensors
         (grad,) = grads

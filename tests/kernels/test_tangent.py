@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.dispatch import use_backend
 from orthotrain.kernels.skew.cpu import skew_forward
-from orthotrain.kernels.tangent import naive, tangent, tangent_linear
+from orthotrain.kernels.tangent import naive, tangent, tangent_linear, tangent_output
 from orthotrain.kernels.tangent.cpu import tangent_gradient_forward
 from orthotrain.plugins import create
 
@@ -80,6 +80,19 @@ def test_compiles_without_graph_breaks():
         found, expected = (gradients(f(x, out, into), (x, out, into)) for f in (compiled, function))
         for g, e in zip(found, expected, strict=True):
             torch.testing.assert_close(g, e)
+
+
+def test_refuses_a_second_derivative():
+    x, weight, out, into, permutation_out, permutation_in = draw(24, 16, 4, 4)
+    product = x @ weight.T
+    for y in (
+        tangent(x, into, permutation_in, 4),
+        tangent_linear(x, weight, out, into, permutation_out, permutation_in, (4, 4)),
+        tangent_output(product, x, out, permutation_out, 4, None, lambda x: x @ weight.T),
+    ):
+        (grad,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.square().sum().backward()
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orthotrain.errors import ConfigurationError
+from orthotrain.layers.linear_kinds import check_wrappable
 from orthotrain.layers.oft.oft_rotation import OftRotation
 from orthotrain.layers.oft.oft_settings import OftSettings
 from orthotrain.layers.weights.frozen_weight import NoTensor
@@ -62,11 +63,12 @@ class OftLayer(nn.Module):
             compute_dtype: Dtype of the network, for a ``Linear8bitLt`` without bias; see :func:`adopt_bitsandbytes`.
 
         Raises:
-            ConfigurationError: If the layer is of another class, a size does not fit, naming sizes that would, or the
-                weight cannot be stored so.
+            ConfigurationError: If the layer is of another class, has a hook or may compute something else, a size
+                does not fit, naming sizes that would, or the weight cannot be stored so.
         """
         if not issubclass(type(layer), cls.wraps):
             raise ConfigurationError(f"{cls.__name__} wraps an nn.{cls.wraps.__name__}, not a {type(layer).__name__}")
+        check_wrappable(layer)
         with torch.device(layer.weight.device):
             rotation = OftRotation(getattr(layer, cls.width), settings)
         if not isinstance(layer, nn.Linear):
@@ -76,6 +78,8 @@ class OftLayer(nn.Module):
                     "set storage to null for this layer (overrides)"
                 )
             layer = copy.deepcopy(layer)
+            # a forward of accelerate, which unwrap would copy with a reference to this layer
+            layer.__dict__.pop("forward", None)
             layer.weight.requires_grad_(False)
         if getattr(layer, "bias", None) is not None:
             layer.bias.requires_grad_(train_bias)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from orthotrain.devices.host_reads import HostCount
 from orthotrain.kernels.operation import without_autocast
 from orthotrain.layers.finite_checks import finite_or_zero
+from orthotrain.layers.linear_kinds import check_wrappable
 from orthotrain.layers.poet.poet_settings import Aligned, PoetSettings, Side, Sides
 from orthotrain.layers.poet.rotations import Rotations
 from orthotrain.layers.poet.route_costs import ActivationMode, RouteChoice
@@ -104,7 +105,8 @@ class TwoSided(nn.Module):
             seed: Seed of permutations and stochastic rounding.
 
         Raises:
-            ConfigurationError: If an option does not fit the layer, naming values that would work.
+            ConfigurationError: If an option does not fit the layer, naming values that would work; or if the layer has
+                a hook or may compute something else.
         """
         given = locals()
         options = {field.name: given[field.name] for field in fields(PoetSettings) if field.name in given}
@@ -113,6 +115,7 @@ class TwoSided(nn.Module):
     @classmethod
     def from_settings(cls, linear: nn.Linear, settings: PoetSettings, seed: int = 0) -> Self:
         """Wrap a linear layer as ``settings`` describe; see :meth:`from_linear`."""
+        check_wrappable(linear)
         rotations, values = Rotations.draw(linear, settings, seed), linear.weight.detach()
         with torch.device(linear.weight.device):
             framed = cls._frame(rotations, values)

@@ -2,13 +2,24 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.export import export_huggingface
-from orthotrain.layers import PoetLinear, mergeable_layers, replace_linears, select_linears, unwrap_mergeables
+from orthotrain.layers import (
+    OftEmbedding,
+    OftLinear,
+    OftSettings,
+    PoetLinear,
+    StepwiseLinear,
+    mergeable_layers,
+    replace_linears,
+    select_linears,
+    unwrap_mergeables,
+)
 from orthotrain.layers.folding import fold_rotations
 from orthotrain.models import CausalLM
 from orthotrain.modules import OftLayers, PoetLayers
@@ -155,8 +166,82 @@ def test_a_subclass_whose_forward_is_that_of_a_linear_layer_is_wrapped():
             select_linears(net)
         assert list(select_linears(net, exclude=["3"])) == ["0", "1", "2"]
     net = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)), nn.LazyLinear(8))
+    for name, why in (("0", "has the forward pre-hook WeightNorm"), ("1", "is a LazyLinear")):
+        with pytest.raises(ConfigurationError, match=f"{name} {why}"):
+            select_linears(net, [name])
+
+
+class Clamped(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.clamp(-10, 10))
+
+
+class CentersWide(nn.Linear):
+    def forward(self, x):
+        return super().forward(x - x.mean(-1, keepdim=True) if self.in_features > 200 and self.training else x)
+
+
+class Tall(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + (self.out_features > 200)
+
+
+@pytest.mark.parametrize(
+    "layer", [Clamped(8, 8), CentersWide(256, 8), Tall(8, 256)], ids=lambda layer: type(layer).__name__
+)
+def test_a_subclass_that_computes_something_else_for_some_inputs_or_widths_is_refused(layer):
+    with pytest.raises(ConfigurationError, match=f"0 is a {type(layer).__name__}, .*add '0' to exclude"):
+        select_linears(nn.Sequential(layer))
+    for direct in (PoetLinear, OftLinear, StepwiseLinear):
+        with pytest.raises(ConfigurationError, match=f"the layer is a {type(layer).__name__}"):
+            direct.from_linear(layer, block_size=4)
+
+
+def _patched(linear):
+    forward = linear.forward
+    linear.forward = lambda x: 2 * forward(x)
+
+
+def double(*_):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        (lambda linear: linear.register_forward_hook(double), "the forward hook double"),
+        (lambda linear: linear.register_forward_pre_hook(double), "the forward pre-hook double"),
+        (lambda linear: linear.register_full_backward_hook(double), "the backward hook double"),
+        (lambda linear: linear.register_full_backward_pre_hook(double), "the backward pre-hook double"),
+        (_patched, "a forward of its own, set on the instance"),
+    ],
+)  # fmt: skip
+def test_a_layer_with_a_hook_is_refused_by_name(hook, message):
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    hook(net[1])
+    with pytest.raises(ConfigurationError, match=f"^1 has {message}, which .*: remove it, or add '1' to exclude$"):
+        replace_linears(net, factory=factory)
+    assert replace_linears(net, exclude=["1"], factory=factory) == ["0"]
+    for direct in (PoetLinear, OftLinear, StepwiseLinear):
+        with pytest.raises(ConfigurationError, match=f"the layer has {message}"):
+            direct.from_linear(net[1], block_size=4)
+
+
+def test_what_only_places_or_was_undone_is_no_hook():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    add_hook_to_module(net[0], AlignDevicesHook("cpu", io_same_device=True))
+    net[1].forward = net[1].forward
+    assert list(select_linears(net)) == ["0", "1"]
+    table = add_hook_to_module(nn.Embedding(6, 8), AlignDevicesHook("cpu"))
+    wrapped, index = OftEmbedding.from_settings(table, OftSettings(block_size=4)), torch.arange(6)
+    nn.init.normal_(wrapped.rotation.generators)
+    torch.testing.assert_close(wrapped.unwrap()(index), wrapped(index))
+    _patched(net[1])
+    # a patched layer stays one below the hook, and weights that are offloaded are not there to be wrapped
+    add_hook_to_module(net[1], AlignDevicesHook("cpu"))
+    net[0]._hf_hook.offload = True
     for name in ("0", "1"):
-        with pytest.raises(ConfigurationError, match=f"{name} is a .*Linear"):
+        with pytest.raises(ConfigurationError, match=f"{name} has a forward of its own"):
             select_linears(net, [name])
 
 

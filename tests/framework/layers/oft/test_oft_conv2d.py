@@ -120,6 +120,24 @@ def test_block_size_must_fit_a_group():
         OftConv2d.from_settings(nn.Conv2d(8, 8, 3, groups=8), OftSettings(2))
 
 
+def test_only_the_kernel_of_a_plain_convolution_is_turned():
+    class Standardized(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+    class Named(nn.Conv2d):
+        pass
+
+    hooked = nn.Conv2d(4, 4, 3)
+    hooked.register_forward_pre_hook(lambda _, inputs: (inputs[0].relu(),))
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))
+    refused = {Standardized(4, 4, 3): "is a Standardized", normed: "is a ParametrizedConv2d", hooked: "has the forward"}
+    for conv, why in refused.items():
+        with pytest.raises(ConfigurationError, match=f"the layer {why}"):
+            OftConv2d.from_settings(conv, OftSettings(2))
+    assert OftConv2d.from_settings(Named(4, 4, 3), OftSettings(2)).rotation.block_size == 2
+
+
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d, nn.ConvTranspose2d])
 def test_other_convolutions_are_refused_by_name(kind):
     conv = kind(4, 4, 3)

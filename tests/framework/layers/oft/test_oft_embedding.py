@@ -76,3 +76,26 @@ def test_trains_only_the_generators_unties_and_reloads():
 def test_block_size_must_fit():
     with pytest.raises(ConfigurationError, match=r"block_size=5 .*16 features to rotate; near it: 4 and 8"):
         OftEmbedding.from_settings(nn.Embedding(20, 16), OftSettings(5))
+
+
+class Scaled(nn.Embedding):
+    def forward(self, index):
+        return 3 * super().forward(index)
+
+
+class Shifted(nn.Embedding):
+    def forward(self, index):
+        return super().forward(index) + 1
+
+
+class Normed(nn.Embedding):
+    def forward(self, index):
+        return nn.functional.layer_norm(super().forward(index), (self.embedding_dim,))
+
+
+def test_a_subclass_may_scale_rows_and_nothing_else():
+    layer, index = turn_(OftEmbedding.from_settings(Scaled(20, 16), OftSettings(4))), torch.arange(20)
+    assert relative(layer.unwrap()(index), layer(index)) < 1e-6
+    for kind in (Shifted, Normed):
+        with pytest.raises(ConfigurationError, match=f"the layer is a {kind.__name__}, .*rows times a factor"):
+            OftEmbedding.from_settings(kind(20, 16), OftSettings(4))

@@ -200,7 +200,7 @@ def test_yaml_keys_and_files_are_checked_too(small_config, tmp_path, capsys):
     assert message.endswith("did you mean finetune/quickstart.yaml, pretrain/quickstart.yaml?")
     assert refuse(capsys, "fit", "-c", "quickstart").endswith("finetune/quickstart.yaml, pretrain/quickstart.yaml?")
     assert refuse(capsys, "fit", "-c", "pretrain/quickstart").endswith("did you mean pretrain/quickstart.yaml?")
-    assert "shipped are finetune/oft_bart_xsum.yaml, " in refuse(capsys, "fit", "-c", "zzz")
+    assert "shipped are finetune/classification.yaml, " in refuse(capsys, "fit", "-c", "zzz")
     wrong.write_text("model: [unclosed")
     assert "wrong.yaml" in refuse(capsys, "fit", "-c", str(wrong))
     for content, said in (("", "is empty"), ("hello", "holds a str")):
@@ -234,7 +234,7 @@ def test_empty_binary_and_short_corpora_are_refused(small_config, tmp_path, caps
         path = tmp_path / name
         path.write_bytes(content)
         message = refuse(capsys, *command, str(path))
-        assert name in message if name != "short.txt" else "split" in message
+        assert name in message if name != "short.txt" else "more text" in message
 
 
 def test_plan_counts_without_allocating(small_config, capsys):
@@ -341,7 +341,7 @@ def test_help_names_the_classes_of_this_package(capsys):
 
 
 @pytest.mark.parametrize(
-    ("option", "known"), [("model", "LoraModule, OftModule, PoetModule"), ("data", "InstructionData, TextData")]
+    ("option", "known"), [("model", "LoraModule, OftModule, PoetModule"), ("data", "InstructionData, LabeledData, TextData")]
 )
 def test_help_of_an_unknown_class_lists_the_known_ones(option, known):
     """In a process of its own: other tests define classes, too."""

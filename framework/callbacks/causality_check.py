@@ -9,13 +9,14 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from orthotrain.callbacks.first_batch import FirstBatchCheck
 from orthotrain.errors import ConfigurationError
 from orthotrain.models.network_checks import evaluating, same_buffers, same_draws, shifts_labels
 
 _TOKENS = 8
 
 
-class CausalityCheck(L.Callback):
+class CausalityCheck(FirstBatchCheck):
     """Check a network, before its first batch: a change of later tokens must not change the logits at earlier tokens.
 
     Two passes of one short row are compared, in evaluation mode and without gradients. The network's buffers and the
@@ -26,25 +27,8 @@ class CausalityCheck(L.Callback):
     def __init__(self) -> None:
         self.checked = False
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Check the network, unless an evaluation has checked it."""
-        self._check(trainer, pl_module, batch)
-
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Check the network before the first batch of a validation."""
-        self._check(trainer, pl_module, batch)
-
-    def on_test_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Check the network before the first batch of a test."""
-        self._check(trainer, pl_module, batch)
-
-    def _check(self, trainer: L.Trainer, module: Any, batch: Any) -> None:
+    def check(self, trainer: L.Trainer, module: Any, batch: Any) -> None:
+        """Check the network unless that was done, or the batch is not for the next token."""
         own_loss = getattr(module, "objective", None) == "model" and shifts_labels(module.model)
         if self.checked or not (module.has_next_token_loss or own_loss) or not _has_tokens(batch):
             return
@@ -93,7 +77,7 @@ def _leaks(trainer: L.Trainer, module: Any, batch: Any) -> bool:
         (tensors, length, trainer.precision_plugin.forward_context()),
     ]
     for inputs, tokens, context in ways:
-        row, other = _rows(module.model, batch["input_ids"], tokens)
+        row, other = two_rows(module.model, batch["input_ids"], tokens)
         try:
             with context:
                 return leaks_future(partial(_logits, module, inputs), row, other, tokens // 2)
@@ -111,7 +95,7 @@ def _logits(module: Any, inputs: dict[str, Tensor], tokens: Tensor) -> Tensor:
     return logits
 
 
-def _rows(network: nn.Module, tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def two_rows(network: nn.Module, tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Return two rows ``(1, length)`` of tokens of a batch that differ in their second half."""
     settings = vars(getattr(network, "config", nn.Module()))
     special = [value for name, value in settings.items() if name.endswith("token_id")]  # a value may be a list

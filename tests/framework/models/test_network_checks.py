@@ -19,6 +19,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     RobertaConfig,
     RobertaForCausalLM,
 )
@@ -26,7 +28,7 @@ from transformers import (
 from orthotrain.data import InstructionData
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
-from orthotrain.models.network_checks import check_attention, check_sequence_length, shifts_labels
+from orthotrain.models.network_checks import check_attention, check_sequence_length, shifts_labels, with_usable_mask
 from orthotrain.modules import OftLayers, OftModule, Optimization, PoetLayers, PoetModule
 
 SIZES = {
@@ -108,12 +110,38 @@ def test_packed_rows_train(data, attention, tmp_path):
     assert float(trainer.callback_metrics["val_loss"]) > 0
 
 
+def test_bool_masks_of_padding_stay():
+    batch = {"attention_mask": torch.ones(2, 3, dtype=torch.bool)}
+    assert with_usable_mask(batch, llama(attn_implementation="eager")) is batch
+
+
 def test_packing_is_refused_for_other_attention(data, tmp_path):
     network = llama()
     network.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ConfigurationError, match="packing with attn_implementation='flash_attention_2'.*sdpa or eager"):
         trainer_for(tmp_path).fit(module_of(network), datamodule=data(packing=True))
-    check_attention(nn.Linear(2, 2))
+    check_attention(nn.Linear(2, 2), SimpleNamespace(argument="max_length", tokens=9))
+
+
+def test_packing_is_refused_for_rows_longer_than_a_window(data, tmp_path):
+    network = MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, vocab_size=262, sliding_window=47))
+    message = (
+        r"max_length 48: layers of MistralForCausalLM see the last 47 .*sliding_window.*packing to false, or max_len"
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        trainer_for(tmp_path).fit(module_of(network), datamodule=data(packing=True))
+    longest = SimpleNamespace(argument="max_length", tokens=48)
+    for config in (
+        {"sliding_window": 48},
+        {"sliding_window": None},
+        {"sliding_window": 8, "use_sliding_window": False},
+        {"sliding_window": 8, "layer_types": ["full_attention"]},
+    ):
+        network.config = SimpleNamespace(**config)
+        check_attention(network, longest)
+    network.config = SimpleNamespace(text_config=SimpleNamespace(attention_chunk_size=8))
+    with pytest.raises(ConfigurationError, match="last 8 tokens alone .attention_chunk_size"):
+        check_attention(network, longest)
 
 
 def test_rows_longer_than_the_network_are_refused(data, tmp_path):

@@ -1,6 +1,6 @@
 """Refuses to train or evaluate on the next token a network that sees this token, such as an encoder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -22,10 +22,15 @@ class CausalityCheck(FirstBatchCheck):
     Two passes of one short row are compared, in evaluation mode and without gradients. The network's buffers and the
     generators of random numbers are restored. A module is checked if it is trained by the next-token loss, or by the
     own loss of a causal language model of transformers. A network that takes other inputs than tokens passes.
+
+    Args:
+        enabled: Whether to check. False is for a network that sees later tokens only where no label counts, such as a
+            prefix language model whose labels are -100 in the prefix. Every module attaches this callback unless the
+            trainer has one.
     """
 
-    def __init__(self) -> None:
-        self.checked = False
+    def __init__(self, enabled: bool = True) -> None:
+        self.checked = not enabled
 
     def check(self, trainer: L.Trainer, module: Any, batch: Any) -> None:
         """Check the network unless that was done, or the batch is not for the next token."""
@@ -39,7 +44,8 @@ class CausalityCheck(FirstBatchCheck):
         if leaks and _predicts_next(batch, 0 if own_loss else 1):
             raise ConfigurationError(
                 f"{type(module.model).__name__} sees the tokens that it is to predict: later tokens change its logits "
-                f"at earlier tokens; {_advice(module.model)}"
+                f"at earlier tokens; {_advice(module.model)}; or, if no label counts there, add "
+                "orthotrain.callbacks.CausalityCheck with enabled: false to trainer.callbacks"
             )
 
 
@@ -110,7 +116,7 @@ def two_rows(network: nn.Module, tokens: Tensor, length: int) -> tuple[Tensor, T
 
 
 def _has_tokens(batch: Any) -> bool:
-    if not isinstance(batch, dict):
+    if not isinstance(batch, Mapping):
         return False
     tokens, labels = batch.get("input_ids"), batch.get("labels")
     return (

@@ -1,6 +1,7 @@
 """The part of a module that accumulates and logs the loss of a validation or a test."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning as L
@@ -85,7 +86,7 @@ class EvaluatedModule(L.LightningModule):
         self._log_evaluation("test")
 
     def _evaluate(self, split: str, batch: Any) -> None:
-        self._count(split, self.loss(batch), batch.get("labels") if isinstance(batch, dict) else None)
+        self._count(split, self.loss(batch), batch.get("labels") if isinstance(batch, Mapping) else None)
 
     def _count(self, split: str, loss: Tensor, labels: Tensor | None) -> None:
         """Add the mean loss of a batch to the loss of a split, and the text of its targets to the bytes of the split.

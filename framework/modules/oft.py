@@ -1,6 +1,6 @@
 """OFTv2 and QOFT finetuning (arXiv:2506.19847) as a LightningModule around any network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -134,7 +134,7 @@ class OftModule(BaseModule):
 
     def targets(self, batch: Any) -> Tensor | None:
         """Return the labels that the loss of a batch counts, or None; a causal LM's own loss skips the first label."""
-        labels = batch.get("labels") if isinstance(batch, dict) else None
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if labels is None or self.objective != "model" or not shifts_labels(self.model):
             return labels
         return labels[:, 1:]

@@ -15,6 +15,19 @@ from orthotrain.errors import ConfigurationError
 _MASKED = ("sdpa", "eager")
 _WINDOWS = ("sliding_window", "attention_window_size", "local_attention", "attention_chunk_size")
 
+# Their own loss compares the label at t with logits at t. Nothing but their code tells: most are decoders of
+# encoder-decoders, whose labels are shifted where they become the decoder's inputs.
+_UNSHIFTED = {
+    *(
+        f"{family}ForCausalLM"
+        for family in (
+            *("Bart", "BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "CpmAnt", "MBart", "Marian", "Musicgen"),
+            *("MusicgenMelody", "Mvp", "PLBart", "Pegasus", "ProphetNet", "TrOCR", "Whisper"),
+        )
+    ),
+    *("XLMWithLMHeadModel", "XLNetLMHeadModel"),
+}
+
 
 def check_positions(limits: Iterable[Any], network: nn.Module) -> None:
     """Refuse data whose rows may be longer than the positions of a network.
@@ -137,7 +150,8 @@ def shifts_labels(network: nn.Module | None) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    return any(cls.__name__ in causal for cls in type(network).__mro__)
+    names = {cls.__name__ for cls in type(network).__mro__}
+    return bool(names & causal) and not names & _UNSHIFTED
 
 
 def is_encoder_decoder(network: nn.Module | None) -> bool:

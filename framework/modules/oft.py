@@ -108,7 +108,7 @@ class OftModule(BaseModule):
                 "leave objective at next_token"
             )
         check_positions(getattr(data, "limits", ()), model)
-        if getattr(data, "packing", False):
+        if data is not None and getattr(data, "packing", False):
             check_attention(model, data.limits[0])
 
     def configure_callbacks(self) -> list[L.Callback]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -19,10 +20,12 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MarianConfig,
     MistralConfig,
     MistralForCausalLM,
     RobertaConfig,
     RobertaForCausalLM,
+    XLMConfig,
 )
 
 from orthotrain.data import InstructionData
@@ -227,5 +230,15 @@ def test_which_networks_shift_their_labels():
     assert shifts_labels(llama())
     assert shifts_labels(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=8)))
     assert not shifts_labels(bart())
+    sizes = {"n_layers": 1, "n_heads": 2, "decoder_layers": 1, "decoder_attention_heads": 2, "vocab_size": 8}
+    labels = torch.arange(1, 7)[None]
+    for config in (
+        MarianConfig(**sizes, d_model=8, decoder_ffn_dim=8, pad_token_id=0, decoder_start_token_id=0),
+        XLMConfig(**sizes, emb_dim=8),
+    ):
+        network = AutoModelForCausalLM.from_config(config).eval()
+        output = network(input_ids=labels, labels=labels)
+        torch.testing.assert_close(output.loss, nn.functional.cross_entropy(output.logits[0], labels[0]))
+        assert not shifts_labels(network)
     assert not shifts_labels(BertForTokenClassification(BertConfig(**BERT)))
     assert not shifts_labels(nn.Linear(2, 2)) and not shifts_labels(None)

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from orthotrain.callbacks.first_batch import FirstBatchCheck
@@ -38,7 +39,8 @@ class CausalityCheck(FirstBatchCheck):
         if self.checked or not (module.has_next_token_loss or own_loss) or not _has_tokens(batch):
             return
         self.checked = True
-        batch = trainer.strategy.broadcast(batch)  # sharded ranks must run the same passes, and end together
+        # sharded ranks must run the same passes, and end together; a tensor is received on the device of its sender
+        batch = move_data_to_device(trainer.strategy.broadcast(batch), trainer.strategy.root_device)
         with torch.inference_mode(False), torch.no_grad(), evaluating(module.model):
             leaks = _leaks(trainer, module, batch)
         if leaks and _predicts_next(batch, 0 if own_loss else 1):

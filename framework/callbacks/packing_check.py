@@ -31,8 +31,9 @@ class PackingCheck(FirstBatchCheck):
         if self.checked or not module.has_next_token_loss or not _is_packed(batch):
             return
         self.checked = True
-        batch = trainer.strategy.broadcast(batch)  # sharded ranks must run the same passes, and end together
-        row, other = two_rows(module.model, batch["input_ids"], 2 * _TOKENS)
+        # sharded ranks must run the same passes, and end together; a tensor is received on the device of its sender
+        tokens = trainer.strategy.broadcast(batch["input_ids"]).to(trainer.strategy.root_device)
+        row, other = two_rows(module.model, tokens, 2 * _TOKENS)
         name = type(module.model).__name__
         try:
             context = trainer.precision_plugin.forward_context()

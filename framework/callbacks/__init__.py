@@ -9,6 +9,7 @@ from orthotrain.callbacks.limit_generators import LimitGenerators
 from orthotrain.callbacks.merge_rotations import MergeRotations
 from orthotrain.callbacks.movement_monitor import MovementMonitor
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor
+from orthotrain.callbacks.packing_check import PackingCheck
 from orthotrain.callbacks.project_generators import ProjectGenerators
 from orthotrain.callbacks.run_progress import RunProgress
 from orthotrain.callbacks.run_report import RunReport
@@ -25,6 +26,7 @@ __all__ = [
     "MergeRotations",
     "MovementMonitor",
     "OrthogonalityMonitor",
+    "PackingCheck",
     "ProjectGenerators",
     "RunProgress",
     "RunReport",

@@ -1,61 +1,53 @@
 """Refuses to train or evaluate on the next token a network that sees this token, such as an encoder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
+from orthotrain.callbacks.first_batch import FirstBatchCheck
 from orthotrain.errors import ConfigurationError
 from orthotrain.models.network_checks import evaluating, same_buffers, same_draws, shifts_labels
 
 _TOKENS = 8
 
 
-class CausalityCheck(L.Callback):
+class CausalityCheck(FirstBatchCheck):
     """Check a network, before its first batch: a change of later tokens must not change the logits at earlier tokens.
 
     Two passes of one short row are compared, in evaluation mode and without gradients. The network's buffers and the
     generators of random numbers are restored. A module is checked if it is trained by the next-token loss, or by the
     own loss of a causal language model of transformers. A network that takes other inputs than tokens passes.
+
+    Args:
+        enabled: Whether to check. False is for a network that sees later tokens only where no label counts, such as a
+            prefix language model whose labels are -100 in the prefix. Every module attaches this callback unless the
+            trainer has one.
     """
 
-    def __init__(self) -> None:
-        self.checked = False
+    def __init__(self, enabled: bool = True) -> None:
+        self.checked = not enabled
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Check the network, unless an evaluation has checked it."""
-        self._check(trainer, pl_module, batch)
-
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Check the network before the first batch of a validation."""
-        self._check(trainer, pl_module, batch)
-
-    def on_test_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Check the network before the first batch of a test."""
-        self._check(trainer, pl_module, batch)
-
-    def _check(self, trainer: L.Trainer, module: Any, batch: Any) -> None:
+    def check(self, trainer: L.Trainer, module: Any, batch: Any) -> None:
+        """Check the network unless that was done, or the batch is not for the next token."""
         own_loss = getattr(module, "objective", None) == "model" and shifts_labels(module.model)
         if self.checked or not (module.has_next_token_loss or own_loss) or not _has_tokens(batch):
             return
         self.checked = True
-        batch = trainer.strategy.broadcast(batch)  # sharded ranks must run the same passes, and end together
+        # sharded ranks must run the same passes, and end together; a tensor is received on the device of its sender
+        batch = move_data_to_device(trainer.strategy.broadcast(batch), trainer.strategy.root_device)
         with torch.inference_mode(False), torch.no_grad(), evaluating(module.model):
             leaks = _leaks(trainer, module, batch)
         if leaks and _predicts_next(batch, 0 if own_loss else 1):
             raise ConfigurationError(
                 f"{type(module.model).__name__} sees the tokens that it is to predict: later tokens change its logits "
-                f"at earlier tokens; {_advice(module.model)}"
+                f"at earlier tokens; {_advice(module.model)}; or, if no label counts there, add "
+                "orthotrain.callbacks.CausalityCheck with enabled: false to trainer.callbacks"
             )
 
 
@@ -93,7 +85,7 @@ def _leaks(trainer: L.Trainer, module: Any, batch: Any) -> bool:
         (tensors, length, trainer.precision_plugin.forward_context()),
     ]
     for inputs, tokens, context in ways:
-        row, other = _rows(module.model, batch["input_ids"], tokens)
+        row, other = two_rows(module.model, batch["input_ids"], tokens)
         try:
             with context:
                 return leaks_future(partial(_logits, module, inputs), row, other, tokens // 2)
@@ -111,7 +103,7 @@ def _logits(module: Any, inputs: dict[str, Tensor], tokens: Tensor) -> Tensor:
     return logits
 
 
-def _rows(network: nn.Module, tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def two_rows(network: nn.Module, tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Return two rows ``(1, length)`` of tokens of a batch that differ in their second half."""
     settings = vars(getattr(network, "config", nn.Module()))
     special = [value for name, value in settings.items() if name.endswith("token_id")]  # a value may be a list
@@ -126,7 +118,7 @@ def _rows(network: nn.Module, tokens: Tensor, length: int) -> tuple[Tensor, Tens
 
 
 def _has_tokens(batch: Any) -> bool:
-    if not isinstance(batch, dict):
+    if not isinstance(batch, Mapping):
         return False
     tokens, labels = batch.get("input_ids"), batch.get("labels")
     return (

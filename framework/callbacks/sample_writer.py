@@ -1,6 +1,7 @@
 """Writing the text of predictions to a file."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class SampleWriter(L.Callback):
     ) -> None:
         """Append the texts of a batch."""
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        if self.path is None or tokenizer is None or not isinstance(batch, dict):
+        if self.path is None or tokenizer is None or not isinstance(batch, Mapping):
             return
         with naming(self.path), open_to_append(self.path) as file:
             for prompt, output in zip(batch["input_ids"], outputs, strict=True):

@@ -1,6 +1,7 @@
 """Checks that a network of transformers fits the data: positions, attention masks, labels and generated tokens."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +13,20 @@ from orthotrain.devices.host_reads import read_waits
 from orthotrain.errors import ConfigurationError
 
 _MASKED = ("sdpa", "eager")
+_WINDOWS = ("sliding_window", "attention_window_size", "local_attention", "attention_chunk_size")
+
+# Their own loss compares the label at t with logits at t. Nothing but their code tells: most are decoders of
+# encoder-decoders, whose labels are shifted where they become the decoder's inputs.
+_UNSHIFTED = {
+    *(
+        f"{family}ForCausalLM"
+        for family in (
+            *("Bart", "BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "CpmAnt", "MBart", "Marian", "Musicgen"),
+            *("MusicgenMelody", "Mvp", "PLBart", "Pegasus", "ProphetNet", "TrOCR", "Whisper"),
+        )
+    ),
+    *("XLMWithLMHeadModel", "XLNetLMHeadModel"),
+}
 
 
 def check_positions(limits: Iterable[Any], network: nn.Module) -> None:
@@ -63,11 +78,15 @@ def _positions(network: nn.Module) -> int | None:
     return rows - max(skipped, default=0)
 
 
-def check_attention(network: nn.Module) -> None:
-    """Refuse packing for an implementation of attention that does not separate the rows of a sequence.
+def check_attention(network: nn.Module, limit: Any) -> None:
+    """Refuse packing where the mask of packed rows would not be used, or would replace a mask of the network's own.
+
+    Args:
+        network: Any network.
+        limit: Limit of a row, with ``argument`` (its name) and ``tokens`` (its value).
 
     Raises:
-        ConfigurationError: The message gives the implementation, and the implementations that work.
+        ConfigurationError: The message gives the implementation of attention or the window, and what works.
     """
     attention = getattr(getattr(network, "config", None), "_attn_implementation", None)
     if attention not in (None, *_MASKED):
@@ -75,6 +94,24 @@ def check_attention(network: nn.Module) -> None:
             f"packing with attn_implementation={attention!r}: rows of one sequence would see each other; set packing "
             f"to false, or load the model with attn_implementation {' or '.join(_MASKED)}"
         )
+    name, window = _window(getattr(network, "config", None))
+    if window < limit.tokens:
+        raise ConfigurationError(
+            f"packing with {limit.argument} {limit.tokens}: layers of {type(network).__name__} see the last {window} "
+            f"tokens alone ({name}), and would see whole rows; set packing to false, or {limit.argument} to at most "
+            f"{window}"
+        )
+
+
+def _window(config: Any) -> tuple[str, float]:
+    """Return the shortest window of the layers that see the last tokens alone, and its name; infinity without one."""
+    config = getattr(config, "text_config", None) or config  # of a network that takes pictures too
+    layers = getattr(config, "layer_types", None)
+    local = layers is None or any(str(kind).startswith(("sliding", "chunked", "local")) for kind in layers)
+    if config is None or not local or getattr(config, "use_sliding_window", None) is False:
+        return "", math.inf
+    windows = [(name, getattr(config, name, None)) for name in _WINDOWS]
+    return min(((n, w) for n, w in windows if isinstance(w, int) and w > 0), key=lambda w: w[1], default=("", math.inf))
 
 
 def with_usable_mask(batch: dict[str, Any], network: nn.Module | None) -> dict[str, Any]:
@@ -89,7 +126,9 @@ def with_usable_mask(batch: dict[str, Any], network: nn.Module | None) -> dict[s
     """
     mask = batch.get("attention_mask")
     config = getattr(network, "config", None)
-    if mask is None or mask.dtype != torch.bool or getattr(config, "_attn_implementation", None) != "eager":
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    # transformers itself converts masks of padding, (B, T)
+    if not (eager and isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool):
         return batch
     dtype = getattr(network, "dtype", torch.float32)
     additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
@@ -111,7 +150,8 @@ def shifts_labels(network: nn.Module | None) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    return any(cls.__name__ in causal for cls in type(network).__mro__)
+    names = {cls.__name__ for cls in type(network).__mro__}
+    return bool(names & causal) and not names & _UNSHIFTED
 
 
 def is_encoder_decoder(network: nn.Module | None) -> bool:

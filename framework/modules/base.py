@@ -20,6 +20,7 @@ from orthotrain.callbacks.final_checkpoint import FinalCheckpoint
 from orthotrain.callbacks.finite_guard import FiniteGuard
 from orthotrain.callbacks.keep_log_rows import KeepLogRows
 from orthotrain.callbacks.merge_rotations import check_merging
+from orthotrain.callbacks.packing_check import PackingCheck
 from orthotrain.callbacks.throughput import Throughput
 from orthotrain.checkpoints.run_folder import checkpoint_folders, leave_nothing
 from orthotrain.checkpoints.writing import AtomicCheckpointIO
@@ -33,7 +34,7 @@ from orthotrain.layers.protocols import mergeable_layers
 from orthotrain.layers.rotation.displacement_pool import DisplacementPool
 from orthotrain.layers.sharding import shard_network
 from orthotrain.models import ModelBuilder, check_described
-from orthotrain.models.network_checks import check_sequence_length, input_embedding
+from orthotrain.models.network_checks import check_sequence_length, input_embedding, with_usable_mask
 from orthotrain.models.vocabulary import RESIZE, SAME_NUMBER, check_vocabulary, enlarge_embeddings_
 from orthotrain.modules.attached_callbacks import unless_given
 from orthotrain.modules.chunked_loss import cross_entropy
@@ -181,8 +182,8 @@ class BaseModule(ResumableModule, LabeledModule, TrainedModule):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self.micro_step.check(self.trainer.strategy, self.automatic_optimization)
             self._check_early()
-        wanted = [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard(), CausalityCheck()]
-        own = [*wanted, KeepLogRows(self._trainer)]
+        wanted = [Throughput(), BatchSeeds(), EvenPredictions(), FinalCheckpoint(), FiniteGuard()]
+        own = [*wanted, CausalityCheck(), PackingCheck(), KeepLogRows(self._trainer)]
         return [*leave_nothing(self._trainer), *unless_given(self._trainer, own)]
 
     def _check_early(self) -> None:
@@ -246,7 +247,8 @@ class BaseModule(ResumableModule, LabeledModule, TrainedModule):
 
     def network_output(self, batch: dict[str, Tensor]) -> Any:
         """Return the network's output for a batch; everything but the labels is passed to the network."""
-        return self(**{name: value for name, value in batch.items() if name != "labels"})
+        inputs = with_usable_mask(batch, self.model)
+        return self(**{name: value for name, value in inputs.items() if name != "labels"})
 
     @property
     def needs_logits(self) -> str | None:

@@ -22,7 +22,6 @@ from orthotrain.models.network_checks import (
     generated_tokens,
     is_encoder_decoder,
     shifts_labels,
-    with_usable_mask,
 )
 from orthotrain.modules.attached_callbacks import unless_given
 from orthotrain.modules.base import BaseModule
@@ -114,8 +113,8 @@ class OftModule(BaseModule):
                 "leave objective at next_token"
             )
         check_positions(getattr(data, "limits", ()), model)
-        if getattr(data, "packing", False):
-            check_attention(model)
+        if data is not None and getattr(data, "packing", False):
+            check_attention(model, data.limits[0])
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Attach the monitor of orthogonality, the limit of the norms, and COFT's projection if there is a bound."""
@@ -136,7 +135,7 @@ class OftModule(BaseModule):
                 f"objective='next_token': {type(self.model).__name__} predicts labels that are not its inputs shifted; "
                 "set objective to model"
             )
-        return self.next_token_outputs(with_usable_mask(batch, self.model))
+        return self.next_token_outputs(batch)
 
     def targets(self, batch: Any) -> Tensor | None:
         """Return the labels that the loss of a batch counts, or None; a causal LM's own loss skips the first label."""
@@ -152,7 +151,7 @@ class OftModule(BaseModule):
     def loss(self, batch: Any) -> Tensor:
         """Return the mean loss of a batch."""
         if self.has_next_token_loss:
-            return self.next_token_loss(with_usable_mask(batch, self.model))
+            return self.next_token_loss(batch)
         return self.outputs(batch)[0]
 
     @property

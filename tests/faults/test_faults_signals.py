@@ -75,9 +75,11 @@ def test_a_signal_at_a_random_moment(harness, name, moment):
 def paused(process):
     """Pause a process; False if it has ended already, or is just returning its memory, where no signal can reach it."""
     process.send_signal(signal.SIGSTOP)
-    while (state := Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]) not in "TZX":
+    while process.poll() is None:
+        if Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+            return True
         time.sleep(0.001)
-    return state == "T"
+    return False
 
 
 def early(log):

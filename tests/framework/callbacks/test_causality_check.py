@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BatchEncoding, BertConfig, BertForMaskedLM
 
 from orthotrain.callbacks import CausalityCheck
 from orthotrain.errors import ConfigurationError
@@ -26,10 +26,10 @@ TOKENS = torch.arange(1, 35).view(2, 17)
 NEXT = {"input_ids": TOKENS[:, :-1], "labels": TOKENS[:, 1:]}
 
 
-def trainer(folder):
+def trainer(folder, **options):
     return L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=1,
-        enable_model_summary=False, default_root_dir=folder,
+        enable_model_summary=False, default_root_dir=folder, **options,
     )  # fmt: skip
 
 
@@ -132,6 +132,15 @@ def test_a_network_of_the_user_is_refused(kind, tmp_path):
     batch = NEXT if kind is Mean else {**NEXT, "attention_mask": torch.ones(2, 16)}
     with pytest.raises(ConfigurationError, match=f"{kind.__name__} sees .* or override loss for another objective"):
         trainer(tmp_path).fit(base_module(kind()), rows(batch))
+
+
+def test_the_check_can_be_switched_off_as_its_message_says(tmp_path):
+    batch = BatchEncoding(NEXT)  # as collators of transformers give it: a mapping, and no dict
+    with pytest.raises(ConfigurationError, match=r"if no label counts there, add .*CausalityCheck with enabled: false"):
+        trainer(tmp_path).validate(base_module(Mean()), rows(batch), verbose=False)
+    run = trainer(tmp_path, callbacks=[CausalityCheck(enabled=False)])
+    assert run.validate(base_module(Mean()), rows(batch), verbose=False)[0]["val_loss"] > 0
+    assert sum(isinstance(callback, CausalityCheck) for callback in run.callbacks) == 1
 
 
 @pytest.mark.parametrize("kind", [Network, Carried, FullExpert, Rounded])

@@ -71,8 +71,8 @@ def test_a_search_of_the_tuner_changes_nothing(earlier, tmp_path, finder):
     cli = OrthotrainCLI(resolve_config_arguments(command), run=False)
     tuner = Tuner(cli.trainer)
     if finder == "lr_find":
-        found = tuner.lr_find(cli.model, datamodule=cli.datamodule, num_training=5, update_attr=False)
-        assert len(found.results["lr"]) == 5
+        found = tuner.lr_find(cli.model, datamodule=cli.datamodule, num_training=2, update_attr=False)
+        assert len(found.results["lr"]) == 2
     else:
         tuner.scale_batch_size(cli.model, datamodule=cli.datamodule, max_trials=2, steps_per_trial=1)
     assert contents(tmp_path / "run") == before

@@ -341,7 +341,8 @@ def test_help_names_the_classes_of_this_package(capsys):
 
 
 @pytest.mark.parametrize(
-    ("option", "known"), [("model", "LoraModule, OftModule, PoetModule"), ("data", "InstructionData, LabeledData, TextData")]
+    ("option", "known"),
+    [("model", "LoraModule, OftModule, PoetModule"), ("data", "InstructionData, LabeledData, TextData")],
 )
 def test_help_of_an_unknown_class_lists_the_known_ones(option, known):
     """In a process of its own: other tests define classes, too."""

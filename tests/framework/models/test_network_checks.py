@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -19,14 +20,18 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MarianConfig,
+    MistralConfig,
+    MistralForCausalLM,
     RobertaConfig,
     RobertaForCausalLM,
+    XLMConfig,
 )
 
 from orthotrain.data import InstructionData
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
-from orthotrain.models.network_checks import check_attention, check_sequence_length, shifts_labels
+from orthotrain.models.network_checks import check_attention, check_sequence_length, shifts_labels, with_usable_mask
 from orthotrain.modules import OftLayers, OftModule, Optimization, PoetLayers, PoetModule
 
 SIZES = {
@@ -108,12 +113,38 @@ def test_packed_rows_train(data, attention, tmp_path):
     assert float(trainer.callback_metrics["val_loss"]) > 0
 
 
+def test_bool_masks_of_padding_stay():
+    batch = {"attention_mask": torch.ones(2, 3, dtype=torch.bool)}
+    assert with_usable_mask(batch, llama(attn_implementation="eager")) is batch
+
+
 def test_packing_is_refused_for_other_attention(data, tmp_path):
     network = llama()
     network.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ConfigurationError, match="packing with attn_implementation='flash_attention_2'.*sdpa or eager"):
         trainer_for(tmp_path).fit(module_of(network), datamodule=data(packing=True))
-    check_attention(nn.Linear(2, 2))
+    check_attention(nn.Linear(2, 2), SimpleNamespace(argument="max_length", tokens=9))
+
+
+def test_packing_is_refused_for_rows_longer_than_a_window(data, tmp_path):
+    network = MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, vocab_size=262, sliding_window=47))
+    message = (
+        r"max_length 48: layers of MistralForCausalLM see the last 47 .*sliding_window.*packing to false, or max_len"
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        trainer_for(tmp_path).fit(module_of(network), datamodule=data(packing=True))
+    longest = SimpleNamespace(argument="max_length", tokens=48)
+    for config in (
+        {"sliding_window": 48},
+        {"sliding_window": None},
+        {"sliding_window": 8, "use_sliding_window": False},
+        {"sliding_window": 8, "layer_types": ["full_attention"]},
+    ):
+        network.config = SimpleNamespace(**config)
+        check_attention(network, longest)
+    network.config = SimpleNamespace(text_config=SimpleNamespace(attention_chunk_size=8))
+    with pytest.raises(ConfigurationError, match="last 8 tokens alone .attention_chunk_size"):
+        check_attention(network, longest)
 
 
 def test_rows_longer_than_the_network_are_refused(data, tmp_path):
@@ -199,5 +230,15 @@ def test_which_networks_shift_their_labels():
     assert shifts_labels(llama())
     assert shifts_labels(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=8)))
     assert not shifts_labels(bart())
+    sizes = {"n_layers": 1, "n_heads": 2, "decoder_layers": 1, "decoder_attention_heads": 2, "vocab_size": 8}
+    labels = torch.arange(1, 7)[None]
+    for config in (
+        MarianConfig(**sizes, d_model=8, decoder_ffn_dim=8, pad_token_id=0, decoder_start_token_id=0),
+        XLMConfig(**sizes, emb_dim=8),
+    ):
+        network = AutoModelForCausalLM.from_config(config).eval()
+        output = network(input_ids=labels, labels=labels)
+        torch.testing.assert_close(output.loss, nn.functional.cross_entropy(output.logits[0], labels[0]))
+        assert not shifts_labels(network)
     assert not shifts_labels(BertForTokenClassification(BertConfig(**BERT)))
     assert not shifts_labels(nn.Linear(2, 2)) and not shifts_labels(None)

@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -101,7 +102,7 @@ def computes_linear(layer: nn.Linear) -> bool:
     rows, columns = layer.out_features, layer.in_features
     # each width itself, and both at once up to a size that costs nothing in a network of billions of parameters
     shapes = {(3, columns), (rows, 3), (min(rows, 128), min(columns, 128))}
-    return all(_tried(layer, lambda probe, shape=shape: _is_linear(probe, *shape)) for shape in sorted(shapes))
+    return all(_tried(layer, partial(_is_linear, rows=rows, columns=columns)) for rows, columns in sorted(shapes))
 
 
 def _hook(layer: nn.Module) -> str | None:

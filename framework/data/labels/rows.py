@@ -1,12 +1,15 @@
 """A labeled row of text: its columns, and the checks of its text and of its label."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from orthotrain.data.instructions.row_faults import RowFault
 from orthotrain.data.row_files import check_text
 from orthotrain.errors import ConfigurationError
+
+_WHOLE_FLOAT = re.compile(r"-?[0-9]{1,18}\.0+")
 
 LabelTask = Literal["sequence_classification", "token_classification", "regression"]
 
@@ -113,7 +116,13 @@ def _class(value: Any, place: str) -> str:
             f"{place}: a class must be text or a whole number, found {value!r:.40}; numbers of any size need task: "
             "regression"
         )
-    return check_text(str(value).strip(), place)
+    return check_text(class_text(str(value)), place)
+
+
+def class_text(name: str) -> str:
+    """Return the text of a class without white space around it, and a whole number without ``.0``."""
+    name = name.strip()
+    return str(int(name.partition(".")[0])) if _WHOLE_FLOAT.fullmatch(name) else name
 
 
 def _number(value: Any, place: str) -> float:

@@ -63,7 +63,7 @@ class ClassNames:
             shown = ", ".join(sorted(values))
             raise ConfigurationError(
                 f"labels {self.names!s:.200}: the rows ({rows[0].where}, ...) have classes {shown:.100}, which "
-                "may be names or places from 0; give names that are no numbers, and rows with these names or with places"
+                "may be names or places from 0; give names that are no numbers, and rows with these names or places"
             )
         self.uses_places = not are_names
 

@@ -50,8 +50,8 @@ class LabeledData(BaseData):
             stand between spaces.
         pair_column: Key of a second text, which the tokenizer joins to the first one.
         label_column: Key of a row's class (text or a whole number), list of classes, or number.
-        labels: Names of the classes in the order of the network's outputs. A row may have the place of a name, from 0. If
-            names are numbers, all rows have names or all have places.
+        labels: Names of the classes in the order of the network's outputs. A row may have the place of a name, from 0.
+            If names are numbers, all rows have names or all have places.
         max_length: Most tokens of a row, with special tokens.
         on_too_long: ``truncate`` longer rows at the end, ``drop`` them, or ``error``. A log line counts these rows.
         batch_size: Rows of one batch on one device.

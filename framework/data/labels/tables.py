@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from orthotrain.data.instructions.stdlib_docstrings import functions_with_docstrings
 from orthotrain.data.json_rows import MAX_ROW_BYTES, too_long
@@ -44,7 +44,9 @@ def table_rows(source: str | list[str], columns: LabelColumns) -> Iterator[tuple
             yield from _numbered(enumerate(dataset, start=1), f"dataset {name!r}", own)
         else:
             for path in sorted(path for path, _ in files):
-                rows = _csv_rows(path) if suffix_of(path) in _SEPARATORS else file_rows(path, columns.names)
+                rows = (
+                    _csv_rows(path, columns.names) if suffix_of(path) in _SEPARATORS else file_rows(path, columns.names)
+                )
                 yield from _numbered(rows, str(path))
 
 
@@ -64,21 +66,35 @@ def _numbered(rows: Any, where: str, classes: tuple[str, ...] | None = None) -> 
         raise ConfigurationError(f"{where}: holds no row; give it some or leave it out")
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the rows of a file whose first line names the columns, each with its number, counted from 1."""
+def _csv_rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the rows of a file whose first line names the columns, each with its number, counted from 1.
+
+    Quotes of a .tsv are characters of the text, as in the files of GLUE.
+    """
+    suffix = suffix_of(path)
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if suffix == ".tsv" else csv.QUOTE_MINIMAL
+    remedy = (
+        "a .tsv knows no quotes; write values with tabs or line ends to a .csv"
+        if suffix == ".tsv"
+        else "put quotes around a value that holds the separator"
+    )
     with reading(path), open_file(path) as file:
-        table = csv.DictReader(_lines(file, str(path)), delimiter=_SEPARATORS[suffix_of(path)], strict=True)
+        lines = _lines(file, str(path))
+        table = csv.DictReader(lines, delimiter=_SEPARATORS[suffix], quoting=quoting, strict=True)
         try:
+            names = list(table.fieldnames or ())
+            if twice := [name for name in columns if names.count(name) > 1]:
+                raise ConfigurationError(f"{path}: two columns have the name {twice[0]!r}; rename or remove one")
             for number, row in enumerate(table, start=1):
                 if None in row or None in row.values():
                     raise ConfigurationError(
-                        f"{path}, row {number} (line {table.line_num}): does not have {len(table.fieldnames or ())} "
-                        "values, as the first line has; put quotes around a value that holds the separator"
+                        f"{path}, row {number} (line {table.line_num}): does not have {len(names)} values, as the "
+                        f"first line has; {remedy}"
                     )
                 yield number, row
         except csv.Error as error:
             raise ConfigurationError(
-                f"{path}, line {table.reader.line_num}: not valid {suffix_of(path)[1:]} ({error})"
+                f"{path}, line {table.reader.line_num}: not valid {suffix[1:]} ({error})"
             ) from error
 
 

@@ -181,6 +181,8 @@ def test_bad_rows_and_options_are_refused_in_one_line(make, tmp_path, case):
         ("a.csv", b'text,label\n"a film,good\n', "line 2: not valid csv"),
         ("a.csv", b"text,label\n\xff,good\n", "line 2: not UTF-8 text"),
         ("a.csv", b"", "a.csv: holds no row"),
+        ("a.csv", b"text,label,label\na,1,x\n", "a.csv: two columns have the name 'label'; rename or remove one"),
+        ("a.tsv", b'text\tlabel\n"a\nfilm"\tgood\n', r"row 1 \(line 2\): does not have 2 values, .* knows no quotes"),
         ("a.xml", b"x", r"unknown format '.xml'; known: .csv .tsv"),
     ],
 )
@@ -250,3 +252,23 @@ def test_whole_numbers_as_text_are_numbers_and_booleans_have_one_spelling(make, 
     for other in ("true", 1):
         with pytest.raises(ConfigurationError, match=r"row 3: has the class '\w+', and .*, row 1 has 'True'; write"):
             one(films(True, False, other))
+
+
+def test_quotes_of_a_tsv_are_text(make, tmp_path):
+    (tmp_path / "glue.tsv").write_text('text\tlabel\n"an odd film\t1\na bad one\t0\nwith a quote"\t1\n"a" b\t0\n')
+    data = make(str(tmp_path / "glue.tsv"), batch_size=1)
+    assert classes(data) == [1, 0, 1, 0]
+
+
+def test_lists_that_csv_holds_as_text(make, tmp_path):
+    path = tmp_path / "lists.csv"
+    options = {"task": "token_classification", "batch_size": 1}
+    path.write_text('text,label\n"[\'a\', \'b\']","[\'PER\', \'O\']"\n"[""it\'s""]","[""LOC""]"\n[laughs] a,O O\n')
+    data = make(str(path), **options)
+    assert data.label_names == ["LOC", "O", "PER"] and data._dataset("train")[[0]]["labels"].tolist() == [
+        [-100, 2, 1, -100]
+    ]
+    for words, labels, column in (("['a' 'b']", "O O", "text"), ("a b", "[0 1]", "label")):
+        path.write_text(f"text,label\n{words},{labels}\n")
+        with pytest.raises(ConfigurationError, match=f"row 1, '{column}': .* looks like a list, but is none"):
+            make(str(path), **options)

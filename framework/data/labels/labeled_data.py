@@ -10,11 +10,12 @@ from transformers import PreTrainedTokenizerFast
 from orthotrain.data.base import BaseData
 from orthotrain.data.data_fingerprint import DataFingerprint
 from orthotrain.data.instructions.layouts import Limit
-from orthotrain.data.instructions.row_faults import RowFault, RowFaults
+from orthotrain.data.instructions.row_faults import RowFaults
+from orthotrain.data.labels.class_names import ClassNames, check_booleans
 from orthotrain.data.labels.encoding import LabelEncoder, OnTooLong, encode_rows
 from orthotrain.data.labels.labeled_rows import LabeledBatches, LabeledRows
-from orthotrain.data.labels.rows import LabelColumns, LabeledRow, LabelTask, parse_row
-from orthotrain.data.labels.tables import class_names, table_rows
+from orthotrain.data.labels.rows import LabelColumns, LabeledRow, LabelTask, class_text, parse_row
+from orthotrain.data.labels.tables import table_rows
 from orthotrain.data.splits import SPLITS, Splitter
 from orthotrain.data.tokenizer_state import load_model_tokenizer
 from orthotrain.data.tokenizers import number_of_tokens
@@ -50,6 +51,7 @@ class LabeledData(BaseData):
         pair_column: Key of a second text, which the tokenizer joins to the first one.
         label_column: Key of a row's class (text or a whole number), list of classes, or number.
         labels: Names of the classes in the order of the network's outputs. A row may have the place of a name, from 0.
+            If names are numbers, all rows have names or all have places.
         max_length: Most tokens of a row, with special tokens.
         on_too_long: ``truncate`` longer rows at the end, ``drop`` them, or ``error``. A log line counts these rows.
         batch_size: Rows of one batch on one device.
@@ -104,13 +106,14 @@ class LabeledData(BaseData):
         check_choice("on_too_long", on_too_long, OnTooLong)
         if task == "token_classification" and pair_column is not None:
             raise ConfigurationError(f"pair_column {pair_column!r}: token_classification labels the words of one text")
-        if labels is not None and (task == "regression" or len(set(labels)) != len(labels) or len(labels) < 2):
+        texts = {class_text(str(name)) for name in labels or ()}
+        if labels is not None and (task == "regression" or len(texts) != len(labels) or len(labels) < 2):
             raise ConfigurationError(
                 f"labels {labels}: give two or more different names of classes, none for regression"
             )
         self.limits = (Limit("max_length", max_length, "tokens"),)
         self._rows: dict[str, LabeledRows] = {}
-        self._declared: list[str] | None = labels
+        self._declared = None if labels is None else ClassNames([str(name) for name in labels])
 
     @property
     def vocab_size(self) -> int | None:
@@ -132,7 +135,7 @@ class LabeledData(BaseData):
                 f"label_column {self.hparams['label_column']!r}: all training rows have the class "
                 f"{', '.join(found) or 'none'}; give rows of two classes or more"
             )
-        names = self._declared or sorted(found, key=_by_value)
+        names = self._declared.names if self._declared else sorted(found, key=_by_value)
         if len(names) > _MOST_CLASSES:
             raise ConfigurationError(
                 f"label_column {self.hparams['label_column']!r}: has {len(names):,} different values; for numbers to "
@@ -170,32 +173,52 @@ class LabeledData(BaseData):
         splitter = Splitter(given["seed"], given["val_fraction"])
         rank_zero_info(f"tokenizing the rows of {source!r}")
         encoder = LabelEncoder(self.tokenizer, given["max_length"], given["on_too_long"])
-        rows = ((row, splits[0] if len(splits) == 1 else splitter(row.key)) for row in self._parsed(source))
+        is_training = "train" in splits
+        if not is_training and self._declared is not None and self._declared.is_ambiguous:
+            self._split_rows("train")  # they decide what a number means
+        rows = (
+            (row, splits[0] if len(splits) == 1 else splitter(row.key)) for row in self._parsed(source, is_training)
+        )
         found = encode_rows(rows, encoder)
+        for split_rows in found.values():
+            check_booleans(split_rows.first)
         rank_zero_info(f"{source!r}: {encoder.counts.summary(given['max_length'])}")
         self._rows |= {split: found.get(split, LabeledRows()) for split in splits}
 
-    def _parsed(self, source: str | list[str]) -> Iterator[LabeledRow]:
+    def _parsed(self, source: str | list[str], is_training: bool) -> Iterator[LabeledRow]:
         given = self.hparams
         columns = LabelColumns(given["text_column"], given["pair_column"], given["label_column"])
-        faults, parsed = RowFaults(), None
-        for where, row, features in table_rows(source, columns.names):
-            if self._declared is None and self.task != "regression":
-                self._declared = class_names(features, columns.label)
+        faults, parsed, held = RowFaults(), None, list[LabeledRow]()
+        for where, row, own in table_rows(source, columns):
             parsed = None
             with faults.collect(where):
-                parsed = self._named(parse_row(row, where, columns, self.task))
+                parsed = self._named(parse_row(row, where, columns, self.task), own, held)
             if parsed is not None:
                 yield parsed
+        if held and self._declared is not None:
+            if is_training:
+                self._declared.decide(held)
+            for row in held:
+                parsed = None
+                with faults.collect(row.where):
+                    parsed = self._declared.name(row)
+                if parsed is not None:
+                    yield parsed
         faults.refuse()
 
-    def _named(self, row: LabeledRow) -> LabeledRow:
-        """Return a row whose classes are names, if the names of the classes are declared."""
-        if self._declared is None or self.task == "regression":
+    def _named(self, row: LabeledRow, own: tuple[str, ...] | None, held: list[LabeledRow]) -> LabeledRow | None:
+        """Return a row whose classes are names, if there are names; a row that needs the whole column goes to held."""
+        if self.task == "regression":
             return row
-        for place, label in enumerate(row.labels):
-            row.labels[place] = _declared_name(str(label), self._declared, row.where)  # type: ignore[call-overload]
-        return row
+        if own is not None:
+            self._declared = self._declared or ClassNames(list(own))
+            return self._declared.of_dataset(own).name(row)
+        if self._declared is None:
+            return row
+        if self._declared.is_ambiguous:
+            held.append(row)
+            return None
+        return self._declared.name(row)
 
     def _check_size(self, split: str) -> None:
         super()._check_size(split)
@@ -244,18 +267,3 @@ def _by_value(name: str) -> tuple[float, str]:
     """Sort whole numbers by value, before other names."""
     digits = name.removeprefix("-")
     return (int(name) if digits.isdecimal() and digits.isascii() and len(digits) < 19 else float("inf"), name)
-
-
-def _declared_name(label: str, names: list[str], where: str) -> str:
-    """Return the name of a class that is given by its name or its place.
-
-    Raises:
-        RowFault: There is no such class.
-    """
-    if label in names:
-        return label
-    if label.isdecimal() and label.isascii() and len(label) < 10 and int(label) < len(names):
-        return names[int(label)]
-    raise RowFault(
-        f"{where}: the class {label!r:.60} is none of {', '.join(names):.200}, nor a number from 0 to {len(names) - 1}"
-    )

@@ -1,12 +1,19 @@
 """A labeled row of text: its columns, and the checks of its text and of its label."""
 
+import ast
+import contextlib
+import json
 import math
+import re
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any, Literal
 
 from orthotrain.data.instructions.row_faults import RowFault
 from orthotrain.data.row_files import check_text
 from orthotrain.errors import ConfigurationError
+
+_WHOLE_FLOAT = re.compile(r"-?[0-9]{1,18}\.0+")
 
 LabelTask = Literal["sequence_classification", "token_classification", "regression"]
 
@@ -79,8 +86,8 @@ def parse_row(row: Any, where: str, columns: LabelColumns, task: LabelTask) -> L
 
 
 def _words_row(row: dict[str, Any], where: str, columns: LabelColumns) -> LabeledRow:
-    words = _listed(row[columns.text], f"{where}, {columns.text!r}")
-    labels = _listed(row[columns.label], f"{where}, {columns.label!r}")
+    words = _listed(row[columns.text], f"{where}, {columns.text!r}", str)
+    labels = _listed(row[columns.label], f"{where}, {columns.label!r}", str | int | float)
     if len(words) != len(labels):
         raise RowFault(
             f"{where}: {len(words)} words in {columns.text!r} and {len(labels)} labels in {columns.label!r}; "
@@ -95,13 +102,32 @@ def _words_row(row: dict[str, Any], where: str, columns: LabelColumns) -> Labele
     return LabeledRow(where, " ".join(texts), None, names, spans)
 
 
-def _listed(value: Any, place: str) -> list[Any]:
-    """Return a list of words or labels; text is cut at white space."""
+def _listed(value: Any, place: str, kinds: type | UnionType) -> list[Any]:
+    """Return a list of words or labels. Text is a list as JSON or Python writes it, or else is cut at white space."""
     if isinstance(value, str):
-        value = value.split()
+        value = _written_list(value.strip(), place, kinds) or value.split()
     if not isinstance(value, list) or not value:
         raise RowFault(f"{place}: must be a list, or text with spaces between its items")
     return value
+
+
+def _written_list(text: str, place: str, kinds: type | UnionType) -> list[Any] | None:
+    """Return the list that a text spells, as pandas writes lists to CSV; None for other text."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    found: Any = None
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = parse(text)
+            # Python joins 'a' 'b', which numpy writes for two words
+            if isinstance(found, list) and (parse is json.loads or repr(found) == text):
+                break
+            found = None
+    if found is not None and all(isinstance(item, kinds) for item in found):
+        return found
+    if kinds is not str or text[1:].lstrip()[:1] in ("'", '"'):
+        raise RowFault(f'{place}: {text!r:.60} looks like a list, but is none of JSON; write ["a", "b"], or a b')
+    return None  # a word such as [laughs]
 
 
 def _class(value: Any, place: str) -> str:
@@ -113,7 +139,13 @@ def _class(value: Any, place: str) -> str:
             f"{place}: a class must be text or a whole number, found {value!r:.40}; numbers of any size need task: "
             "regression"
         )
-    return check_text(str(value).strip(), place)
+    return check_text(class_text(str(value)), place)
+
+
+def class_text(name: str) -> str:
+    """Return the text of a class without white space around it, and a whole number without ``.0``."""
+    name = name.strip()
+    return str(int(name.partition(".")[0])) if _WHOLE_FLOAT.fullmatch(name) else name
 
 
 def _number(value: Any, place: str) -> float:

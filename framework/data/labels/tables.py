@@ -3,10 +3,12 @@
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from orthotrain.data.instructions.stdlib_docstrings import functions_with_docstrings
 from orthotrain.data.json_rows import MAX_ROW_BYTES, too_long
+from orthotrain.data.labels.class_names import feature_names
+from orthotrain.data.labels.rows import LabelColumns
 from orthotrain.data.row_files import file_rows, holds_rows, open_file, reading, suffix_of
 from orthotrain.data.sources import SourceKind, stdlib_files, with_columns
 from orthotrain.errors import ConfigurationError
@@ -18,16 +20,16 @@ PACKAGES = ("asyncio", "email", "http", "importlib", "tkinter", "unittest", "xml
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
-def table_rows(source: str | list[str], columns: list[str]) -> Iterator[tuple[str, Any, list[str] | None]]:
+def table_rows(source: str | list[str], columns: LabelColumns) -> Iterator[tuple[str, Any, tuple[str, ...] | None]]:
     """Yield the rows of a source, in an order that does not depend on the machine.
 
     Args:
         source: ``python-stdlib-packages``, a file, folder or glob of .csv .tsv .jsonl .json .parquet .arrow (.gz), a
             folder of ``save_to_disk``, a Hugging Face dataset ``org/name[:config][@split]``, or a list of these.
-        columns: The columns to read from files that can be read by columns.
+        columns: The columns of the rows; other columns are not read from files that can be read by columns.
 
     Yields:
-        Place of the row for messages, the row, and the names of the classes if the dataset has them by column.
+        Place of the row for messages, the row, and the names of its classes if the dataset has them.
 
     Raises:
         ConfigurationError: No such file, an unknown format, a damaged file, or a file without rows.
@@ -36,20 +38,16 @@ def table_rows(source: str | list[str], columns: list[str]) -> Iterator[tuple[st
         if name == STDLIB_PACKAGES:
             yield from _stdlib_rows()
         elif (files := _TABLES.find_files(name)) is None:
-            dataset = with_columns(_TABLES.load_dataset(name), columns)
-            yield from _numbered(enumerate(dataset, start=1), f"dataset {name!r}", getattr(dataset, "features", None))
+            dataset = with_columns(_TABLES.load_dataset(name), columns.names)
+            features = getattr(dataset, "features", None)
+            own = feature_names(features.to_dict() if features else None, columns.label)
+            yield from _numbered(enumerate(dataset, start=1), f"dataset {name!r}", own)
         else:
             for path in sorted(path for path, _ in files):
-                rows = _csv_rows(path) if suffix_of(path) in _SEPARATORS else file_rows(path, columns)
+                rows = (
+                    _csv_rows(path, columns.names) if suffix_of(path) in _SEPARATORS else file_rows(path, columns.names)
+                )
                 yield from _numbered(rows, str(path))
-
-
-def class_names(features: Any, column: str) -> list[str] | None:
-    """Return the names of the classes of a column of a Hugging Face dataset; None if the column has none."""
-    feature = (features or {}).get(column)
-    feature = getattr(feature, "feature", feature)  # of a list of classes
-    names = getattr(feature, "names", None)
-    return None if names is None else [str(name) for name in names]
 
 
 def _is_table(path: Path) -> bool:
@@ -59,30 +57,44 @@ def _is_table(path: Path) -> bool:
 _TABLES = SourceKind(STDLIB_PACKAGES, ".csv .tsv .jsonl .json .parquet .arrow (.gz)", _is_table)
 
 
-def _numbered(rows: Any, where: str, features: Any = None) -> Iterator[tuple[str, Any, Any]]:
+def _numbered(rows: Any, where: str, classes: tuple[str, ...] | None = None) -> Iterator[tuple[str, Any, Any]]:
     empty = True
     for number, row in rows:
         empty = False
-        yield f"{where}, row {number}", row, features
+        yield f"{where}, row {number}", row, classes
     if empty:
         raise ConfigurationError(f"{where}: holds no row; give it some or leave it out")
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the rows of a file whose first line names the columns, each with its number, counted from 1."""
+def _csv_rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the rows of a file whose first line names the columns, each with its number, counted from 1.
+
+    Quotes of a .tsv are characters of the text, as in the files of GLUE.
+    """
+    suffix = suffix_of(path)
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if suffix == ".tsv" else csv.QUOTE_MINIMAL
+    remedy = (
+        "a .tsv knows no quotes; write values with tabs or line ends to a .csv"
+        if suffix == ".tsv"
+        else "put quotes around a value that holds the separator"
+    )
     with reading(path), open_file(path) as file:
-        table = csv.DictReader(_lines(file, str(path)), delimiter=_SEPARATORS[suffix_of(path)], strict=True)
+        lines = _lines(file, str(path))
+        table = csv.DictReader(lines, delimiter=_SEPARATORS[suffix], quoting=quoting, strict=True)
         try:
+            names = list(table.fieldnames or ())
+            if twice := [name for name in columns if names.count(name) > 1]:
+                raise ConfigurationError(f"{path}: two columns have the name {twice[0]!r}; rename or remove one")
             for number, row in enumerate(table, start=1):
                 if None in row or None in row.values():
                     raise ConfigurationError(
-                        f"{path}, row {number} (line {table.line_num}): does not have {len(table.fieldnames or ())} "
-                        "values, as the first line has; put quotes around a value that holds the separator"
+                        f"{path}, row {number} (line {table.line_num}): does not have {len(names)} values, as the "
+                        f"first line has; {remedy}"
                     )
                 yield number, row
         except csv.Error as error:
             raise ConfigurationError(
-                f"{path}, line {table.reader.line_num}: not valid {suffix_of(path)[1:]} ({error})"
+                f"{path}, line {table.reader.line_num}: not valid {suffix[1:]} ({error})"
             ) from error
 
 

@@ -1,5 +1,6 @@
 """Labeled rows of every kind of file: classes, words and their tokens, numbers, and bad rows in one line."""
 
+import functools
 import gzip
 import json
 
@@ -37,7 +38,7 @@ def make(tiny_bert, tmp_path):
     """Make data that is set up, from rows or from a source."""
 
     def build(rows=ROWS, name="rows.jsonl", stage="fit", **options):
-        source = write(tmp_path, name, rows) if isinstance(rows, list) else rows
+        source = write(tmp_path, name, rows) if isinstance(rows, list) and not isinstance(rows[0], str) else rows
         given = {"max_length": 16, "batch_size": 4, "val_fraction": 0.0, **options}
         data = LabeledData(str(tiny_bert), source, **given)
         data.setup(stage)
@@ -180,6 +181,8 @@ def test_bad_rows_and_options_are_refused_in_one_line(make, tmp_path, case):
         ("a.csv", b'text,label\n"a film,good\n', "line 2: not valid csv"),
         ("a.csv", b"text,label\n\xff,good\n", "line 2: not UTF-8 text"),
         ("a.csv", b"", "a.csv: holds no row"),
+        ("a.csv", b"text,label,label\na,1,x\n", "a.csv: two columns have the name 'label'; rename or remove one"),
+        ("a.tsv", b'text\tlabel\n"a\nfilm"\tgood\n', r"row 1 \(line 2\): does not have 2 values, .* knows no quotes"),
         ("a.xml", b"x", r"unknown format '.xml'; known: .csv .tsv"),
     ],
 )
@@ -203,3 +206,69 @@ def test_what_labels_cannot_do(make):
         make().predict_dataloader()
     first, other = make()._fingerprint(), make(labels=["good", "bad", "so-so"])._fingerprint()
     assert first.content != other.content, "other classes at the network's outputs are other data"
+
+
+def classes(data, split="train"):
+    return data._dataset(split)[list(range(data.amounts()[split]["rows"]))]["labels"].tolist()
+
+
+def films(*labels):
+    return [{"text": "a film", "label": label} for label in labels]
+
+
+def test_numbers_of_rows_are_places_or_names_for_a_whole_column(make, tmp_path):
+    one = functools.partial(make, batch_size=1)
+    stars = ["1", "2", "3", "4", "5"]
+    assert classes(one(films(0, 1, 2, 3, 4), labels=stars)) == [0, 1, 2, 3, 4]
+    assert classes(one(films(1, 2, 5), labels=stars)) == [0, 1, 4]
+    assert classes(one(films(1, 0, 1), labels=["1", "0"])) == [0, 1, 0]
+    val = write(tmp_path, "val.jsonl", films(1, 2))  # as in the training rows, although they may be names alone
+    data = one(films(0, 1, 2, 3, 4), labels=stars, val_source=val, stage="validate")
+    assert sorted(classes(data, "val")) == [1, 2]
+    with pytest.raises(ConfigurationError, match="classes 1, 2, 3, which may be names or places from 0; give"):
+        one(films(1, 2, 3), labels=stars)
+    with pytest.raises(ConfigurationError, match="classes 0, 5, which may be"):
+        one(films(0, 5), labels=stars)
+    with pytest.raises(ConfigurationError, match="row 1: the class '0' is none of 1, 2, .* the training rows have nam"):
+        one(films(1, 5), labels=stars, val_source=write(tmp_path, "val.jsonl", films(0)))
+
+
+def test_integers_of_a_dataset_are_places_of_its_names(make, monkeypatch):
+    one = functools.partial(make, batch_size=1)
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["1", "2"])})
+    rows = datasets.Dataset.from_list(films(0, 1, 0), features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **options: rows)
+    assert classes(one("org/name")) == [0, 1, 0]
+    assert classes(one("org/name", labels=["2", "1"])) == [1, 0, 1], "the same names in another order"
+    assert classes(one("org/name", labels=["bad", "good"])) == [0, 1, 0]
+
+
+def test_whole_numbers_as_text_are_numbers_and_booleans_have_one_spelling(make, tmp_path):
+    one = functools.partial(make, batch_size=1)
+    table = write(tmp_path, "other.csv", films("1.0", "0.0"))
+    assert one([table, write(tmp_path, "a.jsonl", films(1.0, 0, "2"))]).label_names == ["0", "1", "2"]
+    assert classes(one(films("2.0", "1.0"), labels=["1.0", "2.0"])) == [1, 0]
+    assert one(films(True, False, "True")).label_names == ["False", "True"]
+    for other in ("true", 1):
+        with pytest.raises(ConfigurationError, match=r"row 3: has the class '\w+', and .*, row 1 has 'True'; write"):
+            one(films(True, False, other))
+
+
+def test_quotes_of_a_tsv_are_text(make, tmp_path):
+    (tmp_path / "glue.tsv").write_text('text\tlabel\n"an odd film\t1\na bad one\t0\nwith a quote"\t1\n"a" b\t0\n')
+    data = make(str(tmp_path / "glue.tsv"), batch_size=1)
+    assert classes(data) == [1, 0, 1, 0]
+
+
+def test_lists_that_csv_holds_as_text(make, tmp_path):
+    path = tmp_path / "lists.csv"
+    options = {"task": "token_classification", "batch_size": 1}
+    path.write_text('text,label\n"[\'a\', \'b\']","[\'PER\', \'O\']"\n"[""it\'s""]","[""LOC""]"\n[laughs] a,O O\n')
+    data = make(str(path), **options)
+    assert data.label_names == ["LOC", "O", "PER"] and data._dataset("train")[[0]]["labels"].tolist() == [
+        [-100, 2, 1, -100]
+    ]
+    for words, labels, column in (("['a' 'b']", "O O", "text"), ("a b", "[0 1]", "label")):
+        path.write_text(f"text,label\n{words},{labels}\n")
+        with pytest.raises(ConfigurationError, match=f"row 1, '{column}': .* looks like a list, but is none"):
+            make(str(path), **options)

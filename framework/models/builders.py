@@ -71,7 +71,7 @@ class CausalLM(ModelBuilder):
             raise ConfigurationError(f"model_type={model_type!r} is unknown to transformers; try {near}")
         if (inner := (config or {}).get("model_type", model_type)) != model_type:
             raise ConfigurationError(
-                f"config.model_type {inner!r}: the network is a {model_type}; choose it by the option model_type beside "
+                f"config.model_type {inner!r}: the network is a {model_type}; choose it by model_type beside "
                 "config, and leave the key out of config"
             )
         defaults = CONFIG_MAPPING[model_type]()

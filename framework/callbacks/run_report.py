@@ -34,11 +34,11 @@ class RunReport(StepCallback):
     """Print a summary and draw the curves when fitting ends; the run folder keeps both.
 
     ``summary.json`` has the same values, null where a run has none (``merges`` of a run that never merges), and the
-    points of the curves. Their steps and values are those of the loggers: the tenth step has number 9. The loss before
-    training is the loss of the trainer's sanity check, at step 0: ``num_sanity_val_steps: -1`` takes the whole
-    validation split. Kernels are the implementations that have run in training. The peak of memory is that of the first
-    rank's device and includes the building of the network; the planned bytes are shown beside the peak if the run was
-    planned.
+    points of the curves, with digests of the data and of the ``config.yaml`` of the run. Their steps and values are
+    those of the loggers: the tenth step has number 9. The loss before training is the loss of the trainer's sanity
+    check, at step 0: ``num_sanity_val_steps: -1`` takes the whole validation split. Kernels are the implementations
+    that have run in training. The peak of memory is that of the first rank's device and includes the building of the
+    network; the planned bytes are shown beside the peak if the run was planned.
     The wall time begins when the network is built. Curves, tokens and time are part of the checkpoint, so a resumed run
     reports from its first step on.
 
@@ -176,6 +176,8 @@ class RunReport(StepCallback):
             "before": self.before,
             "after": {name: value for name, value in logged.items() if name.startswith("val_")},
             "data": data.amounts() if hasattr(data, "amounts") else {},
+            "data_digests": data.digests() if hasattr(data, "digests") else {},
+            "config_sha256": next(filter(None, (getattr(c, "config_sha256", None) for c in _callbacks(trainer))), None),
             "tokens": int(self.spent["tokens"]) or None,
             "tokens_per_second": (clock.mean if clock else 0.0) or None,
             "wall_seconds": round(self._seconds, 3),
@@ -236,8 +238,11 @@ class RunReport(StepCallback):
 
 
 def _throughput(trainer: L.Trainer) -> Throughput | None:
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
+    return next((callback for callback in _callbacks(trainer) if isinstance(callback, Throughput)), None)
+
+
+def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _data(trainer: L.Trainer) -> Any:

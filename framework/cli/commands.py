@@ -78,7 +78,7 @@ def consolidate_command(arguments: list[str]) -> None:
 def prompts_command(arguments: list[str]) -> None:
     """``orthotrain predict --prompts``: continue own prompts with the network of a checkpoint."""
     parser = _answering_parser("predict", "Continue own prompts with the network of a checkpoint.")
-    parser.add_argument("--prompts", nargs="+", required=True, metavar="TEXT",
+    parser.add_argument("--prompts", nargs="+", action="extend", required=True, metavar="TEXT",
                         help="texts, or files: .txt with a prompt a line, .jsonl with prompt or messages")  # fmt: skip
     parser.add_argument("--out", help="file of JSON lines to write; by default they are printed")
     from orthotrain.errors import ConfigurationError
@@ -86,7 +86,8 @@ def prompts_command(arguments: list[str]) -> None:
     if any(argument.startswith("--config=") for argument in arguments):
         raise ConfigurationError("predict --prompts takes no config, the checkpoint has all it needs: leave -c out")
     options = parser.parse_args(arguments)
-    from orthotrain.cli.prompts import predict, read_prompts
+    from orthotrain.cli.prompt_files import read_prompts
+    from orthotrain.cli.prompts import predict
     from orthotrain.files.paths import local_path
 
     prompts = list(read_prompts(options.prompts))

@@ -1,5 +1,6 @@
 """``orthotrain compare RUN RUN ...``: a table and a picture of several runs, and in what they are not comparable."""
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class Run:
     Args:
         name: Name in the table.
         summary: Contents of ``summary.json``.
-        config: Contents of ``config.yaml``; empty if there is none.
+        config: Contents of ``config.yaml``; empty if there is none, or if it is not the one of the summary.
     """
 
     name: str
@@ -49,7 +50,10 @@ class Run:
             stored_count(summary, "steps"), stored_numbers(summary, "after"), stored_curves(summary, "curves")
         except (AttributeError, TypeError, KeyError) as error:
             raise ConfigurationError(f"{str(path / 'summary.json')!r} is no summary of a run: {error!r}") from error
-        config = read_config(path / "config.yaml") if (path / "config.yaml").exists() else {}
+        written, digest = path / "config.yaml", summary.get("config_sha256")
+        config = read_config(written) if written.exists() else {}
+        if "config_sha256" in summary and config and hashlib.sha256(written.read_bytes()).hexdigest() != digest:
+            config = {}  # another fit in the folder has begun since, or the file was edited
         return cls(str(folder).rstrip("/"), summary, config)
 
     def number(self, key: str) -> float | None:
@@ -102,8 +106,13 @@ def warnings_of(runs: list[Run]) -> list[str]:
         values = [each.get(name) for each in settings]
         if any(value != values[0] for value in values):
             found.append(f"the runs differ in {name}: {_each(runs, values)}")
+    for split in ("train", "val"):
+        digests = [_table(run.summary, "data_digests").get(split) for run in runs]
+        if len(set(map(str, filter(None, digests)))) > 1:
+            found.append(f"the runs differ in the content of the {split} data: {_each(runs, digests, 12)}")
     if without := [run.name for run in runs if not run.config]:
-        found.append(f"no config.yaml in {', '.join(without)}: data and evaluation cannot be compared")
+        what = "no config.yaml, or another than that of the summary, in"
+        found.append(f"{what} {', '.join(without)}: data and evaluation settings cannot be compared")
     return [escaped(line) for line in found]
 
 
@@ -138,5 +147,5 @@ def _text(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _each(runs: list[Run], values: list[Any]) -> str:
-    return ", ".join(f"{run.name} {value!s:.60}" for run, value in zip(runs, values, strict=True))
+def _each(runs: list[Run], values: list[Any], most: int = 60) -> str:
+    return ", ".join(f"{run.name} {value!s:.{most}}" for run, value in zip(runs, values, strict=True))

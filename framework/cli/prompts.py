@@ -1,7 +1,7 @@
 """Own prompts to the network of a checkpoint: ``orthotrain predict --prompts`` and ``orthotrain chat``."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,19 @@ from transformers import PreTrainedTokenizerFast
 
 from orthotrain.checkpoints.reading import read_checkpoint
 from orthotrain.checkpoints.resume import newest_good_checkpoint
+from orthotrain.cli.prompt_files import Prompt, PromptRow
 from orthotrain.console.failures import naming
 from orthotrain.console.progress import waiting
 from orthotrain.data import stored_tokenizer
 from orthotrain.data.instructions.causal import PLAIN_TEMPLATE
-from orthotrain.data.instructions.template_renderer import TemplateError, TemplateRenderer
+from orthotrain.data.instructions.examples import Columns, Example
+from orthotrain.data.instructions.prompts import parse_prompt
+from orthotrain.data.instructions.turns import ChatTurns
+from orthotrain.data.instructions.used_keys import UsedKeys
 from orthotrain.errors import ConfigurationError
 from orthotrain.export import load_network
-from orthotrain.files.paths import check_regular_file, local_path
+from orthotrain.files.paths import local_path
 from orthotrain.models.network_checks import generated_tokens, is_encoder_decoder
-
-MOST_BYTES = 64 << 20
-"""Largest file of prompts."""
-
-Prompt = str | list[dict[str, Any]]
-"""A text, or the messages of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,8 @@ class Sampling:
 class Answerer:
     """The network of a checkpoint with its tokenizer. It answers prompts in the form of its training data.
 
-    A conversation is written by the tokenizer's chat template. A text is written by the ``prompt_template`` of the run,
-    else by the chat template as a message of the user, else as it is.
+    A conversation is written by the tokenizer's chat template, with the checks of training. A text is written by the
+    ``prompt_template`` of the run, else by the chat template as a message of the user, else as it is.
 
     Args:
         contents: Result of ``read_checkpoint``.
@@ -85,15 +83,18 @@ class Answerer:
         if not hasattr(network, "generate"):
             raise ConfigurationError(f"{type(network).__name__} is no network of transformers that generates text")
         self.network, self.tokenizer, self.sampling = network, tokenizer, sampling
-        self._render = TemplateRenderer(tokenizer)
-        self.template = None if raw else _prompt_template(contents, tokenizer, is_encoder_decoder(network))
+        self._turns = ChatTurns(tokenizer)
+        self._used_keys = UsedKeys(self._turns)
+        settings = _data_settings(contents)
+        self._columns = _columns(settings)
+        self.template = None if raw else _prompt_template(settings, tokenizer, is_encoder_decoder(network))
         self.chats = bool(tokenizer.chat_template) and self.template is None and not raw
 
     def __call__(self, prompt: Prompt) -> str:
         """Return the answer to a prompt.
 
         Raises:
-            ConfigurationError: The prompt is empty or too long, or the chat template refuses it.
+            ConfigurationError: The prompt is empty or too long, no prompt, or the chat template refuses it.
         """
         ids = self._tokens(prompt)
         room = getattr(self.network.config, "max_position_embeddings", None)
@@ -115,25 +116,48 @@ class Answerer:
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str) and not self.chats:
-            text = prompt if self.template is None else self.template.replace("{prompt}", prompt)
-            ids = list(self.tokenizer(text)["input_ids"])
-            ends = ids[-1:] == [self.tokenizer.eos_token_id] and not is_encoder_decoder(self.network)
-            return ids[:-1] if ends else ids
+            return self._text_tokens(prompt)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        row = messages if isinstance(messages, PromptRow) else PromptRow(messages)
+        example = parse_prompt(row.value, row.where, self._columns)
+        if example.is_chat or self.chats:
+            return self._chat_tokens(example)
+        if example.tools or len(example.messages) > 2:
+            extra = "tools" if example.tools else "system"
+            raise ConfigurationError(f"{row.where}: has {extra!r}, which only a chat template writes; leave it out")
+        return self._text_tokens(example.messages[0]["content"])
+
+    def _text_tokens(self, prompt: str) -> list[int]:
+        text = prompt if self.template is None else self.template.replace("{prompt}", prompt)
+        ids = list(self.tokenizer(text)["input_ids"])
+        ends = ids[-1:] == [self.tokenizer.eos_token_id] and not is_encoder_decoder(self.network)
+        return ids[:-1] if ends else ids
+
+    def _chat_tokens(self, example: Example) -> list[int]:
         if not self.tokenizer.chat_template:
             raise ConfigurationError("a prompt of messages: the tokenizer has no chat template; give texts")
-        try:
-            (rendered,) = self._render([(messages, True)])
-        except TemplateError as error:
-            raise ConfigurationError(f"the chat template refuses a prompt: {error}") from error
+        messages = self._used_keys.messages(example)[:-1]  # without the placeholder of the answer
+        (rendered,) = self._turns.render([(messages, True)], example)
         return list(self.tokenizer(rendered.text, add_special_tokens=False)["input_ids"])
 
 
-def _prompt_template(contents: dict[str, Any], tokenizer: PreTrainedTokenizerFast, seq2seq: bool) -> str | None:
-    """Return the text around prompts that the run was trained with; None for none, or for the chat template."""
+def _data_settings(contents: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the data module that a checkpoint holds."""
     states = [state for state in contents.values() if isinstance(state, dict) and "tokenizer_fingerprint" in state]
     settings = states[0].get("settings") if states else None
-    if not isinstance(settings, dict) or "prompt_template" not in settings:
+    return settings if isinstance(settings, dict) else {}
+
+
+def _columns(settings: dict[str, Any]) -> Columns:
+    names = {name: settings.get(f"{name}_column") for name in ("prompt", "response", "messages")}
+    ignored = settings.get("ignored_keys")
+    ignored = tuple(map(str, ignored)) if isinstance(ignored, list | tuple) else ()
+    return Columns(**{key: name for key, name in names.items() if isinstance(name, str)}, ignored=ignored)
+
+
+def _prompt_template(settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast, seq2seq: bool) -> str | None:
+    """Return the text around prompts that the run was trained with; None for none, or for the chat template."""
+    if "prompt_template" not in settings:
         return None
     template = settings["prompt_template"]
     if isinstance(template, str):
@@ -164,46 +188,6 @@ def answerer(checkpoint: str, sampling: Sampling, raw: bool = False, **given: An
     return Answerer(contents, network.to(device), sampling, raw)
 
 
-def read_prompts(given: Iterable[str]) -> Iterator[Prompt]:
-    """Yield the prompts of the command line.
-
-    Args:
-        given: Texts, and names of files: ``.txt`` with a prompt a line, ``.jsonl`` with a text, ``{"prompt": text}`` or
-            ``{"messages": [...]}`` a line.
-
-    Raises:
-        ConfigurationError: A file cannot be read, or a line has none of these.
-    """
-    for text in given:
-        suffix = Path(text).suffix if len(text) < 256 and "\n" not in text else ""
-        if suffix not in (".txt", ".jsonl"):
-            yield text
-            continue
-        path = local_path(text, "--prompts")
-        check_regular_file(path, "file of prompts")
-        if path.stat().st_size > MOST_BYTES:
-            raise ConfigurationError(f"file of prompts {text!r}: is larger than {MOST_BYTES >> 20} MiB; split it")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ConfigurationError(f"file of prompts {text!r}: is not UTF-8") from error
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield line if suffix == ".txt" else _row(line, f"file of prompts {text!r}, line {number}")
-
-
-def _row(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{where}: is not JSON") from error
-    prompt: Any = row.get("prompt", row.get("messages")) if isinstance(row, dict) else row
-    chat = isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt)
-    if not (isinstance(prompt, str) or chat):
-        raise ConfigurationError(f'{where}: has no prompt; write {{"prompt": text}}, or {{"messages": [...]}}')
-    return prompt
-
-
 def predict(answer: Answerer, prompts: Iterable[Prompt], out: Path | None = None) -> None:
     """Print a JSON line with ``prompt`` and ``continuation`` for each prompt, or write the lines to a new file.
 
@@ -212,7 +196,8 @@ def predict(answer: Answerer, prompts: Iterable[Prompt], out: Path | None = None
     """
     if out is not None and out.exists():
         raise ConfigurationError(f"--out {str(out)!r}: exists; give another name")
-    lines = (json.dumps({"prompt": prompt, "continuation": answer(prompt)}, ensure_ascii=False) for prompt in prompts)
+    answered = ((prompt.value if isinstance(prompt, PromptRow) else prompt, answer(prompt)) for prompt in prompts)
+    lines = (json.dumps({"prompt": given, "continuation": text}, ensure_ascii=False) for given, text in answered)
     if out is None:
         for line in lines:
             print(line, flush=True)

@@ -1,6 +1,7 @@
 """LightningCLI with this package's defaults, checks before a run, and the command ``plan``."""
 
 import contextlib
+import hashlib
 import re
 import signal
 import warnings
@@ -169,16 +170,29 @@ class OrthotrainCLI(LightningCLI):
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the config of a training run to its folder as a whole; an evaluation does not overwrite it."""
+    """Writes the config of a training run to its folder, once a batch is trained.
+
+    A run that is refused, fails before its first step, or only evaluates leaves the config of an earlier run as it is.
+
+    Attributes:
+        config_sha256: Sha256 of the file; None if none is written. The summary of the run has it.
+    """
+
+    config_sha256: str | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write ``config.yaml`` when fitting begins."""
-        if stage != "fit" or self.already_saved:
+        """Write nothing yet: a checkpoint may still be refused."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Write ``config.yaml``."""
+        if self.already_saved:
             return
+        self.already_saved = True
         folder = run_folder(trainer)  # a broadcast, in which every rank takes part
         if folder is not None and trainer.is_global_zero:
-            write_text(folder / self.config_filename, self.parser.dump(self.config, skip_none=False))
-        self.already_saved = True
+            text = self.parser.dump(self.config, skip_none=False)
+            write_text(folder / self.config_filename, text)
+            self.config_sha256 = hashlib.sha256(text.encode()).hexdigest()
 
 
 @contextlib.contextmanager

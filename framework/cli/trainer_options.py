@@ -143,7 +143,8 @@ def with_run_callbacks(trainer: dict[str, Any], defaults: list[L.Callback | None
 
     A callback of ``trainer.callbacks`` takes the place of the default of its kind: any ``Checkpoint``, ``RunReport`` or
     ``ProgressBar``. ``enable_checkpointing: false`` and ``enable_progress_bar: false`` remove the default too. Where
-    a default is null and no callback replaces it, the option is false: Lightning would add a callback of its own.
+    a default is null and no callback replaces it, the option is false: Lightning would add a callback of its own. It
+    would also add a logger of its own for ``logger: null``.
 
     Args:
         trainer: Options of the trainer.
@@ -153,6 +154,7 @@ def with_run_callbacks(trainer: dict[str, Any], defaults: list[L.Callback | None
     given = [given] if isinstance(given, L.Callback) else given
     switches = {"checkpoint": "enable_checkpointing", "progress": "enable_progress_bar"}
     options, kept = dict(trainer), []
+    options["logger"] = False if trainer.get("logger", True) is None else trainer.get("logger", True)
     for (name, kind), callback in zip(KINDS.items(), defaults, strict=True):
         if any(isinstance(other, kind) for other in given):
             continue

@@ -66,7 +66,11 @@ def _wrong_type(lines: list[str], message: str) -> str:
         found += [match["plain"]] if match["plain"] else match["words"].replace("'", "").split(", ")
     given = _GIVEN.findall(message)
     text = f"expected {' or '.join(dict.fromkeys(found))}" + (f", got {given[-1]!r}" if given else "")
-    return text + ("; none is written null" if given and given[-1] in ("None", "none") else "")
+    if not given or given[-1] not in ("None", "none"):
+        return text
+    if "NoneType" in message:  # null is a member of the union
+        return f"{text}; none is written null"
+    return text.replace(f"got {given[-1]!r}", "got null; leave the option out for its default")
 
 
 def _needs_class(base: str, classes: list[type]) -> str:

@@ -158,6 +158,10 @@ class BaseData(LightningDataModule, ABC):
         """Return the size of each split that is set up: split -> unit -> number, for the summary of a run."""
         return {}
 
+    def digests(self) -> dict[str, str]:
+        """Return a digest of the content of the train and the validation split, for the summary of a run."""
+        return {}
+
     def sample_prompt(self) -> list[int]:
         """Return tokens for a network to continue in the summary of a run; an empty list for no sample."""
         return []

@@ -51,7 +51,8 @@ class CausalLM(ModelBuilder):
         gradient_checkpointing: Whether activations of decoder layers are computed again in backward instead of kept.
 
     Raises:
-        ConfigurationError: The model type or a key of ``config`` is unknown; the message suggests similar known ones.
+        ConfigurationError: The model type or a key of ``config`` is unknown (the message suggests similar known ones),
+            or ``config`` has another ``model_type``.
 
     Example:
         >>> sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -68,6 +69,11 @@ class CausalLM(ModelBuilder):
         if model_type not in CONFIG_MAPPING:
             near = ", ".join(difflib.get_close_matches(model_type, CONFIG_MAPPING.keys())) or "llama, qwen2, gpt2"
             raise ConfigurationError(f"model_type={model_type!r} is unknown to transformers; try {near}")
+        if (inner := (config or {}).get("model_type", model_type)) != model_type:
+            raise ConfigurationError(
+                f"config.model_type {inner!r}: the network is a {model_type}; choose it by model_type beside "
+                "config, and leave the key out of config"
+            )
         defaults = CONFIG_MAPPING[model_type]()
         known = sorted({*defaults.to_dict(), *defaults.attribute_map})
         for key in config or {}:

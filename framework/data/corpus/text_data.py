@@ -176,6 +176,10 @@ class TextData(BaseData):
         sizes = {split: self._cache(split).metadata for split in known}
         return {split: {"documents": size.documents, "tokens": size.tokens} for split, size in sizes.items()}
 
+    def digests(self) -> dict[str, str]:
+        """Return a digest of the tokens of the train and the validation split."""
+        return {split: self._cache(split).metadata.content for split in ("train", "val") if self._has(split)}
+
     def sample_prompt(self) -> list[int]:
         """Return the beginning of a held-out document."""
         return next(iter(self._document_beginnings(tokens=16)), [])

@@ -12,9 +12,9 @@ from orthotrain.errors import ConfigurationError
 ALPACA_INPUT = "\n\n### Input:\n"
 """The text between ``instruction`` and ``input`` of a row, as in the prompts of Alpaca."""
 
-_PAIRS = (("prompt", "completion"), ("instruction", "output"))
+PAIRS = (("prompt", "completion"), ("instruction", "output"))
 """Keys of prompt and response that are known beside those that the user names."""
-_CHATS = ("conversations", "conversation")
+CHATS = ("conversations", "conversation")
 _SYSTEM = ("system", "system_prompt")
 _REFUSED = {"functions": "write them as 'tools'", "history": "write its rounds as 'messages'"}
 _REFUSED["chat_template_kwargs"] = "a row cannot change the chat template"
@@ -39,9 +39,9 @@ class Columns:
 
 def keys_of_rows(columns: Columns) -> tuple[str, ...]:
     """Return all keys that `parse_row` reads; a file's other columns need not be read."""
-    pairs = (key for pair in _PAIRS for key in pair)
+    pairs = (key for pair in PAIRS for key in pair)
     named = (columns.prompt, columns.response, columns.messages)
-    return (*named, *pairs, *_CHATS, *_SYSTEM, *_REFUSED, "input", "tools")
+    return (*named, *pairs, *CHATS, *_SYSTEM, *_REFUSED, "input", "tools")
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def parse_row(row: Any, where: str, columns: Columns) -> Example:
         raise RowFault(f"{where}: expected an object, found {type(row).__name__}; give one object a row")
     row = {key: value for key, value in row.items() if key not in columns.ignored}
     prompt, response = _pair(row, columns)
-    chats = (columns.messages,) if prompt == columns.prompt else (columns.messages, *_CHATS)
+    chats = (columns.messages,) if prompt == columns.prompt else (columns.messages, *CHATS)
     chat = next((key for key in chats if row.get(key) is not None), None)
     if chat is not None:
         messages, untrained = parse_messages(row[chat], f"{where}, {chat!r}", columns.ignored)
@@ -196,7 +196,7 @@ def parse_row(row: Any, where: str, columns: Columns) -> Example:
 def _pair(row: Mapping, columns: Columns) -> tuple[str | None, str]:
     """Return the keys of prompt and response, and None if a key is missing."""
     named = (columns.prompt, columns.response)
-    known = (named, *_PAIRS) if named == ("prompt", "response") else (named,)
+    known = (named, *PAIRS) if named == ("prompt", "response") else (named,)
     return next(((prompt, response) for prompt, response in known if {prompt, response} <= set(row)), (None, ""))
 
 

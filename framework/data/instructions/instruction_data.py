@@ -186,6 +186,10 @@ class InstructionData(BaseData):
         """Return rows and tokens of each split that was read."""
         return {name: {"rows": len(rows), "tokens": int(rows.lengths.sum())} for name, rows in self._rows.items()}
 
+    def digests(self) -> dict[str, str]:
+        """Return a digest of the tokens of the train and the validation split."""
+        return {split: self._split_rows(split).digest() for split in ("train", "val") if self._has(split)}
+
     def sample_prompt(self) -> list[int]:
         """Return a held-out prompt."""
         split = next(name for name in ("test", "val", "train") if self._has(name))

@@ -245,6 +245,10 @@ class LabeledData(BaseData):
         read = {split: self._rows[split].lengths for split in SPLITS if split in self._rows and self._has(split)}
         return {split: {"rows": len(lengths), "tokens": int(lengths.sum())} for split, lengths in read.items()}
 
+    def digests(self) -> dict[str, str]:
+        """Return a digest of the tokens and labels of the train and the validation split."""
+        return {split: self._split_rows(split).digest() for split in ("train", "val") if self._has(split)}
+
     def _fingerprint(self) -> DataFingerprint:
         given, rows = self.hparams, self._split_rows("train")
         settings = {name: given[name] for name in _DECIDES_CONTENT} | {"tokenizer": self.tokenizer_fingerprint[:12]}

@@ -1,6 +1,7 @@
 """The comparison of runs: figures, curves, and a warning for each difference that makes the losses not comparable."""
 
 import copy
+import hashlib
 import json
 
 import pytest
@@ -84,6 +85,18 @@ def test_what_is_not_comparable_is_said(run, tmp_path):
     assert [line.split(":")[0] for line in warned(limited, other)] == ["the runs differ in data.batch_size"]
     (tmp_path / "other" / "config.yaml").unlink()
     assert "cannot be compared" in warned(base, str(tmp_path / "other"))[-1]
+
+
+def test_data_that_differ_under_one_name_and_a_config_of_another_run_are_said(run, tmp_path):
+    one, two = (run(name, {"data_digests": {"train": "a", "val": name}}) for name in "ab")
+    old = run("old")
+    assert warned(one, two) == [f"the runs differ in the content of the val data: {one} a, {two} b"]
+    assert not warned(one, old), "a summary without digests"
+    digest = hashlib.sha256((tmp_path / "old" / "config.yaml").read_bytes()).hexdigest()
+    assert not warned(old, run("same", {"config_sha256": digest}))
+    for name, sha in (("changed", digest), ("python", None)):
+        changed = run(name, {"config_sha256": sha}, data__init_args__source="b.txt")
+        assert warned(old, changed)[-1].startswith(f"no config.yaml, or another than that of the summary, in {changed}")
 
 
 def test_folders_without_a_summary_are_refused(run, tmp_path):

@@ -1,5 +1,6 @@
 """The command line: every command once for real, and bad input as one line with exit code 2."""
 
+import hashlib
 import json
 import logging
 import os
@@ -51,8 +52,11 @@ def test_from_fit_to_an_exported_model(small_config, tmp_path, capsys):
     assert f"{summary['trainable_parameters']:,} trained of {summary['total_parameters']:,}" in printed
     assert f"tokens per second         {summary['tokens_per_second']:,.0f}\n" in printed
     assert summary["checkpoint"] == str(run / "checkpoints" / "last.ckpt") and summary["early_folds"] is None
-    assert (run / "config.yaml").exists()
-    last = run / "checkpoints" / "last.ckpt"
+    config, last = (run / "config.yaml").read_bytes(), run / "checkpoints" / "last.ckpt"
+    assert summary["config_sha256"] == hashlib.sha256(config).hexdigest()
+    assert set(summary["data_digests"]) == {"train", "val"} and len(set(summary["data_digests"].values())) == 2
+    refuse(capsys, "fit", *command, "--ckpt_path", str(last), "--data.seed", "7")
+    assert (run / "config.yaml").read_bytes() == config, "a refused run leaves the config as it was"
 
     main(["validate", *command, "--ckpt_path", "last"])
     main(["test", *command, "--ckpt_path", str(last)])

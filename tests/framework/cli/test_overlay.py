@@ -101,6 +101,8 @@ def test_null_is_null_in_a_dataclass_inside_a_class(parse):
     assert found["optimization"]["optimizer"] is found["optimization"]["lr_overrides"] is None
     with pytest.raises(ConfigurationError, match=r"got 'None'; none is written null"):
         parse("--model.layers.storage", "None")
+    with pytest.raises(ConfigurationError, match=r"expected int, got null; leave the option out for its default"):
+        parse("--model.layers.block_size", "null")
 
 
 def test_a_text_option_keeps_its_text(parse):

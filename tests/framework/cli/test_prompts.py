@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from orthotrain.cli.main import main
-from orthotrain.cli.prompts import Answerer, Sampling, chat, predict, read_prompts
+from orthotrain.cli.prompt_files import PromptRow, read_prompts
+from orthotrain.cli.prompts import Answerer, Sampling, chat, predict
 from orthotrain.data.tokenizer_state import tokenizer_state
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
@@ -68,7 +69,7 @@ def test_a_prompt_is_written_as_the_training_data_were(parts):
     assert seen_by(framed, "to be") == "Q: to be A:" and seen_by(framed, messages).endswith("[user]c[a]")
     assert seen_by(Answerer(*with_data(parts, TEMPLATE), Sampling(), raw=True), "to be") == "to be"
     refusing = Answerer(*with_data(parts, "{{ raise_exception('no') }}", prompt_template=None), Sampling())
-    with pytest.raises(ConfigurationError, match="the chat template refuses a prompt: .*no"):
+    with pytest.raises(ConfigurationError, match=r"the chat template refuses the messages \(.*no"):
         refusing("x")
 
 
@@ -90,30 +91,67 @@ def test_sampling_is_set_and_seeded(parts, monkeypatch):
             Sampling(**wrong)
 
 
-def test_prompts_are_texts_and_lines_of_files(tmp_path):
-    (tmp_path / "p.txt").write_text("\ufeffone\n\ntwo\n")
-    chatted = [{"role": "user", "content": "x"}]
-    rows = ["a", {"prompt": "b"}, {"messages": chatted}]
-    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    assert list(read_prompts(["zero", str(tmp_path / "p.txt")])) == ["zero", "one", "two"]
-    assert list(read_prompts([str(tmp_path / "p.jsonl")])) == ["a", "b", chatted]
-    for content, said in (
-        ("{", "line 1: is not JSON"),
-        ('"a"\n{"text": 1}', "line 2: has no prompt"),
-        ("[1]", "no pro"),
+CALL = {"function": {"name": "f", "arguments": '{"city": "R"}'}}
+TOOLS_TEMPLATE = (
+    "{% for t in tools or [] %}<{{ t.name }}>{% endfor %}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+
+
+def test_a_row_is_written_as_a_row_of_the_training_data(parts):
+    names = {"prompt_column": "question", "ignored_keys": ["id"]}
+    answer = Answerer(*with_data(parts, TOOLS_TEMPLATE, prompt_template=None, **names), Sampling())
+    user, called = (
+        {"role": "user", "content": [{"type": "text", "text": "q"}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    )
+    row = {"messages": [user, called, {"role": "tool", "content": "7", "id": 3}], "tools": [{"name": "f"}]}
+    assert seen_by(answer, PromptRow(row)) == '<f>[user]q[assistant]f{"city": "R"}[tool]7[a]'
+    assert seen_by(answer, PromptRow({"conversations": [{"from": "human", "value": "q"}]})) == "[user]q[a]"
+    for key in ("prompt", "question"):
+        assert seen_by(answer, PromptRow({key: "q", "system": "s"})) == "[system]s[user]q[a]"
+    alpaca = Answerer(*with_data(parts, TOOLS_TEMPLATE, prompt_template=None), Sampling())
+    assert "q\n\n### Input:\nx" in seen_by(alpaca, PromptRow({"instruction": "q", "input": "x"}))
+    for value, said in (
+        ([user, {"role": "assistant", "content": "x"}], "p, line 1: the conversation ends with the assistant"),
+        ({"messages": [{**user, "reasoning": "x"}]}, "does not write 'reasoning'"),
+        ({"text": 1}, "p, line 1: has no prompt"),
+        ([1], "message 1: must be an object"),
     ):
+        with pytest.raises(ConfigurationError, match=said):
+            answer(PromptRow(value, "p, line 1"))
+    plain = Answerer(*parts, Sampling())
+    assert seen_by(plain, PromptRow({"prompt": "to be", "response": "x"})) == "to be"
+    with pytest.raises(ConfigurationError, match="has 'system', which only a chat template writes; leave it out"):
+        plain(PromptRow({"prompt": "to be", "system": "s"}))
+
+
+def test_prompts_are_texts_and_lines_of_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.TXT").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntw\x0co\r\n")
+    (tmp_path / "p.json").write_text("{}")
+    chatted = {"messages": [{"role": "user", "content": "x\u2028y"}]}
+    rows = ["a", {"prompt": "b"}, chatted]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    texts = ["zero", "Please read notes.txt", "e.g. this", ""]
+    assert list(read_prompts([*texts, "p.TXT"])) == [*texts, "one", "tw\x0co"]
+    where = "file of prompts 'p.jsonl', line 3"
+    assert list(read_prompts(["p.jsonl"])) == ["a", "b", PromptRow(chatted, where)]
+    for content, said in (("{", "line 1: is not JSON"), ("\n \n", "holds no prompt; write one a line")):
         (tmp_path / "p.jsonl").write_text(content)
         with pytest.raises(ConfigurationError, match=said):
-            list(read_prompts([str(tmp_path / "p.jsonl")]))
-    with pytest.raises(ConfigurationError, match="file of prompts .*gone.txt' cannot be read"):
-        list(read_prompts([str(tmp_path / "gone.txt")]))
+            list(read_prompts(["p.jsonl"]))
+    for name, said in (("gone.txt", "cannot be read"), ("p.json", "are read from .txt and .jsonl")):
+        with pytest.raises(ConfigurationError, match=f"file of prompts '{name}'.* {said}"):
+            list(read_prompts([name]))
 
 
 def test_the_commands(parts, tmp_path, capsys, monkeypatch):
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir(parents=True)
     torch.save(parts[0], checkpoint)
-    main(["predict", "--ckpt_path", str(checkpoint), "--prompts", "to", "or", "--max_new_tokens", "4"])
+    main(["predict", "--ckpt_path", str(checkpoint), "--prompts", "to", "--max_new_tokens", "4", "--prompts", "or"])
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["prompt"] for row in printed] == ["to", "or"]
     out = tmp_path / "out.jsonl"

@@ -125,8 +125,8 @@ def test_a_callback_of_the_config_takes_the_place_of_the_default_of_its_kind(opt
 
 
 def test_a_default_that_is_null_is_not_replaced_by_one_of_lightning(trainer_of):
-    trainer = trainer_of("--checkpoint", "null", "--progress", "null")
-    assert trainer.checkpoint_callbacks == [] and trainer.progress_bar_callback is None
+    trainer = trainer_of("--checkpoint", "null", "--progress", "null", "--trainer.logger", "null")
+    assert trainer.checkpoint_callbacks == trainer.loggers == [] and trainer.progress_bar_callback is None
 
 
 def test_checkpoints_lie_in_the_folder_of_the_run_whatever_the_loggers(trainer_of, tmp_path):

@@ -32,6 +32,9 @@ def test_bad_input_is_refused_with_the_nearest_name(tmp_path):
         CausalLM({"hiden_size": 4})
     with pytest.raises(ConfigurationError, match="model_type='lama' is unknown to transformers; try llama"):
         CausalLM({}, "lama")
+    with pytest.raises(ConfigurationError, match="config.model_type 'gpt2': the network is a llama; choose it by"):
+        CausalLM({"model_type": "gpt2"})
+    assert CausalLM({"model_type": "gpt2"}, "gpt2").model_type == "gpt2"
     with pytest.raises(ConfigurationError, match="cannot be loaded"):
         PretrainedModel(str(tmp_path))()
 

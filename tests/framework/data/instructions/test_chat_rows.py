@@ -94,6 +94,21 @@ def test_content_beside_calls_and_of_roles_that_the_template_does_not_know_is_re
         trained(encoder_of(users), {"messages": CONVERSATION})
 
 
+@pytest.mark.parametrize(("part", "dropped"), [("[:1]", 2), ("[-1:]", 1), ("[:2]", 3)])
+def test_an_item_of_a_list_that_the_template_drops_is_refused_by_its_number(encoder_of, part, dropped):
+    encoder, count = encoder_of(AS_JSON.replace("m.tool_calls", f"(m.tool_calls or []){part}")), max(dropped, 2)
+    calls = [{"function": {"name": f"weather{number}", "arguments": {}}} for number in range(count)]
+    tools = [{"type": "function", "function": {"name": f"weather{number}"}} for number in range(count)]
+    row = {"messages": [CONVERSATION[0], {"role": "assistant", "tool_calls": calls[:1]}]}
+    assert "weather" in trained(encoder, row)[1], "one call is written"
+    row["messages"][1]["tool_calls"] = calls
+    with pytest.raises(ConfigurationError, match=f"does not write item {dropped} of 'tool_calls' of message 2"):
+        trained(encoder, row)
+    row = {"messages": [CONVERSATION[0], {"role": "assistant", "content": "b"}], "tools": tools}
+    with pytest.raises(ConfigurationError, match=f"does not write item {dropped} of 'tools'"):
+        trained(encoder_of(AS_JSON.replace("tools |", f"tools{part} |")), row)
+
+
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 SYSTEM = {"role": "system", "content": "s"}
 CALLED = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}

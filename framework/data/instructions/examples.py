@@ -7,6 +7,7 @@ from typing import Any
 
 from orthotrain.data.instructions.messages import Message, check_order, is_empty, parse_messages, text_of
 from orthotrain.data.instructions.row_faults import RowFault
+from orthotrain.data.instructions.tool_results import order_results
 from orthotrain.errors import ConfigurationError
 
 ALPACA_INPUT = "\n\n### Input:\n"
@@ -189,7 +190,9 @@ def parse_row(row: Any, where: str, columns: Columns) -> Example:
     for key in _SYSTEM:
         if system := row.get(key):
             messages, untrained = _with_system(messages, untrained, text_of(system, f"{where}, {key!r}"), where)
-    check_order(messages, where if chat is None else f"{where}, {chat!r}")
+    place = where if chat is None else f"{where}, {chat!r}"
+    check_order(messages, place)
+    messages = order_results(messages, place)
     return Example(where, tuple(messages), chat is not None, _tools(row.get("tools"), where), frozenset(untrained))
 
 

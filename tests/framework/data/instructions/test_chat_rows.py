@@ -7,7 +7,7 @@ import pytest
 
 from orthotrain.data import InstructionData
 from orthotrain.data.instructions.causal import CausalEncoder
-from orthotrain.data.instructions.examples import Columns, parse_row
+from orthotrain.data.instructions.examples import Columns, keys_of_rows, parse_row
 from orthotrain.data.instructions.sources import read_examples
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
@@ -142,6 +142,10 @@ LAYOUTS = {
         [MESSAGES[0], {**CALLED, "content": ""}, {"role": "tool", "name": "f", "content": "2"}, MESSAGES[1]],
     ),
     "alpaca": ({"instruction": "a", "input": "x", "output": "b"}, [{**MESSAGES[0], "content": "a\n\n### Input:\nx"}]),
+    "dolly": (
+        {"instruction": "a", "context": "x", "response": "b"},
+        [{**MESSAGES[0], "content": "a\n\n### Input:\nx"}],
+    ),
     "alpaca without input": ({"instruction": "a", "input": "", "output": "b"}, MESSAGES),
     "completion": ({"prompt": "a", "completion": "b", "id": 3, "source": "web"}, MESSAGES),
     "completion of messages": ({"prompt": MESSAGES + MESSAGES[:1], "completion": MESSAGES[1:]}, MESSAGES * 2),
@@ -157,13 +161,26 @@ def test_layouts_of_rows(name):
     assert len(example.tools) == (name == "sharegpt with tools")
 
 
-@pytest.mark.parametrize("key", ["functions", "history", "chat_template_kwargs"])
-def test_keys_of_a_row_that_no_template_gets_are_refused_by_name(key):
-    row = {"instruction": "a", "output": "b", key: [["c", "d"]]}
-    with pytest.raises(ConfigurationError, match=f"^row: '{key}' is not used"):
-        parse_row(row, "row", Columns())
-    assert parse_row(row, "row", Columns(ignored=(key,))).turns == [1]
-    assert parse_row({"prompt": "a", "response": "b", key: 5}, "row", Columns()).turns == [1], "some other column"
+@pytest.mark.parametrize("pair", [("instruction", "output"), ("prompt", "response"), ("question", "answer")])
+def test_keys_of_a_conversation_that_are_not_used_are_refused_by_name(pair):
+    names = {} if pair[0] == "instruction" else {"prompt": pair[0], "response": pair[1]}
+    row, inputs = dict(zip(pair, "ab", strict=True)), ("instruction", "input", "context") if names else ()
+    for key in ("functions", "history", "chat_template_kwargs", *inputs):
+        assert key in keys_of_rows(Columns(**names)), "a file's other columns are not read"
+        with pytest.raises(ConfigurationError, match=f"^row: '{key}' is not used; .* name it in ignored_keys"):
+            parse_row({**row, key: [["c", "d"]]}, "row", Columns(**names))
+        ignored = parse_row({**row, key: "c"}, "row", Columns(**names, ignored=(key,)))
+        empty = parse_row({**row, key: "  "}, "row", Columns(**names))
+        assert ignored.messages == empty.messages == tuple(MESSAGES)
+    assert parse_row({**row, "id": 5}, "row", Columns(**names)).turns == [1], "some other column"
+
+
+def test_the_context_of_a_named_pair_is_not_lost():
+    columns = Columns(prompt="instruction", response="response")
+    assert "x" in parse_row(LAYOUTS["dolly"][0], "row", columns).messages[0]["content"]
+    assert parse_row({"context": "a", "response": "b"}, "row", Columns("context")).messages == tuple(MESSAGES)
+    chat = {"messages": MESSAGES, "context": "x", "history": []}
+    assert parse_row(chat, "row", Columns()).messages == tuple(MESSAGES), "messages say all"
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ CALLED = {"role": "assistant", "tool_calls": [{"type": "function", "function": {
 LAYOUTS = {
     "openai": ({"messages": MESSAGES}, MESSAGES),
     "sharegpt": (
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "chatgpt", "value": "b"}], "system": "s"},
         [SYSTEM, *MESSAGES],
     ),
     "sharegpt with tools": (

@@ -201,4 +201,4 @@ class BaseData(LightningDataModule, ABC):
             DataFingerprint("", "", allow_changed=self.hparams["allow_changed"]).refuse(difference)
 
     def _tokenizer_difference(self, state: dict[str, Any]) -> str | None:
-        return tokenizer_difference(state, self.tokenizer, self.vocab_size)
+        return tokenizer_difference(state, self.tokenizer, {**self.hparams, "vocab_size": self.vocab_size})

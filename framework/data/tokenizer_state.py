@@ -1,7 +1,7 @@
 """A tokenizer inside a checkpoint: plain values, the tokenizer rebuilt from them, and its difference to another."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -32,6 +32,12 @@ MAX_LENGTH = 1 << 62
 _TEXT, _TABLE = ("tokenizer", "tokenizer_fingerprint"), ("special_tokens", "settings", "tokenizer_settings")
 _TYPES: dict[str, Any] = {**dict.fromkeys(_TEXT, str), **dict.fromkeys(_TABLE, dict)}
 _TYPES |= {"chat_template": str | dict | None, "extra_special_tokens": list, "has_own_padding": bool}
+
+_TRAINED_FROM = (
+    *("source", "val_source", "test_source", "text_column", "streaming", "limit_bytes"),
+    *("val_fraction", "test_fraction", "vocab_size", "seed", "tokenizer"),
+)
+"""Settings that decide the tokenizer of a run that trains one from its train split."""
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -152,17 +158,16 @@ def load_model_tokenizer(name: str, joins: bool = True) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-def tokenizer_difference(
-    state: dict[str, Any], tokenizer: PreTrainedTokenizerFast, vocab_size: int | None
-) -> str | None:
+def tokenizer_difference(state: dict[str, Any], tokenizer: PreTrainedTokenizerFast, here: Mapping) -> str | None:
     """Describe how the tokenizer of a checkpoint differs from the tokenizer of this run.
 
-    With another tokenizer, the rows of the model's embedding would mean other tokens.
+    With another tokenizer, the rows of the model's embedding would mean other tokens. A tokenizer trained on the train
+    split depends on the settings of the split too; the message names those that changed.
 
     Args:
         state: ``state_dict()`` of the data module in the checkpoint.
         tokenizer: This run's tokenizer.
-        vocab_size: This run's vocabulary.
+        here: This run's settings, with ``vocab_size``.
 
     Returns:
         The difference and what to do about it; ``None`` if there is no difference.
@@ -171,9 +176,14 @@ def tokenizer_difference(
     if saved == found:
         return None
     settings = state.get("settings", {})
-    inputs = ", ".join(f"{name} {settings.get(name)!r:.200}" for name in ("source", "vocab_size", "seed"))
+    changed = [name for name in _TRAINED_FROM if name in settings and settings[name] != here.get(name)]
+    trained = {"source", *changed} if settings.get("tokenizer") is None else ()
+    inputs = ", ".join(f"{name} {settings.get(name)!r:.200}" for name in _TRAINED_FROM if name in trained)
+    advice = f", or train it from the same inputs: {inputs}" if trained else ""
+    if trained and changed:
+        advice += f" (changed: {', '.join(f'{name} is {here.get(name)!r:.200} here' for name in changed)})"
     return (
-        f"the tokenizer of this run (vocab {vocab_size}, sha {found[:12]}) differs from the checkpoint's (vocab "
-        f"{state.get('vocab_size')!s:.20}, sha {saved[:12]}): set tokenizer to the one exported with the checkpoint, "
-        f"or train it from the same inputs: {inputs}"
+        f"the tokenizer of this run (vocab {here.get('vocab_size')}, sha {found[:12]}) differs from the checkpoint's "
+        f"(vocab {state.get('vocab_size')!s:.20}, sha {saved[:12]}): set tokenizer to the one exported with the "
+        f"checkpoint{advice}"
     )

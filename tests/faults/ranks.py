@@ -59,7 +59,7 @@ def start(script, job, ranks=1, log=None, environment=None):
     return processes
 
 
-def wait(processes, seconds=120):
+def wait(processes, seconds=400):
     """Wait for all processes; kill those that are left after ``seconds``. Return the exit codes."""
     end = time.monotonic() + seconds
     for process in processes:

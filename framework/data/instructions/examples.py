@@ -7,17 +7,21 @@ from typing import Any
 
 from orthotrain.data.instructions.messages import Message, check_order, is_empty, parse_messages, text_of
 from orthotrain.data.instructions.row_faults import RowFault
+from orthotrain.data.instructions.tool_results import order_results
 from orthotrain.errors import ConfigurationError
 
 ALPACA_INPUT = "\n\n### Input:\n"
 """The text between ``instruction`` and ``input`` of a row, as in the prompts of Alpaca."""
 
-PAIRS = (("prompt", "completion"), ("instruction", "output"))
+PAIRS = (("prompt", "completion"), ("instruction", "output"), ("instruction", "response"))
 """Keys of prompt and response that are known beside those that the user names."""
 CHATS = ("conversations", "conversation")
 _SYSTEM = ("system", "system_prompt")
 _REFUSED = {"functions": "write them as 'tools'", "history": "write its rounds as 'messages'"}
 _REFUSED["chat_template_kwargs"] = "a row cannot change the chat template"
+_INPUTS = ("input", "context")
+"""Keys whose text follows the ``instruction`` of a pair."""
+_REFUSED_IN_PAIRS = {key: "write it into the prompt" for key in ("instruction", *_INPUTS)}
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def keys_of_rows(columns: Columns) -> tuple[str, ...]:
     """Return all keys that `parse_row` reads; a file's other columns need not be read."""
     pairs = (key for pair in PAIRS for key in pair)
     named = (columns.prompt, columns.response, columns.messages)
-    return (*named, *pairs, *CHATS, *_SYSTEM, *_REFUSED, "input", "tools")
+    return (*named, *pairs, *CHATS, *_SYSTEM, *_REFUSED, *_INPUTS, "tools")
 
 
 @dataclass(frozen=True)
@@ -150,8 +154,9 @@ def parse_row(row: Any, where: str, columns: Columns) -> Example:
     """Turn a row into an example.
 
     A row has messages (OpenAI, or ShareGPT's ``conversations``), or a prompt and a response under the keys of
-    ``columns``, ``prompt`` and ``completion``, or Alpaca's ``instruction``, ``input`` and ``output``. ``tools`` and
-    ``system`` belong to the conversation; other keys of a row are not read.
+    ``columns``, ``prompt`` and ``completion``, Alpaca's ``instruction``, ``input`` and ``output``, or Dolly's
+    ``instruction``, ``context`` and ``response``. ``tools`` and ``system`` belong to the conversation. Keys that would
+    belong to it but are not used, such as ``history``, are refused; other keys of a row are not read.
 
     Args:
         row: The row of a file or a dataset.
@@ -183,13 +188,13 @@ def parse_row(row: Any, where: str, columns: Columns) -> Example:
         messages = before + after
     else:
         messages, untrained = _pair_messages(row, where, prompt, response), set()
-    for key, advice in _REFUSED.items():
-        if row.get(key) and (chat is not None or prompt == "instruction"):
-            raise RowFault(f"{where}: {key!r} is not used; {advice}, or name it in ignored_keys")
+    _refuse_unused(row, where, chat, prompt, response)
     for key in _SYSTEM:
         if system := row.get(key):
             messages, untrained = _with_system(messages, untrained, text_of(system, f"{where}, {key!r}"), where)
-    check_order(messages, where if chat is None else f"{where}, {chat!r}")
+    place = where if chat is None else f"{where}, {chat!r}"
+    check_order(messages, place)
+    messages = order_results(messages, place)
     return Example(where, tuple(messages), chat is not None, _tools(row.get("tools"), where), frozenset(untrained))
 
 
@@ -204,11 +209,27 @@ def _pair_messages(row: Mapping, where: str, prompt: str, response: str) -> list
     text = text_of(row[prompt], f"{where}, {prompt!r}")
     if not text.strip():
         raise RowFault(f"{where}, {prompt!r}: is empty; give it some text or remove the row")
-    if prompt == "instruction" and response != "input" and row.get("input"):
-        more = text_of(row["input"], f"{where}, 'input'")
+    for key in _inputs(row, prompt, response):
+        more = text_of(row[key], f"{where}, {key!r}")
         text += ALPACA_INPUT + more if more.strip() else ""
     answer = text_of("" if row[response] is None else row[response], f"{where}, {response!r}")
     return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+
+
+def _inputs(row: Mapping, prompt: str | None, response: str) -> list[str]:
+    """Return the keys of the texts that follow the prompt of a pair."""
+    return [key for key in _INPUTS if prompt == "instruction" and key != response and row.get(key)]
+
+
+def _refuse_unused(row: Mapping, where: str, chat: str | None, prompt: str | None, response: str) -> None:
+    used, refused = {chat}, _REFUSED
+    if chat in (None, response):
+        used |= {prompt, response, *([] if chat else _inputs(row, prompt, response))}
+        refused = _REFUSED | _REFUSED_IN_PAIRS
+    for key, advice in refused.items():
+        value = row.get(key)
+        if key not in used and (value.strip() if isinstance(value, str) else value):
+            raise RowFault(f"{where}: {key!r} is not used; {advice}, or name it in ignored_keys")
 
 
 def _with_system(

@@ -15,7 +15,7 @@ Message = dict[str, Any]
 
 _SHAREGPT_ROLES = {
     **{role: role for role in ROLES},
-    **{"human": "user", "gpt": "assistant", "model": "assistant"},
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"},
     **{"function_call": "assistant", "tool_call": "assistant", "observation": "tool", "function_response": "tool"},
 }
 _MAY_BE_EMPTY = ("system", "tool")
@@ -37,7 +37,7 @@ def parse_messages(value: Any, where: str, ignored: tuple[str, ...] = ()) -> tup
     """
     if not isinstance(value, list | tuple) or not value:
         found = "an empty list" if value in ([], ()) else type(value).__name__
-        raise RowFault(f"{where}: must be a list of messages, found {found}")
+        raise RowFault(f"{where}: must be a list of messages, found {found}; give objects with 'role' and 'content'")
     messages, untrained = [], set()
     for index, given in enumerate(value):
         place = f"{where}, message {index + 1}"
@@ -56,9 +56,15 @@ def check_order(messages: list[Message], where: str) -> None:
     """
     roles = [message["role"] for message in messages]
     if roles[-1] != "assistant":
-        raise RowFault(f"{where}: ends with role {roles[-1]!r}; the last message must be the assistant's")
+        raise RowFault(
+            f"{where}: ends with role {roles[-1]!r}; the last message must be the assistant's; remove what "
+            "follows it, or the row"
+        )
     if next((role for role in roles if role not in ("system", "developer")), "") != "user":
-        raise RowFault(f"{where}: the assistant speaks first; a message of role 'user' must come before")
+        raise RowFault(
+            f"{where}: the assistant speaks first; a message of role 'user' must come before; remove "
+            "the message or the row, or put a question before it"
+        )
 
 
 def text_of(value: Any, where: str) -> str:
@@ -89,7 +95,7 @@ def _plain(given: Any, where: str, ignored: tuple[str, ...]) -> Message:
     if "function_call" in message and "tool_calls" not in message:  # the older form of OpenAI
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     if role not in ROLES:
-        raise RowFault(f"{where}: unknown role {role!r}; known: {', '.join(ROLES)}")
+        raise RowFault(f"{where}: unknown role {role!r}; write one of these: {', '.join(ROLES)}")
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}, 'tool_calls'")
     content = message.get("content", "" if role == "assistant" or "content" in ignored else given.get("content"))
@@ -102,7 +108,7 @@ def _plain(given: Any, where: str, ignored: tuple[str, ...]) -> Message:
 def _from_sharegpt(message: Message, where: str) -> Message:
     speaker, value = message.pop("from", None), message.pop("value", "")
     if speaker not in _SHAREGPT_ROLES:
-        raise RowFault(f"{where}: unknown role {speaker!r}; known: {', '.join(_SHAREGPT_ROLES)}")
+        raise RowFault(f"{where}: unknown role {speaker!r}; write one of these: {', '.join(_SHAREGPT_ROLES)}")
     said = {"content": value}
     if speaker in ("function_call", "tool_call"):
         try:

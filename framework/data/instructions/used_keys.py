@@ -10,11 +10,13 @@ from orthotrain.data.instructions.row_faults import RowFault
 from orthotrain.data.instructions.turns import ChatTurns
 
 _LINKS = {("tool", "tool_call_id"), ("tool", "name")}
-"""Role and key of values that only say which call a result belongs to; templates write results in their order."""
+"""Role and key of values that only say which call a result belongs to; the results are in the order of the calls."""
 
 
 class UsedKeys:
-    """Compares what a template writes with and without each key of a message, once for each combination of keys.
+    """Compares what a template writes with and without each key of a message.
+
+    It does so once for each combination of keys and each length of a list.
 
     Args:
         turns: Renders conversations.
@@ -59,21 +61,24 @@ class UsedKeys:
             keys = [key for key, value in message.items() if key != "role" and value not in ("", None)]
             end = next(place for place in range(index, len(messages)) if messages[place]["role"] == "assistant") + 1
             for key in keys:
-                known = (message["role"], key, *sorted(keys))
+                known = (message["role"], key, _length(message[key]), *sorted(keys))
                 if known in self._known or (message["role"], key) in _LINKS:
                     continue
-                other = {name: value for name, value in message.items() if name != key}
-                if key == "content":
-                    other[key] = f"a{message[key]}z"
-                changed = [*messages[:index], other, *messages[index + 1 : end]]
-                if self._same(example, messages[:end], changed, example.tools):
-                    raise RowFault(_dropped(example, f"{key!r} of message {index + 1} (role {message['role']!r})", key))
+                for part, value in _changes(key, message[key]):
+                    other = {name: value if name == key else kept for name, kept in message.items()}
+                    if value is None:
+                        del other[key]
+                    changed = [*messages[:index], other, *messages[index + 1 : end]]
+                    if self._same(example, messages[:end], changed, example.tools):
+                        what = f"{part}{key!r} of message {index + 1} (role {message['role']!r})"
+                        raise RowFault(_dropped(example, what, key))
                 self._known.add(known)
         end = next(place for place, message in enumerate(messages) if message["role"] == "assistant") + 1
-        if example.tools and ("tools",) not in self._known:
-            if self._same(example, messages[:end], messages[:end], ()):
-                raise RowFault(_dropped(example, "'tools'", "tools"))
-            self._known.add(("tools",))
+        if example.tools and ("tools", len(example.tools)) not in self._known:
+            for part, value in _changes("tools", list(example.tools)):
+                if self._same(example, messages[:end], messages[:end], value or ()):
+                    raise RowFault(_dropped(example, f"{part}'tools'", "tools"))
+            self._known.add(("tools", len(example.tools)))
 
     def _same(self, example: Example, messages: Sequence[Message], others: Sequence[Message], tools: Any) -> bool:
         """Tell whether the template writes the same text for other messages and tools."""
@@ -82,6 +87,23 @@ class UsedKeys:
             return text == self._turns.render([(others, False)], example, tools)[0]
         except RowFault:
             return False
+
+
+def _length(value: Any) -> int | None:
+    return len(value) if isinstance(value, list) else None
+
+
+def _changes(key: str, value: Any) -> list[tuple[str, Any]]:
+    """Return what to compare a value with: the name of the part that is left out, and the value without it.
+
+    Content is changed at both ends. A list is left out as a whole, without its first item and without its last one:
+    some templates write one item of a list, or a few.
+    """
+    if key == "content":
+        return [("", f"a{value}z")]
+    if not isinstance(value, list) or len(value) < 2:
+        return [("", None)]
+    return [("", None), (f"item {len(value)} of ", value[:-1]), ("item 1 of ", value[1:])]
 
 
 def _dropped(example: Example, what: str, key: str) -> str:

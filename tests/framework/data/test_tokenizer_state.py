@@ -35,15 +35,19 @@ def test_a_checkpoint_carries_the_tokenizer_as_plain_values(tokenizer):
 def test_another_tokenizer_names_both(tokenizer):
     state = tokenizer_state(tokenizer) | {
         "vocab_size": 280,
-        "settings": {"source": "here", "vocab_size": 280, "seed": 0},
+        "settings": {"source": "here", "vocab_size": 280, "seed": 0, "val_fraction": 0.1, "val_source": None},
     }
-    assert tokenizer_difference(state, tokenizer, 280) is None
+    assert tokenizer_difference(state, tokenizer, {"vocab_size": 280}) is None
     other = train_tokenizer(TEXTS, 270)
-    message = tokenizer_difference(state, other, 270)
+    message = tokenizer_difference(state, other, state["settings"] | {"vocab_size": 270})
     assert all(
         part in message for part in ("vocab 270", "vocab 280", fingerprint(other)[:12], fingerprint(tokenizer)[:12])
     )
-    assert "source 'here'" in message
+    assert message.endswith("the same inputs: source 'here', vocab_size 280 (changed: vocab_size is 270 here)")
+    split = tokenizer_difference(state, other, state["settings"] | {"val_fraction": 0.2, "val_source": "there"})
+    assert split.endswith("val_fraction 0.1 (changed: val_source is 'there' here, val_fraction is 0.2 here)")
+    given = {"source": "here", "tokenizer": "folder"}
+    assert tokenizer_difference(state | {"settings": given}, other, given).endswith("exported with the checkpoint")
 
 
 @pytest.mark.parametrize("state", [5, None, [], {}, {"tokenizer": 5}, {"tokenizer": "{}", "special_tokens": {}}])

@@ -75,7 +75,7 @@ def launch(arguments, trainer, log, ranks=2, command="fit", environment=None):
     given = [command, *arguments, "-c", f"trainer/{trainer}.yaml", "--trainer.accelerator", "cpu"]
     job = {"arguments": [*given, "--trainer.devices", str(ranks)]}
     processes = RANKS["start"](FAULTS / "command.py", job, ranks, log=log, environment=environment)
-    codes = RANKS["wait"](processes, 120)
+    codes = RANKS["wait"](processes)
     return codes, "".join(path.read_text() for path in sorted(log.parent.glob(f"{log.name}.*")))
 
 
@@ -170,7 +170,7 @@ def test_ranks_that_see_different_checkpoints_are_stopped(small, tmp_path):
         job = {"arguments": [*given, "--ckpt_path", "last"]}
         environment = RANKS["rank_environment"](rank, 2, port)
         processes += RANKS["start"](FAULTS / "command.py", job, 1, log=logs[-1], environment=environment)
-    codes = RANKS["wait"](processes, 120)
+    codes = RANKS["wait"](processes)
     text = [Path(f"{log}.0").read_text() for log in logs]
     assert codes == [2, 2], text
     for said in text:

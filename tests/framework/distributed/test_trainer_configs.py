@@ -77,7 +77,7 @@ def test_deepspeed_is_refused_where_a_merge_would_be_lost(kind):
 def forked(arguments, tmp_path, ranks=1, environment=None):
     job = {"arguments": arguments}
     processes = RANKS["start"](FAULTS / "command.py", job, ranks, log=tmp_path / "log", environment=environment)
-    codes = RANKS["wait"](processes, 120)
+    codes = RANKS["wait"](processes)
     assert codes == [0] * ranks, "".join(path.read_text()[-3000:] for path in tmp_path.glob("log.*"))
 
 
@@ -97,7 +97,7 @@ def test_ddp_as_the_command_line_starts_it(small_config, tmp_path):
     ]
     command += ["-c", "trainer/ddp.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "world_size=2" in done.stderr.replace("/", "=") or "2 processes" in done.stderr
     assert finished(tmp_path / "run") == (6, 2)
@@ -124,7 +124,7 @@ def test_slurm(small_config, tmp_path):
         own = {**variables, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
         log = tmp_path / f"task{rank}"
         processes += RANKS["start"](FAULTS / "command.py", job, 1, log=log, environment=own)
-    codes = RANKS["wait"](processes, 120)
+    codes = RANKS["wait"](processes)
     assert codes == [0, 0], "".join(path.read_text()[-3000:] for path in tmp_path.glob("task*"))
     assert finished(tmp_path / "run") == (6, 2)
 
@@ -184,7 +184,7 @@ def test_multinode_on_two_hosts(small_config, tmp_path):
             own = ["--local-addr", hosts.addresses[host], "--rdzv-conf", f"is_host={1 - host}"]
             processes.append(hosts.start(host, [*launch, *own, *run], log))
         try:
-            codes = [process.wait(timeout=200) for process in processes]
+            codes = [process.wait(timeout=400) for process in processes]
         finally:
             for process in processes:
                 process.kill()

@@ -7,7 +7,7 @@ import pytest
 
 from orthotrain.data import InstructionData
 from orthotrain.data.instructions.causal import CausalEncoder
-from orthotrain.data.instructions.examples import Columns, parse_row
+from orthotrain.data.instructions.examples import Columns, keys_of_rows, parse_row
 from orthotrain.data.instructions.sources import read_examples
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
@@ -94,13 +94,28 @@ def test_content_beside_calls_and_of_roles_that_the_template_does_not_know_is_re
         trained(encoder_of(users), {"messages": CONVERSATION})
 
 
+@pytest.mark.parametrize(("part", "dropped"), [("[:1]", 2), ("[-1:]", 1), ("[:2]", 3)])
+def test_an_item_of_a_list_that_the_template_drops_is_refused_by_its_number(encoder_of, part, dropped):
+    encoder, count = encoder_of(AS_JSON.replace("m.tool_calls", f"(m.tool_calls or []){part}")), max(dropped, 2)
+    calls = [{"function": {"name": f"weather{number}", "arguments": {}}} for number in range(count)]
+    tools = [{"type": "function", "function": {"name": f"weather{number}"}} for number in range(count)]
+    row = {"messages": [CONVERSATION[0], {"role": "assistant", "tool_calls": calls[:1]}]}
+    assert "weather" in trained(encoder, row)[1], "one call is written"
+    row["messages"][1]["tool_calls"] = calls
+    with pytest.raises(ConfigurationError, match=f"does not write item {dropped} of 'tool_calls' of message 2"):
+        trained(encoder, row)
+    row = {"messages": [CONVERSATION[0], {"role": "assistant", "content": "b"}], "tools": tools}
+    with pytest.raises(ConfigurationError, match=f"does not write item {dropped} of 'tools'"):
+        trained(encoder_of(AS_JSON.replace("tools |", f"tools{part} |")), row)
+
+
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 SYSTEM = {"role": "system", "content": "s"}
 CALLED = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}
 LAYOUTS = {
     "openai": ({"messages": MESSAGES}, MESSAGES),
     "sharegpt": (
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "chatgpt", "value": "b"}], "system": "s"},
         [SYSTEM, *MESSAGES],
     ),
     "sharegpt with tools": (
@@ -127,6 +142,10 @@ LAYOUTS = {
         [MESSAGES[0], {**CALLED, "content": ""}, {"role": "tool", "name": "f", "content": "2"}, MESSAGES[1]],
     ),
     "alpaca": ({"instruction": "a", "input": "x", "output": "b"}, [{**MESSAGES[0], "content": "a\n\n### Input:\nx"}]),
+    "dolly": (
+        {"instruction": "a", "context": "x", "response": "b"},
+        [{**MESSAGES[0], "content": "a\n\n### Input:\nx"}],
+    ),
     "alpaca without input": ({"instruction": "a", "input": "", "output": "b"}, MESSAGES),
     "completion": ({"prompt": "a", "completion": "b", "id": 3, "source": "web"}, MESSAGES),
     "completion of messages": ({"prompt": MESSAGES + MESSAGES[:1], "completion": MESSAGES[1:]}, MESSAGES * 2),
@@ -142,13 +161,26 @@ def test_layouts_of_rows(name):
     assert len(example.tools) == (name == "sharegpt with tools")
 
 
-@pytest.mark.parametrize("key", ["functions", "history", "chat_template_kwargs"])
-def test_keys_of_a_row_that_no_template_gets_are_refused_by_name(key):
-    row = {"instruction": "a", "output": "b", key: [["c", "d"]]}
-    with pytest.raises(ConfigurationError, match=f"^row: '{key}' is not used"):
-        parse_row(row, "row", Columns())
-    assert parse_row(row, "row", Columns(ignored=(key,))).turns == [1]
-    assert parse_row({"prompt": "a", "response": "b", key: 5}, "row", Columns()).turns == [1], "some other column"
+@pytest.mark.parametrize("pair", [("instruction", "output"), ("prompt", "response"), ("question", "answer")])
+def test_keys_of_a_conversation_that_are_not_used_are_refused_by_name(pair):
+    names = {} if pair[0] == "instruction" else {"prompt": pair[0], "response": pair[1]}
+    row, inputs = dict(zip(pair, "ab", strict=True)), ("instruction", "input", "context") if names else ()
+    for key in ("functions", "history", "chat_template_kwargs", *inputs):
+        assert key in keys_of_rows(Columns(**names)), "a file's other columns are not read"
+        with pytest.raises(ConfigurationError, match=f"^row: '{key}' is not used; .* name it in ignored_keys"):
+            parse_row({**row, key: [["c", "d"]]}, "row", Columns(**names))
+        ignored = parse_row({**row, key: "c"}, "row", Columns(**names, ignored=(key,)))
+        empty = parse_row({**row, key: "  "}, "row", Columns(**names))
+        assert ignored.messages == empty.messages == tuple(MESSAGES)
+    assert parse_row({**row, "id": 5}, "row", Columns(**names)).turns == [1], "some other column"
+
+
+def test_the_context_of_a_named_pair_is_not_lost():
+    columns = Columns(prompt="instruction", response="response")
+    assert "x" in parse_row(LAYOUTS["dolly"][0], "row", columns).messages[0]["content"]
+    assert parse_row({"context": "a", "response": "b"}, "row", Columns("context")).messages == tuple(MESSAGES)
+    chat = {"messages": MESSAGES, "context": "x", "history": []}
+    assert parse_row(chat, "row", Columns()).messages == tuple(MESSAGES), "messages say all"
 
 
 @pytest.fixture

@@ -72,8 +72,11 @@ USER, ASSISTANT = {"role": "user", "content": "the fox"}, {"role": "assistant", 
 BAD_MESSAGES = {
     "role": ([{"role": "human", "content": "a"}, ASSISTANT], ["message 1: unknown role 'human'", "system, developer"]),
     "speaker": ([{"from": "me", "value": "a"}, ASSISTANT], ["message 1: unknown role 'me'", "human, gpt"]),
-    "end": ([USER, ASSISTANT, USER], ["ends with role 'user'", "must be the assistant's"]),
-    "start": ([{"role": "system", "content": "a"}, ASSISTANT], ["the assistant speaks first"]),
+    "end": ([USER, ASSISTANT, USER], ["ends with role 'user'", "must be the assistant's; remove what follows it"]),
+    "start": (
+        [{"role": "system", "content": "a"}, ASSISTANT],
+        ["the assistant speaks first", "remove the message or the row"],
+    ),
     "empty": ([], ["must be a list of messages, found an empty list"]),
     "text": ("the fox", ["must be a list of messages, found str"]),
     "keys": ([{"speaker": "human"}], ["message 1: must be an object with 'role' and 'content'", "'speaker'"]),

@@ -118,7 +118,7 @@ def test_from_the_sanity_check_to_the_exported_folder(played, small, tmp_path):
         torch.manual_seed(0)
         module, data = KINDS["POET"][0](CausalLM(small)), Rows()
         saver = ModelCheckpoint(folder, save_last=True, every_n_train_steps=2)
-        trainer(folder, [saver, RunReport(sample_tokens=4, spectrum_layers=1)], **where).fit(module, data)
+        trainer(folder, [saver, RunReport("def f(", sample_tokens=4, spectrum_layers=1)], **where).fit(module, data)
         summary = json.loads((folder / "summary.json").read_text())
         sample = (folder / "summary.txt").read_text().split("sample\n")[1]
         torch.manual_seed(0)

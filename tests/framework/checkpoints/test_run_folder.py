@@ -68,11 +68,13 @@ def test_the_check_before_training_saves_nothing(earlier, tmp_path, monkeypatch)
 @pytest.mark.parametrize("finder", ["lr_find", "scale_batch_size"])
 def test_a_search_of_the_tuner_changes_nothing(earlier, tmp_path, finder):
     command, before = earlier
-    cli = OrthotrainCLI(resolve_config_arguments(command), run=False)
+    # a search of the rate is refused if it is longer than the period of the merges, or there are two rates
+    one_rate = ["--model.merge_every", "9", "--model.optimization.rotation_lr_scale", "1.0"]
+    cli = OrthotrainCLI(resolve_config_arguments([*command, *one_rate]), run=False)
     tuner = Tuner(cli.trainer)
     if finder == "lr_find":
-        found = tuner.lr_find(cli.model, datamodule=cli.datamodule, num_training=2, update_attr=False)
-        assert len(found.results["lr"]) == 2
+        found = tuner.lr_find(cli.model, datamodule=cli.datamodule, num_training=5, update_attr=False)
+        assert len(found.results["lr"]) == 5
     else:
         tuner.scale_batch_size(cli.model, datamodule=cli.datamodule, max_trials=2, steps_per_trial=1)
     assert contents(tmp_path / "run") == before

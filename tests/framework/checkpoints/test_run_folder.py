@@ -69,7 +69,7 @@ def test_the_check_before_training_saves_nothing(earlier, tmp_path, monkeypatch)
 def test_a_search_of_the_tuner_changes_nothing(earlier, tmp_path, finder):
     command, before = earlier
     # a search of the rate is refused if it is longer than the period of the merges, or there are two rates
-    one_rate = ["--model.merge_every", "9", "--model.optimization.rotation_lr_scale", "1.0"]
+    one_rate = ["--model.merge_every", "9", "--model.optimization.rotation_lr", "null"]
     cli = OrthotrainCLI(resolve_config_arguments([*command, *one_rate]), run=False)
     tuner = Tuner(cli.trainer)
     if finder == "lr_find":

@@ -68,8 +68,8 @@ def test_the_check_before_training_saves_nothing(earlier, tmp_path, monkeypatch)
 @pytest.mark.parametrize("finder", ["lr_find", "scale_batch_size"])
 def test_a_search_of_the_tuner_changes_nothing(earlier, tmp_path, finder):
     command, before = earlier
-    # a search of the rate is refused if it is longer than the period of the merges, or there are two rates
-    one_rate = ["--model.merge_every", "9", "--model.optimization.rotation_lr", "null"]
+    # a search is refused with merges within its steps, two rates or a schedule
+    one_rate = ["--model.merge_every", "9", *(f"--model.optimization.{k}=null" for k in ("rotation_lr", "scheduler"))]
     cli = OrthotrainCLI(resolve_config_arguments([*command, *one_rate]), run=False)
     tuner = Tuner(cli.trainer)
     if finder == "lr_find":

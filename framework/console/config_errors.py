@@ -66,6 +66,8 @@ def _wrong_type(lines: list[str], message: str) -> str:
         found += [match["plain"]] if match["plain"] else match["words"].replace("'", "").split(", ")
     given = _GIVEN.findall(message)
     text = f"expected {' or '.join(dict.fromkeys(found))}" + (f", got {given[-1]!r}" if given else "")
+    if given and "str" in found and re.search(r"\b(True|False)\b", given[-1]):
+        text += '; YAML reads words such as yes, no and on as true or false: put quotes around them ("yes")'
     if not given or given[-1] not in ("None", "none"):
         return text
     if "NoneType" in message:  # null is a member of the union

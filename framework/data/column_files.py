@@ -1,5 +1,6 @@
 """Files of columns (Parquet, Arrow): the rows of the columns that are needed, in bounded memory."""
 
+import json
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -67,6 +68,26 @@ def arrow_rows(path: Path, wanted: Sequence[str] | None) -> Iterator[dict[str, A
         raise
     except (pyarrow.ArrowException, struct.error, ValueError, IndexError) as error:  # of a damaged header
         raise ConfigurationError(f"{path}: not a readable arrow file ({first_line(error)})") from error
+
+
+def stored_features(path: Path) -> dict[str, Any]:
+    """Return the features of integer columns that ``datasets`` wrote into a file; none for other or damaged files."""
+    import pyarrow
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    try:
+        if path.name.lower().endswith(".parquet"):
+            schema = pyarrow.parquet.read_schema(path)
+        else:
+            with pyarrow.memory_map(str(path)) as file:
+                file.seek(8 if file.read(6) == b"ARROW1" else 0)
+                schema = pyarrow.ipc.open_stream(file).schema
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        # a program that changes a column may keep its features
+        return {name: features[name] for name in schema.names if "int" in str(schema.field(name).type)}
+    except (pyarrow.ArrowException, OSError, LookupError, TypeError, ValueError, RecursionError):
+        return {}  # who reads the rows names the fault
 
 
 def _chosen(names: list[str], wanted: Sequence[str] | None) -> list[str]:

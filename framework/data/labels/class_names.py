@@ -37,7 +37,7 @@ class ClassNames:
         Raises:
             RowFault: There is no such class.
         """
-        row.labels[:] = [self._name(str(label), row.where) for label in row.labels]  # type: ignore[assignment]
+        row.labels[:] = [self._name(str(label), row.where) for label in row.labels]  # type: ignore[misc]
         return row
 
     def _name(self, label: str, where: str) -> str:
@@ -67,10 +67,20 @@ class ClassNames:
             )
         self.uses_places = not are_names
 
-    def of_dataset(self, own: tuple[str, ...]) -> "ClassNames":
-        """Return the names for rows that have places of other names: the same names, or those at these places."""
+    def of_dataset(self, own: tuple[str, ...], where: str) -> "ClassNames":
+        """Return the names for rows that have places of other names: the same names, or those at these places.
+
+        Raises:
+            ConfigurationError: A name is missing, and the places differ.
+        """
         if own not in self._of_dataset:
             same = [self._by_text.get(class_text(name)) for name in own]
+            moved = any(name is not None and self.names[place : place + 1] != [name] for place, name in enumerate(same))
+            if None in same and (moved or len(own) != len(self.names)):
+                raise ConfigurationError(
+                    f"{where}: the dataset has the classes {', '.join(own):.200}, not {self.names!s:.200}; "
+                    "set labels to all names"
+                )
             found = ClassNames(self.names if None in same else [name for name in same if name is not None])
             found.uses_places = True
             self._of_dataset[own] = found

@@ -212,7 +212,7 @@ class LabeledData(BaseData):
             return row
         if own is not None:
             self._declared = self._declared or ClassNames(list(own))
-            return self._declared.of_dataset(own).name(row)
+            return self._declared.of_dataset(own, row.where).name(row)
         if self._declared is None:
             return row
         if self._declared.is_ambiguous:

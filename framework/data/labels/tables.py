@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from orthotrain.data.column_files import stored_features
 from orthotrain.data.instructions.stdlib_docstrings import functions_with_docstrings
 from orthotrain.data.json_rows import MAX_ROW_BYTES, too_long
 from orthotrain.data.labels.class_names import feature_names
@@ -47,7 +48,8 @@ def table_rows(source: str | list[str], columns: LabelColumns) -> Iterator[tuple
                 rows = (
                     _csv_rows(path, columns.names) if suffix_of(path) in _SEPARATORS else file_rows(path, columns.names)
                 )
-                yield from _numbered(rows, str(path))
+                features = stored_features(path) if suffix_of(path) in (".parquet", ".arrow") else None
+                yield from _numbered(rows, str(path), feature_names(features, columns.label))
 
 
 def _is_table(path: Path) -> bool:

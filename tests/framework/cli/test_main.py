@@ -142,6 +142,7 @@ BAD = [
     (["--data.source", "/nowhere/at/all.txt"], "/nowhere/at/all.txt"),
     (["--data.sequence_length", "0"], "sequence_length"),
     (["--data.batch_size", "eight"], "data: batch_size: expected int, got 'eight'"),
+    (["--data", "LabeledData", "--data.labels", "[no, yes]"], "got '[False, True]'; YAML reads words such as yes, no"),
     (["--trainer.precision", "fp16"], "bf16-mixed or 32-true or 64-true or 64 or 32 or 16 or bf16, got 'fp16'"),
     (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "CosineWithWarmup needs the length of the run"),
     (["--trainer.max_steps", "-5"], "trainer.max_steps -5: must be at least -1"),

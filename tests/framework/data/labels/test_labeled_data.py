@@ -272,3 +272,23 @@ def test_lists_that_csv_holds_as_text(make, tmp_path):
         path.write_text(f"text,label\n{words},{labels}\n")
         with pytest.raises(ConfigurationError, match=f"row 1, '{column}': .* looks like a list, but is none"):
             make(str(path), **options)
+
+
+def test_files_of_datasets_keep_the_names_of_classes(make, tmp_path):
+    one = functools.partial(make, batch_size=1)
+
+    def dataset(*names):
+        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        return datasets.Dataset.from_list(films(*range(len(names))), features=features)
+
+    first, second = str(tmp_path / "saved"), str(tmp_path / "b.parquet")
+    dataset("neg", "pos").save_to_disk(first)
+    dataset("pos", "neg").to_parquet(second)
+    data = one([first, second])
+    assert data.label_names == ["neg", "pos"] and classes(data) == [0, 1, 1, 0]
+    dataset("neg", "neutral", "pos").to_parquet(second)
+    with pytest.raises(ConfigurationError, match=r"neg, neutral, pos, not .*; set labels to all names"):
+        one([first, second])
+    words = datasets.Features({key: datasets.List(kind) for key, kind in dataset("O", "PER").features.items()})
+    datasets.Dataset.from_list([{"text": ["a", "b"], "label": [0, 1]}], features=words).to_parquet(second)
+    assert one(second, task="token_classification").label_names == ["O", "PER"]

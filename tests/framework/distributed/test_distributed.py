@@ -249,9 +249,9 @@ def test_ddp_sends_gradients_and_nothing_else(runs, ranks):
         for step in (1, 2, 4, 5) if ranks == "two" else (1, 2, 3):  # others end with a checkpoint or a validation
             sent = steps[step]
             # four bytes ask for a signal after a batch (Lightning's own question before a batch is left out), and four
-            # whether all ranks are finite; in the second step DDP sends the order of its buckets once. Steps 2 and 4
-            # end with a merge.
-            assert sent.pop("broadcast", 0) <= (148 if step == 2 else 0), (step, sent)
+            # whether all ranks are finite; before the first step a batch is sent, with which all ranks try the network;
+            # in the second step DDP sends the order of its buckets once. Steps 2 and 4 end with a merge.
+            assert sent.pop("broadcast", 0) <= {1: 4096, 2: 148}.get(step, 0), (step, sent)
             # and eight for the targets of the step and their loss
             assert sent == {"allreduce": trained + 4 + 4 + 8}
 

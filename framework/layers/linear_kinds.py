@@ -109,7 +109,10 @@ def _hook(layer: nn.Module) -> str | None:
     """Describe a hook of a layer, or a forward of the instance; None if it has neither."""
     for attribute, kind in _HOOKS.items():
         for hook in getattr(layer, attribute, {}).values():
-            return f"the {kind} {getattr(hook, '__name__', type(hook).__name__)}"
+            function = hook.func if isinstance(hook, partial) else hook
+            # those of Lightning, such as its profiler's, only observe
+            if not str(getattr(function, "__module__", "")).startswith("lightning."):
+                return f"the {kind} {getattr(hook, '__name__', type(hook).__name__)}"
     mover: Any = layer.__dict__.get("_hf_hook")
     # accelerate only moves inputs to the device of the layer; every layer has this hook after load_in_4bit
     moves = type(mover).__name__ == "AlignDevicesHook" and not mover.offload

@@ -7,12 +7,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from orthotrain.callbacks.first_batch import FirstBatchCheck
+from orthotrain.callbacks.first_batch import FirstBatchCheck, tried_logits, two_rows
 from orthotrain.errors import ConfigurationError
-from orthotrain.models.network_checks import evaluating, same_buffers, same_draws, shifts_labels
+from orthotrain.models.network_checks import shifts_labels
 
 _TOKENS = 8
 
@@ -31,19 +30,20 @@ class CausalityCheck(FirstBatchCheck):
     """
 
     def __init__(self, enabled: bool = True) -> None:
+        super().__init__()
         self.checked = not enabled
 
-    def check(self, trainer: L.Trainer, module: Any, batch: Any) -> None:
-        """Check the network unless that was done, or the batch is not for the next token."""
-        own_loss = getattr(module, "objective", None) == "model" and shifts_labels(module.model)
-        if self.checked or not (module.has_next_token_loss or own_loss) or not _has_tokens(batch):
-            return
-        self.checked = True
-        # sharded ranks must run the same passes, and end together; a tensor is received on the device of its sender
-        batch = move_data_to_device(trainer.strategy.broadcast(batch), trainer.strategy.root_device)
-        with torch.inference_mode(False), torch.no_grad(), evaluating(module.model):
-            leaks = _leaks(trainer, module, batch)
-        if leaks and _predicts_next(batch, 0 if own_loss else 1):
+    def applies(self, module: Any, batch: Any) -> bool:
+        """Tell whether the module predicts the next tokens of the batch."""
+        return (module.has_next_token_loss or _has_shifting_loss(module)) and _has_tokens(batch)
+
+    def try_network(self, trainer: L.Trainer, module: Any, batch: Any) -> None:
+        """Refuse a network whose logits depend on later tokens.
+
+        Raises:
+            ConfigurationError: Naming the network and the way out.
+        """
+        if _leaks(trainer, module, batch) and _predicts_next(batch, 0 if _has_shifting_loss(module) else 1):
             raise ConfigurationError(
                 f"{type(module.model).__name__} sees the tokens that it is to predict: later tokens change its logits "
                 f"at earlier tokens; {_advice(module.model)}; or, if no label counts there, add "
@@ -97,24 +97,11 @@ def _leaks(trainer: L.Trainer, module: Any, batch: Any) -> bool:
 def _logits(module: Any, inputs: dict[str, Tensor], tokens: Tensor) -> Tensor:
     """Return the logits of tokens ``(B, T)``; the other inputs are those of the first row of a batch."""
     rows = {name: value[:1].repeat(len(tokens), *[1] * (value.ndim - 1)) for name, value in inputs.items()}
-    with same_draws(tokens.device), same_buffers(module.model):
-        output = module.network_output({**rows, "input_ids": tokens})
-    logits: Tensor = getattr(output, "logits", output)
-    return logits
+    return tried_logits(module, {**rows, "input_ids": tokens})
 
 
-def two_rows(network: nn.Module, tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Return two rows ``(1, length)`` of tokens of a batch that differ in their second half."""
-    settings = vars(getattr(network, "config", nn.Module()))
-    special = [value for name, value in settings.items() if name.endswith("token_id")]  # a value may be a list
-    known = tokens.unique()
-    usual = known[[token not in special for token in known.tolist()]]
-    known = usual if len(usual) > 1 else known
-    places = torch.arange(length, device=known.device)
-    row = known[places % len(known)][None]
-    other = row.clone()
-    other[:, length // 2 :] = known[(places[length // 2 :] + (len(known) + 1) // 2) % len(known)]
-    return row, other
+def _has_shifting_loss(module: Any) -> bool:
+    return getattr(module, "objective", None) == "model" and shifts_labels(module.model)
 
 
 def _has_tokens(batch: Any) -> bool:

@@ -7,10 +7,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from orthotrain.callbacks.causality_check import two_rows
-from orthotrain.callbacks.first_batch import FirstBatchCheck
+from orthotrain.callbacks.first_batch import FirstBatchCheck, tried_logits, two_rows
 from orthotrain.errors import ConfigurationError
-from orthotrain.models.network_checks import evaluating, same_buffers, same_draws
 
 _TOKENS = 6
 
@@ -23,21 +21,24 @@ class PackingCheck(FirstBatchCheck):
     buffers and the generators of random numbers are restored. Batches without packed rows pass.
     """
 
-    def __init__(self) -> None:
-        self.checked = False
+    def applies(self, module: Any, batch: Any) -> bool:
+        """Tell whether the module predicts the next tokens of packed rows."""
+        return module.has_next_token_loss and _is_packed(batch)
 
-    def check(self, trainer: L.Trainer, module: Any, batch: Any) -> None:
-        """Check the network unless that was done, or the batch has no packed rows."""
-        if self.checked or not module.has_next_token_loss or not _is_packed(batch):
-            return
-        self.checked = True
-        # sharded ranks must run the same passes, and end together; a tensor is received on the device of its sender
-        tokens = trainer.strategy.broadcast(batch["input_ids"]).to(trainer.strategy.root_device)
-        row, other = two_rows(module.model, tokens, 2 * _TOKENS)
+    def shared(self, batch: Any) -> Any:
+        """Return the tokens of a batch."""
+        return batch["input_ids"]
+
+    def try_network(self, trainer: L.Trainer, module: Any, batch: Any) -> None:
+        """Refuse a network in which a row depends on the other rows of its sequence.
+
+        Raises:
+            ConfigurationError: Naming the network and the way out.
+        """
+        row, other = two_rows(module.model, batch, 2 * _TOKENS)
         name = type(module.model).__name__
         try:
-            context = trainer.precision_plugin.forward_context()
-            with torch.inference_mode(False), torch.no_grad(), evaluating(module.model), context:
+            with trainer.precision_plugin.forward_context():
                 apart = _rows_are_apart(module, row[:, :_TOKENS], row[:, _TOKENS:], other[:, _TOKENS:])
         except (ConfigurationError, torch.OutOfMemoryError):
             raise
@@ -84,7 +85,4 @@ def _logits(module: Any, rows: Sequence[Tensor]) -> Tensor:
     positions = torch.cat([torch.arange(r.shape[1], device=tokens.device) for r in rows])
     mask = (row[:, None] == row).tril()
     batch = {"input_ids": tokens, "position_ids": positions[None], "attention_mask": mask[None, None]}
-    with same_draws(tokens.device), same_buffers(module.model):
-        output = module.network_output(batch)
-    logits: Tensor = getattr(output, "logits", output)
-    return logits
+    return tried_logits(module, batch)

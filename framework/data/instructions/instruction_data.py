@@ -6,7 +6,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data.base import BaseData
 from orthotrain.data.data_fingerprint import DataFingerprint
 from orthotrain.data.instructions.examples import Columns, Example
 from orthotrain.data.instructions.layouts import LayoutName, Limit, make_layout
@@ -17,9 +16,9 @@ from orthotrain.data.instructions.sources import count_rows, read_examples
 from orthotrain.data.instructions.stdlib_docstrings import STDLIB_DOCSTRINGS
 from orthotrain.data.instructions.token_rows import TokenRows
 from orthotrain.data.instructions.tokenizing import OnTooLong, tokenize_rows
+from orthotrain.data.row_data import RowData
 from orthotrain.data.splits import Splitter
 from orthotrain.data.tokenizer_state import load_model_tokenizer
-from orthotrain.data.tokenizers import number_of_tokens
 from orthotrain.devices.host_reads import is_ones, mark_ones, read_waits
 from orthotrain.errors import ConfigurationError, check_choice
 
@@ -29,7 +28,7 @@ _DECIDES_CONTENT = (
 )
 
 
-class InstructionData(BaseData):
+class InstructionData(RowData[TokenRows]):
     r"""Instructions and their responses for finetuning: the loss counts on responses only.
 
     A batch is ``input_ids``, ``labels`` and ``attention_mask``; ``labels[t]`` is the token after ``input_ids[t]``, or
@@ -116,41 +115,21 @@ class InstructionData(BaseData):
         self.packing = packing
         self.max_length = max_length
         self.batch_size = batch_size
-        if not tokenizer:
-            raise ConfigurationError(
-                f"tokenizer {tokenizer!r}: instruction data needs the tokenizer of the model; give its folder, its "
-                "Hugging Face name or the .ckpt of its run"
-            )
+        self._check_tokenizer("instruction")
         self._check_arguments("max_length", max_length=2, generation_samples=1)
         check_choice("on_too_long", on_too_long, OnTooLong)
         self._layout = make_layout(layout, max_length, max_response_length, packing)
-        self._rows: dict[str, TokenRows] = {}
 
     @property
     def limits(self) -> tuple[Limit, ...]:
         """The most tokens that a network has to read and to write, with the arguments that set the limits."""
         return self._layout.limits
 
-    @property
-    def vocab_size(self) -> int | None:
-        """Rows that the model's embedding must have at least; ``None`` before the tokenizer is loaded."""
-        return None if self._tokenizer is None else number_of_tokens(self._tokenizer)
-
     def _load_tokenizer(self) -> PreTrainedTokenizerFast:
         return load_model_tokenizer(self.hparams["tokenizer"])
 
     def _predict_splits(self) -> tuple[str, ...]:
         return ("test" if self._has("test") else "val",)
-
-    def _split_rows(self, split: str) -> TokenRows:
-        """Return the rows of a split. The first call reads and tokenizes all splits of the same source."""
-        if split not in self._rows:
-            given = self.hparams
-            if split == "test" or (split == "val" and given["val_source"] is not None):
-                self._read(given[f"{split}_source"], (split,))
-            else:
-                self._read(given["source"], ("train", "val") if given["val_source"] is None else ("train",))
-        return self._rows[split]
 
     def _read(self, source: str | list[str], splits: tuple[str, ...]) -> None:
         given = self.hparams
@@ -185,10 +164,6 @@ class InstructionData(BaseData):
     def amounts(self) -> dict[str, dict[str, int]]:
         """Return rows and tokens of each split that was read."""
         return {name: {"rows": len(rows), "tokens": int(rows.lengths.sum())} for name, rows in self._rows.items()}
-
-    def digests(self) -> dict[str, str]:
-        """Return a digest of the tokens of the train and the validation split."""
-        return {split: self._split_rows(split).digest() for split in ("train", "val") if self._has(split)}
 
     def sample_prompt(self) -> list[int]:
         """Return a held-out prompt."""

@@ -7,7 +7,6 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerFast
 
-from orthotrain.data.base import BaseData
 from orthotrain.data.data_fingerprint import DataFingerprint
 from orthotrain.data.instructions.layouts import Limit
 from orthotrain.data.instructions.row_faults import RowFaults
@@ -16,9 +15,9 @@ from orthotrain.data.labels.encoding import LabelEncoder, OnTooLong, encode_rows
 from orthotrain.data.labels.labeled_rows import LabeledBatches, LabeledRows
 from orthotrain.data.labels.rows import LabelColumns, LabeledRow, LabelTask, class_text, parse_row
 from orthotrain.data.labels.tables import table_rows
+from orthotrain.data.row_data import RowData
 from orthotrain.data.splits import SPLITS, Splitter
 from orthotrain.data.tokenizer_state import load_model_tokenizer
-from orthotrain.data.tokenizers import number_of_tokens
 from orthotrain.errors import ConfigurationError, check_choice
 
 _DECIDES_CONTENT = (
@@ -28,7 +27,7 @@ _DECIDES_CONTENT = (
 _MOST_CLASSES = 100_000
 
 
-class LabeledData(BaseData):
+class LabeledData(RowData[LabeledRows]):
     """Labeled texts for finetuning: classes of texts, classes of words, or numbers.
 
     The network computes its loss from ``labels``; a module logs the metrics of the task. The classes are those of the
@@ -96,11 +95,7 @@ class LabeledData(BaseData):
         self.save_hyperparameters(logger=False)
         self.task = task
         self.batch_size = batch_size
-        if not tokenizer:
-            raise ConfigurationError(
-                f"tokenizer {tokenizer!r}: labeled data needs the tokenizer of the model; give its folder, its Hugging "
-                "Face name or the .ckpt of its run"
-            )
+        self._check_tokenizer("labeled")
         self._check_arguments("max_length")
         check_choice("task", task, LabelTask)
         check_choice("on_too_long", on_too_long, OnTooLong)
@@ -112,13 +107,7 @@ class LabeledData(BaseData):
                 f"labels {labels}: give two or more different names of classes, none for regression"
             )
         self.limits = (Limit("max_length", max_length, "tokens"),)
-        self._rows: dict[str, LabeledRows] = {}
         self._declared = None if labels is None else ClassNames([str(name) for name in labels])
-
-    @property
-    def vocab_size(self) -> int | None:
-        """Rows that the model's embedding must have at least; ``None`` before the tokenizer is loaded."""
-        return None if self._tokenizer is None else number_of_tokens(self._tokenizer)
 
     @property
     def label_names(self) -> list[str]:
@@ -157,16 +146,6 @@ class LabeledData(BaseData):
 
     def _load_tokenizer(self) -> PreTrainedTokenizerFast:
         return load_model_tokenizer(self.hparams["tokenizer"], joins=False)
-
-    def _split_rows(self, split: str) -> LabeledRows:
-        """Return the rows of a split. The first call reads and tokenizes all splits of the same source."""
-        if split not in self._rows:
-            given = self.hparams
-            if split == "test" or (split == "val" and given["val_source"] is not None):
-                self._read(given[f"{split}_source"], (split,))
-            else:
-                self._read(given["source"], ("train", "val") if given["val_source"] is None else ("train",))
-        return self._rows[split]
 
     def _read(self, source: str | list[str], splits: tuple[str, ...]) -> None:
         given = self.hparams
@@ -244,10 +223,6 @@ class LabeledData(BaseData):
         """Return rows and tokens of each split that was read."""
         read = {split: self._rows[split].lengths for split in SPLITS if split in self._rows and self._has(split)}
         return {split: {"rows": len(lengths), "tokens": int(lengths.sum())} for split, lengths in read.items()}
-
-    def digests(self) -> dict[str, str]:
-        """Return a digest of the tokens and labels of the train and the validation split."""
-        return {split: self._split_rows(split).digest() for split in ("train", "val") if self._has(split)}
 
     def _fingerprint(self) -> DataFingerprint:
         given, rows = self.hparams, self._split_rows("train")

@@ -75,8 +75,7 @@ def read_config(path: Path) -> dict[str, Any]:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_CHARACTERS + 1)
         check_yaml(text, where)
-        content = yaml.safe_load(text)
-        _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader), where)
+        content = _content(text, where)
     except ConfigurationError:
         raise
     except VALUE_ERRORS as error:
@@ -85,6 +84,17 @@ def read_config(path: Path) -> dict[str, Any]:
         found = "is empty" if content is None else f"holds a {type(content).__name__}"
         raise ConfigurationError(f"{where} {found}: it must have keys, such as trainer, model and data")
     return content
+
+
+def _content(text: str, where: str) -> Any:
+    """Return what YAML holds, as ``yaml.safe_load`` does, unless a mapping has a key twice."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        _refuse_repeated(node, where)
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
 def _refuse_repeated(node: Any, where: str) -> None:

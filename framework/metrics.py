@@ -140,9 +140,13 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     return nats_per_token / math.log(2) / bytes_per_token if bytes_per_token else math.inf
 
 
+def count_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Return the number of labels that count, a scalar on their device. Of a regression all count: -100 is a number."""
+    counts = torch.ones_like(labels, dtype=torch.bool) if labels.is_floating_point() else labels != ignore_index
+    return counts.sum()
+
+
 def count_targets(batch: object, ignore_index: int = -100) -> int:
-    """Return the number of labels of a batch that count, or 1 if the batch has no ``labels``. All numbers count."""
+    """Return the number of labels of a batch that count, or 1 if the batch has no ``labels``."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if isinstance(labels, Tensor) and labels.is_floating_point():  # of a regression, where -100 is a number
-        return labels.numel()
-    return int((labels != ignore_index).sum()) if isinstance(labels, Tensor) else 1
+    return int(count_labels(labels, ignore_index)) if isinstance(labels, Tensor) else 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from orthotrain.errors import ConfigurationError
-from orthotrain.modules.chunked_loss import IGNORED
+from orthotrain.metrics import count_labels
 
 
 class TargetMean:
@@ -122,10 +122,8 @@ def count_of(labels: Any, loss: Tensor) -> Tensor:
         raise ConfigurationError(
             "targets() of the module returned a mask or a number: return the labels, with -100 where none counts"
         )
-    if isinstance(labels, Tensor) and labels.is_floating_point():  # of a regression, where -100 is a number
-        return torch.full((), labels.numel(), device=loss.device)
     if isinstance(labels, Tensor):
-        return (labels != IGNORED).sum().to(loss.device, non_blocking=True)
+        return count_labels(labels).to(loss.device, non_blocking=True)
     return torch.ones((), device=loss.device)
 
 

@@ -1,29 +1,90 @@
-"""The tables of README.md, docs/pages/results.md and docs/pages/models.md, made of the committed results.
+"""The figures of README.md, the manual and the pages of examples, made of the committed results.
 
     .venv/bin/python tests/benchmarks/tables.py            # prints every table
-    .venv/bin/python tests/benchmarks/tables.py --write    # puts them into the pages, between their marks
+    .venv/bin/python tests/benchmarks/tables.py --check    # fails for a page that differs from the results (make results)
+    .venv/bin/python tests/benchmarks/tables.py --write    # puts tables and figures into the pages
 
-A page marks the place of a table by ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
-tests/docs/test_tables.py compares the pages with the results.
+A page marks the place of a table by ``<!-- table: NAME -->`` and ``<!-- end of table -->``. Figures in sentences are
+listed in figures.yaml. tests/docs/test_tables.py checks what ``--check`` checks.
 """
 
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = (ROOT / "README.md", *(ROOT / f"docs/pages/{name}.md" for name in ("results", "models")))
+from orthotrain.console.run_summary import summary_lines
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE))  # at the end: no name there comes before that of a package
+
+from figures import sentences, unexplained, with_figures  # noqa: E402
+
+ROOT = HERE.parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs/pages").rglob("*.md")), *sorted(ROOT.glob("examples/*/README.md")))
 PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+PENDING = "*To be measured again.*"
+"""Stands in the place of a table whose results are not committed yet."""
 
 
 def results(name: str) -> Any:
     """Return the results of a benchmark, which lie in tests/benchmarks/results."""
-    document = json.loads((ROOT / f"tests/benchmarks/results/{name}.json").read_text())
+    document = json.loads((HERE / f"results/{name}.json").read_text())
     return document.get("results", document)
+
+
+class Results(dict[str, Any]):
+    """The results of all benchmarks by their names, for the sentences of figures.yaml."""
+
+    def __missing__(self, name: str) -> Any:
+        return results(name)
+
+
+def printed(text: str) -> str:
+    """Return text that a program has printed, as a block."""
+    return f"```text\n{text.rstrip()}\n```"
+
+
+def output(name: str) -> str:
+    """Return the output of an example."""
+    return printed((HERE / f"results/{name}.txt").read_text())
+
+
+def kept_runs(*names: str) -> dict[str, Any]:
+    """Return the summaries of runs that keep_run.py has kept.
+
+    Raises:
+        FileNotFoundError: If one of them has not been kept.
+    """
+    kept = results("runs")
+    if missing := [name for name in names if name not in kept]:
+        raise FileNotFoundError(f"results/runs.json has no {', '.join(missing)}")
+    return {name: kept[name] for name in names}
+
+
+def make_fit() -> str:
+    """Return the summary of `make fit`, which `keep_run.py "make fit" runs/quickstart` has kept."""
+    return printed("\n".join(summary_lines(kept_runs("make fit")["make fit"], Path("runs/quickstart"))))
+
+
+def finetuning() -> str:
+    """Return metrics of kept runs before and after finetuning."""
+    metrics = {"val_loss": "validation loss", "val_token_accuracy": "token accuracy", "val_rouge_l": "ROUGE-L"}
+    rows = (
+        [name, str(run["steps"]), *(f"{run['before'][key]:.3f} to {run['after'][key]:.3f}" for key in metrics)]
+        for name, run in kept_runs("make finetune", "SmolLM2-135M, OFT", "SmolLM2-135M, QOFT over NF4").items()
+    )
+    return table(["run", "steps", *metrics.values()], rows)
+
+
+def faults() -> str:
+    """Return which faults `make faults` has injected, and which runs have recovered."""
+    rows = ([name, *map(str, found.values())] for name, found in results("faults").items())
+    return table(["fault", "injected", "recovered", "most steps lost"], rows)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -161,7 +222,12 @@ def model_types() -> str:
     return table(["model type", *methods], rows)
 
 
+EXAMPLES = ("conv_oft", "custom_network", "parameterization_plugin", "prior_fitted_network", "representation_defense")
 TABLES: dict[str, Callable[[], str]] = {
+    **{name: partial(output, name) for name in EXAMPLES},
+    "make fit": make_fit,
+    "finetuning": finetuning,
+    "faults": faults,
     "best": best,
     "quickstart": quickstart,
     "baselines": partial(quality, "baselines"),
@@ -182,21 +248,48 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def filled(page: str) -> str:
-    """Return a page with every marked table as the results are now."""
-    return PLACE.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", page)
+def built(name: str) -> str:
+    """Return a table, or :data:`PENDING` if its results are not committed yet."""
+    try:
+        return TABLES[name]()
+    except FileNotFoundError:
+        return PENDING
+
+
+def filled(page: Path) -> str:
+    """Return the text of a page with every marked table and every listed sentence as the results are now."""
+    def table_of(place: re.Match[str]) -> str:
+        return f"{place[1]}{built(place[2])}\n{place[3]}" if place[2] in TABLES else place[0]  # another test makes it
+
+    text = PLACE.sub(table_of, page.read_text(encoding="utf-8"))
+    for sentence in sentences(str(page.relative_to(ROOT))):
+        text = with_figures(text, sentence, Results())
+    return text
+
+
+def faults_of(page: Path) -> list[str]:
+    """Return what is wrong with the figures of a page: they differ from the results, or nothing says where from."""
+    name, text = str(page.relative_to(ROOT)), page.read_text(encoding="utf-8")
+    old = [] if filled(page) == text else [f"{name} differs from the committed results: run tables.py --write"]
+    return old + [f"{name}: {number} is in no table and not in figures.yaml" for number in unexplained(name, text)]
 
 
 def main() -> None:
-    """Print the tables, or write them into the pages."""
+    """Print the tables, write the figures into the pages, or compare both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into the pages")
-    if parser.parse_args().write:
+    parser.add_argument("--write", action="store_true", help="put tables and figures into the pages")
+    parser.add_argument("--check", action="store_true", help="fail for a page that differs from the results")
+    chosen = parser.parse_args()
+    if chosen.write:
         for page in PAGES:
-            page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
-        return
-    for name, build in TABLES.items():
-        print(f"{name}\n\n{build()}\n")
+            page.write_text(filled(page), encoding="utf-8")
+    elif chosen.check:
+        pending = [name for name in TABLES if built(name) == PENDING]
+        print(f"to be measured again: {', '.join(pending) or 'nothing'}")
+        sys.exit("\n".join(fault for page in PAGES for fault in faults_of(page)) or None)
+    else:
+        for name in TABLES:
+            print(f"{name}\n\n{built(name)}\n")
 
 
 if __name__ == "__main__":

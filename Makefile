@@ -43,9 +43,9 @@ faults: $(VENV)/.installed-test
 safety: $(VENV)/.installed-test
 	ORTHOTRAIN_SAFETY=all OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests/safety
 
-# every figure of README, manual and examples is one of tests/benchmarks/results; tables.py --write puts new ones there
+# every figure of README, manual and examples is one of tests/benchmarks/results; figures.py --write puts new ones there
 results: $(VENV)/.installed
-	$(BIN)/python tests/benchmarks/tables.py --check
+	$(BIN)/python tests/benchmarks/figures.py --check
 
 lint: $(VENV)/.installed-test typing-tree
 	$(BIN)/ruff check .

@@ -1,22 +1,36 @@
-"""Figures in running text: which sentences of pages have figures of results, and which numbers are no results at all.
+"""The figures of README.md, the manual and the pages of examples are those of the committed results.
 
-figures.yaml lists both. ``tables.py --write`` puts the figures of the results into the sentences, and
-tests/docs/test_tables.py fails for a number that looks measured and is neither in a table, nor in such a sentence, nor
-among the constants.
+    .venv/bin/python tests/benchmarks/figures.py --check    # fails for a figure of another origin (make results)
+    .venv/bin/python tests/benchmarks/figures.py --write    # puts the figures of the results into the pages
+
+A page marks the place of a table of tables.py by ``<!-- table: NAME -->`` and ``<!-- end of table -->``. figures.yaml
+lists the sentences that have figures of results, and the numbers that look measured and are not. A number that looks
+measured and is in no table, no such sentence and not among these constants is a fault.
 """
 
+import argparse
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-REGISTRY: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("figures.yaml").read_text())
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE))  # at the end: no name there comes before that of a package
+
+from tables import PENDING, TABLES, built, results  # noqa: E402
+
+ROOT = HERE.parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs/pages").rglob("*.md")), *sorted(ROOT.glob("examples/*/README.md")))
+PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+REGISTRY: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "figures.yaml").read_text())
 FIELD = re.compile(r"(\{[^{}]+\})")
 # marked tables, blocks but printed text, formulas, code, targets of links
 NO_PROSE = re.compile(
-    r"<!-- table: .+? -->.*?<!-- end of table -->|^ *```(?!text\n)\w+\n.*?^ *```$|\$\$.*?\$\$|\$[^$]+?\$|`[^`\n]+`|\]\([^)]*\)",
+    r"<!-- table: .+? -->.*?<!-- end of table -->|^ *```(?!text\n)\w+\n.*?^ *```$|"
+    r"\$\$.*?\$\$|\$[^$]+?\$|`[^`\n]+`|\]\([^)]*\)",
     re.DOTALL | re.MULTILINE,
 )
 UNIT = (
@@ -27,6 +41,13 @@ MEASURED = re.compile(
     rf"(?<![\w.:/-])(?:(?:[\d,]+(?:\.\d+)?(?:e[-+]?\d+)?|{WORD})[ \n]{UNIT}|\d+%"
     r"|[\d,]*\d\.\d+(?:e[-+]?\d+)?[BMK]?|\d+e[-+]?\d+|\d+(?:,\d{3})+)(?![\w-])(?!\.\d)"
 )
+
+
+class Results(dict[str, Any]):
+    """The results of all benchmarks by their names, for the sentences of figures.yaml."""
+
+    def __missing__(self, name: str) -> Any:
+        return results(name)
 
 
 def sentences(page: str) -> list[str]:
@@ -68,3 +89,41 @@ def unexplained(page: str, text: str) -> list[str]:
     constants = {**REGISTRY["constants"]["everywhere"], **REGISTRY["constants"].get(page, {})}
     found = [re.sub(r"\s+", " ", number) for number in MEASURED.findall(text)]
     return [number for number in found if number not in constants]
+
+
+def filled(page: Path) -> str:
+    """Return the text of a page with every marked table and every listed sentence as the results are now."""
+
+    def table_of(place: re.Match[str]) -> str:
+        return f"{place[1]}{built(place[2])}\n{place[3]}" if place[2] in TABLES else place[0]  # another test makes it
+
+    text = PLACE.sub(table_of, page.read_text(encoding="utf-8"))
+    for sentence in sentences(str(page.relative_to(ROOT))):
+        text = with_figures(text, sentence, Results())
+    return text
+
+
+def faults(page: Path) -> list[str]:
+    """Return what is wrong with the figures of a page: they differ from the results, or nothing says where from."""
+    name, text = str(page.relative_to(ROOT)), page.read_text(encoding="utf-8")
+    old = [] if filled(page) == text else [f"{name} differs from the committed results: run figures.py --write"]
+    return old + [f"{name}: {number} is in no table and not in figures.yaml" for number in unexplained(name, text)]
+
+
+def main() -> None:
+    """Write the figures into the pages, or compare them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--write", action="store_true", help="put the figures of the results into the pages")
+    chosen.add_argument("--check", action="store_true", help="fail for a figure that is not of the results")
+    if parser.parse_args().write:
+        for page in PAGES:
+            page.write_text(filled(page), encoding="utf-8")
+        return
+    pending = [name for name in TABLES if built(name) == PENDING]
+    print(f"to be measured again: {', '.join(pending) or 'nothing'}")
+    sys.exit("\n".join(fault for page in PAGES for fault in faults(page)) or None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Keep the summary of a run among the committed results, for the tables "make fit" and "finetuning".
 
-    make fit && .venv/bin/python tests/benchmarks/keep_run.py "make fit" runs/quickstart
-    make finetune && .venv/bin/python tests/benchmarks/keep_run.py "make finetune" runs/finetune_quickstart
+make fit && .venv/bin/python tests/benchmarks/keep_run.py "make fit" runs/quickstart
+make finetune && .venv/bin/python tests/benchmarks/keep_run.py "make finetune" runs/finetune_quickstart
 """
 
 import argparse
@@ -26,8 +26,8 @@ def main() -> None:
     chosen = parser.parse_args()
     summary = json.loads((chosen.folder / "summary.json").read_text())
     kept = {key: value for key, value in summary.items() if key not in LEFT_OUT}
-    cores = len(os.sched_getaffinity(0))
-    kept |= {"machine": f"{cores} cores of {model_name(torch.device('cpu'))}", "torch": torch.__version__, "python": platform.python_version()}
+    kept["machine"] = f"{len(os.sched_getaffinity(0))} cores of {model_name(torch.device('cpu'))}"
+    kept |= {"torch": torch.__version__, "python": platform.python_version()}
     runs = json.loads(RUNS.read_text()) if RUNS.exists() else {}
     RUNS.write_text(json.dumps({**runs, chosen.name: kept}, indent=1) + "\n")
 

@@ -1,17 +1,11 @@
-"""The figures of README.md, the manual and the pages of examples, made of the committed results.
+"""The tables of README.md, the manual and the pages of examples, made of the committed results.
 
-    .venv/bin/python tests/benchmarks/tables.py            # prints every table
-    .venv/bin/python tests/benchmarks/tables.py --check    # fails for a page that differs from the results (make results)
-    .venv/bin/python tests/benchmarks/tables.py --write    # puts tables and figures into the pages
+    .venv/bin/python tests/benchmarks/tables.py      # prints every table
 
-A page marks the place of a table by ``<!-- table: NAME -->`` and ``<!-- end of table -->``. Figures in sentences are
-listed in figures.yaml. tests/docs/test_tables.py checks what ``--check`` checks.
+figures.py puts them into the pages.
 """
 
-import argparse
 import json
-import re
-import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -20,13 +14,6 @@ from typing import Any
 from orthotrain.console.run_summary import summary_lines
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE))  # at the end: no name there comes before that of a package
-
-from figures import sentences, unexplained, with_figures  # noqa: E402
-
-ROOT = HERE.parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs/pages").rglob("*.md")), *sorted(ROOT.glob("examples/*/README.md")))
-PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PENDING = "*To be measured again.*"
 """Stands in the place of a table whose results are not committed yet."""
 
@@ -35,13 +22,6 @@ def results(name: str) -> Any:
     """Return the results of a benchmark, which lie in tests/benchmarks/results."""
     document = json.loads((HERE / f"results/{name}.json").read_text())
     return document.get("results", document)
-
-
-class Results(dict[str, Any]):
-    """The results of all benchmarks by their names, for the sentences of figures.yaml."""
-
-    def __missing__(self, name: str) -> Any:
-        return results(name)
 
 
 def printed(text: str) -> str:
@@ -67,8 +47,10 @@ def kept_runs(*names: str) -> dict[str, Any]:
 
 
 def make_fit() -> str:
-    """Return the summary of `make fit`, which `keep_run.py "make fit" runs/quickstart` has kept."""
-    return printed("\n".join(summary_lines(kept_runs("make fit")["make fit"], Path("runs/quickstart"))))
+    """Return the summary of `make fit`, which `keep_run.py "make fit" runs/quickstart` has kept, and its machine."""
+    run = kept_runs("make fit")["make fit"]
+    lines = summary_lines(run, Path("runs/quickstart"))
+    return f"{printed(chr(10).join(lines))}\n\nMeasured on {run['machine']}, with torch {run['torch']}."
 
 
 def finetuning() -> str:
@@ -256,41 +238,5 @@ def built(name: str) -> str:
         return PENDING
 
 
-def filled(page: Path) -> str:
-    """Return the text of a page with every marked table and every listed sentence as the results are now."""
-    def table_of(place: re.Match[str]) -> str:
-        return f"{place[1]}{built(place[2])}\n{place[3]}" if place[2] in TABLES else place[0]  # another test makes it
-
-    text = PLACE.sub(table_of, page.read_text(encoding="utf-8"))
-    for sentence in sentences(str(page.relative_to(ROOT))):
-        text = with_figures(text, sentence, Results())
-    return text
-
-
-def faults_of(page: Path) -> list[str]:
-    """Return what is wrong with the figures of a page: they differ from the results, or nothing says where from."""
-    name, text = str(page.relative_to(ROOT)), page.read_text(encoding="utf-8")
-    old = [] if filled(page) == text else [f"{name} differs from the committed results: run tables.py --write"]
-    return old + [f"{name}: {number} is in no table and not in figures.yaml" for number in unexplained(name, text)]
-
-
-def main() -> None:
-    """Print the tables, write the figures into the pages, or compare both."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put tables and figures into the pages")
-    parser.add_argument("--check", action="store_true", help="fail for a page that differs from the results")
-    chosen = parser.parse_args()
-    if chosen.write:
-        for page in PAGES:
-            page.write_text(filled(page), encoding="utf-8")
-    elif chosen.check:
-        pending = [name for name in TABLES if built(name) == PENDING]
-        print(f"to be measured again: {', '.join(pending) or 'nothing'}")
-        sys.exit("\n".join(fault for page in PAGES for fault in faults_of(page)) or None)
-    else:
-        for name in TABLES:
-            print(f"{name}\n\n{built(name)}\n")
-
-
 if __name__ == "__main__":
-    main()
+    print("\n\n".join(f"{name}\n\n{built(name)}" for name in TABLES))

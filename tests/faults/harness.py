@@ -150,7 +150,7 @@ class Harness:
         return folder
 
     def counts(self):
-        """The outcomes as docs/pages/faults.md shows them: by fault how many, how many recovered, the most steps lost."""
+        """The outcomes by fault, as docs/pages/faults.md shows them."""
         found = {}
         for name in dict.fromkeys(outcome.fault for outcome in self.outcomes):
             mine = [outcome for outcome in self.outcomes if outcome.fault == name]

@@ -63,6 +63,17 @@ def finetuning() -> str:
     return table(["run", "steps", *metrics.values()], rows)
 
 
+def precision(name: str, head: str, digits: str) -> str:
+    """Return errors of one part of precision.py; columns that end with "kept" as shares."""
+    found = results("precision")[name]
+    columns = list(next(iter(found.values())))
+    rows = (
+        [row, *(f"{value:.0%}" if key.endswith("kept") else f"{value:{digits}}" for key, value in values.items())]
+        for row, values in found.items()
+    )
+    return table([head, *columns], rows)
+
+
 def faults() -> str:
     """Return which faults `make faults` has injected, and which runs have recovered."""
     rows = ([name, *map(str, found.values())] for name, found in results("faults").items())
@@ -210,6 +221,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "make fit": make_fit,
     "finetuning": finetuning,
     "faults": faults,
+    "16 bits": partial(precision, "16 bits", "generators", ".2g"),
+    "rounded displacement": partial(precision, "rounded displacement", "powers", ".1e"),
+    "tf32 products": partial(precision, "tf32 products", "norm of $Q$", ".0e"),
     "best": best,
     "quickstart": quickstart,
     "baselines": partial(quality, "baselines"),

@@ -26,7 +26,8 @@ def results(name: str) -> Any:
 
 def printed(text: str) -> str:
     """Return text that a program has printed, as a block."""
-    return f"```text\n{text.rstrip()}\n```"
+    lines = (line.rstrip() for line in text.rstrip().splitlines())
+    return "\n".join(["```text", *lines, "```"])
 
 
 def output(name: str) -> str:
@@ -49,8 +50,8 @@ def kept_runs(*names: str) -> dict[str, Any]:
 def make_fit() -> str:
     """Return the summary of `make fit`, which `keep_run.py "make fit" runs/quickstart` has kept, and its machine."""
     run = kept_runs("make fit")["make fit"]
-    lines = summary_lines(run, Path("runs/quickstart"))
-    return f"{printed(chr(10).join(lines))}\n\nMeasured on {run['machine']}, with torch {run['torch']}."
+    summary = printed("\n".join(summary_lines(run, Path("runs/quickstart"))))
+    return f"{summary}\n\nMeasured on {run['machine']}, with torch {run['torch']}."
 
 
 def finetuning() -> str:

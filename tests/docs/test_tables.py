@@ -1,7 +1,10 @@
 """The figures of README, manual and examples are those of the committed results."""
 
 import importlib.util
+import json
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +67,32 @@ def test_sentences_get_the_figures_of_the_results(monkeypatch):
     assert figures.unexplained("page", written) == ["9.9", "2.5"]
     with pytest.raises(LookupError, match="0 times"):
         figures.with_figures("The run ends at 1.7.", sentence, results)
+
+
+def test_a_kept_run_is_a_table(monkeypatch, tmp_path):
+    """What the command keeps of a summary is enough for the tables; a table without results says so."""
+    tables = sys.modules["tables"]
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    assert figures.built("make fit") == figures.built("finetuning") == figures.built("conv_oft") == figures.PENDING
+    metrics = {"val_loss": 2.5, "val_token_accuracy": 0.25, "val_rouge_l": 0.125}
+    summary = dict.fromkeys(("memory", "next_token_loss", "kernels", "compared_with", "merges", "early_folds"))
+    summary |= {"steps": 400, "before": metrics, "after": metrics, "data": {}, "tokens": 9, "tokens_per_second": 4770.4}
+    summary |= {
+        "wall_seconds": 90.0,
+        "trainable_parameters": 1,
+        "total_parameters": 2,
+        "checkpoint": None,
+        "curves": {},
+    }
+    summary |= {"spectrum_drift": 1.9e-6, "spectrum_layers": ["a", "b"], "mergeable_layers": 2}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    keep = runpy.run_path(str(ROOT / "tests/benchmarks/keep_run.py"))["main"]
+    monkeypatch.setitem(keep.__globals__, "RUNS", tmp_path / "results/runs.json")
+    for name in ("make fit", "make finetune", "SmolLM2-135M, OFT", "SmolLM2-135M, QOFT over NF4"):
+        monkeypatch.setattr(sys, "argv", ["keep_run.py", name, str(tmp_path)])
+        keep()
+    text = figures.built("make fit")
+    assert "tokens per second         4,770\n" in text and "1.9e-06 of the largest singular value (all 2 " in text
+    assert text.splitlines()[-1].startswith("Measured on ")
+    assert "| make finetune | 400 | 2.500 to 2.500 | 0.250 to 0.250 | 0.125 to 0.125 |" in figures.built("finetuning")

@@ -31,7 +31,7 @@ FIELD = re.compile(r"(\{[^{}]+\})")
 # marked tables, blocks but printed text, formulas, code, targets of links
 NO_PROSE = re.compile(
     r"<!-- table: .+? -->.*?<!-- end of table -->|^ *```(?!text\n)\w+\n.*?^ *```$|"
-    r"\$\$.*?\$\$|\$[^$]+?\$|`[^`\n]+`|\]\([^)]*\)",
+    r"\$\$.*?\$\$|\$(?:[^$\n]|\n(?!\n))+?\$|`[^`\n]+`|\]\([^)]*\)",
     re.DOTALL | re.MULTILINE,
 )
 UNIT = (

@@ -25,7 +25,7 @@ RATES: dict[Setting, tuple[float, ...]] = {
     Setting("LoRA", 1e-3): (5e-4, 1e-3, 2e-3),
     Setting("POET-BS", 2e-3, spectrum="normalized", rms=UNIT): (1e-3, 2e-3, 4e-3),
     Setting("POET-FS", 2e-3, spectrum="normalized", rms=UNIT, options=(("fraction", 0.5),)): (1e-3, 2e-3),
-    Setting("step-wise", 0.02, spectrum="normalized", rms=UNIT, block=128): (0.01, 0.02, 0.04),
+    Setting("step-wise", 0.025, spectrum="normalized", rms=UNIT, block=128): (0.0125, 0.025, 0.05),
     Setting("Pion", 4e-3, spectrum="normalized", rms=UNIT, block=0): (2e-3, 4e-3, 8e-3),
 }
 """First round: the first setting of each method, and its rates."""

@@ -22,7 +22,7 @@ USUAL_ANGLE, WARN_ANGLE, LARGEST_ANGLE = 0.025, 0.04, 0.2
 def angle_of_unit_rate(group: dict[str, Any], parameter: Tensor) -> float:
     """Return the angle of a step at ``lr = 1``: 1, or with ``movement`` the angle that moves the weight by this share.
 
-    A rotation of one side by angles ``t`` changes the weight by ``D^T W``, where the singular values of D are t to first
+    A rotation of one side changes the weight by ``D^T W``, where the singular values of D are the angles to first
     order. For blocks of features drawn at random, ``E ||D^T W||^2 = ||W||^2 sum_k ||D_k||^2 / d``. With
     ``||D_k||^2 = b angle^2`` in each of n blocks, this is ``angle^2 s ||W||^2``, where ``s = n b / d`` is the share of
     the features that lie in a block. The changes of two sides in one step are taken as orthogonal, so that their

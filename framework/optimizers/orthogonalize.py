@@ -28,8 +28,7 @@ def orthogonalize(generators: Tensor, block_size: int) -> Tensor:
     Each step applies an odd quintic to the singular values: the one with the least largest distance from 1 on the
     interval in which the steps before have left them (minimax; Polar Express, arXiv:2505.16932, has the idea). The
     block is first divided by ``s = 1.01 (||X^4||_F / sqrt(2))^(1/4)``. Singular values of a skew block come in pairs,
-    so that s is at least the largest of them, and at most ``1.01 (b/2)^(1/8)`` times the largest. The first step needs
-    ``X^4`` anyway.
+    so that s is at least the largest of them, and at most ``1.01 (b/2)^(1/8)`` times the largest.
 
     A singular value above 1e-3 of the largest ends within 0.05 of 1 (measured within 0.03; for a decaying spectrum and
     for random blocks up to b = 1024). A smaller one is negligible: it ends between 0 and 1.03, and its direction is
@@ -48,22 +47,20 @@ def orthogonalize(generators: Tensor, block_size: int) -> Tensor:
     """
     given = generators.float()
     unit = given / given.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    x = first_step(skew_forward(unit.to(torch.bfloat16), block_size))
-    for a, b, c in QUINTICS[1:]:
-        square = torch.bmm(x.mT, x)
+    x = skew_forward(unit.to(torch.bfloat16), block_size)
+    square = torch.bmm(x.mT, x)
+    factor = 1 / bounds(square)
+    # the square may be off by the rounding of the factor: a step then sees singular values that are off by half as much
+    x, square = x * factor.to(x.dtype), square * factor.square().to(x.dtype)
+    for step, (a, b, c) in enumerate(QUINTICS):
+        square = torch.bmm(x.mT, x) if step else square
         x = torch.baddbmm(x, x, torch.baddbmm(square, square, square, beta=b, alpha=c), beta=a)
     return skew_backward(x.float()) / 2
 
 
-def first_step(x: Tensor) -> Tensor:
-    """Divide blocks ``(n, b, b)`` by their bounds and take the first step; see :func:`orthogonalize`."""
-    a, b, c = QUINTICS[0]
-    square = torch.bmm(x.mT, x)
-    fourth = torch.bmm(square, square)
+def bounds(squares: Tensor) -> Tensor:
+    """Return a bound of the singular values of each block X from ``X^T X``: ``(n, b, b)`` to ``(n, 1, 1)`` in fp32."""
+    fourth = torch.bmm(squares, squares)
     norm = torch.linalg.vector_norm(fourth, dim=(1, 2), keepdim=True, dtype=torch.float32)
     # blocks have an entry of 1, so their bound is above 1; that of a block of zeros must not divide by 0
-    bound = (1 + MARGIN) * (norm / math.sqrt(2)).clamp_min(0.5) ** 0.25
-    # in fp32, because coefficients rounded to bf16 would be off by 0.4%
-    factor = torch.addcmul(square * (b / bound**2), fourth, c / bound**4).to(x.dtype)
-    x = (x / bound).to(x.dtype)
-    return torch.baddbmm(x, x, factor, beta=a)
+    return (1 + MARGIN) * (norm / math.sqrt(2)).clamp_min(0.5) ** 0.25

@@ -14,7 +14,7 @@ FEWEST_LINES = 5
 
 
 def groups(texts: Iterable[str]) -> list[int]:
-    """Group texts of which one holds at least half of the lines of the other.
+    r"""Group texts of which one holds at least half of the lines of the other.
 
     A text counts as the set of its lines, without white space around them, short lines, and lines of over `COMMON`
     texts. Copies of copies are in one group. Texts that are equal but for white space are in one group too, however
@@ -28,7 +28,7 @@ def groups(texts: Iterable[str]) -> list[int]:
 
     Example:
         >>> code = [f"number_{n} = compute({n})" for n in range(20)]
-        >>> groups(["\\n".join(code), "nothing like it", "\\n".join(code[5:] + ["an_end = True"])])
+        >>> groups(["\n".join(code), "nothing like it", "\n".join(code[5:] + ["an_end = True"])])
         [0, 1, 0]
     """
     first: dict[bytes, int] = {}

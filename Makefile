@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PYTHONUNBUFFERED := 1
 
-.PHONY: fit finetune smollm2 test test-oldest faults safety lint docs clean
+.PHONY: fit finetune smollm2 test test-oldest faults safety results lint docs clean
 
 fit: $(VENV)/.installed
 	$(BIN)/orthotrain fit -c pretrain/quickstart.yaml
@@ -35,13 +35,17 @@ FAST := $(addprefix tests/, plugins kernels framework/layers framework/optimizer
 test-oldest: $(OLDEST)/.installed-test
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 --dist worksteal -m "not slow" $(FAST)
 
-# every way for a run to die, at each of its steps and at random moments; ends with the table of docs/pages/faults.md
+# every way for a run to die, at each of its steps and at random moments; the counts are those of docs/pages/faults.md
 faults: $(VENV)/.installed-test
-	ORTHOTRAIN_FAULTS=20 OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/faults
+	ORTHOTRAIN_FAULTS=20 OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults
 
 # every hostile input of the table, of which make test runs a part
 safety: $(VENV)/.installed-test
 	ORTHOTRAIN_SAFETY=all OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal tests/safety
+
+# every figure of README, manual and examples is one of tests/benchmarks/results; figures.py --write puts new ones there
+results: $(VENV)/.installed
+	$(BIN)/python tests/benchmarks/figures.py --check
 
 lint: $(VENV)/.installed-test typing-tree
 	$(BIN)/ruff check .

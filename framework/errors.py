@@ -46,11 +46,11 @@ def check_choice(name: str, value: str, choices: object) -> None:
         raise ConfigurationError(f"{name}={value!r}: choose one of {', '.join(get_args(choices))}")
 
 
-def check_count(name: str, value: object) -> None:
-    """Refuse a value that is not an integer of at least 1.
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Refuse a value that is not an integer of at least ``least``.
 
     Raises:
         ConfigurationError: Naming the argument and the value.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name}={value!r}: take an integer of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigurationError(f"{name}={value!r}: take an integer of at least {least}")

@@ -75,7 +75,7 @@ def backend_for(tensor: Tensor, op: str, unsupported: str | None = None) -> Back
     """
     choice, device = chosen(), tensor.device.type
     if choice == "reference" or (choice == "auto" and device != "cuda"):
-        _ran.add(("reference", device, None, op))
+        _ran.add(("reference", device, "kernels=reference" if device == "cuda" else None, op))
         return "reference"
     obstacle = unsupported or _obstacle(tensor)
     if obstacle is not None and choice == "triton":
@@ -132,20 +132,21 @@ def forget_ran() -> None:
 
 
 def describe() -> str:
-    """Return one line: which implementations have run since :func:`forget_ran`, on which device, and why no others."""
+    """Return one line: what has computed operations since :func:`forget_ran`, where, and why not Triton on a GPU."""
     by_kind: dict[tuple[Backend, str, str | None], list[str]] = {}
     for backend, device, obstacle, op in sorted(_ran, key=str):
         by_kind.setdefault((backend, device, obstacle), []).append(op)
     parts = [_described(*kind, ops if len(by_kind) > 1 else []) for kind, ops in by_kind.items()]
-    return "; ".join(sorted(parts, reverse=True)) or "none were needed"
+    return "; ".join(sorted(parts, reverse=True)) or "none were needed: no rotation was computed"
 
 
 def _described(backend: Backend, device: str, obstacle: str | None, ops: list[str]) -> str:
     which = f" for {', '.join(ops)}" if ops else ""
     if backend == "reference":
-        return f"reference on {device}{which}" + (f" ({obstacle})" if obstacle else "")
+        where = "the CPU" if device == "cpu" else "the GPU" if device == "cuda" else device
+        return f"PyTorch code on {where}{which}" + (f" ({obstacle})" if obstacle else "")
     where = f"on {torch.cuda.get_device_name()}" if device == "cuda" else "interpreted on the CPU"
-    return f"triton {importlib.import_module('triton').__version__} {where}{which}"
+    return f"Triton {importlib.import_module('triton').__version__} {where}{which}"
 
 
 def _checked(choice: str, name: str) -> Choice:

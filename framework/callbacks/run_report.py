@@ -9,24 +9,22 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
 from torch.optim import Optimizer
 
-from orthotrain.callbacks.spectrum_monitor import spectrum
 from orthotrain.callbacks.step_callback import StepCallback, logged_step
 from orthotrain.callbacks.throughput import Throughput, count_inputs, logs_at
 from orthotrain.checkpoints.run_folder import run_folder
 from orthotrain.checkpoints.stored_values import stored_count, stored_curves, stored_numbers, stored_tensors
 from orthotrain.console.run_summary import metric_name, sample_lines, summary_lines
 from orthotrain.devices.accelerators import describe_peak, forget_peak, peak_bytes
-from orthotrain.errors import ConfigurationError
+from orthotrain.errors import ConfigurationError, check_count
 from orthotrain.files.atomic_writes import write_text
 from orthotrain.files.paths import read_json
 from orthotrain.files.pictures import draw_curves
 from orthotrain.kernels.dispatch import describe, forget_ran
 from orthotrain.layers.protocols import count_numbers, mergeable_layers
 from orthotrain.layers.sharding import is_sharded
-from orthotrain.layers.spectrum import spectral_drift
+from orthotrain.layers.spectrum import affordable_layers, spectra, spectrum_drift, spread
 from orthotrain.models.network_checks import evaluating, generated_tokens
 
 
@@ -46,18 +44,26 @@ class RunReport(StepCallback):
         prompt: Text to continue in the sample; None for the beginning of a held-out document, as the data module's
             ``sample_prompt()`` gives it; empty for no sample.
         sample_tokens: Tokens of the sample.
-        spectrum_layers: How many mergeable layers, from the first one, are watched for spectrum drift; 0 for none.
+        spectrum_layers: How many mergeable layers, spread over depth and roles, are watched for spectrum drift; 0 for
+            none. None for all layers; of a large network, for as many as can be decomposed in minutes, at least 8. The
+            summary says how many of how many, and ``summary.json`` names them. A resumed run watches the layers of its
+            checkpoint.
         compared_with: Config of a run to compare with, such as ``pretrain/adamw_quickstart.yaml``. The summary shows
             the validation of that run if its folder lies beside this run's folder, else the command that trains it.
+
+    Raises:
+        ConfigurationError: If ``spectrum_layers`` is below 0, or a checkpoint has spectra of other layers.
     """
 
     def __init__(
         self,
         prompt: str | None = None,
         sample_tokens: int = 64,
-        spectrum_layers: int = 8,
+        spectrum_layers: int | None = None,
         compared_with: str | None = None,
     ) -> None:
+        if spectrum_layers is not None:
+            check_count("RunReport: spectrum_layers", spectrum_layers, least=0)
         self.prompt = prompt
         self.sample_tokens = sample_tokens
         self.spectrum_layers = spectrum_layers
@@ -82,11 +88,12 @@ class RunReport(StepCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the spectrum at the start; a resumed run has it from its checkpoint."""
-        names = [name for name, _ in mergeable_layers(pl_module)][: self.spectrum_layers]
-        if self.spectra and set(self.spectra) != set(names):
+        layers = dict(mergeable_layers(pl_module))
+        if not layers.keys() >= self.spectra.keys():
             raise ConfigurationError("RunReport: the checkpoint has spectra of other layers; take an earlier one")
         if not self.spectra:
-            self.spectra = singular_values(pl_module, self.spectrum_layers)
+            count = affordable_layers(pl_module) if self.spectrum_layers is None else self.spectrum_layers
+            self.spectra = spectra(pl_module, spread(list(layers), count))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the validation loss; that of the sanity check is the loss before training."""
@@ -136,6 +143,8 @@ class RunReport(StepCallback):
         if not trainer.is_global_zero:
             return
         values = self._values(trainer, pl_module) | {"spectrum_drift": drift, "kernels": kernels}
+        values["spectrum_layers"] = list(self.spectra)
+        values["mergeable_layers"] = len(list(mergeable_layers(pl_module)))
         values["compared_with"] = self._compared(folder)
         write_text(folder / "summary.json", json.dumps(values, indent=1))
         draw_curves(self._drawn(), folder / "curves.png", _unit(pl_module))
@@ -265,15 +274,3 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
         same = sum(known == name or known.startswith(f"{name} ") for known in rates)
         rates[f"{name} {same + 1}" if same else name] = float(group["lr"])
     return rates
-
-
-@torch.no_grad()
-def singular_values(model: nn.Module, layers: int) -> dict[str, torch.Tensor]:
-    """Return name -> singular values (fp32, descending) of the merged weights of the first mergeable layers."""
-    return {name: spectrum(layer) for name, layer in list(mergeable_layers(model))[:layers]}
-
-
-def spectrum_drift(model: nn.Module, start: dict[str, torch.Tensor]) -> float:
-    """Return the largest :func:`spectral_drift` of the watched layers."""
-    now = singular_values(model, len(start))
-    return max(spectral_drift(now[name], values) for name, values in start.items())

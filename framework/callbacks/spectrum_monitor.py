@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
@@ -18,8 +17,7 @@ from orthotrain.errors import ConfigurationError, check_count
 from orthotrain.files.atomic_writes import open_to_append
 from orthotrain.files.pictures import draw_lines, new_figure, panels, save
 from orthotrain.layers.protocols import Covering, Mergeable, Scaled, mergeable_layers
-from orthotrain.layers.sharding import gathered
-from orthotrain.layers.spectrum import singular_values, spectral_drift, svd_entropy
+from orthotrain.layers.spectrum import spectral_drift, spectrum, spread, svd_entropy
 
 DECOMPOSING = "measuring spectra"
 
@@ -37,8 +35,8 @@ class SpectrumMonitor(StepCallback):
     - ``pair_coverage``: for layers that count it, the part of all pairs of coordinates that have shared a block since
       the start; the smaller value of both sides.
 
-    ``spectrum/drift`` is the largest drift of all layers. A measurement takes a singular value decomposition of each
-    layer; steps between measurements cost nothing.
+    ``spectrum/drift`` is the largest drift of the watched layers. A measurement takes a singular value decomposition of
+    each of them; steps between measurements cost nothing.
 
     Pictures in the run folder: ``spectrum.png``, the start against now and their difference, layer by layer, and
     ``coverage.png``. With ``values`` the
@@ -48,7 +46,7 @@ class SpectrumMonitor(StepCallback):
     Args:
         every_n_steps: Optimizer steps between measurements; the first measurement is before the first step.
         include: Glob patterns on names of layers.
-        max_layers: How many of the matching layers are watched, evenly spread over the network.
+        max_layers: How many of the matching layers are watched, spread over depth and roles (:func:`spread`).
         values: Whether to write all singular values at each measurement, with those of the start. A run that resumes
             from an earlier checkpoint writes the steps that it repeats a second time.
 
@@ -57,7 +55,7 @@ class SpectrumMonitor(StepCallback):
     """
 
     def __init__(
-        self, every_n_steps: int = 1000, include: list[str] | None = None, max_layers: int = 4, values: bool = False
+        self, every_n_steps: int = 1000, include: list[str] | None = None, max_layers: int = 8, values: bool = False
     ) -> None:
         check_count("SpectrumMonitor: every_n_steps", every_n_steps)
         check_count("SpectrumMonitor: max_layers", max_layers)
@@ -113,8 +111,7 @@ class SpectrumMonitor(StepCallback):
             raise ConfigurationError(
                 f"SpectrumMonitor: include={self.include} matches no mergeable layer; there are {', '.join(layers)}"
             )
-        count = min(self.max_layers, len(names))
-        return {name: layers[name] for name in (names[k * len(names) // count] for k in range(count))}
+        return {name: layers[name] for name in spread(names, self.max_layers)}
 
     def measure(self, model: nn.Module, step: int) -> dict[str, float]:
         """Return the statistics of all watched layers by their logged names."""
@@ -176,15 +173,6 @@ class SpectrumMonitor(StepCallback):
         """Go on from the stored spectra and coverage."""
         self.start, self.now = stored_tensors(state_dict, "start"), stored_tensors(state_dict, "now")
         self.coverage = stored_curves(state_dict, "coverage")
-
-
-@torch.no_grad()
-def spectrum(layer: Mergeable) -> Tensor:
-    """Return the singular values of the merged weight without its trained scale, descending, on the CPU in fp32."""
-    with gathered(layer):
-        values = singular_values(layer.merged_weight().float().flatten(1)).cpu()
-        factor = layer.trained_factor() if isinstance(layer, Scaled) else None
-    return values if factor is None else values / factor
 
 
 def draw_spectra(start: dict[str, Tensor], now: dict[str, Tensor], path: Path) -> Path:

@@ -15,10 +15,11 @@ from orthotrain.devices.host_reads import host_number
 class Throughput(L.Callback):
     """Log ``tokens_per_second`` with the trainer's step metrics.
 
-    The clock starts at the end of the first optimizer step of a process, which allocates and compiles, and stops at the
-    end of the last step. It includes data, folds and merges, the optimizer, logging and all other callbacks. It
-    excludes validations and the writing of checkpoints. A resumed run counts its own steps, without the first one.
-    :attr:`mean` is the mean over all steps. A run whose batches have no tokens logs nothing.
+    The clock starts at the end of the first optimizer step of a process, which allocates and compiles, before the fold
+    of this step, and stops after the fold or merge of the last step. It includes data, folds and merges, the optimizer,
+    logging and all other callbacks. It excludes validations and the writing of checkpoints. A resumed run counts its
+    own steps, without the first one. :attr:`mean` is the mean over all steps. A run whose batches have no tokens logs
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -73,6 +74,10 @@ class Throughput(L.Callback):
             rate = host_number(self._window_tokens / self._window_seconds)
             pl_module.log("tokens_per_second", rate, prog_bar=True)
             self._window_tokens, self._window_seconds = 0, 0.0
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count what other callbacks did after the last step, such as its merge."""
+        self._stop(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""

@@ -35,7 +35,10 @@ def summary_lines(values: dict[str, Any], folder: Path) -> list[str]:
         folds = "" if early is None else f", and {early} early folds of single layers"
         rows.append(("merges", f"{values['merges'] or 0}{folds}"))
     if values["spectrum_drift"] is not None:
-        rows.append(("spectrum drift", f"{values['spectrum_drift']:.1e} (largest, relative)"))
+        watched, layers = len(values["spectrum_layers"]), values["mergeable_layers"]
+        which = f"all {layers}" if watched == layers else f"{watched} of {layers}"
+        drift = f"{values['spectrum_drift']:.1e} of the largest singular value"
+        rows.append(("spectrum drift", f"{drift} ({which} rotated layers)"))
     rows.append(("curves", str(folder / "curves.png")))
     rows.append(("checkpoint", values["checkpoint"] or "none was written"))
     rows.append(("run folder", str(folder)))

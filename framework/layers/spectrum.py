@@ -1,15 +1,16 @@
 """Singular values of a weight, which orthogonal training keeps, and bounds of the norm of generators."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import cycle, groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from orthotrain.kernels.skew import block_size_of, skew
-from orthotrain.layers.protocols import Mergeable
-from orthotrain.layers.sharding import whole
+from orthotrain.layers.protocols import Mergeable, Scaled, count_numbers, mergeable_layers
+from orthotrain.layers.sharding import gathered, whole
 
 
 @torch.no_grad()
@@ -127,3 +128,55 @@ def _batches(owners: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tenso
                 batch = []
             batch.append(owner)
         yield batch
+
+
+def spread(names: Sequence[str], count: int) -> list[str]:
+    """Return ``count`` names of layers in their order, spread over depth and roles; all of them if there are no more.
+
+    Layers whose names differ in numbers only have one role. Roles take turns, each time at a greater depth, so that no
+    role is left out because the layers of a block are as many as the steps between chosen names.
+    """
+    roles: dict[str, list[str]] = {}
+    for name in names:
+        roles.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(name)
+    count, chosen = min(max(count, 0), len(names)), set[str]()
+    for left in cycle(roles.values()):
+        if len(chosen) == count:
+            break
+        if left:
+            depth = len(chosen) / max(1, count - 1)
+            chosen.add(left.pop(round(depth * (len(left) - 1))))
+    return [name for name in names if name in chosen]
+
+
+@torch.no_grad()
+def spectrum(layer: Mergeable) -> Tensor:
+    """Return the singular values of the merged weight without its trained scale, descending, on the CPU in fp32."""
+    with gathered(layer):
+        values = singular_values(layer.merged_weight().float().flatten(1)).cpu()
+        factor = layer.trained_factor() if isinstance(layer, Scaled) else None
+    return values if factor is None else values / factor
+
+
+COST = 5e11
+"""Largest cost of the decompositions of a report, as the sum of numbers ** 1.5: about two minutes on two CPU cores."""
+
+
+def affordable_layers(model: nn.Module) -> int:
+    """Return how many mergeable layers a report watches by default: all that :data:`COST` allows, at least 8."""
+    sizes = [count_numbers(layer) for _, layer in mergeable_layers(model) if isinstance(layer, nn.Module)]
+    cost = sum(size**1.5 for size in sizes)
+    return len(sizes) if cost <= COST else max(8, int(len(sizes) * COST / cost))
+
+
+@torch.no_grad()
+def spectra(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return name -> singular values (fp32, descending) of the merged weights of the named mergeable layers."""
+    layers = dict(mergeable_layers(model))
+    return {name: spectrum(layers[name]) for name in names}
+
+
+def spectrum_drift(model: nn.Module, start: dict[str, Tensor]) -> float:
+    """Return the largest :func:`spectral_drift` of the watched layers."""
+    now = spectra(model, start)
+    return max(spectral_drift(now[name], values) for name, values in start.items())

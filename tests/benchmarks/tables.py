@@ -1,29 +1,83 @@
-"""The tables of README.md, docs/pages/results.md and docs/pages/models.md, made of the committed results.
+"""The tables of README.md, the manual and the pages of examples, made of the committed results.
 
-    .venv/bin/python tests/benchmarks/tables.py            # prints every table
-    .venv/bin/python tests/benchmarks/tables.py --write    # puts them into the pages, between their marks
+    .venv/bin/python tests/benchmarks/tables.py      # prints every table
 
-A page marks the place of a table by ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
-tests/docs/test_tables.py compares the pages with the results.
+figures.py puts them into the pages.
 """
 
-import argparse
 import json
-import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = (ROOT / "README.md", *(ROOT / f"docs/pages/{name}.md" for name in ("results", "models")))
-PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+from orthotrain.console.run_summary import summary_lines
+
+HERE = Path(__file__).resolve().parent
+PENDING = "*To be measured again.*"
+"""Stands in the place of a table whose results are not committed yet."""
 
 
 def results(name: str) -> Any:
     """Return the results of a benchmark, which lie in tests/benchmarks/results."""
-    document = json.loads((ROOT / f"tests/benchmarks/results/{name}.json").read_text())
+    document = json.loads((HERE / f"results/{name}.json").read_text())
     return document.get("results", document)
+
+
+def printed(text: str) -> str:
+    """Return text that a program has printed, as a block."""
+    return f"```text\n{text.rstrip()}\n```"
+
+
+def output(name: str) -> str:
+    """Return the output of an example."""
+    return printed((HERE / f"results/{name}.txt").read_text())
+
+
+def kept_runs(*names: str) -> dict[str, Any]:
+    """Return the summaries of runs that keep_run.py has kept.
+
+    Raises:
+        FileNotFoundError: If one of them has not been kept.
+    """
+    kept = results("runs")
+    if missing := [name for name in names if name not in kept]:
+        raise FileNotFoundError(f"results/runs.json has no {', '.join(missing)}")
+    return {name: kept[name] for name in names}
+
+
+def make_fit() -> str:
+    """Return the summary of `make fit`, which `keep_run.py "make fit" runs/quickstart` has kept, and its machine."""
+    run = kept_runs("make fit")["make fit"]
+    lines = summary_lines(run, Path("runs/quickstart"))
+    return f"{printed(chr(10).join(lines))}\n\nMeasured on {run['machine']}, with torch {run['torch']}."
+
+
+def finetuning() -> str:
+    """Return metrics of kept runs before and after finetuning."""
+    metrics = {"val_loss": "validation loss", "val_token_accuracy": "token accuracy", "val_rouge_l": "ROUGE-L"}
+    rows = (
+        [name, str(run["steps"]), *(f"{run['before'][key]:.3f} to {run['after'][key]:.3f}" for key in metrics)]
+        for name, run in kept_runs("make finetune", "SmolLM2-135M, OFT", "SmolLM2-135M, QOFT over NF4").items()
+    )
+    return table(["run", "steps", *metrics.values()], rows)
+
+
+def precision(name: str, head: str, digits: str) -> str:
+    """Return errors of one part of precision.py; columns that end with "kept" as shares."""
+    found = results("precision")[name]
+    columns = list(next(iter(found.values())))
+    rows = (
+        [row, *(f"{value:.0%}" if key.endswith("kept") else f"{value:{digits}}" for key, value in values.items())]
+        for row, values in found.items()
+    )
+    return table([head, *columns], rows)
+
+
+def faults() -> str:
+    """Return which faults `make faults` has injected, and which runs have recovered."""
+    rows = ([name, *map(str, found.values())] for name, found in results("faults").items())
+    return table(["fault", "injected", "recovered", "most steps lost"], rows)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -161,7 +215,15 @@ def model_types() -> str:
     return table(["model type", *methods], rows)
 
 
+EXAMPLES = ("conv_oft", "custom_network", "parameterization_plugin", "prior_fitted_network", "representation_defense")
 TABLES: dict[str, Callable[[], str]] = {
+    **{name: partial(output, name) for name in EXAMPLES},
+    "make fit": make_fit,
+    "finetuning": finetuning,
+    "faults": faults,
+    "16 bits": partial(precision, "16 bits", "generators", ".2g"),
+    "rounded displacement": partial(precision, "rounded displacement", "powers", ".1e"),
+    "tf32 products": partial(precision, "tf32 products", "norm of $Q$", ".0e"),
     "best": best,
     "quickstart": quickstart,
     "baselines": partial(quality, "baselines"),
@@ -182,22 +244,13 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def filled(page: str) -> str:
-    """Return a page with every marked table as the results are now."""
-    return PLACE.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", page)
-
-
-def main() -> None:
-    """Print the tables, or write them into the pages."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into the pages")
-    if parser.parse_args().write:
-        for page in PAGES:
-            page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
-        return
-    for name, build in TABLES.items():
-        print(f"{name}\n\n{build()}\n")
+def built(name: str) -> str:
+    """Return a table, or :data:`PENDING` if its results are not committed yet."""
+    try:
+        return TABLES[name]()
+    except FileNotFoundError:
+        return PENDING
 
 
 if __name__ == "__main__":
-    main()
+    print("\n\n".join(f"{name}\n\n{built(name)}" for name in TABLES))

@@ -149,15 +149,14 @@ class Harness:
         folder.mkdir()
         return folder
 
-    def table(self):
-        """The outcomes as docs/pages/faults.md shows them."""
-        names = list(dict.fromkeys(outcome.fault for outcome in self.outcomes))
-        lines = ["| fault | injected | recovered | most steps lost |", "|-|-|-|-|"]
-        for name in names:
+    def counts(self):
+        """The outcomes by fault, as docs/pages/faults.md shows them."""
+        found = {}
+        for name in dict.fromkeys(outcome.fault for outcome in self.outcomes):
             mine = [outcome for outcome in self.outcomes if outcome.fault == name]
             recovered, lost = sum(outcome.recovered for outcome in mine), max(outcome.lost for outcome in mine)
-            lines.append(f"| {name} | {len(mine)} | {recovered} | {lost} |")
-        return "\n".join(lines)
+            found[name] = {"injected": len(mine), "recovered": recovered, "most steps lost": lost}
+        return found
 
 
 def trained(path):

@@ -1,7 +1,7 @@
 """However a run dies, after a resume it reaches the weights and momenta of an undisturbed run.
 
 ``make test`` injects each fault once. ``make faults`` (ORTHOTRAIN_FAULTS=20) injects it that many times at random
-moments, and prints the table of the manual.
+moments, and keeps the counts of the table of the manual.
 """
 
 import os

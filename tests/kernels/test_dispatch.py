@@ -53,23 +53,24 @@ OLD = "Tesla T4 has compute capability (7, 5), below (8, 0)"
 def test_what_has_run_is_told_by_what_each_operation_chose(gpu, monkeypatch):
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
-    assert describe() == "none were needed"
+    assert describe() == "none were needed: no rotation was computed"
     skew(torch.zeros(2, 3), 3)
-    assert describe() == "reference on cpu"
+    assert describe() == "PyTorch code on the CPU"
     forget_ran()
     for op in ("skew", "fold"):
         backend_for(gpu(), op)
-    assert describe() == f"triton {triton.__version__} on NVIDIA H100"
+    assert describe() == f"Triton {triton.__version__} on NVIDIA H100"
     backend_for(gpu(), "cayley", "blocks are too large")
-    said = f"triton {triton.__version__} on NVIDIA H100 for fold, skew; reference on cuda for cayley"
+    said = f"Triton {triton.__version__} on NVIDIA H100 for fold, skew; PyTorch code on the GPU for cayley"
     assert describe() == f"{said} (blocks are too large)"
     forget_ran()
     monkeypatch.setattr(backend, "_device_obstacle", lambda device: OLD)
     backend_for(gpu(), "skew")
-    assert describe() == f"reference on cuda ({OLD})"
+    assert describe() == f"PyTorch code on the GPU ({OLD})"
     with use_backend("reference"):
         backend_for(gpu(), "fold")
-    assert describe() == f"reference on cuda for skew ({OLD}); reference on cuda for fold"
+    said = f"PyTorch code on the GPU for skew ({OLD})"
+    assert describe() == f"{said}; PyTorch code on the GPU for fold (kernels=reference)"
 
 
 def test_an_old_gpu_is_told_by_name(monkeypatch):
@@ -81,7 +82,7 @@ def test_an_old_gpu_is_told_by_name(monkeypatch):
     backend._device_obstacle.cache_clear()
     assert backend_for(SimpleNamespace(device=device, dtype=torch.float16), "skew") == "reference"
     backend._device_obstacle.cache_clear()
-    assert describe() == f"reference on cuda ({OLD})"
+    assert describe() == f"PyTorch code on the GPU ({OLD})"
 
 
 def test_what_ran_is_noted_under_compilation():
@@ -90,7 +91,7 @@ def test_what_ran_is_noted_under_compilation():
         return skew(generators, 3)
 
     rotate(torch.zeros(2, 3))
-    assert describe() == "reference on cpu"
+    assert describe() == "PyTorch code on the CPU"
 
 
 @pytest.mark.parametrize(

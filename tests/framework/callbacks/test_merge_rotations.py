@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from orthotrain.callbacks import MergeRotations
-from orthotrain.callbacks.run_report import singular_values, spectrum_drift
 from orthotrain.errors import ConfigurationError, TrainingDiverged
 from orthotrain.layers import mergeable_layers
 from orthotrain.layers.folding import NormWatch, fold_rotations, merge_rotations
+from orthotrain.layers.spectrum import spectra, spectrum_drift
 from orthotrain.modules import LoraLayers, Optimization, PoetLayers, PoetModule
 from orthotrain.plugins import CayleyNeumann
 
@@ -176,7 +176,7 @@ def learn(bound, rotation_lr):
     module = Student(student, PoetLayers(block_size=8), 1000, max_generator_norm=bound, optimization=rates)
     module.losses = []
     module.configure_model()
-    start = singular_values(module, 8)
+    start = spectra(module, [name for name, _ in mergeable_layers(module)])
     rows = DataLoader(list(zip(x, y, strict=True)), batch_size=32, shuffle=True)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     L.Trainer(max_steps=400, accelerator="cpu", enable_model_summary=False, **quiet).fit(module, rows)

@@ -7,15 +7,16 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from orthotrain.callbacks import Throughput, throughput
 from orthotrain.callbacks.orthogonality_monitor import OrthogonalityMonitor, rotation_states
-from orthotrain.callbacks.run_report import RunReport, singular_values, spectrum_drift
+from orthotrain.callbacks.run_report import RunReport
 from orthotrain.console.run_summary import summary_lines
 from orthotrain.errors import ConfigurationError
-from orthotrain.layers import LoraLinear, PoetLinear, mergeable_layers, replace_linears
-from orthotrain.layers.spectrum import spectral_bound
+from orthotrain.layers import LoraLinear, PoetLinear, StepwiseLinear, mergeable_layers, replace_linears
+from orthotrain.layers.spectrum import affordable_layers, spectra, spectral_bound, spectrum_drift
+from orthotrain.modules import PoetLayers, PoetModule
 
 
 @pytest.fixture
@@ -72,14 +73,35 @@ def test_orthogonality_is_logged_for_the_model_and_if_asked_for_by_layer(network
 
 
 def test_spectrum_drift_sees_a_scaled_weight_and_no_merge(network):
-    start = singular_values(network, 8)
-    assert set(start) == {"0", "1"}
+    start = spectra(network, ["0", "1"])
     for _, layer in mergeable_layers(network):
         layer.merge_()
     assert spectrum_drift(network, start) < 1e-5
     with torch.no_grad():
         network[1].weight.values.mul_(1.01)
     assert spectrum_drift(network, start) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_report_watches_every_layer_of_a_small_network(monkeypatch, tmp_path):
+    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(12)))
+    PoetLayers(block_size=4, exclude=[]).apply_(net)
+    report = RunReport()
+    report.on_fit_start(None, net)
+    assert list(report.spectra) == [str(k) for k in range(12)]
+    with torch.no_grad():
+        net[9].weight.values.mul_(1.01)
+    assert spectrum_drift(net, report.spectra) == pytest.approx(0.01, rel=1e-3)
+    monkeypatch.setattr("orthotrain.layers.spectrum.COST", 1.0)  # as if the layers were large
+    assert affordable_layers(net) == 8
+    resumed = RunReport(spectrum_layers=2)
+    resumed.load_state_dict(report.state_dict())
+    resumed.on_fit_start(None, net)
+    assert len(resumed.spectra) == 12, "those of the checkpoint"
+    report.spectra["missing"] = report.spectra["0"]
+    with pytest.raises(ConfigurationError, match="spectra of other layers"):
+        report.on_fit_start(None, net)
+    with pytest.raises(ConfigurationError, match="RunReport: spectrum_layers=-1: take an integer of at least 0"):
+        RunReport(spectrum_layers=-1)
 
 
 def test_the_report_goes_on_after_a_resume():
@@ -153,10 +175,48 @@ def test_throughput_counts_all_of_training_and_nothing_else(tmp_path, monkeypatc
     )
     rows = [{"input_ids": torch.ones(4, dtype=torch.int64)}] * 30
     trainer.fit(module, DataLoader(rows, batch_size=3), DataLoader(rows[:1]))
-    # two batches a step, 1 + 2 seconds each; the clock starts with the end of the first step
-    assert callback._tokens == 4 * 2 * 12 and callback._seconds == 4 * 2 * 3
-    assert callback.mean == trainer.callback_metrics["tokens_per_second"] == 4
+    # two batches a step, 1 + 2 seconds each; the clock starts before the callbacks that follow the first step
+    assert callback.counted == (4 * 2 * 12, 4 * 2 * 3 + 2)
+    assert callback.mean == 96 / 26 and trainer.callback_metrics["tokens_per_second"] == 4
     assert module.clock > 4000 and "save_checkpoint" not in vars(trainer)
+
+
+class Timed(PoetModule):
+    """A batch takes a second of :attr:`clock`, which only this test moves."""
+
+    clock = 0.0
+
+    def loss(self, batch):
+        Timed.clock += 1
+        return self(batch["input_ids"].float()).square().mean()
+
+
+def slowly(function):
+    def slow(*arguments):
+        Timed.clock += 10
+        return function(*arguments)
+
+    return slow
+
+
+@pytest.mark.parametrize(("slow", "least"), [("nothing", 3), ("data", 23), ("merge", 13), ("fold", 43)])
+def test_slow_data_a_slow_merge_and_a_slow_fold_lower_the_throughput(slow, least, monkeypatch, tmp_path):
+    """Of four steps the last three are counted, with the only merge after the last one, and with all folds."""
+    layer, rows = StepwiseLinear if slow == "fold" else PoetLinear, [torch.ones(4)] * 4
+    monkeypatch.setattr(throughput, "perf_counter", lambda: Timed.clock)
+    if slow in ("merge", "fold"):
+        monkeypatch.setattr(layer, f"{slow}_", slowly(getattr(layer, f"{slow}_")))
+    collate = slowly(default_collate) if slow == "data" else default_collate
+    data = DataLoader([{"input_ids": row} for row in rows], collate_fn=collate)
+    period = {"stepwise": True} if slow == "fold" else {"merge_every": 4}
+    module = Timed(nn.Sequential(nn.Linear(4, 4)), PoetLayers(block_size=2, exclude=[]), **period)
+    callback = Throughput()
+    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = L.Trainer(max_steps=4, accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, **options)
+    trainer.fit(module, data)
+    tokens, seconds = callback.counted
+    assert tokens == 3 * 4 and (seconds >= least if slow == "data" else seconds == least)
+    assert callback.mean == tokens / seconds
 
 
 def test_a_run_of_one_step_has_no_throughput(tmp_path):

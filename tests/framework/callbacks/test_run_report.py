@@ -43,7 +43,9 @@ def test_a_second_fit_trains_the_module_that_a_report_was_made_of(tiny_llama, co
         assert f"\ntrain data                {amount}\n" in text and set(values["data"]) == {"train", "val"}
         prompt = data.tokenizer.decode(data.sample_prompt())
         assert f"\nprompt\n  {prompt.splitlines()[0]}" in text and (folder / "curves.png").exists()
-        assert "sample" in text and "\nkernels                   reference on cpu\n" in text
+        share = "of the largest singular value (1 of 14 rotated layers)\n"
+        assert share in text and len(values["spectrum_layers"]) == 1 and values["mergeable_layers"] == 14
+        assert "sample" in text and "\nkernels                   PyTorch code on the CPU\n" in text
         assert "\nnext-token loss           with whole logits (a batch fits into one chunk)\n" in text
         assert f"\npeak memory               {values['memory']}\n" in text and values["peak_memory_bytes"] > 0
         assert "\ncompared with             orthotrain fit -c adamw.yaml (not run yet)\n" in text

@@ -40,7 +40,7 @@ def test_a_summary_tells_which_kernels_ran(small_config, tmp_path, capsys, monke
     monkeypatch.setenv(backend.VARIABLE, choice)
     main(["fit", *QUICK, "-c", str(small_config)])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kernels ")]
-    assert line == f"{'kernels':<26}reference on cpu"
+    assert line == f"{'kernels':<26}PyTorch code on the CPU"
 
 
 LAYERS = {

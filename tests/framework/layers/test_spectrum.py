@@ -1,5 +1,7 @@
 """The bound of ||Q||_2 against the decomposition, and how tight it is."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from orthotrain.kernels.skew import skew
 from orthotrain.layers import PoetLinear
 from orthotrain.layers import spectrum as module
-from orthotrain.layers.spectrum import largest_bounds, spectral_bound
+from orthotrain.layers.spectrum import largest_bounds, spectral_bound, spread
 
 
 def exact(generators, size):
@@ -42,3 +44,27 @@ def test_each_layer_has_its_largest_block(monkeypatch, randomize, together):
     }
     expected = [max(float(spectral_bound(p).max()) for p in layer.rotation_parameters()) for layer in layers.values()]
     torch.testing.assert_close(largest_bounds(layers), torch.tensor(expected))
+
+
+ROLES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize("blocks", [4, 7, 8, 32])
+@pytest.mark.parametrize("count", [4, 7, 8, 28])
+def test_chosen_layers_are_spread_over_depth_and_roles(blocks, count):
+    """Also where the number of layers of a block divides the distance of evenly spread layers."""
+    names = [f"model.layers.{block}.{role}" for block in range(blocks) for role in ROLES]
+    chosen = spread(names, count)
+    assert len(set(chosen)) == count and sorted(chosen, key=names.index) == chosen
+    places = [name.split(".", 3) for name in chosen]
+    by_role = {role: sum(place[3] == role for place in places) for role in ROLES}
+    assert max(by_role.values()) - min(by_role.values()) <= 1
+    depths = sorted(int(place[2]) for place in places)
+    assert depths[0] == 0 and depths[-1] == blocks - 1
+    assert max(b - a for a, b in itertools.pairwise(depths)) <= -(-blocks // (count - 1)) + 1
+
+
+def test_as_many_layers_are_chosen_as_there_are():
+    names = ["stem", *(f"blocks.{k}.fc1" for k in range(3)), "pooler"]
+    assert spread(names, 9) == spread(names, 5) == names and spread(names, 0) == spread([], 3) == []
+    assert len(set(spread(names, 4))) == 4

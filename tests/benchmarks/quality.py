@@ -174,6 +174,7 @@ GROUPS = {"optimal": optimal}
 def gather() -> None:
     """Write the numbers of all finished runs to the committed file."""
     rows = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+    rows = [{"name": run_of(row)[1].name, **row} for row in rows]
     document = {"versions": {"torch": torch.__version__, **versions()}, "results": rows}
     partial = OUT.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(document, indent=1) + "\n")

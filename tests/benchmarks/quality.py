@@ -160,7 +160,8 @@ def optimal() -> Iterator[list[Run]]:
     def of(settings: list[Setting], share: int, seed: int = 0) -> list[Run]:
         return [(network, setting, share, seed) for setting in settings]
 
-    yield of(quality_grid.rates(), 8)
+    for _ in range(quality_grid.FURTHER + 1):
+        yield of(quality_grid.rates(score), 8)
     yield of(quality_grid.changes(score), 8)
     yield of(quality_grid.quarter(score), 4)
     yield of(quality_grid.half(score), 2)

@@ -56,13 +56,30 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
 """Second round: changes of the best setting of each method. Of the two rules of Muon only the better one."""
 
 MUONS = ("Muon", "Muon-Kimi")
+FURTHER = 3
+"""How often the rates of a method are extended by a factor of 2 where the best one is the first or the last."""
 NOISE = 0.003
 """Bits per byte by which a change has to help before it is taken together with others."""
 
 
-def rates() -> list[Setting]:
-    """Return the settings of the first round."""
-    return [replace(setting, lr=rate) for setting, found in RATES.items() for rate in found]
+def rates(score: Score) -> list[Setting]:
+    """Return the settings of the first round: the rates of each method, until the best one lies between others."""
+    return [replace(setting, lr=rate) for setting in RATES for rate in between(setting, score)]
+
+
+def between(setting: Setting, score: Score) -> list[float]:
+    """Return the rates of a setting: those of :data:`RATES`, and beyond the best one as far as there are results."""
+    found = sorted(RATES[setting])
+    for _ in range(FURTHER):
+        scores = {rate: score(replace(setting, lr=rate), 8) for rate in found}
+        if None in scores.values():
+            break
+        best_rate = min(found, key=lambda rate: scores[rate] or 0)
+        if best_rate == found[0]:
+            found.insert(0, best_rate / 2)
+        elif best_rate == found[-1]:
+            found.append(best_rate * 2)
+    return found
 
 
 def best(settings: Iterable[Setting], score: Score, share: int, methods: tuple[str, ...]) -> Setting:
@@ -72,9 +89,9 @@ def best(settings: Iterable[Setting], score: Score, share: int, methods: tuple[s
 
 def changes(score: Score) -> list[Setting]:
     """Return the settings of the second round."""
-    muon = best(rates(), score, 8, MUONS).method
+    muon = best(rates(score), score, 8, MUONS).method
     changed = [method for method in CHANGES if method not in MUONS or method == muon]
-    bases = {method: best(rates(), score, 8, (method,)) for method in changed}
+    bases = {method: best(rates(score), score, 8, (method,)) for method in changed}
     found = [replace(base, **change) for method, base in bases.items() for change in CHANGES[method]]
     return list(dict.fromkeys(setting for setting in found if setting not in bases.values()))
 
@@ -92,12 +109,12 @@ def together(base: Setting, score: Score, share: int) -> Setting:
 
 def quarter(score: Score) -> list[Setting]:
     """Return the settings of the third round."""
-    bases = {method: best(rates(), score, 8, (method,)) for method in ("AdamW", "NorMuon", "POET-BS", "step-wise")}
-    bases["Muon"] = best(rates(), score, 8, MUONS)
+    bases = {method: best(rates(score), score, 8, (method,)) for method in ("AdamW", "NorMuon", "POET-BS", "step-wise")}
+    bases["Muon"] = best(rates(score), score, 8, MUONS)
     joined = [together(base, score, 8) for base in bases.values()]
     slower = [replace(setting, lr=setting.lr / 2) for setting in joined]
     wider = [replace(joined[3], lr=joined[3].lr / 1.4), replace(joined[4], decay=0.1, rest_decay=0.1)]
-    others = [best(rates(), score, 8, (method,)) for method in ("SOAP", "LoRA", "GaLore", "Pion")]
+    others = [best(rates(score), score, 8, (method,)) for method in ("SOAP", "LoRA", "GaLore", "Pion")]
     return list(dict.fromkeys([*joined, *slower, *wider, *others]))
 
 

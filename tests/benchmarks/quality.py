@@ -150,16 +150,21 @@ def finish(runs: list[Run], digests: dict[str, str]) -> None:
             time.sleep(20)
 
 
+SMALL = "0.4M"
+
+
+def score(setting: Setting, share: int) -> float | None:
+    """Return the bits per byte of a finished run of the smaller network, seed 0."""
+    return (result_of((SMALL, setting, share, 0)) or {}).get("bits_per_byte")
+
+
+def of(settings: list[Setting], share: int, seed: int = 0) -> list[Run]:
+    """Return runs of the smaller network."""
+    return [(SMALL, setting, share, seed) for setting in settings]
+
+
 def optimal() -> Iterator[list[Run]]:
     """Yield the rounds of the grid; each is chosen when the one before has ended."""
-    network = "0.4M"
-
-    def score(setting: Setting, share: int) -> float | None:
-        return (result_of((network, setting, share, 0)) or {}).get("bits_per_byte")
-
-    def of(settings: list[Setting], share: int, seed: int = 0) -> list[Run]:
-        return [(network, setting, share, seed) for setting in settings]
-
     for _ in range(quality_grid.FURTHER + 1):
         yield of(quality_grid.rates(score), 8)
     yield of(quality_grid.changes(score), 8)
@@ -169,7 +174,12 @@ def optimal() -> Iterator[list[Run]]:
         yield of(quality_grid.full(score), 1, seed)
 
 
-GROUPS = {"optimal": optimal}
+def improve() -> Iterator[list[Run]]:
+    """Yield changes of step-wise POET, after the third round of the grid."""
+    yield of(quality_grid.improved(score), 4)
+
+
+GROUPS = {"optimal": optimal, "improve": improve}
 
 
 def gather() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from pytorch_optimizer import SOAP, NorMuon
+from quality_changes import ChangedPoet
 from torch import nn
 from torch.optim import Optimizer
 
@@ -41,6 +42,7 @@ class Setting:
         spectrum: Initial hidden matrices: ``gaussian``, ``normalized`` (rows of one norm) or ``flat`` (all singular
             values are equal).
         rms: Root mean square of the entries of the initial hidden matrices.
+        residual: Factor of the initial matrices that write into the residual stream.
         block: Features of a block; 0 for blocks as wide as each side of a weight.
         scale: Whether each rotated weight has a trained factor.
         options: Other arguments of the method, as pairs of name and value.
@@ -54,6 +56,7 @@ class Setting:
     floor: float = 0.01
     spectrum: str = "gaussian"
     rms: float = 0.02
+    residual: float = 1.0
     block: int = 64
     scale: bool = False
     options: tuple[tuple[str, Any], ...] = ()
@@ -76,7 +79,8 @@ def started(config: dict[str, Any], setting: Setting, seed: int) -> nn.Module:
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear) and "lm_head" not in name:
             initialize_(layer.weight, SPECTRA[setting.spectrum], generator(seed, name, "frozen weight"))
-            layer.weight.mul_(setting.rms / layer.weight.square().mean().sqrt())
+            gain = setting.residual if name.endswith(("o_proj", "down_proj")) else 1.0
+            layer.weight.mul_(gain * setting.rms / layer.weight.square().mean().sqrt())
     return network
 
 
@@ -150,14 +154,18 @@ def poet(network: Any, setting: Setting, steps: int, seed: int) -> PoetModule:
 
 
 def stepwise(network: Any, setting: Setting, steps: int, seed: int) -> PoetModule:
-    """Return step-wise POET; options are arguments of the optimizer, or of the layers."""
+    """Return step-wise POET; options are arguments of the optimizer, of the layers, or changes."""
     given = dict(setting.options)
     own = {name: given.pop(name) for name in PoetLayers.__dataclass_fields__ if name in given}
     period = given.pop("resample_every", 200)
+    changes = {name: given.pop(name) for name in ("diagonal", "moved") if name in given}
     build = partial(LieOptimizer, **given)
     rates = optimization(setting, steps, rotation_lr=setting.lr, rotation_optimizer=build)
     wanted = layers(setting, parameterization=CayleyNeumann(2), stepwise=True, **own)
-    return PoetModule(network, wanted, 1, resample_every=period, optimization=rates, seed=seed)
+    module = ChangedPoet(network, wanted, 1, resample_every=period, optimization=rates, seed=seed)
+    for name, value in changes.items():
+        setattr(module, name, value)
+    return module
 
 
 def pion(network: Any, setting: Setting, steps: int, seed: int) -> PoetModule:

@@ -19,8 +19,8 @@ class MovementMonitor(StepCallback):
     For each layer:
 
     - ``movement/NAME/rms``: root mean square of the weight's change, divided by that of the weight.
-    - ``movement/NAME/angle``: angle of the step in the unit of the learning rate, which is the root mean square of the
-      singular values of Q over the sides that moved. The rotation is by twice this angle.
+    - ``movement/NAME/angle``: angle of the step in radians, the unit of the learning rate: the root mean square of the
+      turns, twice the singular values of Q, over the sides that moved.
     - ``movement/NAME/cosine``: cosine between the generators of this step and those of the last step in which the same
       side moved. Left out if no side has moved since the permutations changed.
 
@@ -87,8 +87,9 @@ class MovementMonitor(StepCallback):
 
 
 def angle_of(generators: list[Tensor]) -> float:
-    """Return the root mean square of the singular values of all blocks of generators ``(n, b(b-1)/2)``, 0 if empty."""
+    """Return the root mean square of the turns of all blocks of generators ``(n, b(b-1)/2)`` in radians, 0 if empty."""
     # every generator stands in Q twice, and a block has as many singular values as rows
     squares = sum(2 * float(p.square().sum()) for p in generators)
     values = sum(p.shape[0] * (1 + math.isqrt(1 + 8 * p.shape[1])) // 2 for p in generators)
-    return math.sqrt(squares / values) if values else 0.0
+    # R is I + 2Q to first order
+    return 2 * math.sqrt(squares / values) if values else 0.0

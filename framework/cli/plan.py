@@ -18,6 +18,7 @@ from orthotrain.models import CausalLM
 from orthotrain.modules import BaseModule
 from orthotrain.modules.chunked_loss import loss_bytes
 from orthotrain.modules.head_loss import logits_of
+from orthotrain.modules.transformers_masks import masks_without_reads
 
 GIB = 1024**3
 
@@ -132,7 +133,9 @@ def plan_run(module: BaseModule, batch_size: int, sequence_length: int, precisio
         warnings.simplefilter("ignore")
         network = _built_network(module, precision)
         tokens = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
-        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None), GroupedProducts():
+        mixed = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
+        # transformers cannot read from fake tensors that no row is packed, and would give each layer a mask of T x T
+        with mixed, GroupedProducts(), masks_without_reads(network, {}):
             activations, loss = forward_bytes(module, {"input_ids": tokens, "labels": tokens})
     trainable = [p for p in network.parameters() if p.requires_grad]
     frozen = [p for p in network.parameters() if not p.requires_grad] + list(network.buffers())

@@ -4,7 +4,6 @@ import contextlib
 import glob
 import os
 import re
-import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ CACHE_MARK = ".orthotrain.lock"
 MAX_FOLDERS = 200_000
 """How many folders ``**`` may search. A folder counts once for each link that leads to it."""
 
-_STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%+-]+))?")
 
 
@@ -139,18 +137,6 @@ def location(name: str) -> str:
     path = local_path(name, "source")
     is_local = path.exists() or (glob.has_magic(name) and not _HUB_NAME.fullmatch(name))
     return os.path.abspath(path) if is_local else name
-
-
-def stdlib_root() -> Path:
-    """Return the folder of the Python standard library."""
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
-def stdlib_files() -> Iterator[tuple[Path, str]]:
-    """Yield path and relative name of the modules of the Python standard library, without its tests."""
-    for path, name in files_in(stdlib_root(), _STDLIB_SKIPPED, follow_links=False):
-        if path.suffix == ".py" and path.is_file():
-            yield path, name
 
 
 def files_in(root: Path, skipped: set[str], follow_links: bool = True) -> Iterator[tuple[Path, str]]:

@@ -8,6 +8,8 @@ from typing import Any
 from orthotrain.console.termination import check
 
 SPLITS = ("train", "val", "test")
+ALWAYS_TRAIN = ""
+"""The key of documents that no split holds out."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,10 @@ class Splitter:
         """Return ``train``, ``val`` or ``test``: a hash of the seed and the key decides, on every machine alike.
 
         Args:
-            key: The name or the content of the document or the row.
+            key: The name or the content of the document or the row, or the key of its group of near-duplicates.
         """
+        if key == ALWAYS_TRAIN:
+            return "train"
         digest = hashlib.sha256(f"split\0{self.seed}\0{key}".encode()).digest()
         fraction = int.from_bytes(digest[:8], "little") / 2**64
         if fraction < self.val_fraction:

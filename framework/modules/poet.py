@@ -20,9 +20,10 @@ from orthotrain.modules.micro_step import CompileMode
 from orthotrain.modules.optimization import Optimization
 from orthotrain.modules.poet_layers import PoetLayers
 from orthotrain.optimizers import LieOptimizer
+from orthotrain.optimizers.generator_groups import USUAL_ANGLE
 
 MERGE_EVERY = 400
-RESAMPLE_EVERY, ANGLE = 200, 0.015
+RESAMPLE_EVERY, ANGLE = 200, USUAL_ANGLE
 """Defaults of step-wise POET: optimizer steps between new permutations, and the angle of a step in radians."""
 
 
@@ -44,7 +45,7 @@ class PoetModule(BaseModule):
         stepwise: Step-wise POET, whose rotations are folded at every step. It sets ``layers.stepwise`` and changes the
             defaults of settings that are not given: ``merge_every`` is 1, ``resample_every`` is 200,
             ``layers.parameterization`` is Cayley-Neumann of order 2, and ``optimization.rotation_optimizer`` is
-            :class:`LieOptimizer` with a ``rotation_lr`` of 0.015 radians a step.
+            :class:`LieOptimizer` with a ``rotation_lr`` of 0.025 radians a step.
         optimization: Learning rates, weight decay, optimizers, schedule and clipping.
         seed: Seed of frozen values and permutations.
         chunked_loss: See :class:`BaseModule`.

@@ -1,399 +1,223 @@
-"""Validation bits per byte of POET and its baselines at equal tokens: same network, data, schedule and seeds.
+"""Bits per byte of POET and its rivals at 20 tokens for each parameter: same network, text, start, sweep and seeds.
 
-    .venv/bin/python tests/benchmarks/quality.py [--group NAME ...] [--seeds 0 1 2] [--steps 200] [--table]
-    .venv/bin/python tests/benchmarks/quality.py --group long --steps 400
+    .venv/bin/python tests/benchmarks/quality.py --group optimal    # trains what is missing, for many hours
+    .venv/bin/python tests/benchmarks/quality.py --table            # prints what there is
 
+Every finished run is a file in runs/quality and a row of tests/benchmarks/results/quality.json, and is not repeated. A
+run that was stopped goes on from its last checkpoint. Two processes may work side by side. All runs see each text once
+and are evaluated on the whole validation split; the runs of the full length also on the test split, once.
 
-A LLaMA of 5.7M parameters on the Python standard library. Every finished run is a file in runs/quality and is not
-repeated, nor is one that the committed results hold: the grid can be stopped and gone on with. The table and
-tests/benchmarks/results/quality.json (quality_N.json for another number N of steps) hold mean and spread over the seeds
-that have been run; `--table` only reads. A seed draws initial values and permutations; the sequences and their order
-are the same in all runs. All runs are evaluated on the first 32 of the 78 batches of the validation split, in the order
-of the corpus. The group `long` holds periods that no run of 200 steps sees the end of: it takes 400 or more.
+The grid halves: the settings of a round are chosen from the results of the round before, by rules that are the same for
+each method (quality_grid.py).
 """
 
 import argparse
+import fcntl
 import json
-import math
-import platform
-import statistics
+import os
+import shutil
 import time
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import quality_grid
 import torch
-from torch.utils.data import DataLoader
+from lightning.pytorch.callbacks import ModelCheckpoint
+from quality_corpus import versions, write
+from quality_methods import VOCABULARY, Setting, described, module_of
 
+from orthotrain.callbacks.throughput import Throughput
 from orthotrain.data import TextData
 from orthotrain.errors import TrainingDiverged
-from orthotrain.layers import StepwiseLinear
 from orthotrain.models import CausalLM
-from orthotrain.modules import BaseModule, LoraLayers, LoraModule, Optimization, PoetLayers, PoetModule
-from orthotrain.optimizers import GaLore, LieOptimizer
-from orthotrain.plugins import CayleyNeumann
-from orthotrain.schedules import CosineWithWarmup, WarmupStableDecay
 
-CONFIG = {
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 640,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-}
-HIDDEN = "*layers*proj*"
-BATCH, LENGTH, EVALUATED = 8, 256, 32
+FOLDER = Path("runs/quality")
+OUT = Path("tests/benchmarks/results/quality.json")
+BATCH, LENGTH, TOKENS = 16, 256, 20
+SOURCES = {"train": "source", "val": "val_source", "test": "test_source"}
+Run = tuple[str, Setting, int, int]
+"""Network, setting, share of the full length (8: an eighth), seed."""
 
 
-def optimization(
-    lr: float = 4e-3,
-    warmup: int = 20,
-    betas: tuple[float, float] = (0.9, 0.95),
-    decay_fraction: float | None = None,
-    **options: Any,
-) -> Optimization:
-    """Return the recipe that all runs share: AdamW, weight decay 0.01, warm-up, cosine to 1% (or a line at the end)."""
-    schedule: Any = partial(CosineWithWarmup, warmup_steps=warmup)
-    if decay_fraction is not None:
-        schedule = partial(WarmupStableDecay, warmup_steps=warmup, decay_fraction=decay_fraction)
-    build = partial(torch.optim.AdamW, betas=betas, foreach=True)
-    return Optimization(lr=lr, weight_decay=0.01, optimizer=build, scheduler=schedule, **options)
+def steps_of(network: str, share: int) -> int:
+    """Return the optimizer steps of a run: 20 tokens for each parameter, over the share."""
+    parameters = sum(p.numel() for p in CausalLM(described(network))().parameters())
+    return parameters * TOKENS // (BATCH * LENGTH) // share
 
 
-def adamw(hidden: float, lr: float = 4e-3, **recipe: Any) -> BaseModule:
-    """Return AdamW on everything; hidden matrices have a rate of their own."""
-    return BaseModule(CausalLM(CONFIG), optimization(lr, lr_overrides={HIDDEN: hidden}, **recipe))
+def name_of(run: Run) -> str:
+    """Return the name of a run."""
+    network, setting, share, seed = run
+    return f"{network} 1/{share} {setting.name} seed {seed}"
 
 
-def muon(hidden: float, lr: float = 4e-3, **recipe: Any) -> BaseModule:
-    """Return Muon on hidden matrices, AdamW on the rest."""
-    build = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw", weight_decay=0.01)
-    options = {"lr_overrides": {HIDDEN: hidden}, "optimizer_overrides": {HIDDEN: build}, **recipe}
-    return BaseModule(CausalLM(CONFIG), optimization(lr, **options))
+def path_of(run: Run) -> Path:
+    """Return the file of a finished run."""
+    return FOLDER / ("".join(c if c.isalnum() or c in ".=-" else "_" for c in name_of(run)) + ".json")
 
 
-def galore(hidden: float, rank: int = 64) -> BaseModule:
-    """Return GaLore on hidden matrices, AdamW on the rest."""
-    build = partial(GaLore, rank=rank, update_proj_gap=50, scale=1.0, betas=(0.9, 0.95))
-    options = {"lr_overrides": {HIDDEN: hidden}, "optimizer_overrides": {HIDDEN: build}}
-    return BaseModule(CausalLM(CONFIG), optimization(**options))
+def result_of(run: Run) -> dict[str, Any] | None:
+    """Return the numbers of a finished run."""
+    path = path_of(run)
+    return json.loads(path.read_text()) if path.exists() else None
 
 
-def lora(lr: float, rank: int = 64, merge_every: int | None = None) -> LoraModule:
-    """Return LoRA pretraining; with merges ReLoRA."""
-    return LoraModule(CausalLM(CONFIG), LoraLayers(rank=rank), merge_every, optimization(rotation_lr=lr))
+def described_run(run: Run) -> dict[str, Any]:
+    """Return what makes a run, as plain values."""
+    network, setting, share, seed = run
+    return {"network": network, "setting": asdict(setting), "share": share, "seed": seed}
 
 
-SINGLE = {"permutation_group": 1}
-"""Permutations of single features, unless a run says otherwise: so were most of the committed results made."""
+def run_of(row: dict[str, Any]) -> Run:
+    """Return the run of a row of results."""
+    given = row["setting"]
+    setting = Setting(**{**given, "options": tuple((name, value) for name, value in given["options"])})
+    return row["network"], setting, row["share"], row["seed"]
 
 
-def poet(
-    lr: float = 2e-3,
-    merge_every: int = 100,
-    max_generator_norm: float | None = None,
-    recipe: dict[str, Any] | None = None,
-    **layers: Any,
-) -> PoetModule:
-    """Return POET with exact Cayley and blocks of 64 unless told otherwise."""
-    settings = PoetLayers(**{"block_size": 64, "parameterization": "cayley", **SINGLE, **layers})
-    rates = optimization(rotation_lr=lr, **(recipe or {}))
-    return PoetModule(
-        CausalLM(CONFIG), settings, merge_every, max_generator_norm=max_generator_norm, optimization=rates
-    )
-
-
-def stepwise(
-    angle: float = 0.015,
-    resample: int = 50,
-    gain: float = 1.0,
-    rest: float = 4e-3,
-    recipe: dict[str, Any] | None = None,
-    **options: Any,
-) -> PoetModule:
-    """Return step-wise POET: b=64, orthogonalised momentum, alternating sides, permutations kept for 50 steps."""
-    layers = {name: options.pop(name) for name in PoetLayers.__dataclass_fields__ if name in options}
-    settings = PoetLayers(
-        **{"block_size": 64, "parameterization": CayleyNeumann(2), **SINGLE, **layers}, stepwise=True, gain=gain
-    )
-    build = partial(LieOptimizer, **options)
-    rates = optimization(rest, rotation_lr=angle, rotation_optimizer=build, **(recipe or {}))
-    return PoetModule(CausalLM(CONFIG), settings, 1, resample_every=resample, optimization=rates)
-
-
-def with_diagonal(**options: Any) -> PoetModule:
-    """Return step-wise POET with a trained factor for each output of a layer, which no option of ours is."""
-    module = stepwise(**options)
-    wrap = module.wrap
-
-    def scaled(layer: StepwiseLinear, arguments: Any, y: torch.Tensor) -> torch.Tensor:
-        return y * layer.factors.to(y.dtype)
-
-    def wrapped(model: torch.nn.Module) -> None:
-        wrap(model)
-        for layer in model.modules():
-            if isinstance(layer, StepwiseLinear):
-                layer.factors = torch.nn.Parameter(torch.ones(layer.out_features))
-                layer.register_forward_hook(scaled)
-
-    module.wrap = wrapped
-    return module
-
-
-CHANGES: dict[str, dict[str, Any]] = {
-    "no warm-up": {"warmup": 0},
-    "warm-up 60": {"warmup": 60},
-    "betas 0.9, 0.99": {"betas": (0.9, 0.99)},
-    "betas 0.9, 0.999": {"betas": (0.9, 0.999)},
-    "betas 0.8, 0.95": {"betas": (0.8, 0.95)},
-    "embeddings and head 2e-3": {"lr": 2e-3},
-    "embeddings and head 8e-3": {"lr": 8e-3},
-}
-"""What may move a run besides its own rate, one at a time from the best AdamW and POET."""
-
-GROUPED = {"permutation_group": 8}
-WIDE = {"angle": 0.02, "block_size": 256, "init": "uniform", **GROUPED}
-"""The best step-wise run, whose changes the group `scale` holds."""
-LONG = 400
-SERIES = CayleyNeumann(4)
-
-GROUPS: dict[str, dict[str, partial]] = {
-    "baselines": {
-        **{f"AdamW, hidden lr {lr:g}": partial(adamw, lr) for lr in (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)},
-        "AdamW, one lr 2e-3": partial(adamw, 2e-3, 2e-3),
-        **{f"Muon, hidden lr {lr:g}": partial(muon, lr) for lr in (2.5e-3, 5e-3, 1e-2, 2e-2)},
-        **{f"GaLore r=64, hidden lr {lr:g}": partial(galore, lr) for lr in (2.5e-4, 5e-4, 1e-3, 4e-3)},
-        **{f"LoRA r=64, lr {lr:g}": partial(lora, lr) for lr in (2.5e-4, 5e-4, 1e-3, 4e-3)},
-        **{
-            f"ReLoRA r=64, lr {lr}, every 50": partial(lora, float(lr), merge_every=50)
-            for lr in ("5e-4", "1e-3", "4e-3")
-        },
-    },
-    "poet": {
-        **{f"POET-BS b=64, lr {lr:g}": partial(poet, lr) for lr in (1e-3, 2e-3, 4e-3, 8e-3)},
-        **{f"POET-BS b=128, lr {lr:g}": partial(poet, lr, block_size=128) for lr in (1e-3, 2e-3)},
-        **{f"POET-BS b=256, lr {lr:g}": partial(poet, lr, block_size=256) for lr in (5e-4, 1e-3)},
-        **{f"POET-FS 1/2, lr {lr:g}": partial(poet, lr, fraction=0.5) for lr in (1e-3, 2e-3)},
-    },
-    "period": {f"POET-BS b=64, T_m={t}": partial(poet, merge_every=t) for t in (25, 50, 200)},
-    "order": {
-        f"POET-BS b=64, Cayley-Neumann order {k}": partial(poet, parameterization=CayleyNeumann(k))
-        for k in (1, 2, 3, 4, 5)
-    },
-    "parameterization": {"POET-BS b=64, exponential": partial(poet, parameterization="exponential")},
-    "init": {
-        f"POET-BS b=64, init {scheme}": partial(poet, init=scheme) for scheme in ("uniform", "xavier", "standard")
-    },
-    "groups of 8 features permuted": {
-        "POET-BS b=64, lr 0.002, groups of 8": partial(poet, 2e-3, **GROUPED),
-        "step-wise b=64, angle 0.024, groups of 8": partial(stepwise, 0.024, **GROUPED),
-        "step-wise b=256, angle 0.02, uniform spectrum, groups of 8": partial(
-            stepwise, 0.02, block_size=256, init="uniform", **GROUPED
-        ),
-    },
-    "guard": {
-        "POET-BS b=64, rotations off": partial(poet, 0.0, 200),
-        "POET-BS b=64, lr 1.6e-2, T_m=200, order 4": partial(poet, 1.6e-2, 200, parameterization=SERIES),
-        **{
-            f"the same, folded early beyond {norm:g}": partial(poet, 1.6e-2, 200, norm, parameterization=SERIES)
-            for norm in (0.2, 0.3, 0.5)
-        },
-        "POET-BS b=64, lr 1.6e-2, T_m=200, exact Cayley": partial(poet, 1.6e-2, 200),
-    },
-    "recipe": {
-        **{f"AdamW, hidden lr 2.5e-4, {what}": partial(adamw, 2.5e-4, **change) for what, change in CHANGES.items()},
-        **{f"POET-BS b=64, lr 2e-3, {what}": partial(poet, recipe=change) for what, change in CHANGES.items()},
-        **{f"Muon, hidden lr 0.01, embeddings and head {lr:g}": partial(muon, 1e-2, lr) for lr in (2e-3, 8e-3)},
-    },
-    "long": {
-        **{f"POET-BS b=64, lr 2e-3, T_m={t}": partial(poet, merge_every=t) for t in (100, 200, 400)},
-        "AdamW, hidden lr 2.5e-4": partial(adamw, 2.5e-4),
-        **{f"Muon, hidden lr 0.01, the rest {lr:g}": partial(muon, 1e-2, lr) for lr in (4e-3, 8e-3)},
-        **{
-            f"step-wise b=256, the rest {lr:g}{what}": partial(stepwise, rest=lr, **WIDE, **change)
-            for lr in (4e-3, 8e-3)
-            for what, change in (("", {}), (", trained scale", {"trained_scale": True}))
-        },
-    },
-    "scale": {
-        **{
-            f"step-wise b=256, the rest {lr:g}, trained scale": partial(stepwise, rest=lr, **WIDE, trained_scale=True)
-            for lr in (4e-3, 8e-3)
-        },
-        "step-wise b=256, a trained factor for each output": partial(with_diagonal, **WIDE),
-        "step-wise b=256, resampled every 200": partial(stepwise, resample=200, **WIDE),
-        "step-wise b=256, the last 40% linear to 0": partial(stepwise, **WIDE, recipe={"decay_fraction": 0.4}),
-        "step-wise b=256, linear to 0": partial(stepwise, **WIDE, recipe={"decay_fraction": 1.0}),
-        "step-wise b=256, the rest 0.008, trained scale, the last 40% linear to 0": partial(
-            stepwise, rest=8e-3, **WIDE, trained_scale=True, recipe={"decay_fraction": 0.4}
-        ),
-        **{
-            f"Muon, hidden lr 0.01, the rest {lr:g}, the last 40% linear to 0": partial(
-                muon, 1e-2, lr, decay_fraction=0.4
-            )
-            for lr in (4e-3, 8e-3)
-        },
-        "POET-BS b=64, lr 2e-3, trained scale": partial(poet, trained_scale=True, **GROUPED),
-    },
-    "stepwise": {
-        **{f"step-wise b=64, angle {a:g}": partial(stepwise, a) for a in (0.01, 0.015, 0.024, 0.04)},
-        **{f"step-wise b={b}, angle 0.015": partial(stepwise, block_size=b) for b in (32, 128, 256)},
-        **{
-            f"step-wise b={b}, angle {a:g}": partial(stepwise, a, block_size=b)
-            for b in (128, 256)
-            for a in (0.02, 0.024, 0.04)
-        },
-        **{
-            f"step-wise b=128, angle 0.024, gain {g:g}": partial(stepwise, 0.024, block_size=128, gain=g)
-            for g in (0.5, 0.7, 2.0)
-        },
-        "step-wise b=128, angle 0.024, gain 0.5 into the residual stream": partial(
-            stepwise, 0.024, block_size=128, overrides={"*o_proj": {"gain": 0.5}, "*down_proj": {"gain": 0.5}}
-        ),
-        "step-wise b=128, angle 0.024, resampled every 200": partial(stepwise, 0.024, 200, block_size=128),
-        "step-wise, one block a side, angle 0.024": partial(stepwise, 0.024, fraction=1.0),
-        "step-wise b=64, resampled every 25": partial(stepwise, resample=25),
-        "step-wise b=64, resampled every 200": partial(stepwise, resample=200),
-        "step-wise b=64, both sides each step": partial(stepwise, 0.0075, alternate=False),
-        "step-wise b=64, no Nesterov": partial(stepwise, nesterov=False),
-        "step-wise b=64, direction adam": partial(stepwise, direction="adam"),
-        "step-wise b=64, direction sign": partial(stepwise, direction="sign"),
-        "step-wise b=64, uniform spectrum": partial(stepwise, init="uniform"),
-        "step-wise b=128, angle 0.024, uniform spectrum": partial(stepwise, 0.024, block_size=128, init="uniform"),
-        "step-wise b=256, angle 0.02, uniform spectrum": partial(stepwise, 0.02, block_size=256, init="uniform"),
-        **{
-            f"step-wise b=256, angle 0.02, uniform spectrum, gain {g:g}": partial(
-                stepwise, 0.02, block_size=256, init="uniform", gain=g
-            )
-            for g in (0.7, 1.4)
-        },
-        **{
-            f"step-wise b=256, angle 0.02, uniform spectrum, the rest {lr:g}": partial(
-                stepwise, 0.02, block_size=256, init="uniform", rest=lr
-            )
-            for lr in (2e-3, 8e-3)
-        },
-    },
-}
-RUNS = {name: (group, build) for group, runs in GROUPS.items() for name, build in runs.items()}
-
-
-class FirstBatches(TextData):
-    """Text whose validation reads its first batches in the order of the corpus, as all committed runs did."""
-
-    def val_dataloader(self) -> DataLoader:
-        """Return the loader of the first `EVALUATED` batches."""
-        batches = [list(range(BATCH * number, BATCH * (number + 1))) for number in range(EVALUATED)]
-        return DataLoader(self._dataset("val"), batch_size=None, sampler=batches)
-
-
-def train(build: partial, seed: int, steps: int) -> dict[str, Any]:
-    """Train one run and return its numbers."""
+def train(run: Run, digests: dict[str, str]) -> dict[str, Any]:
+    """Train a run, or go on with it, and return its numbers."""
+    network, setting, share, seed = run
+    steps, folder = steps_of(network, share), path_of(run).with_suffix("")
     L.seed_everything(seed, verbose=False)
-    module = build()
-    if isinstance(module, PoetModule | LoraModule):
-        module.seed = seed
+    module = module_of(setting, network, steps, seed)
+    clock = Throughput()
     trainer = L.Trainer(
         accelerator="cpu",
         precision="bf16-mixed",
         max_steps=steps,
         gradient_clip_val=1.0,
-        val_check_interval=steps,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        callbacks=[clock, ModelCheckpoint(folder, save_last=True, every_n_train_steps=300, save_top_k=1)],
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        log_every_n_steps=100,
     )
-    data = FirstBatches(vocab_size=CONFIG["vocab_size"], sequence_length=LENGTH, batch_size=BATCH)
-    start = time.perf_counter()
+    texts = {name: str(FOLDER / f"corpus/{split}.jsonl") for split, name in SOURCES.items()}
+    data = TextData(**texts, vocab_size=VOCABULARY, sequence_length=LENGTH, batch_size=BATCH)
+    last, start = folder / "last.ckpt", time.perf_counter()
     try:
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
     except TrainingDiverged as error:
-        return {"bits_per_byte": math.inf, "stopped": str(error)}
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        return {**described_run(run), "bits_per_byte": float("inf"), "stopped": str(error)}
+    numbers = {"loss": trainer.callback_metrics["train_loss"], "tokens_per_second": clock.mean}
+    evaluation = L.Trainer(accelerator="cpu", precision="bf16-mixed", logger=False, enable_progress_bar=False)
+    numbers["bits_per_byte"] = evaluation.validate(module, data, verbose=False)[0]["val_bits_per_byte"]
+    if share == 1:
+        numbers["test_bits_per_byte"] = evaluation.test(module, data, verbose=False)[0]["test_bits_per_byte"]
+    state = [v for s in trainer.optimizers[0].state.values() for v in s.values() if isinstance(v, torch.Tensor)]
     return {
-        "bits_per_byte": metrics["val_bits_per_byte"],
-        "loss": metrics["val_loss"],
-        "trained": trained,
-        "early_folds": metrics.get("early_folds", 0.0),
+        **described_run(run),
+        **{name: float(value) for name, value in numbers.items()},
+        "trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "state_bytes": sum(v.numel() * v.element_size() for v in state),
+        "steps": steps,
         "seconds": time.perf_counter() - start,
+        "text": digests,
     }
 
 
-def restore(out: Path, folder: Path) -> None:
-    """Write the files of runs that the committed results hold: a fresh clone goes on where the last one stopped."""
-    if not out.exists():
-        return
-    document = json.loads(out.read_text())
-    for row in document["results"]:
-        for result in row["runs"]:
-            path = folder / f"{slug(row['name'])}.s{result['seed']}.n{document['steps']}.json"
-            if not path.exists():
-                path.write_text(json.dumps(result))
+@contextmanager
+def claimed(run: Run) -> Iterator[bool]:
+    """Hold a run for this process; tell whether no other process holds it."""
+    with path_of(run).with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield True
+        except BlockingIOError:
+            yield False
 
 
-def summarise(steps: int, folder: Path) -> list[dict[str, Any]]:
-    """Return a row for each run that has a finished seed."""
-    rows = []
-    for name, (group, _) in RUNS.items():
-        paths = sorted(folder.glob(f"{slug(name)}.s*.n{steps}.json"))
-        seeds = [int(path.name.rsplit(".s", 1)[1].split(".")[0]) for path in paths]
-        found = [{"seed": s, **json.loads(p.read_text())} for s, p in zip(seeds, paths, strict=True)]
-        if not found:
-            continue
-        bits = [result["bits_per_byte"] for result in found]
-        spread = statistics.stdev(bits) if len(bits) > 1 and all(map(math.isfinite, bits)) else None
-        row = {"group": group, "name": name, "seeds": len(bits), "bits_per_byte": statistics.mean(bits)}
-        rows.append({**row, "spread": spread, "runs": found})
-    return rows
+def finish(runs: list[Run], digests: dict[str, str]) -> None:
+    """Train the runs that have not ended, and wait for those of other processes."""
+    while missing := [run for run in runs if result_of(run) is None]:
+        worked = False
+        for run in missing:
+            with claimed(run) as mine:
+                if mine and result_of(run) is None:
+                    found = train(run, digests)
+                    path_of(run).write_text(json.dumps(found))
+                    shutil.rmtree(path_of(run).with_suffix(""), ignore_errors=True)
+                    gather()
+                    print(f"{found['bits_per_byte']:.4f}  {found.get('seconds', 0):.0f} s  {name_of(run)}", flush=True)
+                    worked = True
+        if not worked:
+            time.sleep(20)
 
 
-def slug(name: str) -> str:
-    """Return a file name for a run."""
-    return "".join(c if c.isalnum() or c in ".=-" else "_" for c in name)
+SMALL = "0.4M"
+
+
+def score(setting: Setting, share: int) -> float | None:
+    """Return the bits per byte of a finished run of the smaller network, seed 0."""
+    return (result_of((SMALL, setting, share, 0)) or {}).get("bits_per_byte")
+
+
+def of(settings: list[Setting], share: int, seed: int = 0) -> list[Run]:
+    """Return runs of the smaller network."""
+    return [(SMALL, setting, share, seed) for setting in settings]
+
+
+def optimal() -> Iterator[list[Run]]:
+    """Yield the rounds of the grid; each is chosen when the one before has ended."""
+    for _ in range(quality_grid.FURTHER + 1):
+        yield of(quality_grid.rates(score), 8)
+    yield of(quality_grid.changes(score), 8)
+    yield of(quality_grid.quarter(score), 4)
+    yield of(quality_grid.half(score), 2)
+    for seed in (0, 1, 2):
+        yield of(quality_grid.full(score), 1, seed)
+
+
+def improve() -> Iterator[list[Run]]:
+    """Yield changes of step-wise POET, after the third round of the grid."""
+    yield of(quality_grid.improved(score), 4)
+
+
+GROUPS = {"optimal": optimal, "improve": improve}
+
+
+def gather() -> None:
+    """Write the numbers of all finished runs to the committed file."""
+    rows = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+    rows = [{"name": run_of(row)[1].name, **row} for row in rows]
+    document = {"versions": {"torch": torch.__version__, **versions()}, "results": rows}
+    partial = OUT.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    partial.replace(OUT)
+
+
+def restore() -> None:
+    """Make a file of each committed run, so that the grid goes on where the last one stopped."""
+    for row in json.loads(OUT.read_text())["results"] if OUT.exists() else []:
+        path = path_of(run_of(row))
+        if not path.exists():
+            path.write_text(json.dumps(row))
 
 
 def main() -> None:
-    """Run what is missing, print the table and write the results."""
+    """Train what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--group", nargs="*", choices=list(GROUPS), default=[name for name in GROUPS if name != "long"])
-    parser.add_argument("--only", nargs="*", help="names of runs, all of the groups by default")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="read what has been run and stop")
+    parser.add_argument("--group", choices=list(GROUPS), default="optimal")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="print what has been run and stop")
     options = parser.parse_args()
-    if "long" in options.group and options.steps < LONG:
-        parser.error(f"--steps {options.steps}: the periods of the group long need {LONG} or more")
     torch.set_num_threads(options.threads)
-    folder = Path("runs/quality")
-    folder.mkdir(parents=True, exist_ok=True)
-    name = "quality.json" if options.steps == 200 else f"quality_{options.steps}.json"
-    out = Path("tests/benchmarks/results") / name
-    restore(out, folder)
-    wanted = options.only or [name for name, (group, _) in RUNS.items() if group in options.group]
-    for seed in options.seeds if not options.table else []:
-        for name in wanted:
-            path = folder / f"{slug(name)}.s{seed}.n{options.steps}.json"
-            if not path.exists():
-                result = train(RUNS[name][1], seed, options.steps)
-                path.write_text(json.dumps(result))
-                print(f"{name:<46} seed {seed}  {result['bits_per_byte']:.4f}", flush=True)
-    rows = summarise(options.steps, folder)
-    print(f"\n{'':<46}{'bits per byte':>14}{'spread':>9}{'seeds':>7}{'trained':>12}")
-    for row in rows:
-        spread = f"{row['spread']:.4f}" if row["spread"] is not None else "-"
-        print(f"{row['name']:<46}{row['bits_per_byte']:>14.4f}{spread:>9}{row['seeds']:>7}"
-              f"{row['runs'][0].get('trained', 0):>12,}")  # fmt: skip
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    tokens = options.steps * BATCH * LENGTH
-    document = {"versions": versions, "steps": options.steps, "tokens": tokens, "results": rows}
-    out.write_text(json.dumps(document, indent=1) + "\n")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    restore()
+    if not options.table:
+        digests = write(FOLDER / "corpus")
+        for runs in GROUPS[options.group]():
+            finish(runs, digests)
+    rows = [json.loads(path.read_text()) for path in FOLDER.glob("*.json")]
+    for row in sorted(rows, key=lambda row: (row["network"], row["share"], row["bits_per_byte"])):
+        test = f"{row['test_bits_per_byte']:8.4f}" if "test_bits_per_byte" in row else " " * 8
+        print(f"{row['bits_per_byte']:.4f} {test}  {name_of(run_of(row))}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ figures.py puts them into the pages.
 """
 
 import json
+import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -99,35 +100,51 @@ def quickstart() -> str:
     return table(["run", "bits per byte"], rows)
 
 
-def quality_row(row: dict[str, Any]) -> list[str]:
-    """Return a run of the quality benchmark as cells: name, trained parameters, seeds, bits per byte."""
-    spread = "" if row["spread"] is None else f" ± {row['spread']:.3f}"
-    trained = millions(row["runs"][0]["trained"])
-    return [row["name"], trained, str(row["seeds"]), f"{row['bits_per_byte']:.3f}{spread}"]
+def quality(share: int) -> str:
+    """Runs of the grid at one share of the full length: the mean over the seeds, validation."""
+    rows = ([row["network"], row["name"], str(len(row["runs"])), spread(row["runs"], "bits_per_byte")]
+            for row in settings(share))  # fmt: skip
+    return table(["network", "setting", "seeds", "bits per byte"], rows)
 
 
-def quality(*groups: str, name: str = "quality") -> str:
-    """Runs of equal tokens, in the order of the groups; all of them where no group is named."""
-    found = [row for row in results(name) if not groups or row["group"] in groups]
-    rows = map(quality_row, sorted(found, key=lambda row: groups.index(row["group"]) if groups else 0))
-    return table(["run", "trained", "seeds", "bits per byte"], rows)
+def settings(share: int) -> list[dict[str, Any]]:
+    """Return the settings of the grid at one share of the full length, each with its runs, best first.
+
+    Raises:
+        FileNotFoundError: If no run of this length has ended.
+    """
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in results("quality"):
+        if row["share"] == share:
+            found.setdefault((row["network"], row["name"]), []).append(row)
+    if not found:
+        raise FileNotFoundError(f"results/quality.json has no run of 1/{share} of the length")
+    rows = [{"network": network, "name": name, "runs": runs} for (network, name), runs in found.items()]
+    return sorted(rows, key=lambda row: (row["network"], mean(row["runs"], "bits_per_byte")))
 
 
-BEST = (
-    "AdamW, hidden lr 0.00025",
-    "POET-BS b=64, lr 0.002",
-    "AdamW, hidden lr 2.5e-4, embeddings and head 8e-3",
-    "LoRA r=64, lr 0.001",
-    "Muon, hidden lr 0.01, embeddings and head 0.008",
-    "step-wise b=256, the rest 0.008, trained scale",
-)
-"""Runs of the README's table: the best rate of each method."""
+def mean(runs: list[dict[str, Any]], key: str) -> float:
+    """Return the mean of a figure over runs."""
+    return statistics.mean(run[key] for run in runs)
+
+
+def spread(runs: list[dict[str, Any]], key: str) -> str:
+    """Return mean and standard deviation of a figure over runs."""
+    values = [run[key] for run in runs]
+    return f"{mean(runs, key):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def best() -> str:
-    """Return the best run of each method."""
-    rows = {row["name"]: quality_row(row) for row in results("quality")}
-    return table(["run", "trained", "seeds", "bits per byte"], (rows[name] for name in BEST))
+    """Return the best setting of each method at the full length of the smaller network, by validation."""
+    first: dict[str, dict[str, Any]] = {}
+    for row in settings(1):
+        if row["network"] == "0.4M":
+            first.setdefault(row["runs"][0]["setting"]["method"], row)
+    speeds = results("quality_speed")
+    rows = ([method, millions(row["runs"][0]["trained"]), f"{row['runs'][0]['state_bytes'] / 2**20:.1f} MiB",
+             spread(row["runs"], "test_bits_per_byte"), f"{speeds[row['name']]['tokens_per_second']:,.0f}"]
+            for method, row in first.items())  # fmt: skip
+    return table(["method", "trained", "optimizer state", "test bits per byte", "tokens/s"], rows)
 
 
 def layers() -> str:
@@ -227,13 +244,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tf32 products": partial(precision, "tf32 products", "norm of $Q$", ".0e"),
     "best": best,
     "quickstart": quickstart,
-    "baselines": partial(quality, "baselines"),
-    "poet": partial(quality, "poet", "period", "order", "parameterization", "init", "groups of 8 features permuted"),
-    "stepwise": partial(quality, "stepwise"),
-    "scale": partial(quality, "scale"),
-    "recipe": partial(quality, "recipe"),
-    "guard": partial(quality, "guard"),
-    "long": partial(quality, name="quality_400"),
+    **{f"grid, 1/{share}": partial(quality, share) for share in (8, 4, 2, 1)},
     "layers": layers,
     "steps": steps,
     "starting": starting,

@@ -23,7 +23,7 @@ from orthotrain.data.tokenizers import fingerprint, load_tokenizer, load_trained
 from orthotrain.errors import ConfigurationError
 from orthotrain.files.atomic_writes import remove_leftovers, write_text
 
-_READING = 2
+_READING = 3
 """Version of the reading: it changes when the same files give other text, or another text in a split."""
 
 

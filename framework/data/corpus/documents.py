@@ -36,15 +36,19 @@ class Document:
         name: Name of the file, relative and with ``/``; ``None`` for rows, which have no name.
         text: The characters.
         complete: Whether the document ends here; ``False`` means that its next piece follows.
+        group: The key of all documents that belong on one side of a split with this one; ``None`` if there are none.
     """
 
     name: str | None
     text: str
     complete: bool = True
+    group: str | None = None
 
     @property
     def key(self) -> str:
         """The key that decides the document's split: the same for each of its pieces, and on every machine."""
+        if self.group is not None:
+            return self.group
         return self.text if self.name is None else self.name
 
 

@@ -2,13 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orthotrain.data.corpus.documents import SUFFIXES, Document, is_readable, read_documents, row_documents
-from orthotrain.data.sources import SourceKind, location, stdlib_files, stdlib_root, with_columns
+from orthotrain.data.sources import SourceKind, location, with_columns
+from orthotrain.data.stdlib_files import stdlib_files, stdlib_root, stdlib_split_keys
 
 PYTHON_STDLIB = "python-stdlib"
 
@@ -22,15 +23,19 @@ class Files:
     Attributes:
         entries: Pairs of path and relative name.
         text_column: The key of the text in rows.
+        split_keys: Returns relative name -> key of the split, for files that have another key than their name.
     """
 
     entries: tuple[tuple[Path, str], ...]
     text_column: str
+    split_keys: Callable[[], Mapping[str, str]] = dict
 
     def documents(self, without_text: Callable[[str], None]) -> Iterator[Document]:
         """Yield the documents of all files; call ``without_text`` with the place of each row whose text is null."""
+        keys = self.split_keys()
         for path, name in self.entries:
-            yield from read_documents(path, name, self.text_column, without_text)
+            for document in read_documents(path, name, self.text_column, without_text):
+                yield replace(document, group=keys[name]) if name in keys else document
 
     def fingerprint(self) -> str:
         """Names, sizes and modification times: they show that a file has changed without reading the file."""
@@ -133,7 +138,9 @@ def open_corpus(
     """
 
     def open_source(name: str) -> Files | HubDataset:
-        files = stdlib_files() if name == PYTHON_STDLIB else _TEXT.find_files(name)
+        if name == PYTHON_STDLIB:
+            return Files(tuple(stdlib_files()), text_column, stdlib_split_keys)
+        files = _TEXT.find_files(name)
         return HubDataset(name, text_column, streaming) if files is None else Files(tuple(files), text_column)
 
     return Corpus(repr(source), tuple(map(open_source, _TEXT.names(source))), limit_bytes)

@@ -58,6 +58,7 @@ class Example:
         is_chat: Whether the row holds messages, and not a pair of prompt and response.
         tools: The tools that the chat template gets.
         untrained: Indices of the assistant's messages that do not count in the loss.
+        group: The key of all examples that belong on one side of a split with this one; ``None`` if there are none.
     """
 
     where: str
@@ -65,10 +66,13 @@ class Example:
     is_chat: bool
     tools: tuple[Any, ...] = ()
     untrained: frozenset[int] = frozenset()
+    group: str | None = None
 
     @property
     def key(self) -> str:
-        """The content, which decides the split of the row."""
+        """The group or else the content, which decides the split of the row."""
+        if self.group is not None:
+            return self.group
         content: list[Any] = [[message["role"], message["content"]] for message in self.messages]
         if self.tools or any(message.keys() != {"role", "content"} for message in self.messages):
             content = [*self.messages, *self.tools]

@@ -1,6 +1,7 @@
 """`LabeledData`: texts with a class, a class for each word, or a number, from files of rows to padded batches."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,8 @@ class LabeledData(RowData[LabeledRows]):
         max_length: Most tokens of a row, with special tokens.
         on_too_long: ``truncate`` longer rows at the end, ``drop`` them, or ``error``. A log line counts these rows.
         batch_size: Rows of one batch on one device.
-        val_fraction: Share of ``source`` for validation, by a hash of the content; 0 for none.
+        val_fraction: Share of ``source`` for validation, by a hash of the content (of the built-in source: of
+            the file, as in pretraining); 0 for none.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         seed: Seed of the split and of the order of the rows.
         allow_changed: Whether a resumed run may continue with other training data, or another tokenizer, than the
@@ -168,10 +170,11 @@ class LabeledData(RowData[LabeledRows]):
         given = self.hparams
         columns = LabelColumns(given["text_column"], given["pair_column"], given["label_column"])
         faults, parsed, held = RowFaults(), None, list[LabeledRow]()
-        for where, row, own in table_rows(source, columns):
+        for where, row, own, group in table_rows(source, columns):
             parsed = None
             with faults.collect(where):
-                parsed = self._named(parse_row(row, where, columns, self.task), own, held)
+                read = replace(parse_row(row, where, columns, self.task), group=group)
+                parsed = self._named(read, own, held)
             if parsed is not None:
                 yield parsed
         if held and self._declared is not None:

@@ -48,6 +48,7 @@ class LabeledRow:
         pair: The second text.
         labels: Names of classes, one for a text or one for each word; a number for a regression.
         words: First and last character (exclusive) of each word in the text.
+        group: The key of all rows that belong on one side of a split with this one; ``None`` if there are none.
     """
 
     where: str
@@ -55,10 +56,13 @@ class LabeledRow:
     pair: str | None
     labels: list[str] | list[float]
     words: list[tuple[int, int]]
+    group: str | None = None
 
     @property
     def key(self) -> str:
-        """The content, which decides the split of the row."""
+        """The group or else the content, which decides the split of the row."""
+        if self.group is not None:
+            return self.group
         return "\0".join([self.text, self.pair or "", *map(str, self.labels)])
 
 

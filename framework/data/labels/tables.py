@@ -3,15 +3,15 @@
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from orthotrain.data.column_files import stored_features
-from orthotrain.data.instructions.stdlib_docstrings import functions_with_docstrings
+from orthotrain.data.instructions.stdlib_docstrings import documented_functions
 from orthotrain.data.json_rows import MAX_ROW_BYTES, too_long
 from orthotrain.data.labels.class_names import feature_names
 from orthotrain.data.labels.rows import LabelColumns
 from orthotrain.data.row_files import file_rows, holds_rows, open_file, reading, suffix_of
-from orthotrain.data.sources import SourceKind, stdlib_files, with_columns
+from orthotrain.data.sources import SourceKind, with_columns
 from orthotrain.errors import ConfigurationError
 
 STDLIB_PACKAGES = "python-stdlib-packages"
@@ -21,16 +21,29 @@ PACKAGES = ("asyncio", "email", "http", "importlib", "tkinter", "unittest", "xml
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
-def table_rows(source: str | list[str], columns: LabelColumns) -> Iterator[tuple[str, Any, tuple[str, ...] | None]]:
+class TableRow(NamedTuple):
+    """A row as it was read.
+
+    Attributes:
+        where: Place of the row, for messages.
+        row: The row; an object, if the file is right.
+        classes: Names of the classes of the dataset, if it has them.
+        group: See `LabeledRow`.
+    """
+
+    where: str
+    row: Any
+    classes: tuple[str, ...] | None = None
+    group: str | None = None
+
+
+def table_rows(source: str | list[str], columns: LabelColumns) -> Iterator[TableRow]:
     """Yield the rows of a source, in an order that does not depend on the machine.
 
     Args:
         source: ``python-stdlib-packages``, a file, folder or glob of .csv .tsv .jsonl .json .parquet .arrow (.gz), a
             folder of ``save_to_disk``, a Hugging Face dataset ``org/name[:config][@split]``, or a list of these.
         columns: The columns of the rows; other columns are not read from files that can be read by columns.
-
-    Yields:
-        Place of the row for messages, the row, and the names of its classes if the dataset has them.
 
     Raises:
         ConfigurationError: No such file, an unknown format, a damaged file, or a file without rows.
@@ -59,11 +72,11 @@ def _is_table(path: Path) -> bool:
 _TABLES = SourceKind(STDLIB_PACKAGES, ".csv .tsv .jsonl .json .parquet .arrow (.gz)", _is_table)
 
 
-def _numbered(rows: Any, where: str, classes: tuple[str, ...] | None = None) -> Iterator[tuple[str, Any, Any]]:
+def _numbered(rows: Any, where: str, classes: tuple[str, ...] | None = None) -> Iterator[TableRow]:
     empty = True
     for number, row in rows:
         empty = False
-        yield f"{where}, row {number}", row, classes
+        yield TableRow(f"{where}, row {number}", row, classes)
     if empty:
         raise ConfigurationError(f"{where}: holds no row; give it some or leave it out")
 
@@ -112,10 +125,10 @@ def _lines(file: BinaryIO, where: str) -> Iterator[str]:
             raise ConfigurationError(f"{where}, line {number}: not UTF-8 text ({error.reason})") from error
 
 
-def _stdlib_rows() -> Iterator[tuple[str, dict[str, str], None]]:
+def _stdlib_rows() -> Iterator[TableRow]:
     """Yield functions of some packages of the standard library, without their docstrings, with the package as label."""
-    for path, name in stdlib_files():
-        package = name.split("/")[0]
+    for function in documented_functions():
+        package = function.file.split("/")[0]
         if package in PACKAGES:
-            for function, source, _ in functions_with_docstrings(path.read_bytes()):
-                yield f"{STDLIB_PACKAGES}, {name}, {function}", {"text": source, "label": package}, None
+            where = f"{STDLIB_PACKAGES}, {function.file}, {function.name}"
+            yield TableRow(where, {"text": function.source, "label": package}, group=function.group)

@@ -65,24 +65,38 @@ def trainer_for(folder, steps, **kwargs):
 LAYERS = PoetLayers(block_size=4, exclude=[])
 
 
+class Norms(L.Callback):
+    """Norms of the gradients that the optimizer has seen: with a bound far below them, the norm is the bound."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        self.seen.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+
 def test_clip_ramp_scales_the_bound_after_merges(tmp_path):
-    norms = []
-
-    class Norms(L.Callback):
-        """What the optimizer has seen: with a bound far below the gradients their norm is the bound."""
-
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            norms.append(float(torch.nn.utils.get_total_norm(gradients)))
-
-    ramp = ClipRamp(steps=2, start=0.5, until_step=9)
+    ramp, norms = ClipRamp(steps=2, start=0.5, until_step=9), Norms()
     # folding early drops no state, and starts no ramp
     module = Poet(net, LAYERS, 4, max_generator_norm=1e-6, optimization=Optimization(clip_ramp=ramp))
-    trainer_for(tmp_path, 14, gradient_clip_val=1e-3, callbacks=[Norms()]).fit(module, datamodule=Regression())
+    trainer_for(tmp_path, 14, gradient_clip_val=1e-3, callbacks=[norms]).fit(module, datamodule=Regression())
     # merges after step 4, 8 and 12; the last is past until_step
     factors = [1, 1, 1, 1, 0.5, 0.75, 1, 1, 0.5, 0.75, 1, 1, 1, 1]
-    assert norms == pytest.approx([1e-3 * factor for factor in factors], rel=1e-2)
+    assert norms.seen == pytest.approx([1e-3 * factor for factor in factors], rel=1e-2)
     assert module.merging.early_folds > 0
+
+
+def test_clip_ramp_goes_on_in_a_resumed_run(tmp_path):
+    seen = []
+    for steps, checkpoint in ((5, None), (8, tmp_path / "at_5.ckpt")):
+        module = Poet(net, LAYERS, 4, optimization=Optimization(clip_ramp=ClipRamp(steps=4, start=0.5)))
+        trainer = trainer_for(tmp_path, steps, gradient_clip_val=1e-3, callbacks=[norms := Norms()])
+        trainer.fit(module, datamodule=Regression(), ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / "at_5.ckpt")
+        seen += norms.seen
+    # the only merge before the last step is after step 4
+    assert seen == pytest.approx([1e-3 * factor for factor in (1, 1, 1, 1, 0.5, 0.625, 0.75, 0.875)], rel=1e-2)
 
 
 def test_clip_ramp_clips_values_if_the_trainer_does(tmp_path):

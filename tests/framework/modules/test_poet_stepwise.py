@@ -85,9 +85,9 @@ def test_stepwise_poet_trains_keeps_the_spectrum_and_logs_its_movement(tmp_path)
         assert not any(p.any() for p in layer.rotation_parameters())
         assert int(layer.fold_count) == 45 and int(layer.merge_count) == 15
         torch.testing.assert_close(torch.linalg.svdvals(layer.merged_weight()), start[name], rtol=1e-4, atol=1e-4)
-        # 0.02 * X rotates by twice that, X having singular values of 0.7 to 1.2, on one side
+        # one side turns by 0.02, which moves the weight by as much
         rms, angle = (float(trainer.callback_metrics[f"movement/{name}/{what}"]) for what in ("rms", "angle"))
-        assert 0.7 * 0.02 < angle < 1.2 * 0.02 and rms == pytest.approx(2 * angle, rel=0.2)
+        assert angle == pytest.approx(0.02, rel=0.05) and rms == pytest.approx(angle, rel=0.2)
     assert float(trainer.callback_metrics["angle"]) == pytest.approx(0.02)
 
 
@@ -168,7 +168,7 @@ def test_one_switch_brings_the_period_the_optimizer_and_the_order_of_the_series(
     assert (module.merging.every_n_steps, module.merging.resample_every) == (1, 200)
     optimizer = module.optimization.configure(module.model, 10)["optimizer"]
     angles = {part["lr"] for part in optimizer.parts[0].param_groups}
-    assert isinstance(optimizer.parts[0], LieOptimizer) and angles == {0.015}
+    assert isinstance(optimizer.parts[0], LieOptimizer) and angles == {0.025}
     given = Optimization(rotation_lr=0.02, rotation_optimizer=torch.optim.SGD)
     layers = PoetLayers(block_size=4, exclude=[], parameterization="cayley")
     module = PoetModule(net, layers, merge_every=1, resample_every=7, stepwise=True, optimization=given)

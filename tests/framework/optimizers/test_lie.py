@@ -5,15 +5,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from orthotrain.errors import ConfigurationError
 from orthotrain.kernels.skew import skew
 from orthotrain.layers.rotation.generator_marks import mark_generators
 from orthotrain.optimizers import LieOptimizer
-from orthotrain.optimizers.orthogonalize import QUINTIC, orthogonalize
+from orthotrain.optimizers.orthogonalize import orthogonalize
 
 
 def generators(*shapes, seed=0):
@@ -36,30 +34,10 @@ def step(parameters, optimizer, seed):
     return moved
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(2, 24), st.integers(1, 3), st.integers(0, 9))
-def test_orthogonalized_blocks_have_singular_values_near_one(size, blocks, seed):
-    torch.manual_seed(seed)
-    moment = torch.randn(blocks, size * (size - 1) // 2) * 10.0 ** (seed - 5)
-    x = skew(orthogonalize(moment, size), size)
-    values = torch.linalg.svdvals(x)
-    assert values.max() < 1.25
-    before = torch.linalg.svdvals(skew(moment, size))
-    # what is not negligible beside the largest comes near 1
-    assert (values[before > 0.2 * before[:, :1]] > 0.5).all()
-    assert torch.equal(x, -x.mT)
-    # the direction is that of the same iteration in fp64, to what bf16 rounds
-    exact = skew(moment.double(), size) / moment.double().norm(dim=1)[:, None, None]
-    for _ in range(5):
-        square = exact @ exact
-        exact = exact @ (QUINTIC[0] * torch.eye(size) - QUINTIC[1] * square + QUINTIC[2] * square @ square)
-    assert torch.cosine_similarity(x.flatten(1), exact.flatten(1)).min() > 0.995
-
-
 def test_it_descends():
     (p,) = generators((2, 6))
     target = torch.randn(2, 15)
-    optimizer = LieOptimizer([p], lr=0.02, alternate=False)
+    optimizer = LieOptimizer([p], lr=0.035, alternate=False)
     distances = []
     position = torch.zeros_like(target)
     for _ in range(60):
@@ -75,8 +53,9 @@ def test_it_descends():
 def test_one_step_has_the_size_of_its_angle(direction):
     (p,) = generators((3, 16))
     (moved,) = step([p], LieOptimizer([p], lr=0.01, direction=direction, alternate=False), 1)
-    size = skew(moved, 16).flatten(1).norm(dim=1) / math.sqrt(16) / 0.01
-    expected = {"orthogonal": (0.7, 1.2), "adam": (0.9, 2.1), "sign": (1 - 1e-5, 1 + 1e-5)}[direction]
+    size = 2 * skew(moved, 16).flatten(1).norm(dim=1) / math.sqrt(16) / 0.01
+    # adam's first step has |m| = (1 - 0.95^2) / (1 - 0.95^2) of |g|, so that it is the sign
+    expected = {"orthogonal": (0.95, 1.05), "adam": (1 - 1e-5, 1 + 1e-5), "sign": (1 - 1e-5, 1 + 1e-5)}[direction]
     assert (size >= expected[0]).all() and (size <= expected[1]).all(), size
 
 
@@ -108,7 +87,7 @@ def test_the_moment_is_nesterovs(nesterov):
         (moved,) = step([p], optimizer, turn)
         moment = 0.9 * moment + 0.1 * p.grad
         ahead = 0.9 * moment + 0.1 * p.grad if nesterov else moment
-        torch.testing.assert_close(moved, -0.01 * orthogonalize(ahead, 4))
+        torch.testing.assert_close(moved, -0.005 * orthogonalize(ahead, 4))
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -131,7 +110,7 @@ def test_adam_is_corrected_for_the_start_of_both_moments(nesterov):
             (0.9 * first + 0.1 * late.grad, 1 - 0.9 ** (turn + 2)) if nesterov else (first, 1 - 0.9 ** (turn + 1))
         )
         expected = ahead / weight / (second / (1 - 0.8 ** (turn + 1))).sqrt()
-        torch.testing.assert_close(moved, -0.01 * expected / math.sqrt(3))
+        torch.testing.assert_close(moved, -0.005 * expected / math.sqrt(3))
     assert optimizer.state[late]["step"] == 5 and optimizer.state[early]["step"] == 3
 
 

@@ -1,7 +1,6 @@
 """`InstructionData` as a run uses it: sources, splits, batches, generation, checkpoints, a trainer."""
 
 import gzip
-import itertools
 import json
 import logging
 
@@ -12,9 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthotrain.data import InstructionData, tokenizer_from_state
-from orthotrain.data.instructions import stdlib_docstrings
-from orthotrain.data.instructions.stdlib_docstrings import INSTRUCTION, docstring_examples, functions_with_docstrings
-from orthotrain.data.sources import stdlib_files
+from orthotrain.data.instructions.stdlib_docstrings import functions_with_docstrings
 from orthotrain.data.tokenizers import train_tokenizer
 from orthotrain.errors import ConfigurationError
 
@@ -291,19 +288,3 @@ def without(a):
     source = "async def area(self, width, height):\n    result = width * height\n    return result"
     assert list(functions_with_docstrings(module)) == [("area", source, "Multiply the sides of the rectangle.")]
     assert list(functions_with_docstrings(b"print 'old'")) == []
-
-
-def test_the_embedded_source(folders, monkeypatch):
-    monkeypatch.setattr(stdlib_docstrings, "stdlib_files", lambda: itertools.islice(stdlib_files(), 30))
-    data = InstructionData(str(folders / "chat"), max_length=600, batch_size=2)
-    data.setup("fit")
-    assert data.rows_used + data.rows_dropped > 100
-    assert data.rows_used > data.rows_dropped
-    answer = data.generation_batches()[0]["references"][0]
-    assert 20 <= len(answer) <= 400
-
-
-def test_embedded_pairs_are_distinct_and_prefixed():
-    examples = list(itertools.islice(docstring_examples(), 500))
-    assert len({example.key for example in examples}) == 500
-    assert all(example.messages[0]["content"].startswith(INSTRUCTION) for example in examples)

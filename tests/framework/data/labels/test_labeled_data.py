@@ -11,8 +11,6 @@ import pytest
 import torch
 
 from orthotrain.data import LabeledData
-from orthotrain.data.labels import tables
-from orthotrain.data.sources import stdlib_files
 from orthotrain.errors import ConfigurationError
 
 ROWS = [{"text": f"a {word} film", "label": word} for word in ("good", "bad", "so-so") * 8]
@@ -190,13 +188,6 @@ def test_broken_tables_are_refused_in_one_line(make, tmp_path, name, content, me
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigurationError, match=message):
         make(str(tmp_path / name))
-
-
-def test_functions_of_the_standard_library_have_their_package_as_label(make, monkeypatch):
-    files = [item for item in stdlib_files() if item[1] in ("http/server.py", "email/message.py", "ast.py")]
-    monkeypatch.setattr(tables, "stdlib_files", lambda: iter(files))
-    data = make(tables.STDLIB_PACKAGES)
-    assert data.label_names == ["email", "http"] and data.amounts()["train"]["rows"] > 20
 
 
 def test_what_labels_cannot_do(make):

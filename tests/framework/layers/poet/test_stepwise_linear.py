@@ -160,18 +160,18 @@ def test_weights_in_16_bits_are_refused():
         layer.check_storage("model.0")
 
 
-def small_folds(storage, folds, angle, seed=0):
-    """Return the layer and, over all folds, how far it got of the way that exact arithmetic goes."""
-    torch.manual_seed(seed)
-    linear = nn.Linear(48, 64, bias=False)
+def small_folds(make, storage, dtype, angle=1e-3):
+    """Return how far 100 folds in one direction get of the way that exact arithmetic goes."""
+    linear = nn.Linear(64, 64, bias=False)
     initialize_(linear.weight, "normalized", torch.Generator().manual_seed(0))
-    layer = wrap(linear, block_size=16, parameterization="cayley", storage=storage)
-    exact = wrap(linear.double(), block_size=16, parameterization="cayley").double()
+    options = {"block_size": 16, "seed": 3, "parameterization": "cayley"}
+    layer = make.from_linear(copy.deepcopy(linear).to(dtype), storage=storage, **options)
+    exact = make.from_linear(linear.double(), **options)
     start = exact.merged_weight().clone()
     direction = [torch.randn(p.shape, dtype=torch.float64) for p in exact.rotation_parameters()]
     for d in direction:
         d *= angle / (2 * d.norm(dim=1, keepdim=True) / 16**0.5)
-    for _ in range(folds):
+    for _ in range(100):
         for module in (layer, exact):
             for p, d in zip(module.rotation_parameters(), direction, strict=True):
                 p.data.copy_(d)
@@ -181,10 +181,21 @@ def small_folds(storage, folds, angle, seed=0):
     return float((way * done).sum() / way.square().sum())
 
 
-@pytest.mark.parametrize("storage", ["dense", "residual"])
-def test_small_angles_do_not_vanish(storage):
-    """Folds of 1e-3 rad, below half a last place of bf16: what is retained of 100 in one direction."""
-    assert small_folds(storage, 100, 1e-3) == pytest.approx(1, abs=1e-3)
+@pytest.mark.parametrize(
+    ("make", "storage", "dtype", "within"),
+    [
+        (StepwiseLinear, "dense", torch.float32, 1e-3),
+        (StepwiseLinear, "residual", torch.float32, 1e-3),
+        (StepwiseLinear, "residual", torch.bfloat16, 1e-3),
+        (PoetLinear, "residual", torch.bfloat16, 1e-3),
+        (PoetLinear, "dense", torch.bfloat16, 2e-2),
+        (PoetLinear, "bf16", torch.float32, 2e-2),
+        (PoetLinear, "int8", torch.bfloat16, 5e-2),
+    ],
+)
+def test_small_angles_do_not_vanish(make, storage, dtype, within):
+    """Folds of 1e-3 rad are below half a last place of bf16: only unbiased rounding, or a residual, keeps them."""
+    assert small_folds(make, storage, dtype) == pytest.approx(1, abs=within)
 
 
 # relative to the first singular value, after 2,000 folds of 0.01 rad; tests/benchmarks/folding.py has 10,000

@@ -1,4 +1,4 @@
-"""DenseWeight, and what every storage keeps in place."""
+"""DenseWeight, and what every storage keeps in place and rounds without bias."""
 
 import pytest
 import torch
@@ -30,3 +30,19 @@ def test_a_weight_is_stored_where_the_one_before_it_was(storage, dtype, noise):
     places = {name: p.data_ptr() for name, p in weight.named_parameters()}
     weight.assign_(torch.randn(16, 64), noise)
     assert places == {name: p.data_ptr() for name, p in weight.named_parameters()}
+
+
+@pytest.mark.parametrize("storage", ["dense", "bf16", "residual", "int8", "nf4"])
+def test_noise_rounds_each_value_without_bias(storage):
+    """The mean of 64 roundings is as near as independent draws make it; to nearest, no draw would differ."""
+    exact = torch.randn(32, 64)
+    weight = store(exact.to(torch.bfloat16 if storage == "dense" else torch.float32), storage)
+    draws = []
+    for count in range(64):
+        weight.assign_(exact, Noise("layer", count))
+        draws.append(weight.dequantize(torch.float32).clone())
+    deviations, means = torch.std_mean(torch.stack(draws), 0)
+    varied = deviations > 0  # but for the largest of a group, and values that are exact
+    assert varied.float().mean() > 0.9
+    errors = (means - exact)[varied] / (deviations[varied] / 8)  # in standard errors of the mean
+    assert 0.5 < errors.abs().median() < 0.9 and errors.mean().abs() < 0.1

@@ -1,4 +1,4 @@
-"""Keep the summary of a run among the committed results, for the tables "make fit" and "finetuning".
+"""Keep the summary of a run among the committed results, for the tables "make fit" and "make finetune".
 
 make fit && .venv/bin/python tests/benchmarks/keep_run.py "make fit" runs/quickstart
 make finetune && .venv/bin/python tests/benchmarks/keep_run.py "make finetune" runs/finetune_quickstart

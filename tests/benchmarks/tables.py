@@ -55,14 +55,30 @@ def make_fit() -> str:
     return f"{summary}\n\nMeasured on {run['machine']}, with torch {run['torch']}."
 
 
-def finetuning() -> str:
-    """Return metrics of kept runs before and after finetuning."""
+def make_finetune() -> str:
+    """Return the metrics of `make finetune` before and after, which keep_run.py has kept."""
+    run = kept_runs("make finetune")["make finetune"]
     metrics = {"val_loss": "validation loss", "val_token_accuracy": "token accuracy", "val_rouge_l": "ROUGE-L"}
     rows = (
-        [name, str(run["steps"]), *(f"{run['before'][key]:.3f} to {run['after'][key]:.3f}" for key in metrics)]
-        for name, run in kept_runs("make finetune", "SmolLM2-135M, OFT", "SmolLM2-135M, QOFT over NF4").items()
+        [when, *(f"{run[key][metric]:.3f}" for metric in metrics)]
+        for when, key in ((f"{run['steps']} steps", "after"), ("before", "before"))
     )
-    return table(["run", "steps", *metrics.values()], rows)
+    return table(["", *metrics.values()], reversed(list(rows)))
+
+
+def finetuning() -> str:
+    """Return the runs of finetuning.py of the full length: means over the seeds."""
+    rows = results("finetuning")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["steps"] == max(row["steps"] for row in rows):
+            found.setdefault(row["method"], []).append(row)
+    cells = (
+        [method, f"{runs[0]['lr']:g}", millions(runs[0]["trained"]), str(len(runs)),
+         spread(runs, "val_loss"), spread(runs, "val_token_accuracy")]
+        for method, runs in found.items()
+    )  # fmt: skip
+    return table(["method", "lr", "trained", "seeds", "validation loss", "token accuracy"], cells)
 
 
 def precision(name: str, head: str, digits: str) -> str:
@@ -237,6 +253,7 @@ EXAMPLES = ("conv_oft", "custom_network", "parameterization_plugin", "prior_fitt
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(output, name) for name in EXAMPLES},
     "make fit": make_fit,
+    "make finetune": make_finetune,
     "finetuning": finetuning,
     "faults": faults,
     "16 bits": partial(precision, "16 bits", "generators", ".2g"),

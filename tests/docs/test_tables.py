@@ -73,7 +73,7 @@ def test_a_kept_run_is_a_table(monkeypatch, tmp_path):
     """What the command keeps of a summary is enough for the tables; a table without results says so."""
     tables = sys.modules["tables"]
     monkeypatch.setattr(tables, "HERE", tmp_path)
-    assert figures.built("make fit") == figures.built("finetuning") == figures.built("conv_oft") == figures.PENDING
+    assert figures.built("make fit") == figures.built("make finetune") == figures.built("conv_oft") == figures.PENDING
     metrics = {"val_loss": 2.5, "val_token_accuracy": 0.25, "val_rouge_l": 0.125}
     summary = dict.fromkeys(("memory", "next_token_loss", "kernels", "compared_with", "merges", "early_folds"))
     summary |= {"steps": 400, "before": metrics, "after": metrics, "data": {}, "tokens": 9, "tokens_per_second": 4770.4}
@@ -89,10 +89,18 @@ def test_a_kept_run_is_a_table(monkeypatch, tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     keep = runpy.run_path(str(ROOT / "tests/benchmarks/keep_run.py"))["main"]
     monkeypatch.setitem(keep.__globals__, "RUNS", tmp_path / "results/runs.json")
-    for name in ("make fit", "make finetune", "SmolLM2-135M, OFT", "SmolLM2-135M, QOFT over NF4"):
+    for name in ("make fit", "make finetune"):
         monkeypatch.setattr(sys, "argv", ["keep_run.py", name, str(tmp_path)])
         keep()
     text = figures.built("make fit")
     assert "tokens per second         4,770\n" in text and "1.9e-06 of the largest singular value (all 2 " in text
     assert text.splitlines()[-1].startswith("Measured on ")
-    assert "| make finetune | 400 | 2.500 to 2.500 | 0.250 to 0.250 | 0.125 to 0.125 |" in figures.built("finetuning")
+    rows = ["| before | 2.500 | 0.250 | 0.125 |", "| 400 steps | 2.500 | 0.250 | 0.125 |"]
+    assert figures.built("make finetune").splitlines()[2:] == rows
+    given = {"lr": 2e-3, "trained": 460000, "val_token_accuracy": 0.5}
+    runs = [("OFT", 40, 9.0), ("OFT", 100, 2.0), ("OFT", 100, 3.0), ("LoRA", 100, 4.0)]
+    found = [{"method": method, "steps": steps, "val_loss": loss, **given} for method, steps, loss in runs]
+    (tmp_path / "results/finetuning.json").write_text(json.dumps({"results": found}))
+    oft, lora = figures.built("finetuning").splitlines()[2:]
+    assert oft == "| OFT | 0.002 | 0.46M | 2 | 2.5000 ± 0.7071 | 0.5000 ± 0.0000 |"
+    assert lora == "| LoRA | 0.002 | 0.46M | 1 | 4.0000 | 0.5000 |"

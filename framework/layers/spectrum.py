@@ -1,4 +1,4 @@
-"""Singular values of a weight, which orthogonal training keeps, and bounds of the norm of generators."""
+"""Singular values of a weight, which rotations keep up to rounding, and bounds of the norm of generators."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -211,13 +211,53 @@ def loss() -> str:
 
 
 def folding() -> str:
-    """Drift of singular values over many merges."""
+    """Drift of singular values over many merges: the largest of the whole run."""
     rows = [
-        [runs, storage, f"{row['bytes']:.2f}", *(f"{row[name]:.1e}" for name in ("largest", "mean", "norm"))]
-        for runs, storages in results("folding").items()
+        [runs, storage, f"{row['bytes']:.2f}", f"{row['largest']:.1e}", str(row["at"]),
+         *(f"{row[name]:.1e}" for name in ("mean", "norm", "stored"))]
+        for runs, storages in results("folding")["folds"].items() if not runs.startswith("parameterizations")
         for storage, row in storages.items()
-    ]
-    return table(["width x merges", "storage", "bytes", "largest drift", "mean drift", "Frobenius norm"], rows)
+    ]  # fmt: skip
+    head = ("width x merges", "storage", "bytes", "largest drift", "at merge", "mean drift", "Frobenius norm")
+    return table([*head, "first storing"], rows)
+
+
+KEPT = {
+    "bias": ("the bias, which is added after the rotations", "exactly"),
+    "permutations": ("new permutations", "exactly"),
+    "exact Cayley at 0.3": ("`cayley`, norm 0.3", "to rounding"),
+    "exponential at 0.3": ("`exponential`, norm 0.3", "to rounding"),
+    "Cayley-Neumann, order 4, at 0.04": ("`cayley_neumann` of order 4, norm 0.04", "nearly"),
+    "Cayley-Neumann, order 4, at 0.3": ("`cayley_neumann` of order 4, norm 0.3", "nearly"),
+    "Cayley-Neumann, order 4, at 0.537": ("`cayley_neumann` of order 4, norm 0.537", "nearly"),
+    "Cayley-Neumann, order 2, at 0.025": ("`cayley_neumann` of order 2, norm 0.025", "nearly"),
+    "Cayley-Neumann, order 4, at 0.04 in bf16": ("its forward pass in bf16, order 4, norm 0.04", "nearly"),
+    "Cayley-Neumann, order 4, at 0.3 in bf16": ("its forward pass in bf16, order 4, norm 0.3", "nearly"),
+    "fp32": ("weight in fp32", "to rounding"),
+    "bf16 + 8-bit residual": ("`storage: residual`", "nearly"),
+    "bf16, stochastic rounding": ("weight in bf16", "nearly"),
+    "int8, restored every 16 merges": ("`storage: int8`", "nearly"),
+    "nf4, restored every 4 merges": ("`storage: nf4`", "nearly"),
+}
+"""Parts of a run in results/folding.json: name in the table, and how they keep the singular values."""
+
+
+def spectrum() -> str:
+    """Which parts keep the singular values exactly, and which within what."""
+    found = results("folding")
+    runs = {name: row for group, rows in found["folds"].items() if group.endswith("256 x 1000")
+            for name, row in rows.items()}  # fmt: skip
+    stepwise = found["folds"]["step-wise 256 x 10000"]
+
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{value:.1e}" if value else "0"
+
+    rows = []
+    for key, (part, kept) in KEPT.items():
+        once = found["once"][key] if key in found["once"] else runs[key]["stored"]
+        many = [group[key]["largest"] if key in group else None for group in (runs, stepwise)]
+        rows.append([part, kept, *map(cell, (once, *many))])
+    return table(["part", "keeps the singular values", "once", "1,000 merges", "10,000 steps"], rows)
 
 
 def oft(name: str) -> str:
@@ -267,6 +307,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "starting": starting,
     "loss": loss,
     "folding": folding,
+    "spectrum": spectrum,
     "model types": model_types,
     "oft": partial(oft, "oft"),
     "oft, one thread": partial(oft, "oft_one_thread"),

@@ -1,4 +1,4 @@
-"""Initial values of a frozen weight, whose singular values stay the same for the whole run."""
+"""Initial values of a frozen weight, whose singular values stay for the whole run, up to rounding."""
 
 import math
 from typing import Literal

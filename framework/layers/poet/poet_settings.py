@@ -46,7 +46,7 @@ class PoetSettings:
         parameterization: How generators become rotations: a registered name (`orthotrain plugins` lists them) or a
             class with its arguments, in YAML ``{class_path: CayleyNeumann, init_args: {order: 4}}``. None for
             ``CayleyNeumann`` of order 4, or of order 2 with ``stepwise``: the angle of one step is small, and order 2
-            is orthogonal to ``||Q||^6``, 6e-10 at 0.024 rad.
+            is orthogonal to ``||Q||^6``, 2e-10 at a norm of 0.024.
         storage: Format of the frozen weight. ``dense``: the dtype of the network; merges round stochastically to bf16,
             to nearest in fp16. ``bf16``: 2 bytes a value, merges round stochastically. ``residual``: bf16 and one byte
             more for the rounding error, 100 times more exact over many merges. ``int8``: POET-XQ (arXiv:2603.05500,
@@ -54,8 +54,8 @@ class PoetSettings:
         group_size: Values that share a scale in ``int8`` (None: 256) and ``nf4`` (None: 64).
         anchor_every: Merges between two restorations of the initial singular values, 0 for never. A restoration is a
             singular value decomposition of the weight. None for 16 with ``int8`` and 4 with ``nf4``, whose rounding
-            errors would add up (singular values then stay within 4e-3 and 4e-2 of the largest), and for never with the
-            other formats.
+            errors would add up (singular values then stay within 5e-3 and 6e-2 of the largest, in the worst of 1,000
+            merges), and for never with the other formats.
         stepwise: Whether rotations are folded at every step (:class:`StepwiseLinear`), so that the forward pass is a
             plain product. ``PoetModule(stepwise=True)`` sets it for all layers; set it here, in ``overrides``, for
             some of them, where None is false. Needs ``merge_every: 1`` and a weight in fp32 or with a ``residual``.

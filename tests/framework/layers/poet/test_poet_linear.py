@@ -47,6 +47,19 @@ def test_wrap_merge_unwrap_keep_the_function(shape, bias, route, mode, randomize
     assert not torch.equal(layer.rotation_out.permutation, orders[1])
 
 
+@pytest.mark.parametrize("storage", ["dense", "bf16"])
+def test_bias_and_permutations_of_a_merge_change_no_bit(storage, randomize):
+    """The bias is added after the rotations; without a rotation only the order of rows and columns changes."""
+    linear, layer = make(storage=storage)
+    bias, weight = linear.bias.detach().clone(), layer._effective_weight()
+    for _ in range(3):
+        layer.merge_()
+    assert torch.equal(layer._effective_weight(), weight)
+    randomize(layer)
+    layer.merge_()
+    assert not torch.equal(layer._effective_weight(), weight) and torch.equal(layer.bias, bias)
+
+
 @pytest.mark.parametrize(("route", "mode"), MODES)
 def test_bf16_merge_is_within_one_rounding_of_the_weight(route, mode, randomize):
     linear, layer = make((48, 40), dtype=torch.bfloat16, route=route, activation_mode=mode)

@@ -17,7 +17,7 @@ from orthotrain.kernels.poet_linear.op import PoetLinearFunction
 from orthotrain.layers import PoetLinear, PoetSettings, StepwiseLinear, initialize_
 from orthotrain.layers.poet.initialization import Initialization
 from orthotrain.layers.poet.route_costs import ROUTES
-from orthotrain.layers.spectrum import singular_values, svd_entropy, with_spectrum
+from orthotrain.layers.spectrum import singular_values, spectral_drift, svd_entropy, with_spectrum
 from orthotrain.modules import PoetLayers
 
 VARIANTS = {
@@ -168,8 +168,8 @@ def test_a_storage_reloads_bit_for_bit(storage, randomize):
 
 
 # max_i |s_i - s_i(start)| / s_1(start) after 1,000 merges: relative to the largest singular value. That of bf16 falls
-# with the width: 1.2e-2 at 64 and 128, 6.7e-3 at 256, 5.1e-3 at 1024 (tests/benchmarks/folding.py)
-DRIFT = {"dense": 1e-4, "residual": 1e-4, "bf16": 1e-2, "int8": 1e-2, "nf4": 5e-2}
+# with the width: 1.2e-2 at 64 and 128, 6.3e-3 at 256 (tests/benchmarks/folding.py)
+DRIFT = {"dense": 1e-4, "residual": 1e-4, "bf16": 1e-2, "int8": 1e-2, "nf4": 8e-2}
 
 
 @pytest.mark.slow
@@ -182,12 +182,14 @@ def test_a_thousand_merges_keep_the_spectrum(storage):
     start = singular_values(linear.weight)
     group = {"int8": 16, "nf4": 64}.get(storage)
     layer = PoetLinear.from_linear(linear, width // 4, seed=1, storage=storage, group_size=group)
-    for _ in range(1000):
+    drifts = []
+    for count in range(1000):
         for generators in layer.rotation_parameters():
             torch.nn.init.normal_(generators, std=0.02)
         layer.merge_()
-    drift = (singular_values(layer._effective_weight()) - start).abs().max() / start[0]
-    assert drift < DRIFT[storage], drift
+        if count >= 984:  # a whole period between two restorations: the last merge may be one
+            drifts.append(spectral_drift(singular_values(layer._effective_weight()), start))
+    assert max(drifts) < DRIFT[storage], drifts
 
 
 @pytest.mark.slow

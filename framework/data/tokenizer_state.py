@@ -102,6 +102,7 @@ def tokenizer_from_state(state: dict[str, Any]) -> PreTrainedTokenizerFast:
     check_encoding(tokenizer, "of the checkpoint")
     tokenizer.chat_template = state.get("chat_template")
     tokenizer.has_own_padding = state.get("has_own_padding", True)
+    tokenizer.data_settings = state.get("settings", {})  # of the run that has trained the model
     return tokenizer
 
 

@@ -116,7 +116,11 @@ def test_pairs_are_distinct_and_prefixed():
     assert len(examples) == len(functions) > 3000
     assert len({(function.source, function.answer) for function in functions}) == len(functions)
     assert all(example.messages[0]["content"].startswith(INSTRUCTION) for example in examples)
-    assert all(len(function.answer.split()) >= 2 for function in functions)
+    for text in (lambda function: words(function.source), lambda function: words(function.answer)):
+        groups = defaultdict(set)
+        for function in functions:
+            groups[text(function)].add(function.group)
+        assert {len(found) for found in groups.values()} == {1}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from orthotrain.data.near_duplicates import groups
 from orthotrain.data.sources import files_in
 from orthotrain.data.splits import ALWAYS_TRAIN
 
+PYTHON_STDLIB = "python-stdlib"
+"""The name of the files as a source of text."""
 LARGE_GROUP = 0.02
 """Share of the text of a group that no split holds out: 77 tables of the codecs would be most of a validation split."""
 

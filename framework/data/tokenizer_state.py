@@ -102,6 +102,7 @@ def tokenizer_from_state(state: dict[str, Any]) -> PreTrainedTokenizerFast:
     check_encoding(tokenizer, "of the checkpoint")
     tokenizer.chat_template = state.get("chat_template")
     tokenizer.has_own_padding = state.get("has_own_padding", True)
+    tokenizer.data_settings = state.get("settings", {})  # of the run that has trained the model
     return tokenizer
 
 
@@ -183,7 +184,7 @@ def tokenizer_difference(state: dict[str, Any], tokenizer: PreTrainedTokenizerFa
     if trained and changed:
         advice += f" (changed: {', '.join(f'{name} is {here.get(name)!r:.200} here' for name in changed)})"
     elif trained:
-        advice += " (no setting has changed: the text of the source or its split has)"
+        advice += " (these have not changed, but the text of the source or its split has)"
     return (
         f"the tokenizer of this run (vocab {here.get('vocab_size')}, sha {found[:12]}) differs from the checkpoint's "
         f"(vocab {state.get('vocab_size')!s:.20}, sha {saved[:12]}): set tokenizer to the one exported with the "

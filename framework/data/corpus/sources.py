@@ -9,9 +9,7 @@ from typing import Any
 
 from orthotrain.data.corpus.documents import SUFFIXES, Document, is_readable, read_documents, row_documents
 from orthotrain.data.sources import SourceKind, location, with_columns
-from orthotrain.data.stdlib_files import stdlib_files, stdlib_root, stdlib_split_keys
-
-PYTHON_STDLIB = "python-stdlib"
+from orthotrain.data.stdlib_files import PYTHON_STDLIB, stdlib_files, stdlib_root, stdlib_split_keys
 
 _TEXT = SourceKind(PYTHON_STDLIB, " ".join(SUFFIXES) + " (or .gz)", is_readable)
 

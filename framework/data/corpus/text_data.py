@@ -41,10 +41,11 @@ class TextData(BaseData):
 
     A batch is ``{"input_ids", "labels"}``, both int64 of shape ``(batch_size, sequence_length)``, where ``labels[t]``
     is the token after ``input_ids[t]``. Documents are joined by the end-of-text token and assigned to train, val or
-    test as wholes, by a hash of their name (rows: of their text) and the seed. Near-duplicate files of ``python-stdlib``
-    are in one split, which is also that of their functions in finetuning (see `stdlib_split_keys`). If there are so few documents that a
-    split would get none, the splits are contiguous parts of the text (see `PositionSplitter`). Training batches come in
-    the order of seed and epoch (see `TrainSampler`), or in the order of the stream (see `TokenStream`).
+    test as wholes, by a hash of their name (rows: of their text) and the seed. Near-duplicate files of
+    ``python-stdlib`` are in one split, and so are their functions in finetuning (see `stdlib_split_keys`). If there are
+    so few documents that a split would get none, the splits are contiguous parts of the text (see `PositionSplitter`).
+    Training batches come in the order of seed and epoch (see `TrainSampler`), or in the order of the stream (see
+    `TokenStream`).
 
     Args:
         source: ``python-stdlib`` (the standard library's own sources), a file, folder or glob of .txt .md .py .jsonl

@@ -63,8 +63,7 @@ class InstructionData(RowData[TokenRows]):
         on_too_long: ``drop`` longer rows, ``truncate`` them at the end, or ``error``. A log line counts these rows.
         packing: Put several rows in one sequence.
         batch_size: Sequences of one batch on one device.
-        val_fraction: Share of ``source`` for validation, by a hash of the content (of the built-in source: of
-            the file, as in pretraining); 0 for none.
+        val_fraction: Share of ``source`` for validation, by a hash of the content or the built-in file; 0 for none.
         generation_samples: Rows of `generation_batches` and of ``predict``.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         seed: Seed of the split and of the order of the rows.
@@ -82,6 +81,7 @@ class InstructionData(RowData[TokenRows]):
         >>> trainer.fit(module, data)  # doctest: +SKIP
     """
 
+    built_in = STDLIB_DOCSTRINGS
     rows_used: int = 0
     """Rows of all splits that were set up."""
     rows_dropped: int = 0

@@ -15,7 +15,7 @@ from orthotrain.data.labels.class_names import ClassNames, check_booleans
 from orthotrain.data.labels.encoding import LabelEncoder, OnTooLong, encode_rows
 from orthotrain.data.labels.labeled_rows import LabeledBatches, LabeledRows
 from orthotrain.data.labels.rows import LabelColumns, LabeledRow, LabelTask, class_text, parse_row
-from orthotrain.data.labels.tables import table_rows
+from orthotrain.data.labels.tables import STDLIB_PACKAGES, table_rows
 from orthotrain.data.row_data import RowData
 from orthotrain.data.splits import SPLITS, Splitter
 from orthotrain.data.tokenizer_state import load_model_tokenizer
@@ -55,8 +55,7 @@ class LabeledData(RowData[LabeledRows]):
         max_length: Most tokens of a row, with special tokens.
         on_too_long: ``truncate`` longer rows at the end, ``drop`` them, or ``error``. A log line counts these rows.
         batch_size: Rows of one batch on one device.
-        val_fraction: Share of ``source`` for validation, by a hash of the content (of the built-in source: of
-            the file, as in pretraining); 0 for none.
+        val_fraction: Share of ``source`` for validation, by a hash of the content or the built-in file; 0 for none.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         seed: Seed of the split and of the order of the rows.
         allow_changed: Whether a resumed run may continue with other training data, or another tokenizer, than the
@@ -73,11 +72,12 @@ class LabeledData(RowData[LabeledRows]):
     """
 
     is_labeled = True
+    built_in = STDLIB_PACKAGES
 
     def __init__(
         self,
         tokenizer: str | None = None,
-        source: str | list[str] = "python-stdlib-packages",
+        source: str | list[str] = STDLIB_PACKAGES,
         val_source: str | list[str] | None = None,
         test_source: str | list[str] | None = None,
         task: LabelTask = "sequence_classification",

@@ -58,5 +58,9 @@ def test_lines_of_many_texts_are_boilerplate_unless_the_texts_are_copies(copies)
     assert groups([text(license_lines), *texts[:5], *[text(code(0, 9))] * copies]) == [0] * 6 + [6] * copies
 
 
+def test_the_limits_are_part_of_the_splits_of_built_in_sources():
+    assert (LINE_BYTES, COMMON, FEWEST_LINES) == (12, 100, 5), "with others, raise _READING of the cache folder"
+
+
 def test_lone_surrogates_are_text():
     assert groups(["\ud800", "\ud800 ", "\ud801"]) == [0, 0, 2]

@@ -20,6 +20,7 @@ def test_the_order_is_a_permutation_of_seed_and_epoch():
     assert first != order(TrainSampler(100, 4, 0, 1, seed=3), epoch=1)
     assert first != order(TrainSampler(100, 4, 0, 1, seed=4))
     assert order(TrainSampler(8, 2, 0, 1, seed=0)) == [0, 4, 5, 2, 1, 7, 6, 3], "on every machine"
+    assert [list(TrainSampler(8, 2, rank, 2, seed=0)) for rank in range(2)] == [[[0, 5], [1, 6]], [[4, 2], [7, 3]]]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -56,6 +57,8 @@ def test_length_grouping_is_deterministic_by_seed_and_epoch():
         return list(sampler)
 
     assert order(0, 0) == order(0, 0)
+    lengths = np.array([5, 1, 8, 3, 9, 2, 7, 4])
+    assert list(LengthGroupedSampler(lengths, 2, 0, 1, seed=0)) == [[1, 5], [3, 7], [2, 4], [0, 6]], "on every machine"
     assert order(0, 0) != order(0, 1)
     assert order(0, 0) != order(1, 0)
     assert sorted(row for rows in order(0, 1) for row in rows) == list(range(100))
@@ -76,7 +79,8 @@ def test_an_epoch_drops_only_what_fills_no_batch():
 
 
 def test_lightning_leaves_our_samplers_in_place():
-    assert issubclass(TrainSampler, DistributedSampler) and issubclass(EvalSampler, DistributedSampler)
+    for sampler in (TrainSampler(9, 2, 1, 3, seed=0), EvalSampler(9, 2, 1, 3)):
+        assert isinstance(sampler, DistributedSampler) and (sampler.rank, sampler.num_replicas) == (1, 3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -84,7 +88,7 @@ def test_lightning_leaves_our_samplers_in_place():
 def test_evaluation_sees_every_window_once_with_as_many_batches_on_every_rank(ranks, batch_size):
     for windows in range(ranks, 70):
         shares = [list(EvalSampler(windows, batch_size, rank, ranks)) for rank in range(ranks)]
-        assert len({len(share) for share in shares}) == 1
+        assert {len(share) for share in shares} == {len(EvalSampler(windows, batch_size, 0, ranks))}
         assert sorted(index for share in shares for batch in share for index in batch) == list(range(windows))
         sizes = [len(batch) for share in shares for batch in share]
         assert min(sizes) >= 1 and max(sizes) <= batch_size + 1
@@ -104,5 +108,7 @@ def test_the_first_batches_of_an_evaluation_are_a_fair_sample_of_rows_sorted_by_
             assert np.median(lengths[seen]) == pytest.approx(np.median(lengths), rel=0.15)
     assert list(EvalSampler(400, 4, 0, 1, seed=0)) != list(EvalSampler(400, 4, 0, 1, seed=1))
     one = list(EvalSampler(400, 4, 0, 1))
+    assert one == list(EvalSampler(400, 4, 0, 1, seed=0))
+    assert [list(EvalSampler(9, 2, rank, 2)) for rank in range(2)] == [[[4, 5], [6, 7, 8]], [[0, 1], [2, 3]]]
     two = [list(EvalSampler(400, 4, rank, 2)) for rank in range(2)]
     assert [batch for pair in zip(*two, strict=True) for batch in pair] == one, "ranks share the batches of one rank"

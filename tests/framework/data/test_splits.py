@@ -5,7 +5,7 @@ import random
 import pytest
 
 from orthotrain.data.corpus.documents import Document
-from orthotrain.data.splits import PositionSplitter, Splitter, fitting_splitter
+from orthotrain.data.splits import ALWAYS_TRAIN, PositionSplitter, Splitter, fitting_splitter
 
 
 def test_splits_depend_on_the_name_and_the_seed_and_have_the_asked_sizes():
@@ -39,6 +39,7 @@ def test_one_document_is_cut_into_contiguous_parts_at_line_ends(piece, fractions
     expected = {"train": 1 - sum(fractions), "val": fractions[0], "test": fractions[1]}
     for split, share in expected.items():
         part = [document for name, document in found if name == split]
+        assert bool(part) == bool(share)
         assert [document.complete for document in part] == [False] * (len(part) - 1) + [True] * bool(part)
         whole = "".join(document.text for document in part)
         assert len(whole) == pytest.approx(share * len(text), abs=110)
@@ -59,3 +60,27 @@ def test_documents_are_cut_only_if_a_split_would_have_none():
     assert [(split, len(part.text)) for split, part in streamed.split(several[:1])] == [
         ("train", 60), ("val", 20), ("test", 20), ("train", 150)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("size", "line_end", "cut"),
+    [
+        (100, 95, 96),
+        (100, 90, 91),
+        (100, 89, 100),  # before the last tenth
+        (20_000, 19_000, 19_001),
+        (20_000, 18_999, 20_000),  # before the last 1,000 characters
+    ],
+)
+def test_a_part_ends_at_a_line_end_in_its_last_tenth(size, line_end, cut):
+    text = "a" * line_end + "\n" + "b" * size
+    found = list(PositionSplitter((size, size, size), rest="train").split([Document("x", text)]))
+    assert [len(document.text) for _, document in found] == [cut, len(text) - cut]
+    two = list(PositionSplitter((cut, cut + size, cut + size)).split([Document("x", "a" * cut + text)]))
+    assert [(split, len(document.text)) for split, document in two] == [("train", cut), ("val", cut)]
+
+
+def test_no_split_holds_out_what_is_always_trained_on():
+    assert {Splitter(seed, 0.5, 0.49)(ALWAYS_TRAIN) for seed in range(9)} == {"train"}
+    assert Document("a.py", "text").key == "a.py" and Document(None, "text").key == "text"
+    assert Document("a.py", "text", group=ALWAYS_TRAIN).key == ALWAYS_TRAIN

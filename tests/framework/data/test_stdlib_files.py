@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 
 import pytest
+import torch
 import yaml
 
 from orthotrain.cli.config_files import shipped_configs
@@ -12,7 +13,8 @@ from orthotrain.data.instructions.stdlib_docstrings import INSTRUCTION, docstrin
 from orthotrain.data.labels.tables import PACKAGES
 from orthotrain.data.splits import ALWAYS_TRAIN, Splitter
 from orthotrain.data.stdlib_files import LARGE_GROUP, stdlib_files, stdlib_split_keys, stdlib_texts
-from orthotrain.data.tokenizers import train_tokenizer
+from orthotrain.data.tokenizer_state import tokenizer_state
+from orthotrain.data.tokenizers import load_tokenizer, train_tokenizer
 
 
 def settings(name, *kept):
@@ -114,4 +116,41 @@ def test_pairs_are_distinct_and_prefixed():
     assert len(examples) == len(functions) > 3000
     assert len({(function.source, function.answer) for function in functions}) == len(functions)
     assert all(example.messages[0]["content"].startswith(INSTRUCTION) for example in examples)
-    assert all(len(function.answer.split()) >= 2 for function in functions)
+    for text in (lambda function: words(function.source), lambda function: words(function.answer)):
+        groups = defaultdict(set)
+        for function in functions:
+            groups[text(function)].add(function.group)
+        assert {len(found) for found in groups.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("before", "here", "seen"),
+    [
+        ({}, {}, False),
+        ({}, {"val_fraction": 0.11}, True),
+        ({"val_fraction": 0.01, "test_fraction": 0.02}, {"val_fraction": 0.03}, False),
+        ({"test_fraction": 0.0}, {"val_fraction": 0.06}, True),
+        ({"test_source": "my.txt"}, {"val_fraction": 0.06}, True),
+        ({"seed": 3}, {}, True),
+        ({"seed": 3}, {"seed": 3}, False),
+        ({"seed": 3}, {"val_fraction": 0.0}, False),
+        ({"seed": 3, "source": "my.txt"}, {}, False),
+        ({"seed": 3, "source": ["my.txt", "python-stdlib"]}, {}, True),
+        ({"seed": 3}, {"source": "rows.jsonl"}, False),
+        ({"seed": 3}, {"val_source": "rows.jsonl"}, False),
+    ],
+)
+@pytest.mark.parametrize("kind", [InstructionData, LabeledData])
+def test_validation_rows_of_files_that_the_model_was_pretrained_on_are_named(
+    kind, before, here, seen, tokenizer, tmp_path, recwarn, monkeypatch
+):
+    state = tokenizer_state(load_tokenizer(tokenizer)) | {"settings": dict(TextData(**before).hparams)}
+    torch.save({"TextData": state}, tmp_path / "last.ckpt")
+    data = kind(str(tmp_path / "last.ckpt"), **here)
+    data._tokenizer = data._load_tokenizer()
+    monkeypatch.setattr(kind, "_read", lambda self, source, splits: self._rows.update(dict.fromkeys(splits)))
+    data._split_rows("train")
+    told = [str(warning.message) for warning in recwarn if "pretrained on files" in str(warning.message)]
+    assert len(told) == seen
+    if seen:
+        assert data.built_in in told[0] and f"set seed {before.get('seed', 0)} and a val_fraction of at most" in told[0]

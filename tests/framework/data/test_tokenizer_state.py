@@ -103,3 +103,15 @@ def test_an_exported_tokenizer_is_that_of_the_base(rich_folder):
 def test_a_state_with_other_settings_is_refused(rich_folder, change):
     with pytest.raises(ConfigurationError, match="no readable tokenizer"):
         tokenizer_from_state({**tokenizer_state(load_tokenizer(str(rich_folder))), **change})
+
+
+def test_another_tokenizer_of_the_same_settings_comes_from_other_text():
+    tokenizer = train_tokenizer(["a text to learn from"] * 3, 262)
+    settings = {"source": "x.txt", "seed": 0, "tokenizer": None}
+    state = {"tokenizer_fingerprint": "other", "vocab_size": 262, "settings": settings}
+    same = tokenizer_difference(state, tokenizer, settings)
+    assert "source 'x.txt' (these have not changed, but the text of the source or its split has)" in same
+    changed = tokenizer_difference(state, tokenizer, settings | {"seed": 1})
+    assert "source 'x.txt', seed 0 (changed: seed is 1 here)" in changed and "not changed" not in changed
+    given = tokenizer_difference({**state, "settings": {**settings, "tokenizer": "folder"}}, tokenizer, settings)
+    assert given.endswith("set tokenizer to the one exported with the checkpoint")

@@ -15,7 +15,7 @@ def tokenizer(corpus) -> PreTrainedTokenizerFast:
 
 
 def stream(corpus, tokenizer, **options):
-    return TokenStream(open_corpus(str(corpus)), Splitter(0, 0.2, 0.0), tokenizer, 32, 3, **options)
+    return TokenStream(open_corpus(str(corpus)), Splitter(0, 0.2, 0.2), tokenizer, 32, 3, **options)
 
 
 def test_a_stream_packs_the_train_documents_in_order(corpus, tokenizer):
@@ -24,7 +24,7 @@ def test_a_stream_packs_the_train_documents_in_order(corpus, tokenizer):
     tokens = torch.cat([batch["input_ids"].flatten() for batch in batches])
     labels = torch.cat([batch["labels"].flatten() for batch in batches])
     assert torch.equal(tokens[1:], labels[:-1])
-    split = Splitter(0, 0.2, 0.0)
+    split = Splitter(0, 0.2, 0.2)
     kept = [document.text for document in open_corpus(str(corpus)).documents() if split(document.key) == "train"]
     whole = [token for text in kept for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
     assert tokens.tolist() == whole[: len(tokens)] and len(whole) - len(tokens) <= 3 * 32

@@ -4,6 +4,7 @@ import os
 import jsonargparse
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import orthotrain.data.corpus.cache_folder
@@ -78,6 +79,14 @@ def test_one_file_is_pretrained_on_with_the_default_splits(tmp_path, single_file
     assert min(map(len, parts.values())) > 200, "all splits are alive"
 
 
+def test_a_stream_trains_on_the_train_split_alone(make_data):
+    data = make_data(streaming=True)
+    data.setup()
+    tokens = torch.cat([batch["input_ids"].flatten() for batch in data.train_dataloader()]).tolist()
+    assert tokens == data._cache("train").tokens[: len(tokens)].tolist()
+    assert len(data._cache("train").tokens) - len(tokens) <= 4 * 64 and min(map(len, split_texts(data).values())) > 200
+
+
 def test_held_out_text_may_have_sources_of_its_own(tmp_path, make_data, single_file, corpus):
     settings = {"cache_dir": str(tmp_path / "cache"), "val_fraction": 0.9, "test_fraction": 0.9}
     given = {"val_source": str(corpus / "a"), "test_source": [str(corpus / "b")]}
@@ -116,6 +125,23 @@ def test_the_bytes_of_the_tokens_are_those_of_the_text(make_data, corpus):
         data.tokenizer.decode(beginning, skip_special_tokens=True).encode()
     )
     assert data.text_bytes(torch.full((2, 3), -100), "test") == 0
+
+
+def test_bytes_that_a_tokenizer_leaves_out_are_those_of_the_same_split(make_data, tmp_path):
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1, "word": 2, "a": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
+    spaces = {"source": 1, "val_source": 4, "test_source": 9}
+    texts = {name: (" " * count).join(["word a", "a", "word"] * 99) for name, count in spaces.items()}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    sources = {name: str(tmp_path / f"{name}.txt") for name in texts}
+    data = make_data(tokenizer=str(tmp_path), cache_dir=str(tmp_path / "cache"), **sources)
+    data.setup()
+    for split, text in zip(("train", "val", "test"), texts.values(), strict=True):
+        tokens = torch.from_numpy(data._cache(split).tokens.astype("int64"))
+        assert data.text_bytes(tokens, split) == pytest.approx(len(text))
+        assert data.text_bytes(tokens[:40], split) == pytest.approx(len(text) / 10, rel=0.1)
 
 
 def test_the_tokenizer_can_be_saved_for_export(make_data, tmp_path):

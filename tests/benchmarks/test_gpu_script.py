@@ -132,8 +132,8 @@ def test_what_the_script_refuses(arguments, reason, tmp_path):
     assert code == 2 and reason in complaints and complaints.count("\n") == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_script_says_so(tmp_path):
+def test_without_a_gpu_the_script_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code, _, complaints = finished(script(tmp_path / "out"), timeout=120)
     assert code == 2 and "--rehearse" in complaints and not (tmp_path / "out" / "results.jsonl").exists()
 

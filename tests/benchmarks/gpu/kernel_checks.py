@@ -1,4 +1,4 @@
-"""Every operation by its Triton kernels against its reference in fp64, values and gradients."""
+"""Every operation by its Triton kernels (wide blocks of Cayley: by PyTorch) against its reference in fp64."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from gpu.record import Case
 from orthotrain.kernels.block_rotate import block_rotate
 from orthotrain.kernels.cayley import cayley
 from orthotrain.kernels.cayley_neumann import cayley_neumann
+from orthotrain.kernels.chain.program import FUSED
 from orthotrain.kernels.dequant import dequant_int8, dequant_nf4
 from orthotrain.kernels.dispatch import use_backend
 from orthotrain.kernels.exponential import exponential
@@ -50,7 +51,6 @@ PARAMETERIZATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "cayley_neumann order 3": lambda g, b: cayley_neumann(g, b, 3),
     "exponential": lambda g, b: exponential(skew(g, b)),
 }
-WIDEST_CAYLEY = 64
 WRONG = 9e99
 """The error of a result that is not finite or not repeated: JSON has no infinity."""
 
@@ -58,8 +58,9 @@ WRONG = 9e99
 def cases(machine: Gpu, dtype: torch.dtype) -> Iterator[Case]:
     """Yield the checks of every operation in a dtype."""
 
-    def check(name: str, limit: float, make: Callable[[], Results]) -> Case:
-        return Case(f"{name} {str(dtype).removeprefix('torch.')}", lambda: judged(machine, make(), dtype, limit))
+    def check(name: str, limit: float, make: Callable[[], Results], choice: str = "triton") -> Case:
+        kind = str(dtype).removeprefix("torch.")
+        return Case(f"{name} {kind}", lambda: judged(machine, make(), dtype, limit, choice))
 
     for shape, small in SHAPES.items():
         rows, width, size = shape
@@ -69,13 +70,13 @@ def cases(machine: Gpu, dtype: torch.dtype) -> Iterator[Case]:
             yield check(name, LIMITS[dtype], partial(rotation, chosen, dtype, group, machine.device))
     for shape, small in BLOCKS.items():
         for name, op in PARAMETERIZATIONS.items():
-            if name != "cayley" or shape[1] <= WIDEST_CAYLEY:
-                make = partial(parameterization, op, *machine.pick(shape, small), dtype, machine.device)
-                yield check(f"{name} n={shape[0]} b={shape[1]}", CHAIN_LIMITS[dtype], make)
+            choice = "auto" if name == "cayley" and shape[1] > FUSED else "triton"  # PyTorch solves for wide blocks
+            make = partial(parameterization, op, *machine.pick(shape, small), dtype, machine.device)
+            yield check(f"{name} n={shape[0]} b={shape[1]}", CHAIN_LIMITS[dtype], make, choice)
     yield check("unpacking", LIMITS[dtype], partial(unpacking, machine.pick(300, 8), dtype, machine.device))
 
 
-def judged(machine: Gpu, results: Results, dtype: torch.dtype, limit: float) -> dict[str, Any]:
+def judged(machine: Gpu, results: Results, dtype: torch.dtype, limit: float, choice: str = "triton") -> dict[str, Any]:
     """Return the errors of an operation, and whether all are within the limit.
 
     Args:
@@ -83,8 +84,9 @@ def judged(machine: Gpu, results: Results, dtype: torch.dtype, limit: float) -> 
         results: Of the operation.
         dtype: What to compute in.
         limit: The largest error, relative.
+        choice: Which implementation is checked.
     """
-    found = errors(results, dtype, machine.pick("triton", "reference"))
+    found = errors(results, dtype, machine.pick(choice, "reference"))
     return {"errors": found, "limit": limit, "right": all(error <= limit for error in found.values())}
 
 

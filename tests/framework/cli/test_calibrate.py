@@ -94,8 +94,8 @@ def test_the_command_writes_the_table_that_layers_take(tmp_path, monkeypatch, ca
     assert vars(costs_for("cpu", None, half=True)) == json.loads(elsewhere.read_text())["devices"][0]["half"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
-def test_a_gpu_that_is_not_there_is_refused(capsys):
+def test_a_gpu_that_is_not_there_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         main(["calibrate", "--device", "cuda"])
     assert stop.value.code == 2

@@ -133,7 +133,7 @@ def fit(
     torch._dynamo.reset(), counters.clear()
     options = {"lr": 1e-2, "rotation_lr": 1e-2, "scheduler": lambda o: CosineWithWarmup(o, warmup_steps=2)}
     if stepwise:
-        options |= {"rotation_lr": 0.02, "rotation_optimizer": LieOptimizer}
+        options |= {"rotation_lr": 0.035, "rotation_optimizer": LieOptimizer}
         module_options["resample_every"] = 3
     # 8-bit moments for the largest matrices; 32 bits for smaller ones, and for parts that are small on two ranks
     if eight_bit:

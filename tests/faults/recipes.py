@@ -67,7 +67,7 @@ def pretraining(recipe, corpus):
     if recipe.stepwise:  # permutations are drawn anew at some of the checkpoints, and between others
         options = {"merge_every": 1, "resample_every": 5, "layers": {"block_size": 8}}
         options["layers"] |= {"stepwise": True, "trained_scale": True}
-        options |= {"optimization": {"rotation_lr": 0.02, "rotation_optimizer": {"class_path": "LieOptimizer"}}}
+        options |= {"optimization": {"rotation_lr": 0.035, "rotation_optimizer": {"class_path": "LieOptimizer"}}}
     model = {"class_path": "CausalLM", "init_args": {"config": network}}
     text = {"source": str(corpus), "vocab_size": 320, "sequence_length": 32, "batch_size": 4, "val_fraction": 0.0}
     text |= {"test_fraction": 0.0, "cache_dir": str(Path(corpus).parent / "cache")}

@@ -69,7 +69,7 @@ def stepwise(machine: Gpu, build: Any, extra: Any = None) -> Any:
     """Return step-wise POET as pretrain/poet_stepwise_1.3b.yaml has it."""
     size = machine.pick(128, 16)
     layers = PoetLayers(size, parameterization=CayleyNeumann(2), stepwise=True, storage="residual")
-    turning = rates(rotation_lr=0.015, rotation_optimizer=partial(LieOptimizer, direction="orthogonal"))
+    turning = rates(rotation_lr=0.025, rotation_optimizer=partial(LieOptimizer, direction="orthogonal"))
     return PoetModule(build, layers, 1, resample_every=200, optimization=turning, **(extra or {}))
 
 

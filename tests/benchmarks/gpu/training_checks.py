@@ -46,7 +46,7 @@ LIMIT, LIMIT_AFTER = 3e-3, 0.5
 """Largest difference of a loss, in parts of how far the loss has moved. A merge of NF4 rounds at random."""
 RATES = Optimization(lr=1e-3)
 ROTATING = Optimization(lr=1e-6, rotation_lr=4e-3)
-TURNING = Optimization(lr=1e-6, rotation_lr=0.015, rotation_optimizer=partial(LieOptimizer, direction="orthogonal"))
+TURNING = Optimization(lr=1e-6, rotation_lr=0.025, rotation_optimizer=partial(LieOptimizer, direction="orthogonal"))
 """Only rotations have a rate that counts, so that the loss depends on the gradients of the rotations."""
 
 Recipe = Callable[[CausalLM], BaseModule]

@@ -3,8 +3,7 @@
     .venv/bin/python tests/mutants.py kernels/dispatch.py framework/cli/plan.py -- tests/kernels tests/framework/cli
     TRITON_INTERPRET=1 .venv/bin/python tests/mutants.py kernels/*/triton.py -- tests/kernels/interpreted
 
-What follows ``--`` goes to pytest. No file is changed: each change is compiled in a forked process, and processes that
-tests start do not see it.
+What follows ``--`` goes to pytest. No file is changed, and processes that tests start do not see the changes.
 """
 
 import argparse

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export PYTHONUNBUFFERED := 1
 
-.PHONY: fit finetune smollm2 test test-oldest faults safety results lint docs clean
+.PHONY: fit finetune smollm2 test test-oldest faults safety mutants results lint docs clean
 
 fit: $(VENV)/.installed
 	$(BIN)/orthotrain fit -c pretrain/quickstart.yaml
@@ -51,6 +51,14 @@ lint: $(VENV)/.installed-test typing-tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/typing $(BIN)/mypy -p orthotrain
+
+# changes single operators of FILES, a sample by SEED, and prints which of them TESTS do not notice
+FILES ?= kernels/block_batches.py
+TESTS ?= tests/kernels/test_block_batches.py
+SAMPLE ?= 30
+SEED ?= 0
+mutants: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 nice $(BIN)/python -P tests/mutants.py --sample $(SAMPLE) --seed $(SEED) $(FILES) -- $(TESTS)
 
 # the site, from docs/pages, the derivations, the examples and docstrings
 docs: $(VENV)/.installed-test typing-tree

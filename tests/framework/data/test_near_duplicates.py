@@ -58,6 +58,13 @@ def test_lines_of_many_texts_are_boilerplate_unless_the_texts_are_copies(copies)
     assert groups([text(license_lines), *texts[:5], *[text(code(0, 9))] * copies]) == [0] * 6 + [6] * copies
 
 
+def test_copies_count_once_as_texts_of_a_line():
+    assert groups([text(code(0, 9))] * (COMMON + 1) + [text(code(0, 9), ["and = another(line)"])]) == [0] * (COMMON + 2)
+    fewest = code(0, FEWEST_LINES)
+    assert groups([text(fewest), text(fewest, code(0, 9, "more"))]) == [0, 0]
+    assert groups([text(fewest[1:]), text(fewest, code(0, 9, "more"))]) == [0, 1]
+
+
 def test_the_limits_are_part_of_the_splits_of_built_in_sources():
     assert (LINE_BYTES, COMMON, FEWEST_LINES) == (12, 100, 5), "with others, raise _READING of the cache folder"
 

@@ -204,10 +204,11 @@ class RunReport(StepCallback):
 
     def _comparable(self, trainer: L.Trainer) -> dict[str, float] | None:
         """Return the results of other methods; None if their runs and this run differ in length, text or evaluation."""
-        found, source = self.references, getattr(_data(trainer), "hparams", {}).get("source")
-        if found is None or (self.spent["tokens"], source, trainer.limit_val_batches) != (found.tokens, found.source, 1.0):
+        found, limit = self.references, trainer.limit_val_batches
+        if found is None or not isinstance(limit, float) or limit < 1:  # the integer 1 is one batch
             return None
-        return found.bits_per_byte
+        source = getattr(_data(trainer), "hparams", {}).get("source")
+        return found.bits_per_byte if (self.spent["tokens"], source) == (found.tokens, found.source) else None
 
     def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
         data, network = _data(trainer), _network(pl_module)

@@ -74,7 +74,7 @@ def run(method: str, rates: dict[str, float], extra: list[str]) -> dict[str, Any
         command("fit", folder, [*arguments, *extra])
     after = json.loads((folder / "summary.json").read_text())["after"]
     row = {"method": method, "rates": rates, "arguments": arguments, "val_bits_per_byte": after["val_bits_per_byte"]}
-    print(f"{method:<20}{rates or ''!s:<32}{row['val_bits_per_byte']:.4f} bits per byte", flush=True)
+    print(f"{method:<20}{rates or ''!s:<38}{row['val_bits_per_byte']:.4f} bits per byte", flush=True)
     return row
 
 
@@ -98,7 +98,7 @@ def main() -> None:
     rows = [run(method, rates, extra) for method in given.only for rates in RUNS[method][1]]
     for row in chosen(rows).values():
         row["test_bits_per_byte"] = tested(row, extra)
-        print(f"{row['method']:<20}{row['rates'] or ''!s:<32}{row['test_bits_per_byte']:.4f} on the test split")
+        print(f"{row['method']:<20}{row['rates'] or ''!s:<38}{row['test_bits_per_byte']:.4f} on the test split")
     if not extra and len(given.only) == len(RUNS):
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         OUT.write_text(json.dumps({"versions": versions, "results": rows}, indent=1) + "\n")

@@ -95,7 +95,7 @@ def test_a_kept_run_is_a_table(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "HERE", tmp_path)
     assert figures.built("make fit") == figures.built("make finetune") == figures.built("conv_oft") == figures.PENDING
     metrics = {"val_loss": 2.5, "val_token_accuracy": 0.25, "val_rouge_l": 0.125}
-    summary = dict.fromkeys(("memory", "next_token_loss", "kernels", "compared_with", "merges", "early_folds"))
+    summary = dict.fromkeys(("memory", "next_token_loss", "kernels", "references", "merges", "early_folds"))
     summary |= {"steps": 400, "before": metrics, "after": metrics, "data": {}, "tokens": 9, "tokens_per_second": 4770.4}
     summary |= {
         "wall_seconds": 90.0,

@@ -22,7 +22,7 @@ FIT = [sys.executable, "-P", "-c", "import sys; from orthotrain.cli.main import 
 
 
 def configuration(name: str, folder: Path, steps: int) -> dict:
-    """Return the settings that differ from the quickstart."""
+    """Return the settings that differ from those of the config underneath."""
     place = {"save_dir": str(folder), "name": "", "version": ""}
     return {
         "trainer": {
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--names", nargs="+", default=["cayley", "exponential", "givens"])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("runs/parameterization_plugin"))
-    parser.add_argument("--base", nargs="+", default=["pretrain/quickstart.yaml"], help="configs underneath")
+    parser.add_argument("--base", nargs="+", default=["pretrain/poet_quickstart.yaml"], help="configs underneath")
     chosen = parser.parse_args(arguments)
     base = [part for config in chosen.base for part in ("-c", config)]
     results = {}

@@ -14,12 +14,11 @@ from torch.optim import Optimizer
 from orthotrain.callbacks.step_callback import StepCallback, logged_step
 from orthotrain.callbacks.throughput import Throughput, count_inputs, logs_at
 from orthotrain.checkpoints.run_folder import run_folder
-from orthotrain.checkpoints.stored_values import stored_count, stored_curves, stored_numbers, stored_tensors
-from orthotrain.console.run_summary import metric_name, sample_lines, summary_lines
+from orthotrain.checkpoints.stored_values import stored_curves, stored_numbers, stored_tensors
+from orthotrain.console.run_summary import References, sample_lines, summary_lines
 from orthotrain.devices.accelerators import describe_peak, forget_peak, peak_bytes
 from orthotrain.errors import ConfigurationError, check_count
 from orthotrain.files.atomic_writes import write_text
-from orthotrain.files.paths import read_json
 from orthotrain.files.pictures import draw_curves
 from orthotrain.kernels.dispatch import describe, forget_ran
 from orthotrain.layers.protocols import count_numbers, mergeable_layers
@@ -48,8 +47,9 @@ class RunReport(StepCallback):
             none. None for all layers; of a large network, for as many as can be decomposed in minutes, at least 8. The
             summary says how many of how many, and ``summary.json`` names them. A resumed run watches the layers of its
             checkpoint.
-        compared_with: Config of a run to compare with, such as ``pretrain/adamw_quickstart.yaml``. The summary shows
-            the validation of that run if its folder lies beside this run's folder, else the command that trains it.
+        references: Results of other methods, which the summary shows beside the bits per byte of this run. They are
+            left out if this run has another number of tokens or another ``source`` of data, or evaluates only a part
+            of the validation split.
 
     Raises:
         ConfigurationError: If ``spectrum_layers`` is below 0, or a checkpoint has spectra of other layers.
@@ -60,14 +60,14 @@ class RunReport(StepCallback):
         prompt: str | None = None,
         sample_tokens: int = 64,
         spectrum_layers: int | None = None,
-        compared_with: str | None = None,
+        references: References | None = None,
     ) -> None:
         if spectrum_layers is not None:
             check_count("RunReport: spectrum_layers", spectrum_layers, least=0)
         self.prompt = prompt
         self.sample_tokens = sample_tokens
         self.spectrum_layers = spectrum_layers
-        self.compared_with = compared_with
+        self.references = references
         self.before: dict[str, float] = {}
         self.curves: dict[str, list[tuple[int, float]]] = {"train_loss": [], "val_loss": []}
         self.spectra: dict[str, torch.Tensor] = {}
@@ -145,7 +145,6 @@ class RunReport(StepCallback):
         values = self._values(trainer, pl_module) | {"spectrum_drift": drift, "kernels": kernels}
         values["spectrum_layers"] = list(self.spectra)
         values["mergeable_layers"] = len(list(mergeable_layers(pl_module)))
-        values["compared_with"] = self._compared(folder)
         write_text(folder / "summary.json", json.dumps(values, indent=1))
         draw_curves(self._drawn(), folder / "curves.png", _unit(pl_module))
         text = "\n".join([*summary_lines(values, folder), *self._sample(trainer, pl_module)])
@@ -184,6 +183,7 @@ class RunReport(StepCallback):
             "steps": trainer.global_step,
             "before": self.before,
             "after": {name: value for name, value in logged.items() if name.startswith("val_")},
+            "references": self._comparable(trainer),
             "data": data.amounts() if hasattr(data, "amounts") else {},
             "data_digests": data.digests() if hasattr(data, "digests") else {},
             "config_sha256": next(filter(None, (getattr(c, "config_sha256", None) for c in _callbacks(trainer))), None),
@@ -202,19 +202,13 @@ class RunReport(StepCallback):
             "curves": self.curves,
         }
 
-    def _compared(self, folder: Path) -> str | None:
-        """Return the validation of the run to compare with, or the command that trains it."""
-        if self.compared_with is None:
+    def _comparable(self, trainer: L.Trainer) -> dict[str, float] | None:
+        """Return the results of other methods; None if their runs and this run differ in length, text or evaluation."""
+        found, limit = self.references, trainer.limit_val_batches
+        if found is None or not isinstance(limit, float) or limit < 1:  # the integer 1 is one batch
             return None
-        command = f"orthotrain fit -c {self.compared_with}"
-        summary = folder.parent / Path(self.compared_with).stem / "summary.json"
-        try:
-            values = read_json(summary, "summary")
-            steps, after = stored_count(values, "steps"), stored_numbers(values, "after")
-        except (ConfigurationError, AttributeError):  # no such run yet, or no summary of a run
-            return f"{command} (not run yet)"
-        figures = ", ".join(f"{metric_name(name)} {value:.3f}" for name, value in after.items())
-        return f"{summary.parent}: {figures} after {steps} steps"
+        source = getattr(_data(trainer), "hparams", {}).get("source")
+        return found.bits_per_byte if (self.spent["tokens"], source) == (found.tokens, found.source) else None
 
     def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
         data, network = _data(trainer), _network(pl_module)

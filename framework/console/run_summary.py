@@ -1,10 +1,26 @@
 """The text of the summary at the end of a run."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orthotrain.console.progress import duration
 from orthotrain.errors import escaped
+
+
+@dataclass(frozen=True)
+class References:
+    """Results of other methods on the network of a config, for a run of the same length on the same text.
+
+    Args:
+        tokens: Tokens that each of them was trained on.
+        source: ``source`` of the data.
+        bits_per_byte: Name of a method -> its final ``val_bits_per_byte`` on the whole validation split.
+    """
+
+    tokens: int
+    source: str
+    bits_per_byte: dict[str, float]
 
 
 def summary_lines(values: dict[str, Any], folder: Path) -> list[str]:
@@ -18,6 +34,9 @@ def summary_lines(values: dict[str, Any], folder: Path) -> list[str]:
     for key, after in values["after"].items():
         before = f"{values['before'][key]:.3f} -> " if key in values["before"] else ""
         rows.append((f"validation {metric_name(key)}", f"{before}{after:.3f}"))
+        if key == "val_bits_per_byte" and values["references"]:
+            others = ", ".join(f"{name} {value:.3f}" for name, value in values["references"].items())
+            rows.append(("  at the same tokens", others))
     rows += [(f"{split} data", amount_text(amount)) for split, amount in values["data"].items()]
     if values["tokens"]:
         rows.append(("tokens trained", f"{values['tokens']:,}"))
@@ -25,7 +44,7 @@ def summary_lines(values: dict[str, Any], folder: Path) -> list[str]:
         rows.append(("tokens per second", f"{values['tokens_per_second']:,.0f}"))
     rows.append(("wall time", duration(values["wall_seconds"])))
     names = {"memory": "peak memory", "next_token_loss": "next-token loss"}
-    for key in ("memory", "next_token_loss", "kernels", "compared_with"):
+    for key in ("memory", "next_token_loss", "kernels"):
         if values[key] is not None:
             rows.append((names.get(key, key.replace("_", " ")), values[key]))
     rows.append(("parameters", f"{values['trainable_parameters']:,} trained of {values['total_parameters']:,}"))

@@ -1,6 +1,6 @@
 """Turns of the steps of LieOptimizer over the learning rate, and what its iteration costs.
 
-    .venv/bin/python tests/benchmarks/angles.py [--checkpoint runs/poet_stepwise_quickstart/last.ckpt] [--quintics]
+    .venv/bin/python tests/benchmarks/angles.py [--checkpoint runs/quickstart/last.ckpt] [--quintics]
 
 Blocks have random generators, singular values that fall to 10^-1 to 10^-4 of the largest in equal ratios, or are the
 moments in the checkpoint of a step-wise run. Muon's iteration (five steps of one quintic after a division by the

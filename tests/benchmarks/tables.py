@@ -111,9 +111,19 @@ def millions(count: int) -> str:
 
 
 def quickstart() -> str:
-    """400 steps of the quickstart's network."""
-    rows = ([name, f"{found['val_bits_per_byte']:.3f}"] for name, found in results("quickstart").items())
-    return table(["run", "bits per byte"], rows)
+    """400 steps of the quickstart's network; the test split only for the best rates of a method."""
+    rows = (
+        [row["method"], ", ".join(f"{name} {rate:g}" for name, rate in row["rates"].items()) or "of the config",
+         *(f"{row[key]:.3f}" if key in row else "" for key in ("val_bits_per_byte", "test_bits_per_byte"))]
+        for row in results("quickstart")
+    )  # fmt: skip
+    return table(["method", "learning rates", "validation", "test"], rows)
+
+
+def chosen(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the row of each method that is the best on the validation split."""
+    methods = dict.fromkeys(row["method"] for row in rows)
+    return {m: min((r for r in rows if r["method"] == m), key=lambda r: r["val_bits_per_byte"]) for m in methods}
 
 
 def quality(share: int) -> str:

@@ -175,7 +175,7 @@ def small_configs(corpus, cache):
     small_network = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 320, "max_position_embeddings": 64}
     data = {"source": str(corpus), "vocab_size": 320, "sequence_length": 32, "batch_size": 4, "val_fraction": 0.2}
     data |= {"cache_dir": str(cache), "tokenizer": None, "streaming": False}
-    # the papers' blocks and groups are 256 wide
+    # the blocks of the quickstart and of the papers are 256 wide
     for kind, width in (("pretrain", 64), ("wide", 256)):
         sizes = {"_replace_": True, **small_network, "hidden_size": width, "intermediate_size": width}
         network = {"init_args": {"config": sizes}}
@@ -224,8 +224,8 @@ def shrunk(words):
             words[place + 1] = str(max(1, int(words[place + 1]) // 20))
     last = max(place for place, word in enumerate(words) if word == "-c") + 2
     name = words[words.index("-c") + 1]
-    kind = "wide" if "poet_llama" in name or "stepwise" in name else name.split("/")[0]
-    kind = kind if kind in ("wide", "finetune") else "pretrain"
+    wide = name.startswith("pretrain/") and "_quickstart" not in name
+    kind = "finetune" if name.startswith("finetune/") else "wide" if wide else "pretrain"
     return [*words[:last], "-c", f"trainer/small_{kind}.yaml", *words[last:]]
 
 
@@ -239,7 +239,7 @@ def ends(words, capsys):
 
 def run(command, after, capsys):
     """Run a command of a page."""
-    command = command.replace("-c CONFIG", "-c pretrain/poet_stepwise_quickstart.yaml")
+    command = command.replace("-c CONFIG", "-c pretrain/quickstart.yaml")
     if any(key in command for key in ELSEWHERE) or not command.startswith(("orthotrain", "torchrun", "make finetune")):
         return
     words = shlex.split(command.replace("make finetune", "orthotrain fit -c finetune/quickstart.yaml"))

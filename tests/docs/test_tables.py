@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from orthotrain.data import TextData
 
 ROOT = Path(__file__).resolve().parents[2]
 _spec = importlib.util.spec_from_file_location("figures", ROOT / "tests/benchmarks/figures.py")
 figures = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(figures)
+tables = sys.modules["tables"]
 
 
 @pytest.mark.parametrize("page", figures.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -33,6 +37,22 @@ def test_the_registry_names_what_pages_say():
         stale = [number for number in constants if number not in " ".join(texts)]
         assert not stale, f"{name} does not have {stale} any more"
     assert set(figures.REGISTRY["sentences"]) <= set(pages)
+
+
+def test_the_quickstart_shows_the_committed_results_of_other_methods():
+    run = yaml.safe_load((ROOT / "configs/pretrain/quickstart.yaml").read_text())
+    best = tables.chosen(tables.results("quickstart"))
+    others = {method: round(row["val_bits_per_byte"], 3) for method, row in best.items() if method != "step-wise"}
+    data = run["data"]["init_args"]
+    tokens = run["trainer"]["max_steps"] * data["batch_size"] * TextData(**data).sequence_length
+    found = {"tokens": tokens, "source": data["source"], "bits_per_byte": others}
+    assert run["report"]["references"] == found, "report.references of configs/pretrain/quickstart.yaml"
+    for row in best.values():
+        config = yaml.safe_load((ROOT / "configs" / row["arguments"][1]).read_text())
+        given = config["model"]["init_args"]["optimization"]
+        shipped = {"rotation": given.get("rotation_lr"), "rest": given["lr"], "hidden": None}
+        shipped["hidden"] = given.get("lr_overrides", {}).get("*layers*proj*")
+        assert row["rates"] == {name: shipped[name] for name in row["rates"]}, "a shipped config has the best rates"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +95,7 @@ def test_a_kept_run_is_a_table(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "HERE", tmp_path)
     assert figures.built("make fit") == figures.built("make finetune") == figures.built("conv_oft") == figures.PENDING
     metrics = {"val_loss": 2.5, "val_token_accuracy": 0.25, "val_rouge_l": 0.125}
-    summary = dict.fromkeys(("memory", "next_token_loss", "kernels", "compared_with", "merges", "early_folds"))
+    summary = dict.fromkeys(("memory", "next_token_loss", "kernels", "references", "merges", "early_folds"))
     summary |= {"steps": 400, "before": metrics, "after": metrics, "data": {}, "tokens": 9, "tokens_per_second": 4770.4}
     summary |= {
         "wall_seconds": 90.0,

@@ -38,7 +38,7 @@ def python(tmp_path_factory):
 
 @pytest.fixture
 def small(tmp_path):
-    """A configuration laid over the quickstart that makes it tiny."""
+    """A configuration laid over pretrain/poet_quickstart.yaml that makes it tiny."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     stdlib = Path(sysconfig.get_paths()["stdlib"])
@@ -62,7 +62,7 @@ def small(tmp_path):
 
 def test_it_trains_by_name_from_yaml(python, small, tmp_path):
     options = ["--names", "givens", "--steps", "24", "--out", tmp_path / "runs"]
-    command = [python, PLUGIN / "compare.py", *options, "--base", "pretrain/quickstart.yaml", small]
+    command = [python, PLUGIN / "compare.py", *options, "--base", "pretrain/poet_quickstart.yaml", small]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "givens"

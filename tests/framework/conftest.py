@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 @pytest.fixture
 def small_config(tmp_path, corpus):
-    """Overrides of the quickstart: tiny network, few steps, everything under ``tmp_path``."""
+    """Overrides of pretrain/poet_quickstart.yaml: tiny network, few steps, everything under ``tmp_path``."""
     run = tmp_path / "run"
     network = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = {

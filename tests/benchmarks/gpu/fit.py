@@ -45,7 +45,7 @@ def arguments(machine: Gpu, folder: Path, steps: int) -> list[str]:
         "data.vocab_size": machine.pick(4096, 300),
         **machine.pick({}, small),
     }
-    command = ["fit", "-c", "pretrain/poet_llama_60m.yaml", "-c", "pretrain/options/stdlib.yaml"]
+    command = ["fit", "-c", "pretrain/paper/poet_llama_60m.yaml", "-c", "pretrain/options/stdlib.yaml"]
     given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return [*command, *given, "--run_folder", str(folder)]
 

@@ -16,7 +16,7 @@ from gpu.training import step_of
 from orthotrain.cli.plan import plan_run
 from orthotrain.modules import BaseModule, PoetModule
 
-CONFIG = "poet_llama_8b.yaml"
+CONFIG = "paper/poet_llama_8b.yaml"
 ROWS, LENGTH, WARM_UP, STEPS = 1, 1024, 1, 3
 
 

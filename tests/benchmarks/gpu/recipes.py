@@ -66,7 +66,7 @@ def poet(machine: Gpu, build: Any, optimization: Optimization | None = None, ext
 
 
 def stepwise(machine: Gpu, build: Any, extra: Any = None) -> Any:
-    """Return step-wise POET as pretrain/poet_stepwise_1.3b.yaml has it."""
+    """Return step-wise POET as pretrain/llama_1.3b.yaml has it."""
     size = machine.pick(128, 16)
     layers = PoetLayers(size, parameterization=CayleyNeumann(2), stepwise=True, storage="residual")
     turning = rates(rotation_lr=0.025, rotation_optimizer=partial(LieOptimizer, direction="orthogonal"))
@@ -93,7 +93,7 @@ def by_peft(machine: Gpu, build: CausalLM, kind: str) -> BaseModule:
 
 def methods(machine: Gpu) -> dict[str, Recipe]:
     """Return the modules that train the 1.3B network in a plain loop, by name."""
-    build = partial(network, machine, "poet_llama_1.3b.yaml")
+    build = partial(network, machine, "paper/poet_llama_1.3b.yaml")
     muon = {HIDDEN: partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")}
     return {
         "AdamW": lambda: BaseModule(build(), rates()),
@@ -114,7 +114,7 @@ def offered(module: type, name: str) -> bool:
 
 def trained(machine: Gpu) -> dict[str, Recipe]:
     """Return the modules that Lightning's trainer trains, by name, with every mode of ``compile`` if there is one."""
-    build = partial(network, machine, "poet_llama_1.3b.yaml")
+    build = partial(network, machine, "paper/poet_llama_1.3b.yaml")
     found: dict[str, Recipe] = {
         "POET, trainer": lambda: poet(machine, build()),
         "step-wise, trainer": lambda: stepwise(machine, build()),

@@ -13,7 +13,7 @@ from orthotrain.data import TextData
 from orthotrain.modules import BaseModule
 
 SIGNALS = {"SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
-QUICK = ["fit", "-c", "pretrain/quickstart.yaml"]
+QUICK = ["fit", "-c", "pretrain/poet_quickstart.yaml"]
 
 
 def signalled(monkeypatch, step_method, when, signum):

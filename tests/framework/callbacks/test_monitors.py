@@ -119,7 +119,7 @@ def test_the_report_goes_on_after_a_resume():
 def test_early_folds_are_reported_also_where_no_period_has_ended(tmp_path):
     base = {"steps": 5, "after": {}, "tokens_per_second": None, "kernels": "reference", "trainable_parameters": 1,
             "memory": None, "next_token_loss": None, "total_parameters": 2, "spectrum_drift": None,
-            "checkpoint": None, "compared_with": None, "before": {}, "data": {}, "tokens": None,
+            "checkpoint": None, "references": None, "before": {}, "data": {}, "tokens": None,
             "wall_seconds": 3.0}  # fmt: skip
     for merges, early, line in (
         (None, 7, "0, and 7 early"),

@@ -5,7 +5,7 @@ import pytest
 import orthotrain.console.progress
 from orthotrain.cli.main import main
 
-QUICK = ["-c", "pretrain/quickstart.yaml"]
+QUICK = ["-c", "pretrain/poet_quickstart.yaml"]
 
 
 @pytest.fixture

@@ -2,12 +2,16 @@
 
 import csv
 import json
+from collections import defaultdict
+from types import SimpleNamespace
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from orthotrain.callbacks import RunReport
+from orthotrain.console.run_summary import References, summary_lines
 from orthotrain.data import TextData
 from orthotrain.models import CausalLM
 from orthotrain.models.network_checks import evaluating
@@ -20,7 +24,7 @@ def test_a_second_fit_trains_the_module_that_a_report_was_made_of(tiny_llama, co
     module.model.model.layers[0].mlp.eval()  # the user's own choice
     modes = {name: part.training for name, part in module.named_modules()}
     assert len(set(modes.values())) == 2
-    states = []
+    states, others = [], References(128, str(corpus), {"AdamW": 2})
     for number in range(2):
         folder = tmp_path / str(number)
         data = TextData(
@@ -31,7 +35,7 @@ def test_a_second_fit_trains_the_module_that_a_report_was_made_of(tiny_llama, co
             accelerator="cpu", max_steps=2, limit_val_batches=1, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, logger=CSVLogger(folder, name="", version=""),
             accumulate_grad_batches=2, log_every_n_steps=1, val_check_interval=2, check_val_every_n_epoch=None,
-            callbacks=[RunReport(sample_tokens=2, spectrum_layers=1, compared_with="adamw.yaml")],
+            callbacks=[RunReport(sample_tokens=2, spectrum_layers=1, references=others)],
         )  # fmt: skip
         trainer.fit(module, data)
         text, values = (folder / "summary.txt").read_text(), json.loads((folder / "summary.json").read_text())
@@ -48,7 +52,7 @@ def test_a_second_fit_trains_the_module_that_a_report_was_made_of(tiny_llama, co
         assert "sample" in text and "\nkernels                   PyTorch code on the CPU\n" in text
         assert "\nnext-token loss           with whole logits (a batch fits into one chunk)\n" in text
         assert f"\npeak memory               {values['memory']}\n" in text and values["peak_memory_bytes"] > 0
-        assert "\ncompared with             orthotrain fit -c adamw.yaml (not run yet)\n" in text
+        assert values["references"] is None and "AdamW" not in text  # one batch of validation is not the whole split
         assert values["planned_bytes"] is None and values["tokens_per_second"] > 0
         assert {name: part.training for name, part in module.named_modules()} == modes
         states.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
@@ -75,15 +79,19 @@ def test_modes_come_back_after_an_error_too():
     assert [part.training for part in network.modules()] == [True, True, True, False]
 
 
-def test_a_run_names_the_run_that_it_is_compared_with(tmp_path):
-    report = RunReport(compared_with="pretrain/adamw_quickstart.yaml")
-    command = "orthotrain fit -c pretrain/adamw_quickstart.yaml"
-    assert report._compared(tmp_path / "quickstart") == f"{command} (not run yet)"
-    other = tmp_path / "adamw_quickstart"
-    other.mkdir()
-    for broken in ("[]", "{", '{"steps": 400}', '{"steps": 400, "after": {"val_loss": "low"}}'):
-        (other / "summary.json").write_text(broken)
-        assert report._compared(tmp_path / "quickstart") == f"{command} (not run yet)"
-    (other / "summary.json").write_text('{"steps": 400, "after": {"val_loss": 3.25, "val_bits_per_byte": 1.6491}}')
-    expected = f"{other}: loss 3.250, bits per byte 1.649 after 400 steps"
-    assert report._compared(tmp_path / "quickstart") == expected
+@pytest.mark.parametrize("changed", [{}, {"tokens": 129}, {"source": "mine"}, {"limit_val_batches": 0.5}], ids=str)
+def test_results_of_others_stand_beside_those_of_a_comparable_run(tmp_path, changed):
+    report = RunReport(references=References(128, "text", {"AdamW": 1.7161, "POET as published": 1.7757}))
+    run = {"tokens": 128, "source": "text", "limit_val_batches": 1.0} | changed
+    report.spent["tokens"] = run["tokens"]
+    data = SimpleNamespace(hparams={"source": run["source"]})
+    found = report._comparable(SimpleNamespace(datamodule=data, limit_val_batches=run["limit_val_batches"]))
+    after = {"val_loss": 3.0, "val_bits_per_byte": 1.69, "val_perplexity": 20.1}
+    values = defaultdict(lambda: None, steps=4, before={}, after=after, references=found, data={}, wall_seconds=1.0)
+    values |= {"trainable_parameters": 1, "total_parameters": 2}
+    lines = summary_lines(values, tmp_path)
+    place = lines.index("validation bits per byte  1.690")
+    line = "  at the same tokens      AdamW 1.716, POET as published 1.776"
+    assert (lines[place + 1] == line) == (not changed) and "AdamW" not in "".join(
+        [*lines[: place + 1], *lines[place + 2 :]]
+    )

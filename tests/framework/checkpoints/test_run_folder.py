@@ -12,7 +12,7 @@ from orthotrain.cli.main import main
 from orthotrain.cli.trainer_cli import OrthotrainCLI
 from orthotrain.modules import BaseModule
 
-QUICK = ["-c", "pretrain/quickstart.yaml"]
+QUICK = ["-c", "pretrain/poet_quickstart.yaml"]
 
 
 def contents(folder):

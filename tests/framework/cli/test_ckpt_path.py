@@ -47,7 +47,7 @@ KINDS = ("object", "pickle", "legacy", "meta", "text", "list", "string", "tensor
 def test_what_is_no_checkpoint_ends_in_one_line(command, kind, small_config, tmp_path, capfd):
     path = tmp_path / "bad.ckpt"
     write(path, kind, tmp_path / "sprung")
-    arguments = ["-c", "pretrain/quickstart.yaml", "-c", str(small_config), "--ckpt_path", str(path)]
+    arguments = ["-c", "pretrain/poet_quickstart.yaml", "-c", str(small_config), "--ckpt_path", str(path)]
     with pytest.raises(SystemExit) as stop:
         main([command, *arguments])
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "orthotrain: error" in line]
@@ -58,7 +58,7 @@ def test_what_is_no_checkpoint_ends_in_one_line(command, kind, small_config, tmp
 @pytest.mark.parametrize("path", ["a\0b.ckpt", "no/such.ckpt"])
 def test_a_path_that_is_none_ends_in_one_line(path, small_config, capfd):
     with pytest.raises(SystemExit) as stop:
-        main(["fit", "-c", "pretrain/quickstart.yaml", "-c", str(small_config), "--ckpt_path", path])
+        main(["fit", "-c", "pretrain/poet_quickstart.yaml", "-c", str(small_config), "--ckpt_path", path])
     assert stop.value.code == 2
     assert "has a NUL character" in (error := capfd.readouterr().err) or "does not exist" in error
 

@@ -4,7 +4,9 @@ import os
 import socket
 
 import pytest
+import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthotrain.cli.config_files import check_yaml, resolve_config_arguments, shipped_configs
 from orthotrain.cli.main import main
@@ -196,6 +198,29 @@ def test_a_whole_number_of_batches_stays_one_in_whatever_order_its_types_are_lis
     parser.prefer_whole_numbers()
     limit = parser.parse_args(["--limit", given]).limit
     assert limit == number and type(limit) is type(number)
+
+
+def settings_of(name):
+    return yaml.safe_load(shipped_configs()[name].read_text())
+
+
+@pytest.mark.parametrize("size", ["60m", "130m", "350m", "1.3b", "3b", "8b", "13b"])
+def test_the_recommended_recipe_is_one_for_20_tokens_a_parameter(size):
+    run, paper = settings_of(f"pretrain/llama_{size}.yaml"), settings_of(f"pretrain/paper/poet_llama_{size}.yaml")
+    module, usual = (found["model"]["init_args"] for found in (run, settings_of("pretrain/llama_60m.yaml")))
+    assert (run["data"], module["model"]) == (paper["data"], paper["model"]["init_args"]["model"])
+    assert module["layers"] == usual["layers"] and module["stepwise"] is True
+    trainer, rates, data = run["trainer"], module["optimization"], run["data"]["init_args"]
+    schedule, optimizer = rates["scheduler"]["init_args"], rates["optimizer"]["init_args"]
+    assert {"lr": 5e-3, "rotation_lr": 0.025, "weight_decay": 0.01}.items() <= rates.items()
+    assert optimizer == {"betas": [0.9, 0.95]} and schedule["final_ratio"] == 0.01
+    assert schedule["warmup_steps"] == trainer["max_steps"] // 100
+    with torch.device("meta"):
+        network = LlamaForCausalLM(LlamaConfig(**module["model"]["init_args"]["config"]))
+    step = 4 * data["batch_size"] * trainer["accumulate_grad_batches"] * data.get("sequence_length", 256)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    assert 20 <= trainer["max_steps"] * step / parameters < 20.1
+    assert f"20 * {parameters:,} parameters" in shipped_configs()[f"pretrain/llama_{size}.yaml"].read_text()
 
 
 RUNS = {name: path for name, path in shipped_configs().items() if name.startswith(("pretrain/", "finetune/"))}

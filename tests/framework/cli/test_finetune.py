@@ -19,7 +19,7 @@ QUICK = ["-c", "finetune/quickstart.yaml"]
 @pytest.fixture
 def base(small_config, tmp_path):
     """A folder with a tiny model that `orthotrain fit` and `export` made."""
-    main(["fit", "-c", "pretrain/quickstart.yaml", "-c", str(small_config), "--trainer.max_steps", "2"])
+    main(["fit", "-c", "pretrain/poet_quickstart.yaml", "-c", str(small_config), "--trainer.max_steps", "2"])
     main(["export", "--ckpt", str(tmp_path / "run" / "checkpoints" / "last.ckpt"), "--out", str(tmp_path / "base")])
     return tmp_path / "base"
 
@@ -88,7 +88,7 @@ def test_adapter_and_merged_model_compute_the_same_elsewhere(base, overrides, tm
 
 
 def test_finetunes_the_checkpoint_of_a_pretraining_run(small_config, overrides, tmp_path):
-    main(["fit", "-c", "pretrain/quickstart.yaml", "-c", str(small_config), "--trainer.max_steps", "2"])
+    main(["fit", "-c", "pretrain/poet_quickstart.yaml", "-c", str(small_config), "--trainer.max_steps", "2"])
     last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
     source = ["--model.model", "CheckpointModel", "--model.model.path", last, "--data.tokenizer", last]
     main(["fit", *QUICK, "-c", str(overrides), *source, "--trainer.max_steps", "2"])

@@ -26,7 +26,7 @@ from orthotrain.errors import ConfigurationError
 from orthotrain.export import load_network
 from orthotrain.modules import PoetModule
 
-QUICK = ["-c", "pretrain/quickstart.yaml"]
+QUICK = ["-c", "pretrain/poet_quickstart.yaml"]
 
 
 def refuse(capsys, *arguments):

@@ -15,7 +15,7 @@ from orthotrain.modules import OftLayers, OftModule, PoetLayers, PoetModule
 
 WIDE = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
 DATA = {"batch_size": 8, "sequence_length": 64}
-QUICK = ["-c", "pretrain/quickstart.yaml"]
+QUICK = ["-c", "pretrain/poet_quickstart.yaml"]
 
 
 @pytest.fixture

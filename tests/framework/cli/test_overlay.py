@@ -139,7 +139,7 @@ def test_what_a_change_of_class_drops_is_said(parse):
 def test_the_command_line_merges_and_says_what_changes(small_config, tmp_path, caplog):
     small = {"model": {"init_args": {"model": {"init_args": {"config": {"hidden_size": 16}}}}}}
     (tmp_path / "b.yaml").write_text(yaml.safe_dump(small))
-    command = ["-c", "pretrain/quickstart.yaml", "-c", str(small_config), "-c", str(tmp_path / "b.yaml")]
+    command = ["-c", "pretrain/poet_quickstart.yaml", "-c", str(small_config), "-c", str(tmp_path / "b.yaml")]
     options = ["--model.model.config.vocab_size", "640", "--model.optimization.optimizer", "torch.optim.SGD"]
     with caplog.at_level("INFO"):
         cli = OrthotrainCLI(resolve_config_arguments([*command, *options]), run=False)

@@ -62,7 +62,7 @@ def test_only_named_modules_that_are_not_installed_add_a_folder(path, tmp_path, 
 
 def test_a_class_and_a_registered_name_beside_the_config(path, small_config, tmp_path, capsys):
     (tmp_path / "own_parts.py").write_text(OWN)
-    command = ["plan", "-c", "pretrain/quickstart.yaml", "-c", str(small_config)]
+    command = ["plan", "-c", "pretrain/poet_quickstart.yaml", "-c", str(small_config)]
     main([*command, "--model.layers.parameterization", "own_second_order", "--imports", "[own_parts]"])
     assert "trainable, rotations" in capsys.readouterr().out
     assert sys.path[-1] == str(tmp_path) and sys.path.count(str(tmp_path)) == 1

@@ -160,7 +160,7 @@ def test_the_commands(parts, tmp_path, capsys, monkeypatch):
     with pytest.raises(ConfigurationError, match="exists; give another name"):
         predict(str, [], out)
     with pytest.raises(SystemExit):
-        main(["predict", "-c", "pretrain/quickstart.yaml", "--prompts", "a", "--ckpt_path", str(checkpoint)])
+        main(["predict", "-c", "pretrain/poet_quickstart.yaml", "--prompts", "a", "--ckpt_path", str(checkpoint)])
     assert "takes no config" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO("to be\n/new\nor\n/quit\nnever read\n"))
     main(["chat", "--ckpt", str(tmp_path / "run"), "--max_new_tokens", "4", "--temperature", "0"])

@@ -142,7 +142,7 @@ def test_a_lock_file_that_says_nonsense(tmp_path, text):
 
 
 def test_a_fit_is_refused_before_it_writes_and_an_evaluation_is_not(small_config, tmp_path, capsys):
-    arguments = ["-c", "pretrain/quickstart.yaml", "-c", str(small_config)]
+    arguments = ["-c", "pretrain/poet_quickstart.yaml", "-c", str(small_config)]
     run = tmp_path / "run"
     main(["fit", *arguments, "--trainer.max_steps", "2"])
     assert not list(run.rglob(".*"))

@@ -250,7 +250,7 @@ def test_what_a_run_writes_beside_its_checkpoints(name, small_config, tmp_path):
     logger, callbacks, fault = FULL[name]
     run = tmp_path / "run"
     logs = json.dumps([TENSORBOARD | {"init_args": {**TENSORBOARD["init_args"], "save_dir": str(run)}}])
-    arguments = ["fit", "-c", "pretrain/quickstart.yaml", "-c", str(small_config), "-c", "trainer/cpu.yaml"]
+    arguments = ["fit", "-c", "pretrain/poet_quickstart.yaml", "-c", str(small_config), "-c", "trainer/cpu.yaml"]
     arguments += ["--trainer.callbacks", json.dumps(callbacks), "--trainer.enable_checkpointing", "false"]
     arguments += [] if logger is None else ["--trainer.logger", logs if logger == "tensorboard" else logger]
     job = {"arguments": arguments, "fault": fault, "progress": str(tmp_path / "progress")}

@@ -17,18 +17,18 @@ POET = ["--model.layers.block_size", "8", "--model.layers.parameterization", "ca
 STEPWISE = ["--model.layers.block_size", "8", "--model.resample_every", "2"]
 OPTIONS = "pretrain/options"
 RUNS = {
-    "8-bit Adam": ["-c", "pretrain/poet_llama_8b.yaml", *POET],
+    "8-bit Adam": ["-c", "pretrain/paper/poet_llama_8b.yaml", *POET],
     "int8": [
         "-c",
-        "pretrain/poet_llama_1.3b.yaml",
+        "pretrain/paper/poet_llama_1.3b.yaml",
         "-c",
         f"{OPTIONS}/int8.yaml",
         *POET,
         "--model.layers.group_size",
         "16",
     ],
-    "nf4": ["-c", "pretrain/poet_llama_1.3b.yaml", "-c", f"{OPTIONS}/nf4.yaml", *POET],
-    "residual": ["-c", "pretrain/poet_stepwise_1.3b.yaml", *STEPWISE],
+    "nf4": ["-c", "pretrain/paper/poet_llama_1.3b.yaml", "-c", f"{OPTIONS}/nf4.yaml", *POET],
+    "residual": ["-c", "pretrain/llama_1.3b.yaml", *STEPWISE],
     "Muon": ["-c", "pretrain/adamw_quickstart.yaml", "-c", f"{OPTIONS}/muon.yaml"],
     "LoRA": ["-c", "pretrain/lora_quickstart.yaml", "--model.merge_every", "2", "--model.layers.rank", "4"],
 }
@@ -150,7 +150,7 @@ def test_finetuning_of_a_quantised_network_on_two_ranks(finetune, tmp_path):
 
 def test_a_sharded_network_predicts_an_uneven_number_of_prompts(small, tmp_path):
     prompts = ["--data.predict_prompts", "['def ', 'class ', 'import ']", "--run_folder", str(tmp_path / "out")]
-    run = ["-c", "pretrain/quickstart.yaml", *small(), *POET, *prompts]
+    run = ["-c", "pretrain/poet_quickstart.yaml", *small(), *POET, *prompts]
     codes, log = launch(run, "fsdp2", tmp_path / "log", command="predict")
     assert codes == [0, 0], log[-3000:]
     rows = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "out").rglob("samples-*.jsonl"))]
@@ -159,7 +159,7 @@ def test_a_sharded_network_predicts_an_uneven_number_of_prompts(small, tmp_path)
 
 def test_ranks_that_see_different_checkpoints_are_stopped(small, tmp_path):
     """As on hosts without a shared folder: one finds a checkpoint to resume from, the other none."""
-    run = ["-c", "pretrain/quickstart.yaml", *small(), *POET]
+    run = ["-c", "pretrain/poet_quickstart.yaml", *small(), *POET]
     codes, log = launch([*run, "--trainer.max_steps", "2"], "cpu", tmp_path / "first", ranks=1)
     assert codes == [0], log[-3000:]
     port, processes, logs = RANKS["free_port"](), [], []
@@ -179,7 +179,7 @@ def test_ranks_that_see_different_checkpoints_are_stopped(small, tmp_path):
 
 
 def test_a_distributed_checkpoint_on_one_device_says_what_to_do(small, tmp_path):
-    run = ["-c", "pretrain/quickstart.yaml", *small(), *POET, "--ckpt_path", str(tmp_path / "x.ckpt")]
+    run = ["-c", "pretrain/poet_quickstart.yaml", *small(), *POET, "--ckpt_path", str(tmp_path / "x.ckpt")]
     (tmp_path / "x.ckpt").mkdir()
     codes, log = launch(run, "cpu", tmp_path / "log", ranks=1)
     assert codes == [2] and "is a folder, as FSDP2 writes it" in log and "orthotrain consolidate" in log

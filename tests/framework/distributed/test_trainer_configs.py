@@ -23,7 +23,7 @@ from orthotrain.modules import LoraLayers, LoraModule, OftLayers, OftModule, Poe
 
 FAULTS = Path(__file__).parents[2] / "faults"
 RANKS = runpy.run_path(str(FAULTS / "ranks.py"))
-QUICK = ["-c", "pretrain/quickstart.yaml"]
+QUICK = ["-c", "pretrain/poet_quickstart.yaml"]
 TRAINERS = [name for name in shipped_configs() if name.startswith("trainer/")]
 
 

@@ -12,7 +12,7 @@ from orthotrain.layers import OftLinear, PoetLinear
 from orthotrain.layers.poet.poet_settings import PoetSettings
 from orthotrain.layers.poet.stepwise_linear import StepwiseLinear
 
-QUICK = ["-c", "pretrain/quickstart.yaml"]
+QUICK = ["-c", "pretrain/poet_quickstart.yaml"]
 
 
 @pytest.fixture(autouse=True)

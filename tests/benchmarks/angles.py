@@ -4,15 +4,14 @@
 
 Blocks have random generators, singular values that fall to 10^-1 to 10^-4 of the largest in equal ratios, or are the
 moments in the checkpoint of a step-wise run. Muon's iteration (five steps of one quintic after a division by the
-Frobenius norm) runs on the same blocks. Results go to tests/benchmarks/results/angles.json; --write puts the table
-into the manual; --quintics only derives the coefficients of the steps and prints them.
+Frobenius norm) runs on the same blocks. Results go to tests/benchmarks/results/angles.json. --quintics only derives
+the coefficients of the steps and prints them.
 """
 
 import argparse
 import json
 import math
 import platform
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,12 +26,9 @@ from orthotrain.optimizers.orthogonalize import CUSHION, MARGIN, SMALLEST, ortho
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))  # at the end: no name there comes before that of a package
 
-OUT, PAGE = HERE / "results/angles.json", HERE.parents[1] / "docs/pages/design/index.md"
-TABLE = re.compile(r"(<!-- table: angles -->\n).*?(<!-- end of table -->)", re.DOTALL)
+OUT = HERE / "results/angles.json"
 NEGLIGIBLE, LR = 1e-3, 0.035
 SIZES, SPECTRA = (8, 16, 32, 64, 128, 256, 512, 1024), ("random", 1, 2, 3, 4)
-SHOWN = (8, 64, 256, 1024)
-"""Sizes in the table of the manual; the file of the results has all."""
 
 Quintic = tuple[float, float, float]
 
@@ -129,35 +125,15 @@ def cost(size: int) -> dict[str, float]:
     return {**times, "ratio": times["ours"] / times["muon"]}
 
 
-def table(results: dict[str, Any]) -> str:
-    """Return the table of the manual."""
-    lines = ["| moments | b | negligible | mean of all | of the others | Muon's iteration |", "|-|-|-|-|-|-|"]
-    for row in (row for row in results["rows"] if row["size"] in SHOWN):
-        name = row["moments"] if isinstance(row["moments"], str) else f"falling to 10^-{row['moments']}"
-        turns = [f"{x['smallest']:.3f} to {x['largest']:.3f}, mean {x['mean']:.3f}" for x in (row["ours"], row["muon"])]
-        share, mean = f"{100 * row['ours']['negligible']:.1f}%", f"{row['ours']['mean of all']:.3f}"
-        lines.append(f"| {' | '.join((name, str(row['size']), share, mean, *turns))} |")
-    return "\n".join(lines)
-
-
-def filled(page: str, results: dict[str, Any]) -> str:
-    """Return the text of the manual's page with the table of these results."""
-    return TABLE.sub(lambda place: f"{place[1]}{table(results)}\n{place[2]}", page)
-
-
 def main() -> None:
     """Measure, or derive the coefficients."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--quintics", action="store_true")
-    parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     if options.quintics:
         chosen, error = quintics(SMALLEST, CUSHION, MARGIN)
         print(*(tuple(float(f"{value:.6g}") for value in step) for step in chosen), f"error {error:.4f}", sep="\n")
-        return
-    if options.write:
-        PAGE.write_text(filled(PAGE.read_text(), json.loads(OUT.read_text())["results"]))
         return
     torch.set_num_threads(1)
     cases = [(s, b, blocks(s, max(1, min(64, 2048 // b)), b)) for s in SPECTRA for b in SIZES]

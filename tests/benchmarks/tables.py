@@ -6,79 +6,20 @@ figures.py puts them into the pages.
 """
 
 import json
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from orthotrain.console.run_summary import summary_lines
+from table_parts import HERE, printed, results, table
+from training_tables import best, finetuning, make_finetune, make_fit, quality, quickstart
 
-HERE = Path(__file__).resolve().parent
 PENDING = "*To be measured again.*"
 """Stands in the place of a table whose results are not committed yet."""
-
-
-def results(name: str) -> Any:
-    """Return the results of a benchmark, which lie in tests/benchmarks/results."""
-    document = json.loads((HERE / f"results/{name}.json").read_text())
-    return document.get("results", document)
-
-
-def printed(text: str) -> str:
-    """Return text that a program has printed, as a block."""
-    lines = (line.rstrip() for line in text.rstrip().splitlines())
-    return "\n".join(["```text", *lines, "```"])
 
 
 def output(name: str) -> str:
     """Return the output of an example."""
     return printed((HERE / f"results/{name}.txt").read_text())
-
-
-def kept_runs(*names: str) -> dict[str, Any]:
-    """Return the summaries of runs that keep_run.py has kept.
-
-    Raises:
-        FileNotFoundError: If one of them has not been kept.
-    """
-    kept = results("runs")
-    if missing := [name for name in names if name not in kept]:
-        raise FileNotFoundError(f"results/runs.json has no {', '.join(missing)}")
-    return {name: kept[name] for name in names}
-
-
-def make_fit() -> str:
-    """Return the summary of `make fit`, which `keep_run.py "make fit" runs/quickstart` has kept, and its machine."""
-    run = kept_runs("make fit")["make fit"]
-    summary = printed("\n".join(summary_lines(run, Path("runs/quickstart"))))
-    return f"{summary}\n\nMeasured on {run['machine']}, with torch {run['torch']}."
-
-
-def make_finetune() -> str:
-    """Return the metrics of `make finetune` before and after, which keep_run.py has kept."""
-    run = kept_runs("make finetune")["make finetune"]
-    metrics = {"val_loss": "validation loss", "val_token_accuracy": "token accuracy", "val_rouge_l": "ROUGE-L"}
-    rows = (
-        [when, *(f"{run[key][metric]:.3f}" for metric in metrics)]
-        for when, key in ((f"{run['steps']} steps", "after"), ("before", "before"))
-    )
-    return table(["", *metrics.values()], reversed(list(rows)))
-
-
-def finetuning() -> str:
-    """Return the runs of finetuning.py of the full length: means over the seeds."""
-    rows = results("finetuning")
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["steps"] == max(row["steps"] for row in rows):
-            found.setdefault(row["method"], []).append(row)
-    cells = (
-        [method, f"{runs[0]['lr']:g}", millions(runs[0]["trained"]), str(len(runs)),
-         spread(runs, "val_loss"), spread(runs, "val_token_accuracy")]
-        for method, runs in found.items()
-    )  # fmt: skip
-    return table(["method", "lr", "trained", "seeds", "validation loss", "token accuracy"], cells)
 
 
 def precision(name: str, head: str, digits: str) -> str:
@@ -92,85 +33,21 @@ def precision(name: str, head: str, digits: str) -> str:
     return table([head, *columns], rows)
 
 
+def angles() -> str:
+    """Return turns of steps over the learning rate, for some of the sizes of angles.py."""
+    rows = []
+    for row in (row for row in results("angles")["rows"] if row["size"] in (8, 64, 256, 1024)):
+        name = row["moments"] if isinstance(row["moments"], str) else f"falling to 10^-{row['moments']}"
+        turns = [f"{x['smallest']:.3f} to {x['largest']:.3f}, mean {x['mean']:.3f}" for x in (row["ours"], row["muon"])]
+        share, average = f"{100 * row['ours']['negligible']:.1f}%", f"{row['ours']['mean of all']:.3f}"
+        rows.append([name, str(row["size"]), share, average, *turns])
+    return table(["moments", "b", "negligible", "mean of all", "of the others", "Muon's iteration"], rows)
+
+
 def faults() -> str:
     """Return which faults `make faults` has injected, and which runs have recovered."""
     rows = ([name, *map(str, found.values())] for name, found in results("faults").items())
     return table(["fault", "injected", "recovered", "most steps lost"], rows)
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a table in Markdown."""
-    head = list(head)
-    lines = [head, ["-"] * len(head), *rows]
-    return "\n".join("|" + "|".join(line) + "|" if line == lines[1] else f"| {' | '.join(line)} |" for line in lines)
-
-
-def millions(count: int) -> str:
-    """Return a number of parameters such as ``2.70M``."""
-    return f"{count / 1e6:.2f}M"
-
-
-def quickstart() -> str:
-    """400 steps of the quickstart's network; the test split only for the best rates of a method."""
-    rows = (
-        [row["method"], ", ".join(f"{name} {rate:g}" for name, rate in row["rates"].items()) or "of the config",
-         *(f"{row[key]:.3f}" if key in row else "" for key in ("val_bits_per_byte", "test_bits_per_byte"))]
-        for row in results("quickstart")
-    )  # fmt: skip
-    return table(["method", "learning rates", "validation", "test"], rows)
-
-
-def chosen(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the row of each method that is the best on the validation split."""
-    methods = dict.fromkeys(row["method"] for row in rows)
-    return {m: min((r for r in rows if r["method"] == m), key=lambda r: r["val_bits_per_byte"]) for m in methods}
-
-
-def quality(share: int) -> str:
-    """Runs of the grid at one share of the full length: the mean over the seeds, validation."""
-    rows = ([row["network"], row["name"], str(len(row["runs"])), spread(row["runs"], "bits_per_byte")]
-            for row in settings(share))  # fmt: skip
-    return table(["network", "setting", "seeds", "bits per byte"], rows)
-
-
-def settings(share: int) -> list[dict[str, Any]]:
-    """Return the settings of the grid at one share of the full length, each with its runs, best first.
-
-    Raises:
-        FileNotFoundError: If no run of this length has ended.
-    """
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in results("quality"):
-        if row["share"] == share:
-            found.setdefault((row["network"], row["name"]), []).append(row)
-    if not found:
-        raise FileNotFoundError(f"results/quality.json has no run of 1/{share} of the length")
-    rows = [{"network": network, "name": name, "runs": runs} for (network, name), runs in found.items()]
-    return sorted(rows, key=lambda row: (row["network"], mean(row["runs"], "bits_per_byte")))
-
-
-def mean(runs: list[dict[str, Any]], key: str) -> float:
-    """Return the mean of a figure over runs."""
-    return statistics.mean(run[key] for run in runs)
-
-
-def spread(runs: list[dict[str, Any]], key: str) -> str:
-    """Return mean and standard deviation of a figure over runs."""
-    values = [run[key] for run in runs]
-    return f"{mean(runs, key):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
-
-
-def best() -> str:
-    """Return the best setting of each method at the full length of the smaller network, by validation."""
-    first: dict[str, dict[str, Any]] = {}
-    for row in settings(1):
-        if row["network"] == "0.4M":
-            first.setdefault(row["runs"][0]["setting"]["method"], row)
-    speeds = results("quality_speed")
-    rows = ([method, millions(row["runs"][0]["trained"]), f"{row['runs'][0]['state_bytes'] / 2**20:.1f} MiB",
-             spread(row["runs"], "test_bits_per_byte"), f"{speeds[row['name']]['tokens_per_second']:,.0f}"]
-            for method, row in first.items())  # fmt: skip
-    return table(["method", "trained", "optimizer state", "test bits per byte", "tokens/s"], rows)
 
 
 def layers() -> str:
@@ -306,6 +183,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "make finetune": make_finetune,
     "finetuning": finetuning,
     "faults": faults,
+    "angles": angles,
     "16 bits": partial(precision, "16 bits", "generators", ".2g"),
     "rounded displacement": partial(precision, "rounded displacement", "powers", ".1e"),
     "tf32 products": partial(precision, "tf32 products", "norm of $Q$", ".0e"),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _spec = importlib.util.spec_from_file_location("figures", ROOT / "tests/benchmarks/figures.py")
 figures = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(figures)
-tables = sys.modules["tables"]
+tables, training = sys.modules["tables"], sys.modules["training_tables"]
 
 
 @pytest.mark.parametrize("page", figures.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -41,7 +41,7 @@ def test_the_registry_names_what_pages_say():
 
 def test_the_quickstart_shows_the_committed_results_of_other_methods():
     run = yaml.safe_load((ROOT / "configs/pretrain/quickstart.yaml").read_text())
-    best = tables.chosen(tables.results("quickstart"))
+    best = training.chosen(tables.results("quickstart"))
     others = {method: round(row["val_bits_per_byte"], 3) for method, row in best.items() if method != "step-wise"}
     data = run["data"]["init_args"]
     tokens = run["trainer"]["max_steps"] * data["batch_size"] * TextData(**data).sequence_length
@@ -91,8 +91,8 @@ def test_sentences_get_the_figures_of_the_results(monkeypatch):
 
 def test_a_kept_run_is_a_table(monkeypatch, tmp_path):
     """What the command keeps of a summary is enough for the tables; a table without results says so."""
-    tables = sys.modules["tables"]
-    monkeypatch.setattr(tables, "HERE", tmp_path)
+    for module in (tables, sys.modules["table_parts"]):
+        monkeypatch.setattr(module, "HERE", tmp_path)
     assert figures.built("make fit") == figures.built("make finetune") == figures.built("conv_oft") == figures.PENDING
     metrics = {"val_loss": 2.5, "val_token_accuracy": 0.25, "val_rouge_l": 0.125}
     summary = dict.fromkeys(("memory", "next_token_loss", "kernels", "references", "merges", "early_folds"))

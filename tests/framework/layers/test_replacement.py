@@ -277,6 +277,16 @@ def test_an_error_names_the_layer_and_leaves_the_model_as_it_was():
     assert not any(isinstance(module, PoetLinear) for module in net.modules())
 
 
+@pytest.mark.parametrize("kind", [PoetLayers, OftLayers])
+def test_layers_that_do_not_fit_are_refused_before_any_weight_is_drawn_or_released(kind):
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(8, 8))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ConfigurationError, match=r"layer 1 \(8 x 8\): block_size=16"):
+        kind(block_size=16, include=["*"], exclude=[]).apply_(net)
+    after = net.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
 @pytest.mark.parametrize(
     ("include", "exclude", "message"),
     [

@@ -61,6 +61,8 @@ def test_state_is_seen_dropped_and_set_where_it_lies():
     optimizer = CompositeOptimizer(parts(net))
     train(net, optimizer, 1)
     assert len(optimizer.state) == 4 and net[0].weight in optimizer.state
+    document = optimizer.state_dict()  # numbered like one optimizer of all parameters
+    assert [*document["state"]] == [0, 1, 2, 3] and [g["params"] for g in document["param_groups"]] == [[0, 1], [2, 3]]
     optimizer.state.pop(net[2].weight, None)
     assert net[2].weight not in optimizer.parts[1].state
     assert optimizer.state.pop(net[2].weight, None) is None
@@ -92,6 +94,12 @@ def test_resumes_to_the_same_bits_without_a_pickle(galore, tmp_path):
     train(second, resumed, 4, start=4)
     for a, b in zip(straight.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_galore_has_the_defaults_of_its_paper():
+    (group,) = GaLore([nn.Parameter(torch.zeros(4, 3))]).param_groups
+    expected = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "betas": (0.9, 0.999), "weight_decay": 0.0}
+    assert {name: group[name] for name in expected} == expected
 
 
 def test_galore_refuses_what_is_no_matrix():

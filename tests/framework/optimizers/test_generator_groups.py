@@ -94,6 +94,8 @@ def test_angles_out_of_range_are_refused_wherever_they_come_from(angle):
     optimizer = LieOptimizer(rotation().parameters())
     with refused:
         optimizer.add_param_group({"params": rotation().parameters(), "lr": angle})
+    with refused:
+        optimizer.add_param_group({"params": [], "lr": angle})
     if angle:  # a schedule may begin or end at rest
         optimizer.param_groups[0]["lr"] = angle
         with refused:
@@ -118,7 +120,7 @@ def test_large_angles_warn_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
-        optimizer = LieOptimizer(rotation().parameters(), lr=0.035)
+        optimizer = LieOptimizer([{"params": rotation().parameters()}, {"params": []}], lr=0.035)
         optimizer.param_groups[0]["lr"] = 0.09
         with pytest.raises(UserWarning, match="0.09 rad"):
             optimizer.step()

@@ -14,7 +14,7 @@ from orthotrain import plugins
 from orthotrain.kernels.skew import skew
 from orthotrain.layers.rotation.generator_marks import mark_generators
 from orthotrain.optimizers import LieOptimizer
-from orthotrain.optimizers.orthogonalize import CUSHION, MARGIN, QUINTICS, SMALLEST, orthogonalize
+from orthotrain.optimizers.orthogonalize import CUSHION, MARGIN, QUINTICS, SMALLEST, bounds, orthogonalize
 
 ROOT = Path(__file__).resolve().parents[3]
 _spec = importlib.util.spec_from_file_location("angles", ROOT / "tests/benchmarks/angles.py")
@@ -71,6 +71,16 @@ def test_singular_values_come_to_one_and_negligible_ones_do_not_pass_it(data):
     limit = (1 + MARGIN) * SMALLEST * (size / 2) ** 0.125 + 2**-9
     count = 2 * int((values / values.max() > limit).sum())
     assert torch.linalg.svdvals(x)[0, :count].min() >= 1 - MINIMAX - ROUNDING
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 33])
+def test_the_bound_of_the_singular_values_is_tight(size):
+    moments = torch.randn(5, size * (size - 1) // 2)
+    moments[4] = torch.eye(1, moments.shape[1])  # a block of one plane
+    x = skew(moments / moments.abs().amax(1, keepdim=True), size)
+    ratios = bounds(x.mT @ x).flatten() / torch.linalg.matrix_norm(x, 2)
+    assert ratios.min() > 1 + MARGIN - 1e-5 and ratios.max() < (1 + MARGIN) * (size // 2) ** 0.125 + 1e-5
+    assert ratios[4] == pytest.approx(1 + MARGIN) and bounds(torch.zeros(1, size, size)) > 0
 
 
 def test_blocks_of_zeros_stay_and_others_beside_them_do_not_matter():

@@ -385,3 +385,7 @@ def test_refuses_to_requantise_what_is_quantized():
     linear = bnb.nn.Linear4bit(64, 48, quant_type="nf4").to("cpu")
     with pytest.raises(ConfigurationError, match="already quantized to nf4 in groups of 64"):
         OftLinear.from_linear(linear, 8, storage="int8")
+
+
+def test_an_unloaded_layer_stays_frozen():
+    assert not OftLinear.from_linear(nn.Linear(16, 8), 4).unload().weight.requires_grad

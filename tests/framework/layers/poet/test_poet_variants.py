@@ -278,6 +278,12 @@ def test_bad_settings_are_refused_by_name(options, message):
     assert message in str(caught.value)
 
 
+def test_singular_values_are_restored_by_default_where_a_storage_is_coarse():
+    periods = {storage: PoetSettings(storage=storage).anchor_period for storage in ("dense", "residual", "int8", "nf4")}
+    assert periods == {"dense": 0, "residual": 0, "int8": 16, "nf4": 4}
+    assert [PoetSettings(storage="int8", anchor_every=every).anchor_period for every in (0, 1, 7)] == [0, 1, 7]
+
+
 @pytest.mark.parametrize(
     ("width", "block_size", "group"),
     [(256, 64, 8), (256, 32, 4), (256, 16, 2), (256, 8, 1), (636, 64, 4), (637, 64, 1), (256, 60, 1), (256, 128, 8)],

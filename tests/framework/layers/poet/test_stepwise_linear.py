@@ -146,10 +146,13 @@ def test_movement_is_seen_below_a_last_place_of_bf16():
     assert float(layer.movement()) == pytest.approx(2e-4 * 2**0.5, rel=0.1)
 
 
-def test_weights_in_16_bits_are_refused():
+def test_weights_that_are_too_coarse_or_anchored_are_refused():
     message = "rounding it at each of thousands of folds moves its singular values; take storage: residual"
     with pytest.raises(ConfigurationError, match=f"stepwise with storage='bf16': {message}"):
         PoetSettings(stepwise=True, storage="bf16")
+    for options in ({"storage": "int8"}, {"storage": "nf4"}, {"anchor_every": 4}):
+        with pytest.raises(ConfigurationError, match="take dense or residual, and no anchor"):
+            PoetSettings(stepwise=True, **options)
     wrap(nn.Linear(32, 32), block_size=8, storage="residual").bfloat16().check_storage("model.0")
     for dtype in (torch.bfloat16, torch.float16):
         with pytest.raises(ConfigurationError, match=f"model.0: stepwise with a weight in {dtype}: {message}"):

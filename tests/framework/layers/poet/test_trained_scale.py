@@ -18,6 +18,7 @@ LAYERS = {
     "step-wise input": (StepwiseLinear, "input", {"stepwise": True}),
     "step-wise weight": (StepwiseLinear, "weight", {"stepwise": True}),
     "step-wise one side": (StepwiseLinear, "weight", {"stepwise": True, "sides": "out"}),
+    "step-wise one side, input": (StepwiseLinear, "input", {"stepwise": True, "sides": "in"}),
 }
 
 
@@ -69,7 +70,8 @@ def test_a_fold_and_a_merge_leave_it_and_what_is_unwrapped_has_it(name):
     torch.testing.assert_close(layer.unwrap()(x), before, rtol=1e-4, atol=1e-5)
     layer.fold_()
     layer.merge_()
-    assert layer.scale.log.item() == pytest.approx(0.7)
+    assert layer.scale.log.item() == pytest.approx(0.7) and layer.trained_factor() == pytest.approx(2.0137527)
+    assert wrap(name, linear, trained_scale=False).trained_factor() is None
     torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(singular_values(layer._exact_weight()), spectrum, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(singular_values(layer.merged_weight()), spectrum * 2.0137527, rtol=1e-4, atol=1e-5)

@@ -50,3 +50,10 @@ def test_what_is_no_permutation_is_refused(order, message, monkeypatch):
     monkeypatch.setenv("ORTHOTRAIN_DEBUG", "1")
     with pytest.raises(ConfigurationError, match=f"BlockRotation: {message}"):
         BlockRotation(24, 8, permutation=order)
+
+
+def test_a_state_without_the_permutation_misses_a_key_and_a_description_tells_of_it():
+    permuted = BlockRotation(24, 8, permutation=torch.randperm(24))
+    with pytest.raises(RuntimeError, match=r"Missing key.*permutation"):
+        permuted.load_state_dict({"generators": permuted.generators})
+    assert "permuted" in repr(permuted) and "natural order" in repr(BlockRotation(24, 8))

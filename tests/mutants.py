@@ -18,8 +18,10 @@ import time
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401 - these and torch are imported once, and not in each forked process
 import pytest
-import transformers  # noqa: F401 - imported once, and not in each forked process
+import torch._dynamo  # noqa: F401
+import transformers.modeling_utils  # noqa: F401
 
 SWAPS = [("Lt", "LtE"), ("Gt", "GtE"), ("Eq", "NotEq"), ("Is", "IsNot"), ("In", "NotIn"), ("Add", "Sub"),
          ("Mult", "Div"), ("And", "Or"), ("FloorDiv", "Mult"), ("Mod", "Add"), ("Pow", "Mult")]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,14 +12,23 @@ from orthotrain.metrics import GenerationMetrics, TokenAccuracy, TokenLoss, bits
 
 
 def test_is_torchmetrics_perplexity_over_uneven_batches():
-    mean, reference = TokenLoss(), Perplexity(ignore_index=-100)
-    for rows in (3, 1, 2):
-        logits = torch.randn(rows, 5, 11)
-        labels = torch.randint(0, 11, (rows, 5))
-        labels[0, :rows] = -100
-        mean.update(F.cross_entropy(logits.flatten(0, 1), labels.flatten()), count_targets({"labels": labels}))
+    """Neither the mean of the batches' means nor a mean weighted by all labels is the mean over the targets."""
+    generator, batches, reference = torch.Generator().manual_seed(0), [], Perplexity(ignore_index=-100)
+    mean = TokenLoss()
+    for rows, masked in ((3, 0), (1, 4), (2, 2)):
+        logits = 4 / rows * torch.randn(rows, 5, 11, generator=generator)
+        labels = torch.randint(0, 11, (rows, 5), generator=generator)
+        labels[0, :masked] = -100
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        mean.update(loss, count_targets({"labels": labels}))
         reference.update(logits, labels)
-    assert math.exp(mean.compute()) == pytest.approx(float(reference.compute()), rel=1e-5)
+        batches.append((float(loss), 5 * rows, 5 * rows - masked))
+    expected = math.log(reference.compute())
+    assert float(mean.compute()) == pytest.approx(expected, rel=1e-5)
+    losses, labels, targets = zip(*batches, strict=True)
+    for wrong in ((1, 1, 1), labels):
+        assert abs(np.average(losses, weights=wrong) - expected) > 0.1
+    assert np.average(losses, weights=targets) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_batch_that_is_nan_shows_and_one_without_targets_does_not():

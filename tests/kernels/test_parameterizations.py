@@ -123,6 +123,18 @@ def test_a_rounded_result_is_off_by_little_more_than_its_rounding(block_size, or
     assert not cayley_neumann(0 * generators, block_size, order, torch.bfloat16).any()
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+def test_only_results_in_bf16_are_made_of_rounded_products(dtype, limit):
+    """Blocks of 128 are the smallest that use them."""
+    generators = (0.01 * torch.randn(1, 128 * 127 // 2, dtype=torch.float64)).to(dtype).requires_grad_()
+    exact = generators.detach().double().requires_grad_()
+    results = []
+    for d, leaf in ((cayley_neumann(generators, 128, 2), generators), (naive.cayley_neumann(exact, 128, 2), exact)):
+        results.append((d.detach(), *torch.autograd.grad(d.square().sum(), leaf)))
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == dtype and (found - expected).norm() <= limit * expected.norm()
+
+
 @every
 def test_gradient_holds_for_any_matrix(op):
     # The gradient with respect to Q as a free matrix, not only along skew directions.

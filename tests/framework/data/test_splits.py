@@ -54,6 +54,9 @@ def test_documents_are_cut_only_if_a_split_would_have_none():
     few = fitting_splitter(several[:2], splitter)
     assert few == PositionSplitter((300, 400, 500))
     assert [split for split, _ in few.split(several[:2])] == ["train", "train", "val", "test"]
+    # the third document is the first of the test split
+    assert fitting_splitter(several, splitter, limit_bytes=501) is splitter
+    assert fitting_splitter(several, splitter, limit_bytes=500) == few
     # a limit divides the beginning of the text; the rest is left out, or is train text of a stream
     assert fitting_splitter(several[:1], splitter, limit_bytes=100) == PositionSplitter((60, 80, 100))
     streamed = fitting_splitter(several[:1], splitter, limit_bytes=100, rest="train")

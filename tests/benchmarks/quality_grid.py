@@ -31,14 +31,15 @@ RATES: dict[Setting, tuple[float, ...]] = {
 """First round: the first setting of each method, and its rates."""
 
 STARTS = [{"spectrum": s, "rms": r} for s in ("gaussian", "normalized", "flat") for r in (0.02, 0.044, UNIT, 0.13)]
+RESTS = (2e-3, 8e-3, 1.6e-2, 3.2e-2)
 TRAINED = [
-    *({"rest": rate} for rate in (2e-3, 8e-3)),
+    *({"rest": rate} for rate in RESTS),
     *({"decay": decay, "rest_decay": decay} for decay in (0.0, 0.1)),
     {"floor": 0.1},
     *(start for start in STARTS if start["rms"] in (0.044, UNIT) and start != STARTS[5]),
 ]
 ROTATED = [
-    *({"rest": rate} for rate in (2e-3, 8e-3)),
+    *({"rest": rate} for rate in RESTS),
     *({"rest_decay": decay} for decay in (0.0, 0.1)),
     {"floor": 0.1},
     *(start for start in STARTS if start["rms"] in (UNIT, 0.13)),
@@ -49,8 +50,17 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "AdamW": TRAINED,
     "Muon": TRAINED,
     "Muon-Kimi": TRAINED,
-    "NorMuon": [{"decay": 0.1, "rest_decay": 0.1}, {"rest": 8e-3}, {"spectrum": "normalized", "rms": UNIT}],
-    "POET-BS": [{"rest": 8e-3}, {"spectrum": "gaussian", "rms": UNIT}, {"spectrum": "flat", "rms": UNIT}, {"block": 0}],
+    "NorMuon": [
+        {"decay": 0.1, "rest_decay": 0.1},
+        *({"rest": rate} for rate in RESTS[1:]),
+        {"spectrum": "normalized", "rms": UNIT},
+    ],
+    "POET-BS": [
+        *({"rest": rate} for rate in RESTS[1:]),
+        {"spectrum": "gaussian", "rms": UNIT},
+        {"spectrum": "flat", "rms": UNIT},
+        {"block": 0},
+    ],
     "step-wise": [*ROTATED, {"block": 64}, {"block": 0}],
 }
 """Second round: changes of the best setting of each method. Of the two rules of Muon only the better one."""
@@ -136,6 +146,8 @@ def full(score: Score) -> list[Setting]:
 
 
 IMPROVEMENTS: list[dict[str, Any]] = [
+    *({"spectrum": f"power-{power}"} for power in (0.5, 1)),
+    *({"spectrum": f"power-{power}", "rms": 0.044} for power in (0.5, 1)),
     *({"residual": gain} for gain in (0.5, 0.25)),
     *({"options": ((name, value),)} for name, value in (
         ("diagonal", "out"), ("diagonal", "both"), ("moved", 1e-3), ("moved", 1e-2), ("momentum", 0.9),

@@ -24,7 +24,7 @@ VOCABULARY = 2048
 NETWORKS = {"0.4M": (128, 2, 2), "1M": (192, 2, 3)}
 """Parameters without embeddings -> width, layers and attention heads. The intermediate size is 3 times the width."""
 
-SPECTRA = {"gaussian": "standard", "normalized": "normalized", "flat": "uniform"}
+SPECTRA = {"gaussian": "standard", "normalized": "normalized", "flat": "uniform", "power": "standard"}
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Setting:
         decay: Weight decay of the hidden matrices. Rotations have none.
         rest_decay: Weight decay of the embeddings.
         floor: Learning rate at the end over the largest one.
-        spectrum: Initial hidden matrices: ``gaussian``, ``normalized`` (rows of one norm) or ``flat`` (all singular
-            values are equal).
+        spectrum: Initial hidden matrices: ``gaussian``, ``normalized`` (rows of one norm), ``flat`` (all singular
+            values are equal), or ``power-P``: the k-th singular value is proportional to ``k^-P``.
         rms: Root mean square of the entries of the initial hidden matrices.
         residual: Factor of the initial matrices that write into the residual stream.
         block: Features of a block; 0 for blocks as wide as each side of a weight.
@@ -78,7 +78,11 @@ def started(config: dict[str, Any], setting: Setting, seed: int) -> nn.Module:
     network = CausalLM(config)()
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear) and "lm_head" not in name:
-            initialize_(layer.weight, SPECTRA[setting.spectrum], generator(seed, name, "frozen weight"))
+            kind, _, power = setting.spectrum.partition("-")
+            initialize_(layer.weight, SPECTRA[kind], generator(seed, name, "frozen weight"))
+            if power:
+                left, values, right = torch.linalg.svd(layer.weight, full_matrices=False)
+                layer.weight.copy_(left * torch.arange(1, len(values) + 1) ** -float(power) @ right)
             gain = setting.residual if name.endswith(("o_proj", "down_proj")) else 1.0
             layer.weight.mul_(gain * setting.rms / layer.weight.square().mean().sqrt())
     return network

@@ -175,8 +175,8 @@ def optimal() -> Iterator[list[Run]]:
 
 
 def improve() -> Iterator[list[Run]]:
-    """Yield changes of step-wise POET, after the third round of the grid."""
-    yield of(quality_grid.improved(score), 4)
+    """Yield changes of step-wise POET."""
+    yield of(quality_grid.improved(), 4)
 
 
 GROUPS = {"optimal": optimal, "improve": improve}

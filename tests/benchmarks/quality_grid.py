@@ -32,6 +32,7 @@ RATES: dict[Setting, tuple[float, ...]] = {
 
 STARTS = [{"spectrum": s, "rms": r} for s in ("gaussian", "normalized", "flat") for r in (0.02, 0.044, UNIT, 0.13)]
 RESTS = (2e-3, 8e-3, 1.6e-2, 3.2e-2)
+OTHER_RESTS = [{"rest": rate} for rate in RESTS[1:]]
 TRAINED = [
     *({"rest": rate} for rate in RESTS),
     *({"decay": decay, "rest_decay": decay} for decay in (0.0, 0.1)),
@@ -51,16 +52,17 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "Muon": TRAINED,
     "Muon-Kimi": TRAINED,
     "NorMuon": [
+        *OTHER_RESTS,
         {"decay": 0.1, "rest_decay": 0.1},
-        *({"rest": rate} for rate in RESTS[1:]),
         {"spectrum": "normalized", "rms": UNIT},
     ],
     "POET-BS": [
-        *({"rest": rate} for rate in RESTS[1:]),
+        *OTHER_RESTS,
         {"spectrum": "gaussian", "rms": UNIT},
         {"spectrum": "flat", "rms": UNIT},
         {"block": 0},
     ],
+    **{method: OTHER_RESTS for method in ("SOAP", "LoRA", "GaLore", "Pion")},
     "step-wise": [*ROTATED, {"block": 64}, {"block": 0}],
 }
 """Second round: changes of the best setting of each method. Of the two rules of Muon only the better one."""
@@ -125,7 +127,7 @@ def quarter(score: Score) -> list[Setting]:
     slower = [replace(setting, lr=setting.lr / 2) for setting in joined]
     wider = [replace(joined[3], lr=joined[3].lr / 1.4), replace(joined[4], decay=0.1, rest_decay=0.1)]
     others = [best(rates(score), score, 8, (method,)) for method in ("SOAP", "LoRA", "GaLore", "Pion")]
-    return list(dict.fromkeys([*joined, *slower, *wider, *others]))
+    return list(dict.fromkeys([*joined, *slower, *wider, *(together(base, score, 8) for base in others)]))
 
 
 def half(score: Score) -> list[Setting]:
@@ -157,7 +159,12 @@ IMPROVEMENTS: list[dict[str, Any]] = [
 """Changes of step-wise POET beside those that all methods get."""
 
 
-def improved(score: Score) -> list[Setting]:
-    """Return the best setting of step-wise POET at a quarter of the length, with one change each."""
-    base = best(quarter(score), score, 4, ("step-wise",))
-    return [replace(base, **change) for change in IMPROVEMENTS]
+IMPROVED = Setting(
+    "step-wise", 0.05 / 1.4, rest=8e-3, floor=0.1, spectrum="normalized", rms=UNIT, block=128, scale=True
+)
+"""The setting of step-wise POET that the improvements change, one at a time: the best at a quarter of the length."""
+
+
+def improved() -> list[Setting]:
+    """Return the setting of step-wise POET, and the same with one change each."""
+    return [IMPROVED, *(replace(IMPROVED, **change) for change in IMPROVEMENTS)]

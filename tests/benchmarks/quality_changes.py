@@ -1,5 +1,6 @@
 """Changes of step-wise POET that tests/benchmarks/quality.py tries, and that are no options of the package."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from orthotrain.layers import StepwiseLinear
 from orthotrain.modules import PoetModule
+from orthotrain.optimizers import LieOptimizer
 
 
 def scaled_input(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -75,6 +77,33 @@ class MoveSpectrum(L.Callback):
         for handle in self.handles:
             handle.remove()
         self.handles = []
+
+
+class FrontLoaded(LieOptimizer):
+    """LieOptimizer whose first steps are larger: by ``1 + front * exp(-10 t)`` at the share t of the run.
+
+    Muon's steps are so: its first ones change small initial weights by a tenth, and its last ones grown weights by less.
+
+    Args:
+        params: See :class:`LieOptimizer`.
+        front: Factor of the first step, minus 1.
+        steps: Steps of the run.
+        options: See :class:`LieOptimizer`.
+    """
+
+    def __init__(self, params: Any, front: float, steps: int, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.front, self.length = front, steps
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step with larger angles."""
+        rates = [group["lr"] for group in self.param_groups]
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 + self.front * math.exp(-10 * group["steps"] / self.length))
+        loss = super().step(closure)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return loss
 
 
 class ChangedPoet(PoetModule):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from pytorch_optimizer import SOAP, NorMuon
-from quality_changes import ChangedPoet
+from quality_changes import ChangedPoet, FrontLoaded
 from torch import nn
 from torch.optim import Optimizer
 
@@ -163,7 +163,7 @@ def stepwise(network: Any, setting: Setting, steps: int, seed: int) -> PoetModul
     own = {name: given.pop(name) for name in PoetLayers.__dataclass_fields__ if name in given}
     period = given.pop("resample_every", 200)
     changes = {name: given.pop(name) for name in ("diagonal", "moved") if name in given}
-    build = partial(LieOptimizer, **given)
+    build = partial(FrontLoaded, steps=steps, **given) if "front" in given else partial(LieOptimizer, **given)
     rates = optimization(setting, steps, rotation_lr=setting.lr, rotation_optimizer=build)
     wanted = layers(setting, parameterization=CayleyNeumann(2), stepwise=True, **own)
     module = ChangedPoet(network, wanted, 1, resample_every=period, optimization=rates, seed=seed)

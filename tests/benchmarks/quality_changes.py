@@ -82,7 +82,7 @@ class MoveSpectrum(L.Callback):
 class FrontLoaded(LieOptimizer):
     """LieOptimizer whose first steps are larger: by ``1 + front * exp(-10 t)`` at the share t of the run.
 
-    Muon's steps are so: its first ones change small initial weights by a tenth, and its last ones grown weights by less.
+    Muon's steps are so: the first ones change small initial weights by a tenth, the last ones grown weights by less.
 
     Args:
         params: See :class:`LieOptimizer`.

@@ -148,13 +148,15 @@ def full(score: Score) -> list[Setting]:
 
 
 IMPROVEMENTS: list[dict[str, Any]] = [
-    *({"spectrum": f"power-{power}"} for power in (0.5, 1)),
-    *({"spectrum": f"power-{power}", "rms": 0.044} for power in (0.5, 1)),
-    *({"residual": gain} for gain in (0.5, 0.25)),
+    {"spectrum": "power-0.5"},
+    {"residual": 0.5},
+    *({"options": (("front", factor),)} for factor in (1.0, 3.0)),
     *({"options": ((name, value),)} for name, value in (
-        ("diagonal", "out"), ("diagonal", "both"), ("moved", 1e-3), ("moved", 1e-2), ("momentum", 0.9),
-        ("momentum", 0.98), ("nesterov", False), ("alternate", False), ("direction", "adam"),
+        ("diagonal", "both"), ("moved", 1e-2), ("momentum", 0.9), ("momentum", 0.98), ("alternate", False),
+        ("resample_every", 1000),
     )),
+    {"rms": 0.044, "options": (("moved", 3e-2),)},
+    {"spectrum": "power-0.5", "rms": 0.044},
 ]  # fmt: skip
 """Changes of step-wise POET beside those that all methods get."""
 
